@@ -1,0 +1,71 @@
+"""The Engine protocol: all that the front end knows of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from llamaherd_server.protocol import (
+    Delta,
+    EngineSettings,
+    ErrorCode,
+    Finished,
+    Generate,
+    ModelInfo,
+    Started,
+    Stats,
+)
+
+EngineState = Literal["loading", "ready", "restarting", "failed", "stopped"]
+Event = Started | Delta | Finished
+
+
+class EngineError(Exception):
+    """A request, or the engine itself, could not do what was asked; `code` says whose fault it is."""
+
+    def __init__(self, code: ErrorCode, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """A snapshot for /readyz, /metrics and /admin/engine. `heartbeat_age_s` is the time since the worker last spoke."""
+
+    state: EngineState
+    model: ModelInfo | None
+    settings: EngineSettings
+    stats: Stats | None
+    heartbeat_age_s: float
+    restarts: int
+    load_s: float | None
+    pid: int | None
+    last_error: str | None
+
+
+class Engine(Protocol):
+    """A model behind a supervised process. Requests that were queued outlive a crash; running ones get an error."""
+
+    async def start(self) -> None:
+        """Start the process and return when the model answers; raises EngineError when it never will."""
+
+    async def stop(self) -> None:
+        """End the process; requests still running fail with `engine_stopped`."""
+
+    def status(self) -> EngineStatus: ...
+
+    def generate(self, request: Generate) -> AsyncGenerator[Event, None]:
+        """Yield Started, Deltas, then Finished; raises EngineError. Closing the generator early cancels the request.
+
+        The engine assigns `request.id`. A request that had not started when the worker died is sent to the next one.
+        """
+
+    async def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]: ...
+
+    async def detokenize(self, tokens: list[int]) -> str: ...
+
+    async def retune(self, settings: EngineSettings) -> EngineSettings:
+        """Put other settings in force without reloading weights; raises EngineError and keeps the old ones."""

@@ -1,0 +1,247 @@
+"""The messages between the front end and an engine's worker process.
+
+One direction each, msgpack on a Unix socket, length-prefixed (4 bytes, big endian). A worker sends all that a
+step produced in one `Step`, never one message per token. Times are seconds; sizes are bytes; lengths are tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct, field
+
+KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+FinishReason = Literal["stop", "length"]
+# What a client did wrong (its request fails alone) against what went wrong here.
+ErrorCode = Literal[
+    "context_length_exceeded",
+    "invalid_value",
+    "invalid_grammar",
+    "unsupported",
+    "does_not_fit",
+    "engine_crashed",
+    "engine_stopped",
+    "internal",
+]
+
+
+class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a context is built from; every field can be changed without reloading the weights.
+
+    The total context is `parallel * ctx_per_slot` tokens in either KV layout. Zero threads means: decide on the host.
+    """
+
+    parallel: int = 4
+    batch: int = 2048
+    ubatch: int = 512
+    ctx_per_slot: int = 2048
+    kv_unified: bool = True
+    kv_type_k: KvType = "f16"
+    kv_type_v: KvType = "f16"
+    flash_attention: Literal["auto", "on", "off"] = "auto"
+    threads: int = 0
+    threads_batch: int = 0
+
+
+class Sampling(Struct, frozen=True, kw_only=True):
+    """Sampling parameters; the defaults are llama-server's."""
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_sequence_breakers: list[str] = field(default_factory=lambda: ["\n", ":", '"', "*"])
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    seed: int | None = None
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    ignore_eos: bool = False
+    grammar: str | None = None  # GBNF with the root rule `root`
+
+
+# --- front end to worker -------------------------------------------------------------------------------------
+
+
+class Generate(Struct, tag="generate", kw_only=True):
+    """Complete `prompt` (text, or token ids). `max_tokens` None: until a stop or the slot's context is full."""
+
+    id: int
+    prompt: str | list[int]
+    add_special: bool = True  # BOS where the model asks for it; false for a rendered chat template
+    parse_special: bool = True
+    max_tokens: int | None = None
+    stop: list[str] = field(default_factory=list)
+    sampling: Sampling = field(default_factory=Sampling)
+    logprobs: int | None = None  # None: off; n: the chosen token's and the n most likely ones'
+    cache_prompt: bool = True
+
+
+class Cancel(Struct, tag="cancel"):
+    id: int
+
+
+class Retune(Struct, tag="retune"):
+    """Rebuild the context with `settings`; running requests are finished or parked and resumed."""
+
+    id: int
+    settings: EngineSettings
+
+
+class Tokenize(Struct, tag="tokenize"):
+    id: int
+    text: str
+    add_special: bool = False
+    parse_special: bool = True
+
+
+class Detokenize(Struct, tag="detokenize"):
+    id: int
+    tokens: list[int]
+
+
+class Shutdown(Struct, tag="shutdown"):
+    pass
+
+
+ToWorker = Generate | Cancel | Retune | Tokenize | Detokenize | Shutdown
+
+
+# --- worker to front end -------------------------------------------------------------------------------------
+
+
+class ModelInfo(Struct, tag="model", kw_only=True):
+    """What the GGUF says of itself; the chat template is untrusted input."""
+
+    description: str
+    architecture: str
+    n_params: int
+    size_bytes: int
+    n_ctx_train: int
+    n_vocab: int
+    n_embd: int
+    add_bos: bool
+    bos_token: str
+    eos_token: str
+    eot_token: str
+    chat_template: str | None
+    build: str  # llama.cpp's system info line
+
+
+class Loading(Struct, tag="loading"):
+    progress: float  # 0 to 1
+
+
+class Ready(Struct, tag="ready", kw_only=True):
+    """Sent when a first token has been computed: the model answers."""
+
+    model: ModelInfo
+    settings: EngineSettings  # in force, with threads resolved
+    load_s: float
+
+
+class Logprob(Struct, array_like=True):
+    token: int
+    text: bytes
+    logprob: float
+
+
+class TokenLogprob(Struct, array_like=True):
+    token: int
+    text: bytes
+    logprob: float
+    top: list[Logprob]
+
+
+class Started(Struct, tag="started"):
+    """The prompt was tokenised and got a slot."""
+
+    id: int
+    prompt_tokens: int
+    cached_tokens: int  # of these, found in the KV cache
+
+
+class Delta(Struct, tag="delta", kw_only=True):
+    """New text: whole UTF-8 characters, nothing that may yet become a stop string. May be empty with n_tokens 1."""
+
+    id: int
+    text: str
+    n_tokens: int
+    logprobs: list[TokenLogprob] | None = None
+
+
+class Finished(Struct, tag="finished", kw_only=True):
+    """The end of a request that went well; `prompt_s` and `decode_s` are wall times in the engine."""
+
+    id: int
+    reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    prompt_s: float
+    decode_s: float
+    stop: str | None = None  # the stop string that ended it
+
+
+class Failed(Struct, tag="failed"):
+    """The end of a request, a retune or a call that did not go well."""
+
+    id: int
+    code: ErrorCode
+    message: str
+    param: str | None = None
+
+
+class Stats(Struct, kw_only=True):
+    """The worker's state after a step. `overhead_s` is the step's time outside llama_decode and native sampling."""
+
+    step: int
+    slots_busy: int
+    waiting: int
+    parked: int
+    kv_used: int  # cells
+    kv_size: int
+    batch_tokens: int
+    decode_s: float
+    sample_s: float
+    overhead_s: float
+    preemptions: int  # since the start, as are the two below
+    cached_tokens: int
+    prompt_tokens: int
+
+
+class Step(Struct, tag="step"):
+    """All that one turn of the loop has to say; an idle worker sends one each second as its heartbeat."""
+
+    events: list[Started | Delta | Finished | Failed]
+    stats: Stats
+
+
+class Retuned(Struct, tag="retuned"):
+    id: int
+    settings: EngineSettings
+    took_s: float
+
+
+class Tokens(Struct, tag="tokens"):
+    id: int
+    tokens: list[int]
+
+
+class Text(Struct, tag="text"):
+    id: int
+    text: str
+
+
+FromWorker = Loading | Ready | Step | Retuned | Tokens | Text | Failed
