@@ -1,0 +1,56 @@
+# Every command here stands on its own; `make help` lists them.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+GROUP ?= all
+BIN := .venv/bin
+PLAY := $(BIN)/ansible-playbook
+# The engine that tests and benchmarks run is built by the same role that builds it on hosts.
+HERD := $(HOME)/.cache/llamaherd/loopback
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export LLAMAHERD_TEST_LIB_DIR := $(HERD)/llama.cpp/current/lib
+export LLAMAHERD_TEST_BIN_DIR := $(HERD)/llama.cpp/current/bin
+export LLAMAHERD_TEST_MODEL := $(HERD)/state/models/smollm2-135m-instruct.gguf
+export LLAMA_CPP_LIB_PATH := $(LLAMAHERD_TEST_LIB_DIR)
+export MTMD_CPP_LIB := $(LLAMAHERD_TEST_LIB_DIR)/libmtmd.so
+
+.PHONY: help
+help: ## List the commands
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
+
+.PHONY: setup
+setup: ## Make the locked environment in .venv
+	@scripts/bootstrap
+
+.PHONY: demo
+demo: ## Boot a host, deploy, tune, verify; print the table and a curl line
+	@DEMO_STARTED=$$(date +%s) sh -c 'scripts/bootstrap && exec $(BIN)/python -m demo up'
+
+.PHONY: demo-down
+demo-down: setup ## Remove every trace of the demo but its caches
+	@$(BIN)/python -m demo down
+
+.PHONY: engine
+engine: setup
+	@$(PLAY) -i inventories/loopback playbooks/deploy.yml --tags llama_cpp,model
+	@$(BIN)/python -m virtualenv --version >/dev/null
+	@scripts/install-binding $(HERD)/llama.cpp/current/wheel
+
+.PHONY: lint
+lint: setup ## ruff, mypy --strict, ansible-lint, yamllint, shellcheck
+	@scripts/lint
+
+.PHONY: test
+test: lint engine ## Everything: lint, unit, server with the real model, load tests, lab
+	@$(BIN)/pytest
+
+.PHONY: test-fleet
+test-fleet: setup engine ## The long tests on a fleet of lab hosts
+	@$(BIN)/pytest -m fleet
+
+.PHONY: bench
+bench: setup engine ## All of bench/, or one: make bench GROUP=serving
+	@$(BIN)/python -m bench $(GROUP)
+
+.PHONY: report-demo
+report-demo: setup ## Make the tuning report from recorded data: build/report-demo.html
+	@$(BIN)/python -m llamaherd_loadtest.report loadtest/recorded build/report-demo.html
