@@ -11,7 +11,7 @@ export LLAMAHERD_TEST_LIB_DIR := $(HERD)/llama.cpp/current/lib
 export LLAMAHERD_TEST_BIN_DIR := $(HERD)/llama.cpp/current/bin
 export LLAMAHERD_TEST_MODEL := $(HERD)/state/models/smollm2-135m-instruct.gguf
 export LLAMA_CPP_LIB_PATH := $(LLAMAHERD_TEST_LIB_DIR)
-export MTMD_CPP_LIB := $(LLAMAHERD_TEST_LIB_DIR)/libmtmd.so
+export MTMD_CPP_LIB := $(LLAMAHERD_TEST_LIB_DIR)
 
 .PHONY: help
 help: ## List the commands
@@ -32,7 +32,6 @@ demo-down: setup ## Remove every trace of the demo but its caches
 .PHONY: engine
 engine: setup
 	@$(PLAY) -i inventories/loopback playbooks/deploy.yml --tags llama_cpp,model
-	@$(BIN)/python -m virtualenv --version >/dev/null
 	@scripts/install-binding $(HERD)/llama.cpp/current/wheel
 
 .PHONY: lint

@@ -1,0 +1,67 @@
+"""A streaming client that costs every server the same: plain asyncio, one connection a request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Sample:
+    """One streamed completion; times in seconds on one clock. `arrivals` holds one entry a content event."""
+
+    sent: float
+    arrivals: list[float] = field(default_factory=list)
+    tokens: int = 0
+
+    @property
+    def ttft(self) -> float:
+        return self.arrivals[0] - self.sent
+
+    @property
+    def gaps(self) -> list[float]:
+        return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
+
+
+async def complete(port: int, prompt: str, max_tokens: int, temperature: float = 0.8) -> Sample:
+    """Stream one /v1/completions; raises RuntimeError when the server answers with anything but a full stream."""
+    body = json.dumps(
+        {
+            "model": "bench",
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+    ).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+    writer.write(
+        b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+    sample = Sample(sent=time.perf_counter())
+    other = b""
+    finished = False
+    # Every server here sends an event as a chunk of its own, so that chunk sizes are lines to skip.
+    async for line in reader:
+        now = time.perf_counter()
+        if not line.startswith(b"data:"):
+            other += line
+            continue
+        data = line[5:].strip()
+        if data == b"[DONE]":
+            finished = True
+            break
+        event = json.loads(data)
+        if event.get("choices") and event["choices"][0].get("text"):
+            sample.arrivals.append(now)
+        if event.get("usage"):
+            sample.tokens = event["usage"]["completion_tokens"]
+    writer.close()
+    if not finished or not sample.arrivals:
+        raise RuntimeError(f"no full stream from port {port}: {other[:500].decode(errors='replace')}")
+    sample.tokens = sample.tokens or len(sample.arrivals)
+    return sample

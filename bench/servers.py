@@ -1,0 +1,165 @@
+"""Starting each product on a free port with the same model, the same libllama and the same flags."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+CACHE = Path.home() / ".cache/llamaherd"
+WORK = Path(__file__).resolve().parent.parent / "build/bench/work"
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The flags that every product gets."""
+
+    parallel: int
+    ctx_per_slot: int
+    unified: bool
+    batch: int = 2048
+    ubatch: int = 512
+    threads: int = os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Running:
+    port: int
+    pid: int
+
+    @property
+    def rss_mib(self) -> float:
+        """Resident memory of the process and its children, mapped weights included, counted once a process."""
+        return sum(_rss_mib(pid) for pid in _tree(self.pid))
+
+    def metrics(self) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as reply:
+            return str(reply.read().decode())
+
+
+@contextmanager
+def ours(flags: Flags) -> Iterator[Running]:
+    port = _free_port()
+    WORK.mkdir(parents=True, exist_ok=True)
+    config = WORK / f"server-{port}.toml"
+    config.write_text(
+        f'[http]\nport = {port}\n[model]\nname = "bench"\npath = {json.dumps(_model())}\n'
+        f"[engine]\nparallel = {flags.parallel}\nctx_per_slot = {flags.ctx_per_slot}\n"
+        f"batch = {flags.batch}\nubatch = {flags.ubatch}\nkv_unified = {str(flags.unified).lower()}\n"
+        f"threads = {flags.threads}\nthreads_batch = {flags.threads}\n"
+    )
+    with _process([sys.executable, "-m", "llamaherd_server", "--config", str(config)], port, "/readyz") as running:
+        yield running
+
+
+@contextmanager
+def llama_server(flags: Flags) -> Iterator[Running]:
+    port = _free_port()
+    command = [
+        str(Path(os.environ["LLAMAHERD_TEST_BIN_DIR"]) / "llama-server"),
+        *("--model", _model(), "--port", str(port), "--alias", "bench"),
+        *("--parallel", str(flags.parallel), "--ctx-size", str(flags.parallel * flags.ctx_per_slot)),
+        "--kv-unified" if flags.unified else "--no-kv-unified",
+        *("--batch-size", str(flags.batch), "--ubatch-size", str(flags.ubatch)),
+        *("--threads", str(flags.threads), "--threads-batch", str(flags.threads)),
+    ]
+    with _process(command, port, "/health") as running:
+        yield running
+
+
+@contextmanager
+def lcp_example(flags: Flags) -> Iterator[Running]:
+    """llama-cpp-python's example server, out of the pinned source distribution."""
+    port = _free_port()
+    config = WORK / f"example-{port}.json"
+    script = _example_server()
+    model = {
+        "path": _model(),
+        "alias": "bench",
+        "n_ctx": flags.parallel * flags.ctx_per_slot,
+        "max_seq_len": flags.ctx_per_slot,
+        "n_seq_max": flags.parallel,
+        "n_batch": flags.batch,
+        "n_ubatch": flags.ubatch,
+        "threads": flags.threads,
+        "threads_batch": flags.threads,
+        "kv_unified": flags.unified,
+    }
+    config.write_text(json.dumps({"server": {"host": "127.0.0.1", "port": port}, "model": model}))
+    with _process([sys.executable, str(script), "-C", str(config)], port, "/healthz") as running:
+        yield running
+
+
+def _model() -> str:
+    return os.environ["LLAMAHERD_TEST_MODEL"]
+
+
+def _example_server() -> Path:
+    target = WORK / "example_server.py"
+    if not target.exists():
+        WORK.mkdir(parents=True, exist_ok=True)
+        source = next(CACHE.rglob("llama_cpp_python-*.tar.gz"))
+        with tarfile.open(source) as archive:
+            member = next(m for m in archive if m.name.endswith("/examples/server/server.py"))
+            content = archive.extractfile(member)
+            target.write_bytes(content.read() if content else b"")
+    return target
+
+
+@contextmanager
+def _process(command: list[str], port: int, health: str) -> Iterator[Running]:
+    log = WORK / f"{port}.log"
+    WORK.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    try:
+        _wait(child, f"http://127.0.0.1:{port}{health}", log)
+        yield Running(port, child.pid)
+    finally:
+        child.send_signal(signal.SIGTERM)
+        try:
+            child.wait(20)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _wait(child: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    for _ in range(240):
+        if child.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except (OSError, urllib.error.HTTPError):
+            time.sleep(0.5)
+    raise RuntimeError(f"{child.args!r} did not become ready; the end of its log:\n{log.read_text()[-2000:]}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _tree(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(grandchild for child in children for grandchild in _tree(int(child)))]
+
+
+def _rss_mib(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    return 0.0

@@ -1,0 +1,100 @@
+"""What the demo leaves: the table of settings, the report, a curl line that works as pasted, and build/demo.json."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from demo.stages import ROOT
+
+MODEL = "smollm2-135m-instruct"
+Stages = list[dict[str, str | float]]
+
+
+def lab(stages: Stages, inventory: Path) -> None:
+    secrets = inventory / ".secrets"
+    summarise("lab", stages, host="herd1", endpoint="https://198.18.0.11/v1", secrets=secrets, ca=secrets / "ca.crt")
+
+
+def loopback(stages: Stages, left_out: str) -> None:
+    secrets = ROOT / "inventories/loopback/.secrets"
+    summarise(
+        "process", stages, host="localhost", endpoint="http://127.0.0.1:8080/v1", secrets=secrets, left_out=left_out
+    )
+
+
+def summarise(
+    mode: str,
+    stages: Stages,
+    *,
+    host: str,
+    endpoint: str,
+    secrets: Path,
+    ca: Path | None = None,
+    left_out: str | None = None,
+) -> None:
+    folder = ROOT / "build/tune" / host
+    verdict = json.loads((folder / "verdict.json").read_text())
+    key_file = secrets / "keys/default"
+    print_table(verdict["table"])
+    print(f"\n{verdict['sentence']}")
+    print(f"\nreport  {folder / 'report.html'}")
+    for stage in stages:
+        print(f"  {stage['seconds']:>6.0f} s  {stage['stage']}")
+    print(f"  {sum(float(stage['seconds']) for stage in stages):>6.0f} s  in all")
+    print(f"\nTry it:\n\n{curl(endpoint, key_file, ca)}\n\n`make demo-down` removes it.")
+    result = {
+        "mode": mode,
+        "left_out": left_out,
+        "endpoint": endpoint,
+        "ca_path": str(ca) if ca else None,
+        "key": key_file.read_text().strip(),
+        "settings": verdict["chosen"],
+        "verdict": verdict["verdict"],
+        "table": verdict["table"],
+        "report": str(folder / "report.html"),
+        "stages": stages,
+    }
+    target = ROOT / "build/demo.json"
+    target.write_text(json.dumps(result, indent=2) + "\n")
+    target.chmod(0o600)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Rows as in verdict.json; a figure that was never measured (not launched) is a dash."""
+    head = ("setting", "tokens/s", "TTFT p95", "TPOT p95", "verdict")
+    lines = [
+        (
+            row["label"],
+            figure(row.get("output_tokens_per_s"), ".1f", ""),
+            figure(row.get("ttft_p95_ms"), ".0f", " ms"),
+            figure(row.get("tpot_p95_ms"), ".0f", " ms"),
+            row["verdict"],
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
+    print()
+    for line in [head, tuple("─" * width for width in widths), *lines]:
+        cells = [
+            cell.ljust(width) if i in (0, 4) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def figure(value: float | None, spec: str, unit: str) -> str:
+    return "-" if value is None else f"{value:{spec}}{unit}"
+
+
+def curl(endpoint: str, key_file: Path, ca: Path | None) -> str:
+    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Say hello to the herd."}]})
+    trust = f"--cacert {shlex.quote(str(ca))} " if ca else ""
+    return (
+        f"curl -sS {trust}{endpoint}/chat/completions \\\n"
+        f'  -H "Authorization: Bearer $(cat {shlex.quote(str(key_file))})" \\\n'
+        f"  -H 'Content-Type: application/json' \\\n"
+        f"  -d {shlex.quote(body)}"
+    )
