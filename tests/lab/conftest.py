@@ -1,0 +1,84 @@
+"""Real hosts for the tests: an inventory of their own, booted before the first test and removed after the last."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+RECAP = re.compile(r"^(\S+)\s+: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished playbook; `changed` counts the tasks that changed something, by host."""
+
+    rc: int
+    output: str
+    changed: dict[str, int]
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.output.splitlines() if line.startswith("[ERROR]:")]
+
+
+class Herd:
+    """The hosts of one inventory."""
+
+    def __init__(self, inventory: Path) -> None:
+        self.inventory = inventory
+
+    def play(self, name: str, *arguments: str) -> Run:
+        command = [str(BIN / "ansible-playbook"), "-i", str(self.inventory), f"playbooks/{name}", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        output = done.stdout + done.stderr
+        print(output[-20_000:])
+        changed = {host: int(count) for host, _, count, *_ in RECAP.findall(output)}
+        return Run(done.returncode, output, changed)
+
+    def succeed(self, name: str, *arguments: str) -> Run:
+        run = self.play(name, *arguments)
+        assert run.rc == 0, f"{name} failed: {run.errors or run.output[-2000:]}"
+        return run
+
+    def sh(self, host: str, command: str) -> str:
+        """The output of `command` on `host`; fails the test when the command does."""
+        secrets = self.inventory / ".secrets"
+        ssh = ["ssh", "-i", str(secrets / "lab_ed25519"), "-o", f"UserKnownHostsFile={secrets / 'known_hosts'}"]
+        done = subprocess.run(
+            [*ssh, f"root@{self.address(host)}", command], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert done.returncode == 0, f"{command!r} on {host}: {done.stderr or done.stdout}"
+        return done.stdout
+
+    def address(self, host: str) -> str:
+        found = re.search(
+            rf"^\s+{host}:\s+ansible_host: (\S+)", (self.inventory / "hosts.yml").read_text(), re.MULTILINE
+        )
+        assert found, f"no {host} in {self.inventory}"
+        return found.group(1)
+
+
+@pytest.fixture(
+    scope="module", params=["bookworm", pytest.param("trixie", marks=pytest.mark.fleet)], ids=["debian12", "debian13"]
+)
+def herd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
+    """One fresh host `t1`."""
+    inventory = tmp_path_factory.mktemp("inventory") / "lab"
+    shutil.copytree(Path(__file__).parent / "inventory", inventory)
+    hosts = inventory / "hosts.yml"
+    hosts.write_text(hosts.read_text().replace("bookworm", request.param))
+    herd = Herd(inventory)
+    try:
+        herd.succeed("lab.yml")
+        yield herd
+    finally:
+        herd.succeed("lab.yml", "-e", "llamaherd_lab_state=absent")

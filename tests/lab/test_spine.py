@@ -1,0 +1,109 @@
+"""The main job on one real host, in the order in which an operator meets it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.lab.conftest import Herd
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
+
+
+def test_check_mode_works_on_a_virgin_host_and_touches_nothing(herd: Herd) -> None:
+    herd.succeed("deploy.yml", "--check")
+    assert herd.sh("t1", "ls /opt /etc/llamaherd /var/lib/llamaherd 2>/dev/null || true").strip() in ("", "/opt:")
+    assert "llamaherd" not in herd.sh("t1", "cat /etc/passwd")
+
+
+def test_deploy(herd: Herd) -> None:
+    herd.succeed("deploy.yml")
+    assert herd.sh("t1", "systemctl is-active llamaherd-server nginx").split() == ["active", "active"]
+
+
+def test_a_second_deploy_changes_nothing(herd: Herd) -> None:
+    assert herd.succeed("deploy.yml").changed["t1"] == 0
+
+
+def test_check_mode_on_a_deployed_host_would_change_nothing(herd: Herd) -> None:
+    assert herd.succeed("deploy.yml", "--check").changed["t1"] == 0
+
+
+def test_verify(herd: Herd) -> None:
+    herd.succeed("verify.yml")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        pytest.param({"llamaherd_accelerator": "cdua"}, "cdua", id="unknown accelerator"),
+        pytest.param({"llamaherd_paralel": 4}, "llamaherd_paralel", id="misspelt variable"),
+        pytest.param({"llamaherd_settings": {"parallel": 256, "ctx_per_slot": 1000000}}, "GiB", id="beyond the memory"),
+        pytest.param({"llamaherd_server_port": 22}, "22", id="port taken"),
+        pytest.param({"llamaherd_model": "nope"}, "nope", id="unknown model"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_changes_nothing(
+    herd: Herd, variables: dict[str, object], expected: str
+) -> None:
+    run = herd.play("deploy.yml", "-e", json.dumps(variables))
+    assert run.rc != 0
+    assert run.changed["t1"] == 0
+    assert len(run.errors) == 1
+    assert expected in run.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "sha256", "expected"),
+    [
+        pytest.param(b"GGUF but not what was promised", "0" * 64, "0" * 64, id="sha256 mismatch"),
+        pytest.param(b"plain text", None, "GGUF", id="no GGUF"),
+    ],
+)
+def test_a_bad_model_never_replaces_the_good_one(
+    herd: Herd, tmp_path_factory: pytest.TempPathFactory, content: bytes, sha256: str | None, expected: str
+) -> None:
+    import hashlib
+
+    model = tmp_path_factory.mktemp("model") / "bad.gguf"
+    model.write_bytes(content)
+    entry = {
+        "name": "bad",
+        "source": {"kind": "file", "path": str(model)},
+        "sha256": sha256 or hashlib.sha256(content).hexdigest(),
+    }
+    before = herd.sh("t1", "cat /etc/llamaherd/server.toml; ls /var/lib/llamaherd/models")
+    run = herd.play("deploy.yml", "-e", json.dumps({"llamaherd_models": [entry], "llamaherd_model": "bad"}))
+    assert run.rc != 0
+    assert len(run.errors) == 1
+    assert expected in run.errors[0]
+    assert herd.sh("t1", "cat /etc/llamaherd/server.toml; ls /var/lib/llamaherd/models") == before
+    assert herd.sh("t1", "systemctl is-active llamaherd-server").strip() == "active"
+
+
+def test_an_unreachable_host_is_one_clear_line(herd: Herd) -> None:
+    run = herd.play("deploy.yml", "-e", "ansible_host=198.18.0.99", "-e", "ansible_ssh_timeout=3")
+    assert run.rc != 0
+    assert "unreachable" in run.output.lower()
+    assert "198.18.0.99" in run.output
+
+
+def test_one_changed_setting_restarts_only_the_server(herd: Herd) -> None:
+    before = herd.sh("t1", "systemctl show -P ActiveEnterTimestampMonotonic nginx llamaherd-server").split()
+    herd.succeed("deploy.yml", "--tags", "config", "-e", json.dumps({"llamaherd_settings": {"parallel": 2}}))
+    after = herd.sh("t1", "systemctl show -P ActiveEnterTimestampMonotonic nginx llamaherd-server").split()
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+    assert "parallel = 2" in herd.sh("t1", "cat /etc/llamaherd/server.toml")
+
+
+def test_reset_leaves_nothing_behind(herd: Herd) -> None:
+    herd.succeed("reset.yml", "-e", '{"skip_confirmation": true}')
+    left = herd.sh(
+        "t1",
+        "ls -d /opt/llamaherd /etc/llamaherd /var/lib/llamaherd /etc/systemd/system/llamaherd* "
+        "/etc/nginx/*/*llamaherd* 2>/dev/null || true; grep llamaherd /etc/passwd /etc/group || true; "
+        "systemctl list-units --all --plain --no-legend 'llamaherd*'",
+    )
+    assert left.strip() == ""
