@@ -16,7 +16,7 @@ _ERROR = re.compile(r"^\[ERROR\]: (?:Task failed: )?(?:Action failed: |Module fa
 
 
 class StageFailed(Exception):
-    """A stage did not reach its end; the message is the first error that it printed."""
+    """A stage did not reach its end; the message is the last error that it printed."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Timer:
 
 
 def playbook(inventory: str, name: str, *arguments: str) -> None:
-    """Run playbooks/`name`; raises StageFailed with the first error it showed."""
+    """Run playbooks/`name`; raises StageFailed with the last error it showed."""
     command = [
         str(Path(sys.executable).with_name("ansible-playbook")),
         *("-i", inventory, f"playbooks/{name}"),
@@ -63,6 +63,6 @@ def playbook(inventory: str, name: str, *arguments: str) -> None:
             sys.stdout.write(line)
             sys.stdout.flush()
             found = _ERROR.match(re.sub(r"\x1b\[[0-9;]*m", "", line))
-            error = error or (found.group(1).strip().rstrip(".") if found else "")
+            error = found.group(1).strip().rstrip(".") if found else error
     if child.returncode != 0:
         raise StageFailed(error or f"playbooks/{name} ended with exit code {child.returncode}")
