@@ -1,0 +1,106 @@
+"""The command line: `python -m llamaherd_server --config server.toml`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import errno
+import os
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+import uvloop
+
+from llamaherd_server import log
+from llamaherd_server.api.state import AppState
+from llamaherd_server.app import create_app
+from llamaherd_server.auth import KeysError
+from llamaherd_server.engine.embedded import EmbeddedEngine
+from llamaherd_server.settings import Settings, SettingsError, load
+
+DEFAULT_CONFIG = Path("/etc/llamaherd/server.toml")
+# Longer than nginx keeps an idle upstream connection (60 s), so that it never writes into one that is being closed.
+_KEEP_ALIVE_S = 75
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the lifecycle: uvicorn would close the listening socket first, and die of the signal last."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain on the first signal, exit on the second."""
+        del sig, frame
+        state: AppState = self.config.app.state.llamaherd  # type: ignore[union-attr]
+        if state.lifecycle.draining:
+            self.should_exit = self.force_exit = True
+        else:
+            asyncio.get_running_loop().call_soon_threadsafe(state.lifecycle.drain)
+
+
+def main() -> None:
+    """Serve until SIGTERM. Exits with 0 after a drain, 78 for settings that need a person, 1 for the rest."""
+    parser = argparse.ArgumentParser(prog="llamaherd-server", description="OpenAI-compatible server over llama.cpp")
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="server.toml (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="check the settings and the keys, then exit")
+    arguments = parser.parse_args()
+    log.configure()
+    try:
+        settings = load(arguments.config)
+        app = create_app(settings, _engine(settings))
+    except (SettingsError, KeysError) as error:
+        sys.stderr.write(f"llamaherd-server: {error}\n")
+        sys.exit(os.EX_CONFIG)
+    if arguments.check:
+        return
+    listener = _listen(settings)
+    state: AppState = app.state.llamaherd
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=5,
+    )
+    server = _Server(config)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    state.lifecycle.over = stop
+    uvloop.run(server.serve([listener]))
+    sys.exit(state.lifecycle.exit_code)
+
+
+def _engine(settings: Settings) -> EmbeddedEngine:
+    return EmbeddedEngine(
+        settings.model.path,
+        settings.model.gpu_layers,
+        settings.engine.settings,
+        heartbeat_timeout_s=settings.limits.heartbeat_timeout_s,
+    )
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Take the port before anything slow is started."""
+    host, port = settings.http.host, settings.http.port
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        remedy = "set http.port to a free one" if error.errno == errno.EADDRINUSE else "check http.host and http.port"
+        sys.exit(f"llamaherd-server: cannot listen on {host} port {port}: {error.strerror}: {remedy}")
+    return listener
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Turns a run of generations into an HTTP answer: one JSON object, or server-sent events as they come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+import structlog
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from llamaherd_server.engine.base import Event
+from llamaherd_server.errors import ApiError
+from llamaherd_server.generation import Run
+from llamaherd_server.meter import Usage
+from llamaherd_server.protocol import Delta, Finished, TokenLogprob
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One finished generation."""
+
+    index: int
+    text: str
+    logprobs: list[TokenLogprob]
+    end: Finished
+
+
+class Shape(Protocol):
+    """How an endpoint writes its answer. Chunks are whole `data:` events."""
+
+    def chunk(self, index: int, event: Event) -> bytes:
+        """The events for what came of choice `index`; empty: nothing to tell yet."""
+
+    def last_chunk(self, usage: Usage) -> bytes:
+        """What follows the last choice's end, without [DONE]."""
+
+    def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
+        """The answer in one object."""
+
+
+async def answer(request: Request, run: Run, shape: Shape, *, stream: bool) -> Response:
+    """Start the run and answer with it; errors before the first token's slot are raised as ApiError."""
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(run)
+        request.state.log.follow(run.usage)
+        await _unless_gone(request.receive, run.first())
+        if stream:
+            return EventStream(run, shape, stack.pop_all())
+        choices = await _unless_gone(request.receive, _collected(run))
+        return json_response(shape.whole(choices, run.usage))
+
+
+def json_response(content: Any) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+class EventStream(Response):
+    """Sends a run's events; ends the run when the client has gone or all is sent."""
+
+    def __init__(self, run: Run, shape: Shape, stack: AsyncExitStack) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the latter tells nginx to pass chunks on
+        super().__init__(media_type="text/event-stream", headers=headers)
+        del self.headers["content-length"]
+        self._run = run
+        self._shape = shape
+        self._stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._stack:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                await _unless_gone(receive, self._send_all(send))
+            except ClientDisconnect:
+                scope["state"]["log"].client_gone = True
+
+    async def _send_all(self, send: Send) -> None:
+        async for chunk in self._chunks():
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        try:
+            async for index, event in self._run.events():
+                if chunk := self._shape.chunk(index, event):
+                    yield chunk
+        except ApiError as error:
+            yield sse(error.body())
+        except Exception:
+            log.exception("internal error in a stream")
+            yield sse(ApiError(500, "internal error; the server's log has the details", code="internal").body())
+        else:
+            yield self._shape.last_chunk(self._run.usage) + b"data: [DONE]\n\n"
+
+
+def sse(content: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+async def _collected(run: Run) -> list[Choice]:
+    texts: defaultdict[int, list[str]] = defaultdict(list)
+    logprobs: defaultdict[int, list[TokenLogprob]] = defaultdict(list)
+    choices: dict[int, Choice] = {}
+    async for index, event in run.events():
+        if isinstance(event, Delta):
+            texts[index].append(event.text)
+            logprobs[index] += event.logprobs or ()
+        elif isinstance(event, Finished):
+            choices[index] = Choice(index, "".join(texts[index]), logprobs[index], event)
+    return [choices[index] for index in sorted(choices)]
+
+
+async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """Do `work`; when the client goes away first, cancel it and raise ClientDisconnect."""
+    doing = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((doing, gone), return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+        raise ClientDisconnect
+    finally:
+        for task in (doing, gone):
+            task.cancel()
+        await asyncio.gather(doing, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

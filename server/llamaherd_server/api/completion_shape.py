@@ -1,0 +1,74 @@
+"""How a text completion is written, as one object or as chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llamaherd_server.api.answer import Choice
+from llamaherd_server.api.wire import Envelope, Options, encode, timings_object, usage_object
+from llamaherd_server.engine.base import Event
+from llamaherd_server.meter import Usage
+from llamaherd_server.protocol import Delta, Started, TokenLogprob
+
+
+class CompletionShape:
+    """OpenAI's text_completion. `echo`: what stands before each choice's text, empty without echo."""
+
+    def __init__(self, options: Options, *, logprobs: bool, echo: list[str]) -> None:
+        self._options = options
+        self._logprobs = logprobs
+        self._echo = echo
+        self._offsets = [len(text) for text in echo]
+        self._envelope = Envelope("cmpl", "text_completion", options)
+
+    def chunk(self, index: int, event: Event) -> bytes:
+        """The events that tell what came of choice `index`."""
+        if isinstance(event, Started):
+            return self._text(index, self._echo[index], b"null") if self._echo[index] else b""
+        if isinstance(event, Delta):
+            if not event.text and not event.logprobs:
+                return b""
+            return self._text(index, event.text, encode(self._take_logprobs(index, event.logprobs)))
+        timings = timings_object(event) if self._options.timings else None
+        body = b'"text":"","logprobs":null,"finish_reason":' + encode(event.reason)
+        return self._envelope.finish(index, body, timings)
+
+    def last_chunk(self, usage: Usage) -> bytes:
+        """The usage, if it was asked for."""
+        return self._envelope.usage(usage) if self._options.include_usage else b""
+
+    def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
+        """The answer in one object."""
+        return {
+            **self._envelope.head,
+            "choices": [self._choice(choice) for choice in choices],
+            "usage": usage_object(usage),
+            **({"timings": timings_object(choices[0].end)} if self._options.timings else {}),
+        }
+
+    def _text(self, index: int, text: str, logprobs: bytes) -> bytes:
+        return self._envelope.choice(index, b'"text":%b,"logprobs":%b,"finish_reason":null' % (encode(text), logprobs))
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "text": self._echo[choice.index] + choice.text,
+            "logprobs": self._take_logprobs(choice.index, choice.logprobs) if self._logprobs else None,
+            "finish_reason": choice.end.reason,
+        }
+
+    def _take_logprobs(self, index: int, tokens: list[TokenLogprob] | None) -> dict[str, Any] | None:
+        """The legacy form: parallel lists, each token with its offset in the choice's text."""
+        if not tokens:
+            return None
+        texts = [token.text.decode(errors="replace") for token in tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [{one.text.decode(errors="replace"): one.logprob for one in token.top} for token in tokens],
+            "text_offset": offsets,
+        }

@@ -1,0 +1,146 @@
+"""The request fields that chat and completions share; each description says what the server does with it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+import msgspec
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from llamaherd_server.errors import unknown_field, unsupported
+from llamaherd_server.protocol import Sampling
+
+_STOPS = 16
+_INT32 = 2**31 - 1
+
+
+class Body(BaseModel):
+    """A request's body. A field that it does not know is an error that names the nearest one."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            known = [field.alias or name for name, field in cls.model_fields.items()]
+            for name in body:
+                if name not in known:
+                    raise unknown_field(name, known)
+        return body
+
+
+def _as_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _as_pairs(bias: Any) -> Any:
+    """llama-server's list of [token, bias] as OpenAI's object."""
+    if isinstance(bias, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in bias):
+        try:
+            return dict(bias)
+        except TypeError:
+            return bias
+    return bias
+
+
+def _without_nul(grammar: str) -> str:
+    if "\0" in grammar:
+        raise ValueError("must not contain a NUL character")
+    return grammar
+
+
+Text = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+class StreamOptions(Body):
+    """Options of a stream."""
+
+    include_usage: bool = Field(False, description="True: the last chunk, with no choices, carries `usage`.")
+    include_obfuscation: bool | None = Field(None, description="Accepted and ignored: chunks are never padded.")
+
+
+class SamplingFields(Body):
+    """How the next token is chosen. A field left out takes llama-server's default."""
+
+    temperature: float | None = Field(None, ge=0, le=100, description="0: the most likely token. Default 0.8.")
+    top_k: int | None = Field(None, ge=-1, le=_INT32, description="Keep the k most likely tokens; 0: all. Default 40.")
+    top_p: float | None = Field(None, ge=0, le=1, description="Keep the likeliest tokens of this total. Default 0.95.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Least probability, of the likeliest's. Default 0.05.")
+    typical_p: float | None = Field(None, ge=0, le=1, description="Locally typical sampling; 1: off (default).")
+    xtc_probability: float | None = Field(None, ge=0, le=1, description="Chance of XTC at a token; 0: off (default).")
+    xtc_threshold: float | None = Field(None, ge=0, le=1, description="XTC's threshold. Default 0.1.")
+    repeat_penalty: float | None = Field(None, gt=0, le=100, description="Penalty on repeats; 1: off (default).")
+    repeat_last_n: int | None = Field(
+        None, ge=-1, le=_INT32, description="Tokens that count as repeats; -1: all. Default 64."
+    )
+    presence_penalty: float | None = Field(None, ge=-100, le=100, description="For each token seen. Default 0.")
+    frequency_penalty: float | None = Field(None, ge=-100, le=100, description="For each time seen. Default 0.")
+    dry_multiplier: float | None = Field(None, ge=0, le=1e6, description="Strength of DRY; 0: off (default).")
+    dry_base: float | None = Field(None, ge=1, le=1e6, description="DRY's base. Default 1.75.")
+    dry_allowed_length: int | None = Field(None, ge=0, le=_INT32, description="Repeats without penalty. Default 2.")
+    dry_penalty_last_n: int | None = Field(
+        None, ge=-1, le=_INT32, description="Tokens DRY looks at; -1: all (default)."
+    )
+    dry_sequence_breakers: list[Text] | None = Field(None, max_length=64, description="What ends a sequence for DRY.")
+    mirostat: int | None = Field(None, ge=0, le=2, description="Mirostat version; 0: off (default).")
+    mirostat_tau: float | None = Field(None, ge=0, le=1e6, description="Mirostat's target entropy. Default 5.")
+    mirostat_eta: float | None = Field(None, ge=0, le=1e6, description="Mirostat's learning rate. Default 0.1.")
+    seed: int | None = Field(
+        None, description="Equal seeds and fields give equal samples; choice i uses seed + i. -1 or null: random."
+    )
+    logit_bias: Annotated[
+        dict[int, float] | None, BeforeValidator(_as_pairs, json_schema_input_type=dict[int, float] | list[Any] | None)
+    ] = Field(None, max_length=4096, description="Token id to bias; also as a list of [token id, bias].")
+    ignore_eos: bool | None = Field(None, description="True: never stop at the end-of-sequence token.")
+    grammar: Annotated[str, AfterValidator(_without_nul)] | None = Field(
+        None, max_length=2**20, description="GBNF grammar with the root rule `root`; an invalid one is a 400."
+    )
+
+    def sampling(self, index: int = 0) -> Sampling:
+        """The parameters of choice `index`."""
+        given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        if self.seed is not None:
+            given["seed"] = None if self.seed == -1 else (self.seed + index) % 2**32
+        return msgspec.structs.replace(Sampling(), **given)
+
+
+_SAMPLING = Sampling.__struct_fields__
+
+
+class GenerationFields(SamplingFields):
+    """What chat and completions have in common besides sampling."""
+
+    model: str | None = Field(None, description="A name of /v1/models; left out: the model that is served.")
+    stream: bool = Field(False, description="True: server-sent events, ended by `data: [DONE]`.")
+    stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
+    n: int = Field(1, ge=1, le=128, description="Independent completions of each prompt, generated in parallel.")
+    max_tokens: int | None = Field(
+        None,
+        ge=-1,
+        le=_INT32,
+        description="Most tokens of a completion; -1 or null: up to the context's end.",
+    )
+    stop: Annotated[list[Text] | None, BeforeValidator(_as_list, json_schema_input_type=str | list[str] | None)] = (
+        Field(None, max_length=_STOPS, description="Strings that end the completion; they are not part of it.")
+    )
+    cache_prompt: bool = Field(True, description="False: compute all of the prompt, whatever the KV cache has.")
+    timings_per_token: bool = Field(False, description="True: the last chunk or the response carries `timings`.")
+    user: str | None = Field(None, description="Accepted and ignored.")
+    metadata: dict[str, str] | None = Field(None, description="Accepted and ignored.")
+    store: bool | None = Field(None, description="Accepted and ignored: nothing is stored.")
+    service_tier: str | None = Field(None, description="Accepted and ignored.")
+    safety_identifier: str | None = Field(None, description="Accepted and ignored.")
+    prompt_cache_key: str | None = Field(None, description="Accepted and ignored: equal prefixes are always shared.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise unsupported("stream_options", "stream_options: only with stream: true")
+        if self.max_tokens == 0:
+            raise unsupported("max_tokens", "max_tokens: must be at least 1, or -1 for no limit")
+        return self
+
+    def limit(self) -> int | None:
+        """`max_tokens` as the engine takes it."""
+        return None if self.max_tokens == -1 else self.max_tokens

@@ -1,0 +1,46 @@
+"""GET /v1/models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from llamaherd_server.api.state import AppState, state_of
+from llamaherd_server.errors import ApiError
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    """The models that are served."""
+    return {"object": "list", "data": [_describe(state_of(request))]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, request: Request) -> dict[str, Any]:
+    """One of them."""
+    state = state_of(request)
+    if name != state.model_name:
+        raise ApiError(404, f"model {name!r} is not served here: there is {state.model_name!r}", code="model_not_found")
+    return _describe(state)
+
+
+def _describe(state: AppState) -> dict[str, Any]:
+    status = state.engine.status()
+    info = state.model_info()
+    return {
+        "id": state.model_name,
+        "object": "model",
+        "created": int(state.settings.model.path.stat().st_mtime),
+        "owned_by": "llamaherd",
+        "meta": {
+            "n_ctx": status.settings.ctx_per_slot,
+            "n_ctx_train": info.n_ctx_train,
+            "n_params": info.n_params,
+            "n_vocab": info.n_vocab,
+            "n_embd": info.n_embd,
+            "size": info.size_bytes,
+        },
+    }

@@ -1,0 +1,80 @@
+"""For those who operate the server: /livez, /readyz, /metrics and /admin/engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from llamaherd_server.api.answer import json_response
+from llamaherd_server.api.state import AppState, state_of
+from llamaherd_server.engine_settings import merge
+from llamaherd_server.errors import ApiError
+
+router = APIRouter()
+
+
+@router.get("/livez")
+async def livez(request: Request) -> Response:
+    """200 as long as the engine's step loop turns, 503 when it is wedged."""
+    if state_of(request).lifecycle.alive():
+        return json_response({"status": "ok"})
+    raise ApiError(503, "the engine has not answered for too long", code="engine_wedged")
+
+
+@router.get("/readyz")
+@router.get("/health")
+async def readyz(request: Request) -> Response:
+    """200 when requests are served; 503 while loading, restarting and shutting down."""
+    state = state_of(request)
+    if state.lifecycle.ready():
+        return json_response({"status": "ok"})
+    refusal = state.lifecycle.refusal()
+    raise refusal or ApiError(503, "the engine is restarting", code="engine_restarting", retry_after=5)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    page = state_of(request).serving.metrics.page()
+    return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/admin/engine")
+async def engine(request: Request) -> Response:
+    """The engine's state, settings and statistics."""
+    return json_response(_describe(state_of(request)))
+
+
+@router.put("/admin/engine")
+async def retune(body: dict[str, Any], request: Request) -> Response:
+    """Put other settings in force, any subset, without reloading the weights; the old ones stay if these do not fit."""
+    state = state_of(request)
+    try:
+        wanted = merge(state.engine.status().settings, body)
+    except ValueError as error:
+        raise ApiError(400, str(error), code="invalid_value") from None
+    in_force = await state.engine.retune(wanted)
+    state.serving.admission.set_parallel(in_force.parallel)
+    return json_response(_describe(state))
+
+
+def _describe(state: AppState) -> dict[str, Any]:
+    status = state.engine.status()
+    return {
+        "engine": state.settings.engine.kind,
+        "state": status.state,
+        "model": {
+            "name": state.model_name,
+            "path": str(state.settings.model.path),
+            "size_bytes": status.model.size_bytes if status.model else None,
+        },
+        "build": status.model.build if status.model else None,
+        "settings": msgspec.to_builtins(status.settings),
+        "stats": msgspec.to_builtins(status.stats),
+        "heartbeat_age_s": status.heartbeat_age_s,
+        "restarts": status.restarts,
+        "load_s": status.load_s,
+        "last_error": status.last_error,
+    }

@@ -1,0 +1,41 @@
+"""POST /tokenize and /detokenize, as llama-server has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+
+from llamaherd_server.api.fields import Body
+from llamaherd_server.api.state import state_of
+
+router = APIRouter()
+
+
+class TokenizeRequest(Body):
+    """Text to split into tokens."""
+
+    content: str = Field(description="The text.")
+    add_special: bool = Field(False, description="True: with the tokens that a prompt begins with, such as BOS.")
+    parse_special: bool = Field(True, description="False: control tokens in the text are plain text.")
+
+
+class DetokenizeRequest(Body):
+    """Tokens to join to text."""
+
+    tokens: list[int] = Field(description="Token ids.")
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+    """The model's tokens of a text."""
+    engine = state_of(request).engine
+    tokens = await engine.tokenize(body.content, add_special=body.add_special, parse_special=body.parse_special)
+    return {"tokens": tokens}
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any]:
+    """The text of tokens."""
+    return {"content": await state_of(request).engine.detokenize(body.tokens)}

@@ -1,0 +1,89 @@
+"""The parts that OpenAI's answers share: envelopes, usage, timings."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from llamaherd_server.api.fields import GenerationFields
+from llamaherd_server.meter import Usage
+from llamaherd_server.protocol import Finished
+
+encode = msgspec.json.encode
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a request asked to be told besides its text."""
+
+    model: str
+    include_usage: bool
+    timings: bool
+
+    @classmethod
+    def of(cls, body: GenerationFields, model: str) -> Options:
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        return cls(model, include_usage, body.timings_per_token)
+
+
+class Envelope:
+    """An answer's id and what stands around each of its chunks, encoded once: a token then costs one small encode."""
+
+    def __init__(self, prefix: str, kind: str, options: Options) -> None:
+        self.head = {
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": options.model,
+        }
+        self._open = b"data: " + encode(self.head)[:-1]
+        # OpenAI: all chunks but the last have a null usage when usage was asked for
+        self._close = b',"usage":null}\n\n' if options.include_usage else b"}\n\n"
+
+    def choice(self, index: int, body: bytes) -> bytes:
+        """An event with one choice; `body`: its fields besides the index, encoded, without braces."""
+        return b'%b,"choices":[{"index":%d,%b}]%b' % (self._open, index, body, self._close)
+
+    def finish(self, index: int, body: bytes, timings: dict[str, Any] | None) -> bytes:
+        """The event that ends a choice."""
+        event = self.choice(index, body)
+        if timings is None:
+            return event
+        return event.removesuffix(b"}\n\n") + b',"timings":' + encode(timings) + b"}\n\n"
+
+    def usage(self, usage: Usage) -> bytes:
+        """The event without choices that tells the usage."""
+        return self._open + b',"choices":[],"usage":' + encode(usage_object(usage)) + b"}\n\n"
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """OpenAI's usage."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def timings_object(event: Finished) -> dict[str, Any]:
+    """llama-server's timings of one generation."""
+    prompt_n = event.prompt_tokens - event.cached_tokens
+    return {
+        "cache_n": event.cached_tokens,
+        **_rates("prompt", prompt_n, event.prompt_s),
+        **_rates("predicted", event.completion_tokens, event.decode_s),
+    }
+
+
+def _rates(name: str, count: int, seconds: float) -> dict[str, float]:
+    return {
+        f"{name}_n": count,
+        f"{name}_ms": seconds * 1000,
+        f"{name}_per_token_ms": seconds * 1000 / count if count else 0.0,
+        f"{name}_per_second": count / seconds if seconds else 0.0,
+    }

@@ -1,0 +1,61 @@
+"""The FastAPI application: puts the parts together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI
+
+from llamaherd_server import errors
+from llamaherd_server.admission import Admission
+from llamaherd_server.api import chat, completions, models, ops, tokenize
+from llamaherd_server.api.state import AppState
+from llamaherd_server.auth import KeyStore
+from llamaherd_server.chat.sandbox import Sandbox
+from llamaherd_server.engine.base import Engine
+from llamaherd_server.generation import Serving
+from llamaherd_server.lifecycle import Lifecycle
+from llamaherd_server.metrics import Metrics
+from llamaherd_server.middleware import Gate, RequestContext
+from llamaherd_server.quota import Quotas
+from llamaherd_server.settings import Settings
+
+
+def create_app(settings: Settings, engine: Engine) -> FastAPI:
+    """The app that serves `engine`; its lifespan starts and stops it. Raises KeysError when the keys cannot be read."""
+    keys = KeyStore(settings.auth.keys_file) if settings.auth.keys_file else None
+    limits = settings.limits
+    admission = Admission(
+        max_queue=limits.max_queue,
+        timeout_s=limits.queue_timeout_s,
+        parallel=settings.engine.settings.parallel,
+    )
+    metrics = Metrics(engine.status, admission)
+    serving = Serving(engine, admission, Quotas(), metrics, settings.model.name, limits.request_timeout_s)
+    lifecycle = Lifecycle(engine, admission, metrics, limits)
+    app = FastAPI(title="llamaherd", docs_url="/docs", redoc_url=None, lifespan=_lifespan)
+    app.state.llamaherd = AppState(settings, serving, lifecycle, Sandbox())
+    for router in (chat.router, completions.router, models.router, tokenize.router, ops.router):
+        app.include_router(router, responses={"4XX": {"model": errors.ErrorBody}, "5XX": {"model": errors.ErrorBody}})
+    errors.install(app)
+    app.add_middleware(Gate, keys=keys, lifecycle=lifecycle, max_body_bytes=limits.max_body_bytes)
+    app.add_middleware(RequestContext, metrics=metrics)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Serve from the first moment, so that probes are answered while the model loads."""
+    state: AppState = app.state.llamaherd
+    await state.sandbox.start()
+    living = asyncio.create_task(state.lifecycle.run())
+    try:
+        yield
+    finally:
+        living.cancel()
+        with suppress(asyncio.CancelledError):
+            await living
+        await state.lifecycle.stop()
+        await state.sandbox.stop()

@@ -1,0 +1,109 @@
+"""API keys: named, hashed at rest, each with its own limits, reloaded when their file changes."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import hmac
+import tomllib
+from pathlib import Path
+
+import structlog
+from msgspec import Struct, ValidationError, convert
+
+log = structlog.get_logger()
+
+
+class KeysError(Exception):
+    """The keys file cannot be used; the message names the file and the reason."""
+
+
+class Key(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A caller. None means: no limit. `priority` is the key's share of a busy server relative to the others'."""
+
+    name: str
+    sha256: str
+    admin: bool = False
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None  # prompt and completion together
+    max_concurrent: int | None = None
+    models: list[str] | None = None
+    expires: datetime.datetime | None = None
+    priority: float = 1.0
+
+
+class _KeysFile(Struct, forbid_unknown_fields=True):
+    keys: list[Key]
+
+
+# Who calls when no keys are configured: anyone on this machine.
+ANONYMOUS = Key(name="anonymous", sha256="", admin=False)
+
+
+class KeyStore:
+    """The keys of a file, read again when it changes. A file that has become unreadable leaves the old keys valid."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises KeysError when the file cannot be used."""
+        self._path = path
+        self._version = self._file_version()
+        self._keys = _read(path)
+
+    def find(self, token: str) -> Key | None:
+        """The key that `token` is the secret of, whose time has not run out."""
+        self._reload_if_changed()
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        found = None
+        for key in self._keys:  # all of them, so that the time taken does not tell which one matched
+            if hmac.compare_digest(key.sha256, digest):
+                found = key
+        if found is not None and found.expires is not None and found.expires <= datetime.datetime.now(datetime.UTC):
+            return None
+        return found
+
+    def _file_version(self) -> tuple[int, int, int] | None:
+        try:
+            stat = self._path.stat()
+        except OSError:
+            return None
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+    def _reload_if_changed(self) -> None:
+        version = self._file_version()
+        if version == self._version:
+            return
+        self._version = version
+        try:
+            self._keys = _read(self._path)
+        except KeysError as error:
+            log.error("keys not reloaded", error=str(error))
+        else:
+            log.info("keys reloaded", count=len(self._keys))
+
+
+def _read(path: Path) -> list[Key]:
+    try:
+        keys = convert(tomllib.loads(path.read_text()), _KeysFile).keys
+    except OSError as error:
+        raise KeysError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise KeysError(f"{path}: {error}") from None
+    for key in keys:
+        _check(key, path)
+    if len({key.name for key in keys}) < len(keys):
+        raise KeysError(f"{path}: two keys have the same name")
+    if not keys:
+        raise KeysError(f"{path}: no keys; add a [[keys]] table with name and sha256")
+    return keys
+
+
+def _check(key: Key, path: Path) -> None:
+    if len(key.sha256) != 64 or not set(key.sha256) <= set("0123456789abcdef"):
+        raise KeysError(f"{path}: key {key.name!r}: sha256 must be 64 lower-case hex digits (sha256sum of the secret)")
+    if key.expires is not None and key.expires.tzinfo is None:
+        raise KeysError(f"{path}: key {key.name!r}: expires needs a time zone, as in 2027-01-31T00:00:00Z")
+    if not 0.01 <= key.priority <= 100:
+        raise KeysError(f"{path}: key {key.name!r}: priority {key.priority} must be between 0.01 and 100")
+    for name in ("requests_per_minute", "tokens_per_minute", "max_concurrent"):
+        if (value := getattr(key, name)) is not None and value <= 0:
+            raise KeysError(f"{path}: key {key.name!r}: {name} {value} must be above 0")

@@ -1,0 +1,140 @@
+"""The generations of one HTTP request: queued, run, measured and, whatever happens, released."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from llamaherd_server.admission import Admission, Ticket
+from llamaherd_server.auth import Key
+from llamaherd_server.engine.base import Engine, EngineError, Event
+from llamaherd_server.errors import ApiError
+from llamaherd_server.meter import Meter, Usage
+from llamaherd_server.metrics import Metrics
+from llamaherd_server.protocol import Finished, Generate
+from llamaherd_server.quota import Quotas
+
+# For the cost that the queue expects of a request: what it is taken to generate unless its max_tokens is less, and the
+# characters taken to make one token. What it really used is put right at its end.
+_EXPECTED_OUTPUT = 256
+_CHARS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What a generation needs of the server."""
+
+    engine: Engine
+    admission: Admission
+    quotas: Quotas
+    metrics: Metrics
+    model: str
+    request_timeout_s: float
+
+
+class Run:
+    """Runs `requests` at once and yields their events as (index, event) in the order they come.
+
+    The `n` completions of a prompt lie side by side in `requests`. An async context manager: leaving it cancels what
+    still runs. A generation that fails ends the iteration with an error. `first` waits until the first one has a slot,
+    so that what fails before that can still be told by the HTTP status.
+    """
+
+    def __init__(self, serving: Serving, key: Key, requests: list[Generate], *, n: int, arrived: float) -> None:
+        """`arrived`: the perf_counter reading when the HTTP request came."""
+        self.usage = Usage()
+        self._arrived = arrived
+        self._serving = serving
+        self._key = key
+        self._requests = requests
+        self._n = n
+        self._events: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._peeked: tuple[int, Event | Exception] | None = None
+
+    async def __aenter__(self) -> Self:
+        """Take the places in the queue; raises ApiError when a limit stands against it."""
+        serving, key = self._serving, self._key
+        serving.quotas.enter(key)
+        try:
+            tickets = serving.admission.enter(key, [_cost(request) for request in self._requests])
+        except ApiError:
+            serving.quotas.leave(key, 0)
+            raise
+        for index, (request, ticket) in enumerate(zip(self._requests, tickets, strict=True)):
+            meter = Meter(
+                serving.metrics,
+                self.usage,
+                by=(key.name, serving.model),
+                arrived=self._arrived,
+                counts_prompt=index % self._n == 0,
+            )
+            self._tasks.append(asyncio.create_task(self._pump(index, request, ticket, meter)))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._serving.quotas.leave(self._key, self.usage.prompt_tokens + self.usage.completion_tokens)
+
+    async def first(self) -> None:
+        """Wait for the first event; raises what came instead of it."""
+        self._peeked = await self._events.get()
+        if isinstance(error := self._peeked[1], Exception):
+            raise error
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """All events from the first on, until every generation has finished or one has failed."""
+        left = len(self._requests)
+        while left:
+            index, event = self._peeked or await self._events.get()
+            self._peeked = None
+            if isinstance(event, Exception):
+                raise event
+            left -= isinstance(event, Finished)
+            yield index, event
+
+    async def _pump(self, index: int, request: Generate, ticket: Ticket, meter: Meter) -> None:
+        """One generation, from its place in the queue to its last event."""
+        serving = self._serving
+        outcome = "cancelled"
+        try:
+            async with asyncio.timeout(serving.request_timeout_s):
+                await serving.admission.admitted(ticket)
+                meter.admitted()
+                async with aclosing(serving.engine.generate(request)) as events:
+                    async for event in events:
+                        meter.see(event)
+                        self._events.put_nowait((index, event))
+                        if isinstance(event, Finished):
+                            outcome = event.reason
+        except Exception as error:
+            told = _told(error, serving.request_timeout_s)
+            outcome = (told.code if isinstance(told, ApiError) else None) or "internal"
+            self._events.put_nowait((index, told))
+        finally:
+            serving.admission.leave(ticket, meter.computed)
+            meter.ended(outcome)
+
+
+def _cost(request: Generate) -> float:
+    scale = _CHARS_PER_TOKEN if isinstance(request.prompt, str) else 1
+    return len(request.prompt) / scale + min(request.max_tokens or _EXPECTED_OUTPUT, _EXPECTED_OUTPUT)
+
+
+def _told(error: Exception, limit_s: float) -> Exception:
+    """The error as the client is told of it; a bug stays what it is."""
+    if isinstance(error, EngineError):
+        return ApiError.of_engine(error)
+    if isinstance(error, TimeoutError):
+        # openai's clients would send it again, to the same end
+        headers = {"X-Should-Retry": "false"}
+        return ApiError(504, f"the request took longer than {limit_s:g} s", code="request_timeout", headers=headers)
+    return error

@@ -1,0 +1,146 @@
+"""From loading to exit: readiness, the watchdog, draining on SIGTERM, and giving up when the engine has failed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import structlog
+
+from llamaherd_server.admission import Admission
+from llamaherd_server.engine.base import Engine, EngineError
+from llamaherd_server.errors import ApiError
+from llamaherd_server.metrics import Metrics
+from llamaherd_server.sdnotify import Notifier
+from llamaherd_server.settings import LimitSettings
+
+log = structlog.get_logger()
+
+_TICK_S = 1.0
+# Loading has no deadline of its own: as long as this process turns, systemd is asked for this much more time.
+_START_EXTENSION_S = 30
+_RETRY_AFTER_S = 5
+# How long streams get to send their last error event once the engine has been stopped under them.
+_FLUSH_S = 5.0
+
+
+class Lifecycle:
+    """Owns the engine's life. `over` is called once, when the process should exit with `exit_code`."""
+
+    def __init__(self, engine: Engine, admission: Admission, metrics: Metrics, limits: LimitSettings) -> None:
+        self.exit_code = 0
+        self.over: Callable[[], None] = lambda: None
+        self._engine = engine
+        self._admission = admission
+        self._metrics = metrics
+        self._limits = limits
+        self._notifier = Notifier()
+        self.draining = False
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._drain_task: asyncio.Task[None] | None = None
+
+    def alive(self) -> bool:
+        """Whether the step loop still turns; an engine that is being loaded or restarted has none to watch."""
+        status = self._engine.status()
+        return status.state != "ready" or status.heartbeat_age_s < self._limits.heartbeat_timeout_s
+
+    def ready(self) -> bool:
+        return not self.draining and self._engine.status().state == "ready"
+
+    def refusal(self) -> ApiError | None:
+        """The 503 for a new request, or None. While the engine restarts, requests are taken and wait for it."""
+        if self.draining:
+            return ApiError(503, "the server is shutting down", code="shutting_down", retry_after=_RETRY_AFTER_S)
+        state = self._engine.status().state
+        if state == "loading":
+            return ApiError(503, "the model is loading", code="model_loading", retry_after=_RETRY_AFTER_S)
+        if state in ("failed", "stopped"):
+            return ApiError(503, f"the engine has {state}", code="engine_stopped", retry_after=_RETRY_AFTER_S)
+        return None
+
+    @contextmanager
+    def tracked(self) -> Iterator[None]:
+        """A request that draining waits for."""
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+
+    async def run(self) -> None:
+        """Start the engine, then watch it until it fails or the process ends."""
+        starting = asyncio.create_task(self._engine.start())
+        try:
+            while not starting.done():
+                self._notifier.send("STATUS=loading the model", f"EXTEND_TIMEOUT_USEC={_START_EXTENSION_S * 1_000_000}")
+                await asyncio.wait((starting,), timeout=_TICK_S)
+            starting.result()
+        except EngineError as error:
+            self._fail(error.message)
+            return
+        except Exception as error:
+            log.exception("the engine could not be started")
+            self._fail(repr(error))
+            return
+        finally:
+            starting.cancel()
+        status = self._engine.status()
+        self._admission.set_parallel(status.settings.parallel)
+        log.info("ready", load_s=status.load_s, parallel=status.settings.parallel, batch=status.settings.batch)
+        self._notifier.send("READY=1")
+        await self._watch()
+
+    def drain(self) -> None:
+        """Begin to shut down: no new requests, the running ones get until the deadline. A second call does nothing."""
+        if self._drain_task is None:
+            self.draining = True
+            self._drain_task = asyncio.get_running_loop().create_task(self._drain())
+
+    async def stop(self) -> None:
+        """Stop the engine, if it still runs."""
+        if self._engine.status().state != "stopped":
+            await self._engine.stop()
+
+    async def _watch(self) -> None:
+        watchdog_s = self._notifier.watchdog_s
+        tick = min(_TICK_S, watchdog_s / 3) if watchdog_s else _TICK_S
+        step = -1
+        while (status := self._engine.status()).state != "failed":
+            if watchdog_s and self.alive():
+                self._notifier.send("WATCHDOG=1")
+            if status.stats is not None and status.stats.step != step:
+                step = status.stats.step
+                self._metrics.step_overhead.observe(status.stats.overhead_s)
+            self._notifier.send(f"STATUS={self._describe()}")
+            await asyncio.sleep(tick)
+        self._fail(status.last_error or "the engine failed")
+
+    def _describe(self) -> str:
+        status = self._engine.status()
+        busy = status.stats.slots_busy if status.stats else 0
+        state = "draining" if self.draining else status.state
+        return f"{state}: {busy} of {status.settings.parallel} slots busy, {self._admission.queued} requests queued"
+
+    def _fail(self, message: str) -> None:
+        log.error("engine failed", error=message)
+        self._notifier.send(f"STATUS=engine failed: {message}")
+        self.exit_code = 1
+        self.over()
+
+    async def _drain(self) -> None:
+        log.info("draining", in_flight=self._in_flight, timeout_s=self._limits.drain_timeout_s)
+        self._notifier.send("STOPPING=1", "STATUS=draining")
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), self._limits.drain_timeout_s)
+        if self._in_flight:
+            log.warning("drain deadline reached", cut_off=self._in_flight)
+        await self.stop()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), _FLUSH_S)
+        self.over()

@@ -1,0 +1,141 @@
+"""The /metrics page: histograms and counters by key and model, the engine's state, llama-server's names as aliases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from llamaherd_server.admission import Admission
+from llamaherd_server.engine.base import EngineStatus
+from llamaherd_server.protocol import Finished
+
+_LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
+_INTER_TOKEN_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
+_TOKENS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+_OVERHEAD_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
+_BY = ("key", "model")
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, which nothing reads
+
+
+class Metrics:
+    """All that is counted. `status` gives the engine's state whenever the page is read."""
+
+    def __init__(self, status: Callable[[], EngineStatus], admission: Admission) -> None:
+        self.registry = registry = CollectorRegistry()
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"llamaherd_{name}", text, _BY, buckets=buckets, registry=registry)
+
+        self.ttft = histogram("time_to_first_token_seconds", "Request's arrival to its first token", _LATENCY_S)
+        self.inter_token = histogram("inter_token_seconds", "Time between two tokens of a request", _INTER_TOKEN_S)
+        self.queue_wait = histogram("queue_wait_seconds", "Time in the admission queue", _LATENCY_S)
+        self.e2e = histogram("request_seconds", "Request's arrival to its last token", _LATENCY_S)
+        self.prompt_tokens = histogram("prompt_tokens", "Prompt length", _TOKENS)
+        self.output_tokens = histogram("output_tokens", "Completion length", _TOKENS)
+        self.cached_tokens = Counter(
+            "llamaherd_cached_prompt_tokens", "Prompt tokens found in the KV cache", _BY, registry=registry
+        )
+        self.generations = Counter(
+            "llamaherd_generations", "Ended generations by outcome", (*_BY, "outcome"), registry=registry
+        )
+        self.responses = Counter(
+            "llamaherd_http_responses", "HTTP responses by status", ("method", "path", "status"), registry=registry
+        )
+        self.step_overhead = Histogram(
+            "llamaherd_step_overhead_seconds",
+            "A step's time outside llama_decode and native sampling",
+            buckets=_OVERHEAD_S,
+            registry=registry,
+        )
+        self.totals = Totals()
+        registry.register(_EngineCollector(status, admission, self.totals))
+        ProcessCollector(registry=registry)
+
+    def finished(self, by: tuple[str, str], event: Finished, took_s: float) -> None:
+        """Count a generation that went well; `by` is key and model, `took_s` since its request arrived."""
+        self.e2e.labels(*by).observe(took_s)
+        self.prompt_tokens.labels(*by).observe(event.prompt_tokens)
+        self.output_tokens.labels(*by).observe(event.completion_tokens)
+        self.cached_tokens.labels(*by).inc(event.cached_tokens)
+        self.totals.prompt_tokens += event.prompt_tokens - event.cached_tokens
+        self.totals.output_tokens += event.completion_tokens
+        self.totals.prompt_s += event.prompt_s
+        self.totals.decode_s += event.decode_s
+
+    def page(self) -> bytes:
+        """The page in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class Totals:
+    """Sums over all ended generations, for llama-server's names. Times are seconds in the engine."""
+
+    def __init__(self) -> None:
+        self.prompt_tokens = 0
+        self.output_tokens = 0
+        self.prompt_s = 0.0
+        self.decode_s = 0.0
+
+
+class _EngineCollector(Collector):
+    """The engine's and the queue's state at the moment of the scrape."""
+
+    def __init__(self, status: Callable[[], EngineStatus], admission: Admission, totals: Totals) -> None:
+        self._status = status
+        self._admission = admission
+        self._totals = totals
+
+    def describe(self) -> list[Metric]:
+        return []  # names differ with the engine's state; nothing to check for duplicates before the first scrape
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._status()
+        yield _gauge("llamaherd_up", "1 when the model answers", status.state == "ready")
+        yield _gauge("llamaherd_engine_heartbeat_age_seconds", "Since the worker last spoke", status.heartbeat_age_s)
+        yield _counter("llamaherd_engine_restarts", "Restarts of the engine's process", status.restarts)
+        yield _gauge("llamaherd_slots", "Sequences that can run at once", status.settings.parallel)
+        yield _gauge("llamaherd_queue_requests", "Requests in the admission queue", self._admission.queued)
+        yield _gauge("llamaherd_running_requests", "Requests handed to the engine", self._admission.running)
+        yield from self._aliases()
+        if (stats := status.stats) is None:
+            return
+        yield _gauge("llamaherd_slots_busy", "Slots with a request", stats.slots_busy)
+        yield _gauge("llamaherd_parked_requests", "Requests parked for want of KV cells", stats.parked)
+        yield _gauge("llamaherd_kv_cells", "KV cache size in tokens", stats.kv_size)
+        yield _gauge("llamaherd_kv_cells_used", "KV cache cells in use", stats.kv_used)
+        yield _counter("llamaherd_preemptions", "Requests parked so far", stats.preemptions)
+        yield _gauge("llamacpp:kv_cache_usage_ratio", "KV cache use, 0 to 1", stats.kv_used / max(1, stats.kv_size))
+        yield _gauge("llamacpp:kv_cache_tokens", "KV cache cells in use", stats.kv_used)
+        yield _counter("llamacpp:n_decode", "Calls of llama_decode", stats.step)
+
+    def _aliases(self) -> Iterator[Metric]:
+        totals = self._totals
+        yield _counter("llamacpp:prompt_tokens", "Prompt tokens processed, without cached ones", totals.prompt_tokens)
+        yield _counter("llamacpp:tokens_predicted", "Tokens generated", totals.output_tokens)
+        yield _counter("llamacpp:prompt_seconds", "Time spent on prompts", totals.prompt_s)
+        yield _counter("llamacpp:tokens_predicted_seconds", "Time spent on generation", totals.decode_s)
+        prompt_rate = totals.prompt_tokens / totals.prompt_s if totals.prompt_s else 0.0
+        decode_rate = totals.output_tokens / totals.decode_s if totals.decode_s else 0.0
+        yield _gauge("llamacpp:prompt_tokens_seconds", "Mean prompt tokens/s of a request", prompt_rate)
+        yield _gauge("llamacpp:predicted_tokens_seconds", "Mean generated tokens/s of a request", decode_rate)
+        yield _gauge("llamacpp:requests_processing", "Requests handed to the engine", self._admission.running)
+        yield _gauge("llamacpp:requests_deferred", "Requests waiting", self._admission.queued)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(name, text, value=value)

@@ -1,0 +1,28 @@
+"""sd_notify(3): tells systemd about the service's state through the datagram socket it names in the environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+
+class Notifier:
+    """Sends to NOTIFY_SOCKET; without one, calls do nothing. `watchdog_s` None: systemd asked for no watchdog."""
+
+    def __init__(self) -> None:
+        address = os.environ.get("NOTIFY_SOCKET")
+        watchdog_us = os.environ.get("WATCHDOG_USEC")
+        for_me = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.watchdog_s = int(watchdog_us) / 1e6 if watchdog_us and for_me else None
+        self._address = "\0" + address[1:] if address and address.startswith("@") else address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) if address else None
+
+    def send(self, *assignments: str) -> None:
+        """Send NAME=value assignments. A systemd that does not listen must not take the service down."""
+        if self._socket is None or self._address is None:
+            return
+        try:
+            self._socket.sendto("\n".join(assignments).encode(), self._address)
+        except OSError:
+            self._socket.close()
+            self._socket = None

@@ -1,0 +1,162 @@
+"""The server's settings: a TOML file, overridden by LLAMAHERD_SECTION__NAME in the environment.
+
+Every mistake is a SettingsError with one line a mistake: the setting, what is wrong, the remedy.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from llamaherd_server.engine_settings import merge
+from llamaherd_server.errors import nearest
+from llamaherd_server.protocol import EngineSettings
+
+
+class SettingsError(Exception):
+    """What is wrong with the settings, for a person."""
+
+
+class Section(BaseModel):
+    """A table of the file; names it does not know are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` can only be reached from this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _existing_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    return path
+
+
+class HttpSettings(Section):
+    """Where the server listens."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=1, le=65535)
+
+
+class AuthSettings(Section):
+    """Who may use the server; required for any host beyond loopback."""
+
+    keys_file: Path | None = None
+
+
+class ModelSettings(Section):
+    """The model that is served. `gpu_layers` -1: all."""
+
+    name: str = Field(min_length=1, max_length=256)
+    path: Annotated[Path, AfterValidator(_existing_file)]
+    gpu_layers: int = Field(default=-1, ge=-1)
+
+
+class EngineSection(Section):
+    """Which engine, and what its context is built from; both lie side by side in the file's [engine] table."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    kind: Literal["embedded"] = "embedded"
+    settings: EngineSettings = EngineSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, table: dict[str, Any]) -> dict[str, Any]:
+        context = {name: value for name, value in table.items() if name != "kind"}
+        kind = {"kind": table["kind"]} if "kind" in table else {}
+        return {**kind, "settings": merge(EngineSettings(), context)}
+
+
+class LimitSettings(Section):
+    """Bounds on requests. Times are seconds."""
+
+    max_queue: int = Field(default=256, ge=1)
+    queue_timeout_s: float = Field(default=60, gt=0)
+    request_timeout_s: float = Field(default=600, gt=0)
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
+    drain_timeout_s: float = Field(default=30, ge=0)
+    # Above the slowest step, which is a whole batch of prompt on this host.
+    heartbeat_timeout_s: float = Field(default=120, gt=0)
+
+
+class Settings(BaseSettings):
+    """All of server.toml."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LLAMAHERD_", env_nested_delimiter="__", extra="forbid", frozen=True, allow_inf_nan=False
+    )
+
+    http: HttpSettings = HttpSettings()
+    auth: AuthSettings = AuthSettings()
+    model: ModelSettings
+    engine: EngineSection = EngineSection()
+    limits: LimitSettings = LimitSettings()
+
+    @model_validator(mode="after")
+    def _closed_beyond_loopback(self) -> Settings:
+        if self.auth.keys_file is None and not is_loopback(self.http.host):
+            raise ValueError(
+                f'http.host "{self.http.host}" can be reached from other machines but there are no keys: '
+                'set auth.keys_file, or http.host = "127.0.0.1"'
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment goes before the file; nothing else is read."""
+        del settings_cls, dotenv_settings, file_secret_settings
+        return env_settings, init_settings
+
+
+def load(path: Path) -> Settings:
+    """Read `path` and the environment; raises SettingsError."""
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}") from None
+    for name in os.environ:
+        section = name.removeprefix("LLAMAHERD_").partition("__")[0].lower()
+        if name.startswith("LLAMAHERD_") and "__" in name and section not in Settings.model_fields:
+            raise SettingsError(f"{name}: unknown section {section}{nearest(section, Settings.model_fields)}")
+    try:
+        return Settings(**table)
+    except ValidationError as error:
+        raise SettingsError("\n".join(f"{path}: {_line(item)}" for item in error.errors())) from None
+
+
+def _line(item: Any) -> str:
+    name = ".".join(map(str, item["loc"]))
+    if item["type"] == "extra_forbidden":
+        section = Settings.model_fields.get(item["loc"][0]) if len(item["loc"]) > 1 else None
+        known = section.annotation.model_fields if section and section.annotation else Settings.model_fields
+        return f"unknown setting {name}{nearest(str(item['loc'][-1]), known)}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}" if name else message

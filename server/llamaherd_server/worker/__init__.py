@@ -1,0 +1,1 @@
+"""The embedded engine's process: owns the model, and computes tokens for all requests at once."""

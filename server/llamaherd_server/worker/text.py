@@ -1,0 +1,45 @@
+"""Bytes of tokens into text: never half a character, never the beginning of what may become a stop string."""
+
+from __future__ import annotations
+
+import codecs
+
+
+class TextStream:
+    """One request's output. Feed it token bytes; it gives back the text that is safe to send."""
+
+    def __init__(self, stops: list[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self.stop: str | None = None
+
+    def feed(self, piece: bytes) -> str:
+        """Text that may be sent now; `stop` is set, and nothing follows, once a stop string is complete."""
+        return self._release(self._decoder.decode(piece))
+
+    def finish(self) -> str:
+        """What was held back, when no more tokens come."""
+        if self.stop is not None:
+            return ""
+        text = self._release(self._decoder.decode(b"", final=True))
+        held, self._held = self._held, ""
+        return text + held if self.stop is None else text
+
+    def _release(self, text: str) -> str:
+        text = self._held + text
+        if not self._stops:
+            return text
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            at, self.stop = min(found)
+            self._held = ""
+            return text[:at]
+        keep = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that `stop` begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

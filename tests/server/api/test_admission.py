@@ -1,0 +1,140 @@
+"""The queue alone, with a clock of its own: bounds, order, deadline."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from llamaherd_server.admission import Admission, Ticket
+from llamaherd_server.auth import Key
+from llamaherd_server.errors import ApiError
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def key(name: str, priority: float = 1.0) -> Key:
+    return Key(name=name, sha256="", priority=priority)
+
+
+def queue(parallel: int = 1, max_queue: int = 1000, clock: Clock | None = None) -> Admission:
+    return Admission(max_queue=max_queue, timeout_s=60, parallel=parallel, clock=clock or Clock())
+
+
+def running(tickets: list[Ticket]) -> list[Ticket]:
+    return [ticket for ticket in tickets if ticket.admitted.done() and not ticket.admitted.exception()]
+
+
+def order(admission: Admission, tickets: list[Ticket]) -> list[str]:
+    """The keys in the order in which their tickets are let in, when those that run end one by one."""
+    entered = running(tickets)
+    for ended in entered:  # grows while it is walked
+        admission.leave(ended, int(ended.cost))
+        entered += [ticket for ticket in running(tickets) if ticket not in entered]
+    return [ticket.key.name for ticket in entered]
+
+
+async def test_lets_in_a_quarter_more_than_the_slots() -> None:
+    admission = queue(parallel=8)
+    tickets = admission.enter(key("a"), [1.0] * 20)
+    assert len(running(tickets)) == 10
+    assert (admission.running, admission.queued) == (10, 10)
+
+
+async def test_follows_a_change_of_slots() -> None:
+    admission = queue(parallel=1)
+    tickets = admission.enter(key("a"), [1.0] * 10)
+    admission.set_parallel(4)
+    assert len(running(tickets)) == 5
+
+
+async def test_a_flood_delays_another_key_by_one_request() -> None:
+    admission = queue()
+    flood = admission.enter(key("flood"), [100.0] * 200)
+    light = admission.enter(key("light"), [100.0])
+    # two of the flood run already (a slot and the lookahead), then it is the light key's turn
+    assert order(admission, flood + light).index("light") == 2
+
+
+async def test_shares_follow_priorities() -> None:
+    admission = queue()
+    tickets = admission.enter(key("low", 1), [100.0] * 40) + admission.enter(key("high", 3), [100.0] * 40)
+    first = order(admission, tickets)[2:22]
+    assert 14 <= first.count("high") <= 16
+
+
+async def test_a_low_priority_ages_to_its_turn() -> None:
+    clock = Clock()
+    admission = queue(clock=clock)
+    high = admission.enter(key("high", 100), [100.0] * 50)
+    low = admission.enter(key("low", 0.01), [100.0, 100.0])
+    admission.leave(high[0], 100)  # low's first is let in: its clock is now 10,000 tokens ahead of high's
+    for ended in high[1:25]:  # without ageing, the other takes 10,000 of high's
+        clock.now += 60
+        admission.leave(ended, 100)
+    assert len(running(low)) == 2
+
+
+async def test_what_a_request_really_used_is_put_right() -> None:
+    admission = queue()
+    first = admission.enter(key("cheap"), [1000.0])
+    other = admission.enter(key("dear"), [1000.0])
+    waiting = admission.enter(key("dear"), [10.0]) + admission.enter(key("cheap"), [10.0])
+    admission.leave(first[0], 10)  # it was expected to take 1000 tokens, as the other one still is
+    assert [ticket.key.name for ticket in running(waiting)] == ["cheap"]
+    admission.leave(other[0], 1000)
+
+
+async def test_a_full_queue_refuses_with_retry_after() -> None:
+    admission = queue(max_queue=2)
+    admission.enter(key("a"), [1.0] * 2)
+    admission.enter(key("a"), [1.0] * 2)
+    with pytest.raises(ApiError) as refused:
+        admission.enter(key("a"), [1.0])
+    assert refused.value.status_code == 429
+    assert int((refused.value.headers or {})["Retry-After"]) >= 1
+
+
+async def test_a_full_queue_makes_room_for_a_key_with_less_in_it() -> None:
+    admission = queue(max_queue=10)
+    flood = admission.enter(key("flood"), [1.0] * 2) + admission.enter(key("flood"), [1.0] * 10)
+    light = admission.enter(key("light"), [1.0])
+    with pytest.raises(ApiError, match="queue is full"):
+        await admission.admitted(flood[-1])
+    admission.leave(flood[-1], 0)
+    admission.leave(flood[0], 1)
+    assert running(light)
+
+
+async def test_more_than_the_queue_can_ever_hold_is_a_400() -> None:
+    with pytest.raises(ApiError, match="11 generations in one request") as refused:
+        queue(max_queue=10).enter(key("a"), [1.0] * 11)
+    assert refused.value.status_code == 400
+
+
+async def test_the_deadline_is_a_503_and_frees_the_place() -> None:
+    admission = Admission(max_queue=10, timeout_s=0.01, parallel=1)
+    admission.enter(key("a"), [1.0] * 2)
+    late = admission.enter(key("a"), [1.0])[0]
+    with pytest.raises(ApiError) as refused:
+        await admission.admitted(late)
+    admission.leave(late, 0)
+    assert refused.value.status_code == 503
+    assert admission.queued == 0
+
+
+async def test_a_caller_that_has_gone_leaves_no_slot_behind() -> None:
+    admission = queue()
+    held = admission.enter(key("a"), [1.0] * 2)
+    gone = admission.enter(key("a"), [1.0])[0]
+    waiting = asyncio.ensure_future(admission.admitted(gone))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    admission.leave(held[0], 1)  # hands the place to the one that is being cancelled
+    await asyncio.gather(waiting, return_exceptions=True)
+    admission.leave(gone, 0)
+    assert (admission.running, admission.queued) == (1, 0)

@@ -1,0 +1,137 @@
+"""Who may do what: keys, their reload, /admin, /metrics, ids of requests."""
+
+from __future__ import annotations
+
+import hashlib
+
+import httpx
+import pytest
+from llamaherd_server.auth import KeysError
+
+from .conftest import Serve
+from .double import Double
+
+
+def keys(**more: str) -> str:
+    """A keys file with the secrets `user` and `root`; `more`: further lines of the user's key."""
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("user", "root")}
+    user = [
+        f'[[keys]]\nname = "user"\nsha256 = "{digests["user"]}"',
+        *(f"{key} = {text}" for key, text in more.items()),
+    ]
+    return "\n".join([*user, f'[[keys]]\nname = "root"\nsha256 = "{digests["root"]}"\nadmin = true'])
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {secret}"}
+
+
+async def test_a_key_is_wanted_everywhere_but_at_the_probes(serve: Serve) -> None:
+    async with serve(Double(), keys=keys()) as served:
+        for path in ("/v1/models", "/nowhere", "/admin/engine"):
+            reply = await served.http.get(path)
+            assert (path, reply.status_code, reply.json()["error"]["code"]) == (path, 401, "invalid_api_key")
+            assert reply.headers["WWW-Authenticate"] == "Bearer"
+        for path in ("/livez", "/readyz", "/health", "/openapi.json", "/docs"):
+            assert (await served.http.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (bearer("user"), 200),
+        ({"X-Api-Key": "user"}, 200),
+        ({"Authorization": "bearer user"}, 200),
+        (bearer("wrong"), 401),
+        ({"Authorization": "user"}, 401),
+    ],
+)
+async def test_a_key_comes_as_bearer_or_x_api_key(serve: Serve, headers: dict[str, str], status: int) -> None:
+    async with serve(Double(), keys=keys()) as served:
+        assert (await served.http.get("/v1/models", headers=headers)).status_code == status
+
+
+async def test_admin_is_for_admin_keys(serve: Serve) -> None:
+    async with serve(Double(), keys=keys()) as served:
+        assert (await served.http.get("/admin/engine", headers=bearer("user"))).status_code == 403
+        assert (await served.http.get("/admin/engine", headers=bearer("root"))).status_code == 200
+
+
+async def test_without_keys_admin_is_for_this_machine(serve: Serve) -> None:
+    async with serve(Double()) as served:
+        assert (await served.http.get("/admin/engine")).status_code == 200
+        proxied = await served.http.get("/admin/engine", headers={"X-Forwarded-For": "10.0.0.1"})
+    assert proxied.status_code == 403
+
+
+async def test_metrics_are_open_to_this_machine_but_not_through_a_proxy(serve: Serve) -> None:
+    proxied = {"X-Forwarded-For": "10.0.0.1"}
+    async with serve(Double(), keys=keys()) as served:
+        assert (await served.http.get("/metrics")).status_code == 200
+        assert (await served.http.get("/metrics", headers=proxied)).status_code == 401
+        assert (await served.http.get("/metrics", headers=proxied | bearer("user"))).status_code == 200
+
+
+async def test_keys_are_reloaded_when_their_file_changes(serve: Serve) -> None:
+    async with serve(Double(), keys=keys()) as served:
+        path = served.state.settings.auth.keys_file
+        assert path is not None
+
+        async def status() -> int:
+            return (await served.http.get("/v1/models", headers=bearer("user"))).status_code
+
+        assert await status() == 200
+        path.write_text("half a fi")
+        assert await status() == 200  # the old ones stay
+        path.write_text(keys().replace(hashlib.sha256(b"user").hexdigest(), "0" * 64))
+        assert await status() == 401
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "code"),
+    [
+        ({"expires": "2020-01-01T00:00:00Z"}, 401, "invalid_api_key"),
+        ({"models": '["other"]'}, 403, "model_not_allowed"),
+        ({"requests_per_minute": "1"}, 200, None),
+    ],
+)
+async def test_a_key_has_limits_of_its_own(serve: Serve, line: dict[str, str], status: int, code: str | None) -> None:
+    async with serve(Double(), keys=keys(**line)) as served:
+        served.http.headers.update(bearer("user"))
+        first = await served.chat()
+        second = await served.chat()
+    assert first.status_code == status
+    if code:
+        assert first.json()["error"]["code"] == code
+    else:
+        assert second.status_code == 429
+        assert second.headers["Retry-After"] == "60"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[[keys]]\nname = "a"\nsha256 = "12"', "64 lower-case hex digits"),
+        ('[[keys]]\nname = "a"', "sha256"),
+        (keys(colour="1"), "colour"),
+        (keys(expires="2020-01-01T00:00:00"), "time zone"),
+        (keys(priority="0.0"), "priority"),
+        (keys() + "\n" + keys(), "same name"),
+        ("", "keys"),
+    ],
+)
+async def test_a_keys_file_with_a_mistake_stops_the_start(serve: Serve, text: str, message: str) -> None:
+    with pytest.raises(KeysError, match=message):
+        async with serve(Double(), keys=text):
+            pass
+
+
+async def test_a_request_keeps_a_wellformed_id(serve: Serve) -> None:
+    async with serve(Double()) as served:
+
+        async def returned(request_id: str) -> str:
+            reply: httpx.Response = await served.http.get("/v1/models", headers={"X-Request-Id": request_id})
+            return reply.headers["X-Request-Id"]
+
+        assert await returned("trace-1.a:b") == "trace-1.a:b"
+        assert await returned('"; drop') != '"; drop'

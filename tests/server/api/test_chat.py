@@ -1,0 +1,212 @@
+"""/v1/chat/completions over the double: shapes, fields, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import httpx
+import pytest
+from llamaherd_server.engine.base import EngineError, Event
+from llamaherd_server.protocol import Delta, Generate, Logprob, Started, TokenLogprob
+
+from .conftest import Serve
+from .double import Double, finished
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The JSON of a stream's events; the stream must have ended with [DONE]."""
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+async def test_answers_in_openais_shape(serve: Serve) -> None:
+    async with serve(Double()) as served:
+        answer = (await served.chat()).json()
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"][0]["message"]["content"] == "w0 w1 w2 "
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 3,
+        "total_tokens": 8,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
+
+
+async def test_streams_role_then_text_then_end(serve: Serve) -> None:
+    async with serve(Double()) as served:
+        chunks = events(await served.chat(stream=True))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert [delta["content"] for delta in deltas[1:-1]] == ["w0 ", "w1 ", "w2 "]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+async def test_streams_usage_and_timings_on_request(serve: Serve) -> None:
+    async with serve(Double()) as served:
+        chunks = events(await served.chat(stream=True, stream_options={"include_usage": True}, timings_per_token=True))
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["completion_tokens"] == 3
+    assert chunks[-2]["timings"]["predicted_n"] == 3
+    assert chunks[0]["usage"] is None
+
+
+async def test_n_choices_run_at_once_with_seeds_of_their_own(serve: Serve) -> None:
+    double = Double(pace_s=0.01)
+    async with serve(double) as served:
+        answer = (await served.chat(n=3, seed=7)).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert [request.sampling.seed for request in double.seen] == [7, 8, 9]
+    assert double.most_running == 3
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (5, 9)
+
+
+async def test_every_sampling_field_reaches_the_engine(serve: Serve) -> None:
+    sampling: dict[str, Any] = {
+        **{"temperature": 0.1, "top_k": 3, "top_p": 0.2, "min_p": 0.3, "typical_p": 0.4, "xtc_probability": 0.5},
+        **{"xtc_threshold": 0.6, "repeat_penalty": 1.1, "repeat_last_n": 9, "presence_penalty": 0.7},
+        **{"frequency_penalty": 0.8, "dry_multiplier": 0.9, "dry_base": 1.5, "dry_allowed_length": 4},
+        **{"dry_penalty_last_n": 5, "dry_sequence_breakers": ["x"], "mirostat": 2, "mirostat_tau": 4.0},
+        **{"mirostat_eta": 0.2, "seed": 11, "ignore_eos": True, "grammar": 'root ::= "a"'},
+    }
+    double = Double()
+    async with serve(double) as served:
+        reply = await served.chat(**sampling, logit_bias={"5": -100}, stop="end", max_tokens=2, cache_prompt=False)
+    assert reply.status_code == 200
+    request = double.seen[0]
+    assert {name: getattr(request.sampling, name) for name in sampling} == sampling
+    assert request.sampling.logit_bias == {5: -100}
+    assert (request.stop, request.max_tokens, request.cache_prompt) == (["end"], 2, False)
+    assert set(sampling) | {"logit_bias"} == set(request.sampling.__struct_fields__)
+
+
+async def test_logprobs_have_openais_form(serve: Serve) -> None:
+    async def script(request: Generate) -> AsyncGenerator[Event, None]:
+        yield Started(request.id, 5, 2)
+        token = TokenLogprob(7, b"\xc3", -0.5, [Logprob(7, b"\xc3", -0.5), Logprob(8, b"b", -1.5)])
+        yield Delta(id=request.id, text="", n_tokens=1, logprobs=[token])
+        yield finished(request, 1)
+
+    async with serve(Double(script=script)) as served:
+        whole = (await served.chat(logprobs=True, top_logprobs=2)).json()["choices"][0]["logprobs"]["content"]
+        streamed = events(await served.chat(logprobs=True, top_logprobs=2, stream=True))[1]["choices"][0]["logprobs"]
+    assert whole[0]["bytes"] == [0xC3]
+    assert [one["logprob"] for one in whole[0]["top_logprobs"]] == [-0.5, -1.5]
+    assert streamed["content"] == whole
+
+
+async def test_parts_are_joined_and_a_last_assistant_turn_is_continued(serve: Serve) -> None:
+    double = Double()
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Sure"}]
+    async with serve(double) as served:
+        await served.chat(messages=messages)
+    assert double.seen[0].prompt == "<|im_start|>user\na\nb<|im_end|>\n<|im_start|>assistant\nSure"
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param", "message"),
+    [
+        ({"temperatur": 1}, 400, "temperatur", "did you mean 'temperature'?"),
+        ({"messages": [{"role": "user", "contnt": "x"}]}, 400, "messages.0.contnt", "did you mean 'content'?"),
+        ({"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
+        ({"temperature": "hot"}, 400, "temperature", "valid number"),
+        ({"messages": []}, 400, "messages", "at least 1"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", "'image_url' is not"),
+        ({"tools": [WEATHER]}, 400, "tools", "not supported"),
+        ({"tool_choice": "required"}, 400, "tool_choice", "not supported"),
+        ({"functions": []}, 400, "functions", "unknown field"),
+        ({"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
+        ({"stream_options": {}}, 400, "stream_options", "only with stream"),
+        ({"max_tokens": 0}, 400, "max_tokens", "at least 1"),
+        ({"stop": [""]}, 400, "stop.0", "at least 1 character"),
+        ({"grammar": "root ::= \0"}, 400, "grammar", "NUL"),
+        ({"response_format": {"type": "json_schema"}}, 400, "response_format", "json_schema"),
+        ({"model": "gpt-4"}, 404, "model", "there is 'double'"),
+    ],
+)
+async def test_what_cannot_be_honoured_is_refused(
+    serve: Serve, fields: dict[str, Any], status: int, param: str, message: str
+) -> None:
+    double = Double()
+    async with serve(double) as served:
+        reply = await served.chat(**fields)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (status, param)
+    assert message in error["message"]
+    assert not double.seen
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "code"),
+    [
+        (b'{"messages": [', "application/json", "invalid_json"),
+        (b"[" * 100_000, "application/json", None),
+        (b'{"a": "\xff"}', "application/json", None),
+        (b"{}", "text/plain", "invalid_content_type"),
+        (b"", "application/json", "invalid_value"),
+        (b"[]", "application/json", "invalid_value"),
+    ],
+)
+async def test_a_malformed_body_is_a_400(serve: Serve, body: bytes, content_type: str, code: str | None) -> None:
+    async with serve(Double()) as served:
+        reply = await served.http.post("/v1/chat/completions", content=body, headers={"Content-Type": content_type})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["code"] == code
+
+
+async def test_a_body_over_the_limit_is_a_413_announced_or_not(serve: Serve) -> None:
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        for _ in range(8):
+            yield b" " * 1024
+
+    async with serve(Double(), max_body_bytes=4096) as served:
+        headers = {"Content-Type": "application/json"}
+        announced = await served.http.post("/v1/chat/completions", content=b" " * 8192, headers=headers)
+        chunked = await served.http.post("/v1/chat/completions", content=pieces(), headers=headers)
+    assert (announced.status_code, chunked.status_code) == (413, 413)
+    assert announced.json()["error"]["code"] == chunked.json()["error"]["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (EngineError("context_length_exceeded", "600 tokens do not fit into 512", "messages"), 400),
+        (EngineError("invalid_grammar", "no root", "grammar"), 400),
+        (EngineError("engine_crashed", "the engine crashed"), 503),
+        (EngineError("internal", "oops"), 500),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engines_error_before_the_first_token_is_a_status(
+    serve: Serve, error: EngineError, status: int, stream: bool
+) -> None:
+    async def script(request: Generate) -> AsyncGenerator[Event, None]:
+        raise error
+        yield Started(request.id, 0, 0)
+
+    async with serve(Double(script=script)) as served:
+        reply = await served.chat(stream=stream)
+    assert reply.status_code == status
+    assert reply.json()["error"]["code"] == error.code
+
+
+async def test_a_crash_in_mid_stream_is_an_error_event_and_ends_the_stream(serve: Serve) -> None:
+    async def script(request: Generate) -> AsyncGenerator[Event, None]:
+        yield Started(request.id, 5, 2)
+        yield Delta(id=request.id, text="half", n_tokens=1)
+        raise EngineError("engine_crashed", "the engine crashed")
+
+    async with serve(Double(script=script)) as served:
+        reply = await served.chat(stream=True)
+        lines = [line for line in reply.text.split("\n\n") if line]
+        again = await served.chat(stream=True)
+    assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "engine_crashed"
+    assert "[DONE]" not in reply.text
+    assert again.status_code == 200

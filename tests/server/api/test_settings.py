@@ -1,0 +1,70 @@
+"""server.toml and the environment: what they give, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from llamaherd_server.settings import SettingsError, load
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    return f'[model]\nname = "m"\npath = "{tmp_path}/m.gguf"\n'
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "server.toml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_a_working_server(tmp_path: Path, model: str) -> None:
+    settings = load(written(tmp_path, model))
+    assert (settings.http.host, settings.http.port) == ("127.0.0.1", 8080)
+    assert settings.engine.settings.parallel == 4
+
+
+def test_the_environment_goes_before_the_file(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMAHERD_HTTP__PORT", "9000")
+    monkeypatch.setenv("LLAMAHERD_ENGINE__KV_UNIFIED", "false")
+    settings = load(written(tmp_path, f"{model}[http]\nport = 8000\n[engine]\nparallel = 7\n"))
+    assert settings.http.port == 9000
+    assert (settings.engine.settings.parallel, settings.engine.settings.kv_unified) == (7, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[http]\nprot = 1", "unknown setting http.prot: did you mean 'port'?"),
+        ("[htp]\nport = 1", "unknown setting htp: did you mean 'http'?"),
+        ("[http]\nport = 70000", "http.port: Input should be less than or equal to 65535"),
+        ("[engine]\nparalel = 1", "engine: unknown engine setting 'paralel': did you mean 'parallel'?"),
+        ("[engine]\nparallel = 257", "engine: parallel 257 is out of range: it must be between 1 and 256"),
+        ("[engine]\nbatch = 64", "engine: ubatch 512 is larger than batch 64: lower ubatch or raise batch"),
+        ('[engine]\nkv_type_k = "f8"', "Invalid enum value 'f8'"),
+        ('[engine]\nkv_type_v = "q8_0"\nflash_attention = "off"', "needs flash attention"),
+        ('[engine]\nkind = "vllm"', "engine.kind: Input should be 'embedded'"),
+        ('[http]\nhost = "0.0.0.0"', "set auth.keys_file, or http.host"),
+        ("[http\n", "is not valid TOML"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(tmp_path: Path, model: str, text: str, message: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        load(written(tmp_path, f"{model}\n{text}\n"))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_model_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"model\.path: no such file: /nowhere\.gguf"):
+        load(written(tmp_path, '[model]\nname = "m"\npath = "/nowhere.gguf"\n'))
+
+
+def test_an_unknown_section_in_the_environment_is_named(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMAHERD_LIMIT__MAX_QUEUE", "1")
+    with pytest.raises(SettingsError, match=r"unknown section limit: did you mean 'limits'\?"):
+        load(written(tmp_path, model))

@@ -1,0 +1,113 @@
+"""The real server process with the real model, started once for all tests that only talk to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+START_S = 60
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server; `log` is its standard error."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def terminate(self) -> int:
+        """Send SIGTERM and return the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(START_S)
+
+
+def required(variable: str) -> str:
+    """A path that `make test` gives; without it the test fails."""
+    value = os.environ.get(variable)
+    if not value:
+        pytest.fail(f"{variable} is not set: run the tests with `make test`")
+    return value
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
+    """A server.toml for the test model; `sections` are put over small defaults."""
+    tables: dict[str, dict[str, Any]] = {
+        "http": {"port": free_port()},
+        "model": {"name": "smollm2", "path": required("LLAMAHERD_TEST_MODEL")},
+        # one thread: on a busy machine two that wait for each other are many times slower
+        "engine": {"parallel": 2, "ctx_per_slot": 512, "batch": 256, "ubatch": 128, "threads": 1, "threads_batch": 1},
+        "limits": {},
+    }
+    for name, values in sections.items():
+        tables[name] = {**tables.get(name, {}), **values}
+    lines = []
+    for name, values in tables.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value, default=str)}" for key, value in values.items())]
+    path = folder / "server.toml"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def spawn(config: Path, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    """Start the server's command; its standard error goes to server.log beside the configuration."""
+    libraries = required("LLAMAHERD_TEST_LIB_DIR")
+    library = {"LLAMA_CPP_LIB_PATH": libraries, "MTMD_CPP_LIB": f"{libraries}/libmtmd.so"}
+    with config.with_name("server.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "llamaherd_server", "--config", str(config), *arguments],
+            stderr=log,
+            env={**os.environ, **library, **environment},
+        )
+
+
+@contextmanager
+def running(folder: Path, **sections: dict[str, Any]) -> Iterator[Server]:
+    """A server that is ready; what it logged is shown when it never becomes so."""
+    config = write_config(folder, **sections)
+    port = sections.get("http", {}).get("port") or int(config.read_text().split("port = ")[1].split()[0])
+    server = Server(f"http://127.0.0.1:{port}", spawn(config), config.with_name("server.log"))
+    try:
+        _wait_ready(server)
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.wait()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server without keys."""
+    with running(tmp_path_factory.mktemp("server")) as started:
+        yield started
+
+
+def _wait_ready(server: Server) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and server.process.poll() is None:
+        try:
+            if httpx.get(f"{server.url}/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    pytest.fail(f"the server did not become ready; its log:\n{server.log.read_text()}")
