@@ -33,8 +33,9 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         parallel=settings.engine.settings.parallel,
     )
     metrics = Metrics(engine.status, admission)
+    engine.observe(metrics.step)
     serving = Serving(engine, admission, Quotas(), metrics, settings.model.name, limits.request_timeout_s)
-    lifecycle = Lifecycle(engine, admission, metrics, limits)
+    lifecycle = Lifecycle(engine, admission, limits)
     app = FastAPI(title="llamaherd", docs_url="/docs", redoc_url=None, lifespan=_lifespan)
     app.state.llamaherd = AppState(settings, serving, lifecycle, Sandbox())
     for router in (chat.router, completions.router, models.router, tokenize.router, ops.router):

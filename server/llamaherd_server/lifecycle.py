@@ -11,7 +11,6 @@ import structlog
 from llamaherd_server.admission import Admission
 from llamaherd_server.engine.base import Engine, EngineError
 from llamaherd_server.errors import ApiError
-from llamaherd_server.metrics import Metrics
 from llamaherd_server.sdnotify import Notifier
 from llamaherd_server.settings import LimitSettings
 
@@ -28,12 +27,11 @@ _FLUSH_S = 5.0
 class Lifecycle:
     """Owns the engine's life. `over` is called once, when the process should exit with `exit_code`."""
 
-    def __init__(self, engine: Engine, admission: Admission, metrics: Metrics, limits: LimitSettings) -> None:
+    def __init__(self, engine: Engine, admission: Admission, limits: LimitSettings) -> None:
         self.exit_code = 0
         self.over: Callable[[], None] = lambda: None
         self._engine = engine
         self._admission = admission
-        self._metrics = metrics
         self._limits = limits
         self._notifier = Notifier()
         self.draining = False
@@ -110,13 +108,9 @@ class Lifecycle:
     async def _watch(self) -> None:
         watchdog_s = self._notifier.watchdog_s
         tick = min(_TICK_S, watchdog_s / 3) if watchdog_s else _TICK_S
-        step = -1
         while (status := self._engine.status()).state != "failed":
             if watchdog_s and self.alive():
                 self._notifier.send("WATCHDOG=1")
-            if status.stats is not None and status.stats.step != step:
-                step = status.stats.step
-                self._metrics.step_overhead.observe(status.stats.overhead_s)
             self._notifier.send(f"STATUS={self._describe()}")
             await asyncio.sleep(tick)
         self._fail(status.last_error or "the engine failed")

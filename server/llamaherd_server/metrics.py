@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from llamaherd_server.admission import Admission
 from llamaherd_server.engine.base import EngineStatus
-from llamaherd_server.protocol import Finished
+from llamaherd_server.protocol import Finished, Stats
 
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 _INTER_TOKEN_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
@@ -52,12 +52,13 @@ class Metrics:
         self.responses = Counter(
             "llamaherd_http_responses", "HTTP responses by status", ("method", "path", "status"), registry=registry
         )
-        self.step_overhead = Histogram(
-            "llamaherd_step_overhead_seconds",
-            "A step's time outside llama_decode and native sampling",
-            buckets=_OVERHEAD_S,
-            registry=registry,
-        )
+
+        def step_histogram(part: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"llamaherd_step_{part}_seconds", text, buckets=buckets, registry=registry)
+
+        self._step_decode = step_histogram("decode", "A step's time in llama_decode", _INTER_TOKEN_S)
+        self._step_sample = step_histogram("sample", "A step's time in native sampling", _OVERHEAD_S)
+        self._step_overhead = step_histogram("overhead", "A step's time outside of both", _OVERHEAD_S)
         self.totals = Totals()
         registry.register(_EngineCollector(status, admission, self.totals))
         ProcessCollector(registry=registry)
@@ -72,6 +73,13 @@ class Metrics:
         self.totals.output_tokens += event.completion_tokens
         self.totals.prompt_s += event.prompt_s
         self.totals.decode_s += event.decode_s
+
+    def step(self, stats: Stats) -> None:
+        """Count a step of the engine; an idle one is only a heartbeat."""
+        if stats.batch_tokens:
+            self._step_decode.observe(stats.decode_s)
+            self._step_sample.observe(stats.sample_s)
+            self._step_overhead.observe(stats.overhead_s)
 
     def page(self) -> bytes:
         """The page in Prometheus' text format."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -56,6 +56,9 @@ class Engine(Protocol):
         """End the process; requests still running fail with `engine_stopped`."""
 
     def status(self) -> EngineStatus: ...
+
+    def observe(self, listener: Callable[[Stats], None]) -> None:
+        """Call `listener` with the stats of every step from now on."""
 
     def generate(self, request: Generate) -> AsyncGenerator[Event, None]:
         """Yield Started, Deltas, then Finished; raises EngineError. Closing the generator early cancels the request.

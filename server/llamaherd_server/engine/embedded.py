@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ class EmbeddedEngine:
         self._worker: Worker | None = None
         self._ready = asyncio.Event()
         self._ended = asyncio.Event()
+        self._listener: Callable[[Stats], None] = lambda _: None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -110,6 +111,9 @@ class EmbeddedEngine:
             pid=worker.pid if worker else None,
             last_error=self._last_error,
         )
+
+    def observe(self, listener: Callable[[Stats], None]) -> None:
+        self._listener = listener
 
     async def generate(self, request: Generate) -> AsyncGenerator[Event, None]:
         call = self._call(msgspec.structs.replace(request, id=next(self._ids)))
@@ -151,8 +155,9 @@ class EmbeddedEngine:
     def _call(self, message: Any) -> _Open:
         if self._state in ("failed", "stopped"):
             raise EngineError("engine_stopped", self._last_error or "the engine is stopped")
-        call = self._open[message.id] = _Open(message, asyncio.Queue())
-        self._send(message)
+        call = _Open(message, asyncio.Queue())
+        self._send(message)  # first: what cannot be encoded must not be kept for the next worker
+        self._open[message.id] = call
         return call
 
     def _send(self, message: ToWorker) -> None:
@@ -172,6 +177,7 @@ class EmbeddedEngine:
     def _on_message(self, message: FromWorker) -> None:
         if isinstance(message, Step):
             self._stats = message.stats
+            self._listener(message.stats)
             for event in message.events:
                 self._deliver(event)
         elif isinstance(message, Ready):

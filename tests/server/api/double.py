@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from llamaherd_server.engine.base import EngineError, EngineState, EngineStatus, Event
-from llamaherd_server.protocol import Delta, EngineSettings, Finished, Generate, ModelInfo, Started
+from llamaherd_server.protocol import Delta, EngineSettings, Finished, Generate, ModelInfo, Started, Stats
 
 MODEL = ModelInfo(
     description="double",
@@ -50,6 +50,9 @@ class Double:
 
     async def stop(self) -> None:
         self.state = "stopped"
+
+    def observe(self, listener: Callable[[Stats], None]) -> None:
+        self.listener = listener
 
     def status(self) -> EngineStatus:
         return EngineStatus(

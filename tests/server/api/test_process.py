@@ -123,6 +123,8 @@ def test_metrics_tell_of_the_engine(server: Server) -> None:
     assert values["llamaherd_up"] == 1
     assert values["llamaherd_kv_cells"] == 2 * 512
     assert values["llamacpp:tokens_predicted_total"] >= 2
+    assert values["llamaherd_step_decode_seconds_count"] >= 2
+    assert values["llamaherd_step_overhead_seconds_sum"] > 0
 
 
 def test_a_dead_worker_costs_its_requests_and_no_others(server: Server) -> None:

@@ -59,14 +59,20 @@ async def ask(
 COUNTRIES = ["France", "Italy", "Spain", "Japan", "Egypt", "Norway", "Peru", "Kenya"]
 
 
-async def test_batched_greedy_output_equals_the_output_of_one_at_a_time(engine: EmbeddedEngine) -> None:
+async def test_batched_greedy_output_leaves_the_output_of_one_at_a_time_only_at_near_ties(
+    engine: EmbeddedEngine,
+) -> None:
+    """llama.cpp picks its kernels by the batch's shape, and they round differently: seen here in 3 of 8 outputs."""
     prompts = [f"The capital of {country} is" for country in COUNTRIES]
-    alone = [(await ask(engine, prompt)).text for prompt in prompts]
-    together = [answer.text for answer in await asyncio.gather(*(ask(engine, prompt) for prompt in prompts))]
-    assert " Paris" in alone[0]
-    # Batches of other shapes may round differently; what follows a near tie may then differ too.
-    same = sum(one == other for one, other in zip(alone, together, strict=True))
-    assert same >= len(prompts) - 2
+    alone = [await ask(engine, prompt, logprobs=5) for prompt in prompts]
+    together = await asyncio.gather(*(ask(engine, prompt, logprobs=5) for prompt in prompts))
+    assert " Paris" in alone[0].text
+    for one, other in zip(alone, together, strict=True):
+        pairs = zip(one.logprobs, other.logprobs, strict=False)
+        if difference := next(((mine, theirs) for mine, theirs in pairs if mine.token != theirs.token), None):
+            mine, theirs = difference
+            rival = {candidate.token: candidate.logprob for candidate in mine.top}[theirs.token]
+            assert mine.logprob - rival < 0.2
 
 
 @pytest.mark.parametrize("engine", [EngineSettings(parallel=1, ctx_per_slot=512)], indirect=True)
