@@ -1,0 +1,118 @@
+"""check_variables: holds every llamaherd_* variable of a host against all roles' argument_specs.
+
+Fails with one line for each mistake, before anything is changed: an unknown name with the nearest right one, a wrong
+type, a value outside its choices, a missing or unknown key. Runs on the controller and never connects.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ansible.errors import AnsibleError, AnsibleUndefinedVariable
+from ansible.plugins.action import ActionBase
+
+PREFIX = "llamaherd_"
+ROLES = Path(__file__).resolve().parents[2] / "roles"
+Spec = Mapping[str, Any]
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "a string"),
+    "path": ((str,), "a path"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "dict": ((Mapping,), "a mapping"),
+    "list": ((list, tuple), "a list"),
+}
+
+
+@lru_cache(maxsize=1)
+def known_variables() -> dict[str, Spec]:
+    """Every documented variable of every role by its name."""
+    known: dict[str, Spec] = {}
+    for path in sorted(ROLES.glob("*/meta/argument_specs.yml")):
+        for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["argument_specs"].values():
+            known |= entry.get("options", {})
+    return known
+
+
+def unknown_variable(name: str, known: Mapping[str, Spec]) -> str:
+    """The line for a name that nobody reads; keys of mappings are candidates too: llamaherd_parallel."""
+    candidates = {key.removeprefix(PREFIX): key for key in known}
+    for variable, spec in known.items():
+        if spec.get("type") == "dict":
+            candidates = {key: f"{variable}.{key}" for key in spec.get("options", {})} | candidates
+    return f"{name} is no variable of llamaherd{nearest(name.removeprefix(PREFIX), candidates)}"
+
+
+def nearest(name: str, candidates: Mapping[str, str]) -> str:
+    found = difflib.get_close_matches(name, candidates, n=1)
+    return f"; did you mean {candidates[found[0]]}?" if found else f"; known: {', '.join(sorted(candidates.values()))}"
+
+
+def mistakes(name: str, value: Any, spec: Spec) -> Iterator[str]:
+    """What is wrong with `value`, one line each, by the rules of an argument_specs entry."""
+    if value is None:
+        return  # as good as not given
+    types, words = _TYPES.get(spec.get("type", "str"), ((object,), "anything"))
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types):
+        yield f"{name} must be {words}, not {_shown(value)}{_hint(name, value, spec)}"
+    elif "choices" in spec and value not in spec["choices"]:
+        yield f"{name} must be one of {', '.join(map(str, spec['choices']))}, not {_shown(value)}"
+    elif isinstance(value, Mapping) and "options" in spec:
+        yield from _mapping_mistakes(name, value, spec["options"])
+    elif isinstance(value, (list, tuple)):
+        element = {"type": spec.get("elements", "raw"), "options": spec.get("options")}
+        element = {key: entry for key, entry in element.items() if entry is not None}
+        for index, item in enumerate(value):
+            yield from mistakes(f"{name}[{index}]", item, element)
+
+
+def _mapping_mistakes(name: str, value: Mapping[str, Any], options: Mapping[str, Spec]) -> Iterator[str]:
+    for key, item in value.items():
+        if key in options:
+            yield from mistakes(f"{name}.{key}", item, options[key])
+        else:
+            yield f"{key} is no key of {name}{nearest(str(key), {option: option for option in options})}"
+    for key, option in options.items():
+        if option.get("required") and value.get(key) in (None, ""):
+            called = f" ({value['name']})" if "name" in value else ""
+            yield f"{name}{called} has no {key}: {option['description'].rstrip('.')}"
+
+
+def _shown(value: Any) -> str:
+    return f"the string '{value}'" if isinstance(value, str) else repr(value)
+
+
+def _hint(name: str, value: Any, spec: Spec) -> str:
+    if isinstance(value, str) and spec.get("type") in ("bool", "int", "float", "list", "dict"):
+        return f" (on the command line write JSON: -e '{{\"{name}\": …}}')"
+    return ""
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]
+    _requires_connection = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        known = known_variables()
+        found = []
+        for name in sorted(filter(lambda name: name.startswith(PREFIX), task_vars or {})):
+            if name not in known:
+                found.append(unknown_variable(name, known))
+                continue
+            try:
+                value = self._templar.template((task_vars or {})[name])
+            except AnsibleUndefinedVariable:
+                continue  # made from facts that nobody has read yet; whoever uses it will see
+            except AnsibleError as error:
+                found.append(f"{name} cannot be computed: {error.message}")
+                continue
+            found.extend(mistakes(name, value, known[name]))
+        if found:
+            result |= {"failed": True, "msg": "; ".join(found) if len(found) < 3 else "\n".join(found)}
+        return result

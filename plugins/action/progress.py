@@ -1,0 +1,124 @@
+"""progress: a long command on a host whose progress is shown while it runs.
+
+The command runs in the background with its output in a log on the host; every few seconds the log's newest line is
+shown with the time. If the controller dies the command goes on, and the same task of the next run follows it to
+its end.
+
+Arguments:
+    argv       the command, a list
+    chdir      its working directory
+    log        the log's path on the host; `<log>.pid` and `<log>.rc` beside it tell that it runs and how it ended
+    label      what the lines begin with
+    show       last (default): the newest line every `interval` seconds; all: each line once, as it comes
+    interval   seconds between two lines (default 10)
+    changed    whether it counts as a change (default true)
+Returns rc and seconds; a failure says the log's last lines. Environment and become are the task's own.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from typing import Any
+
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+POLL_S = 1.0
+TAIL_LINES = 30
+_NINJA = re.compile(r"^\[(\d+)/(\d+)\]")
+# Ends the background command's output with its exit code in one rename, so that a reader never sees half of it.
+_START = """
+mkdir -p {directory} && cd {chdir} || exit 1
+if [ -s {log}.pid ] && kill -0 "$(cat {log}.pid)" 2>/dev/null; then exit 0; fi
+rm -f {log}.rc
+nohup sh -c {job} >{log} 2>&1 </dev/null &
+echo $! >{log}.pid
+"""
+_JOB = "{environment} {command}; echo $? >{log}.rc.new; mv {log}.rc.new {log}.rc; rm -f {log}.pid"
+_POLL = """
+if [ -f {log}.rc ]; then printf 'rc=%s\\n' "$(cat {log}.rc)"
+elif kill -0 "$(cat {log}.pid)" 2>/dev/null; then echo running
+elif sleep 1; [ -f {log}.rc ]; then printf 'rc=%s\\n' "$(cat {log}.rc)"
+else echo rc=137; fi
+tail -c +{offset} {log} 2>/dev/null | head -c 1000000
+"""
+
+
+def elapsed(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def summary(line: str, seconds: float) -> str:
+    """One line of progress: ninja's `[120/224] …` becomes `[120/224] 54 % 3m12s`; others keep their words."""
+    found = _NINJA.match(line)
+    if found:
+        done, total = map(int, found.groups())
+        return f"[{done}/{total}] {100 * done // total} % {elapsed(seconds)}"
+    return f"{line[:100]} {elapsed(seconds)}".strip()
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]
+    _VALID_ARGS = frozenset({"argv", "chdir", "log", "label", "show", "interval", "changed"})
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        args = self._task.args
+        changed = bool(args.get("changed", True))
+        if self._task.check_mode:
+            return result | {"changed": changed, "msg": f"would run {shlex.join(map(str, args['argv']))}"}
+        log = str(args["log"])
+        host = (task_vars or {}).get("inventory_hostname", "")
+        label = f"{host}: {args.get('label', self._task.name)}"
+        show_all = args.get("show", "last") == "all"
+        started = time.monotonic()
+        self._start([str(word) for word in args["argv"]], str(args.get("chdir", "/")), log)
+        rc, tail = self._follow(log, label, show_all, float(args.get("interval", 10)), started)
+        result |= {"rc": rc, "changed": changed, "seconds": round(time.monotonic() - started, 1)}
+        if rc != 0:
+            last = tail.pop() if tail else f"exit code {rc}, no output"
+            before = "" if show_all or not tail else "\n".join(["", f"before that, in {log}:", *tail])
+            result |= {"failed": True, "msg": f"{label}: {last}{before}"}
+        return result
+
+    def _start(self, argv: list[str], chdir: str, log: str) -> None:
+        quoted = shlex.quote(log)
+        job = _JOB.format(environment=self._compute_environment_string(), command=shlex.join(argv), log=quoted)
+        script = _START.format(
+            directory=shlex.quote(log.rpartition("/")[0]), chdir=shlex.quote(chdir), log=quoted, job=shlex.quote(job)
+        )
+        answer = self._shell(script)
+        if answer["rc"] != 0:
+            raise RuntimeError(f"cannot start in {chdir}: {answer['stderr'] or answer['stdout']}")
+
+    def _shell(self, script: str) -> dict[str, Any]:
+        """Run `script` on the host; through standard input, because a terminal would end the background command."""
+        answer: dict[str, Any] = self._low_level_execute_command("sh -s", in_data=script.encode())
+        return answer
+
+    def _follow(self, log: str, label: str, show_all: bool, interval: float, started: float) -> tuple[int, list[str]]:
+        """Read the log as it grows until the command ends; returns its exit code and the log's last lines."""
+        display = Display()
+        lines: list[str] = []
+        rest, offset, shown_at, pause = "", 1, time.monotonic(), 0.1
+        while True:
+            time.sleep(pause)
+            pause = min(POLL_S, pause * 2)
+            answer = self._shell(_POLL.format(log=shlex.quote(log), offset=offset))
+            state, _, text = answer["stdout"].partition("\n")
+            offset += len(text.encode("utf-8", "surrogateescape"))
+            *new, rest = (rest + text).split("\n")
+            # A progress bar rewrites its line with \r: only what it says last counts.
+            new = [line.rstrip("\r").rpartition("\r")[2] for line in new]
+            lines = [line for line in [*lines, *new] if line.strip()][-TAIL_LINES:]
+            now = time.monotonic()
+            if show_all:
+                for line in new:
+                    display.display(f"  {label}: {line}" if line else "")
+            elif lines and state == "running" and now - shown_at >= interval:
+                display.display(f"  {label} {summary(lines[-1], now - started)}")
+                shown_at = now
+            if state.startswith("rc="):
+                return int(state.removeprefix("rc=")), [*lines, *([rest] if rest.strip() else [])]

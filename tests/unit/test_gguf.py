@@ -1,0 +1,161 @@
+"""The header reader on a real model, and on truncated, corrupt and hostile files."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+SETTINGS = {
+    "parallel": 4,
+    "ctx_per_slot": 2048,
+    "ubatch": 512,
+    "kv_unified": True,
+    "flash_attention": "auto",
+    "kv_type_k": "f16",
+    "kv_type_v": "f16",
+}
+MIB = 2**20
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    path = os.environ.get("LLAMAHERD_TEST_MODEL")
+    assert path, "LLAMAHERD_TEST_MODEL is not set: run `make test`"
+    return Path(path)
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def file(keys: bytes, n_keys: int, *, magic: bytes = b"GGUF", version: int = 3) -> bytes:
+    return magic + struct.pack("<IQQ", version, 0, n_keys) + keys
+
+
+def u32(key: str, value: int) -> bytes:
+    return text(key) + struct.pack("<II", 4, value)
+
+
+SMALL = file(
+    text("general.architecture") + struct.pack("<I", 8) + text("llama")
+    + u32("llama.block_count", 2) + u32("llama.attention.head_count", 4) + u32("llama.attention.head_count_kv", 2)
+    + u32("llama.embedding_length", 64) + u32("llama.context_length", 512) + u32("llama.feed_forward_length", 128),
+    7,
+)  # fmt: skip
+
+
+def test_the_real_model(gguf: ModuleType, model: Path) -> None:
+    shape = gguf.shape(gguf.read_header(model))
+    assert (shape.architecture, shape.n_layers, shape.n_ctx_train, shape.n_vocab) == ("llama", 30, 8192, 49152)
+    # 30 layers x 3 KV heads x (64 + 64) x 2 bytes; llama.cpp allocates 180 MiB for 8192 tokens.
+    assert gguf.kv_bytes_per_token(shape, "f16", "f16") * 8192 == 180 * MIB
+
+
+@pytest.mark.parametrize(
+    ("changed", "llama_cpp_mib"),
+    [
+        ({}, 21.51),
+        ({"ubatch": 128}, 5.38),
+        ({"ctx_per_slot": 8192}, 45.51),
+        ({"flash_attention": "off"}, 166.38),
+        ({"flash_attention": "off", "ubatch": 256, "ctx_per_slot": 8192}, 323.19),
+    ],
+)
+def test_the_compute_buffer_is_what_llama_cpp_allocates(
+    gguf: ModuleType, model: Path, changed: dict[str, object], llama_cpp_mib: float
+) -> None:
+    """The figures are llama-server's own log at these settings (parallel 4, unified KV, CPU)."""
+    shape = gguf.shape(gguf.read_header(model))
+    logits = 4 * 4 * shape.n_vocab  # in a buffer of their own
+    assert (gguf.compute_bytes(shape, SETTINGS | changed) - logits) / MIB == pytest.approx(llama_cpp_mib, rel=0.05)
+
+
+def test_what_does_not_fit_is_told_with_what_would(gguf_info: ModuleType, model: Path) -> None:
+    memory = 1024 * MIB
+    found = gguf_info.needs(model, SETTINGS | {"parallel": 64}, memory)
+    assert found["needed_bytes"] > memory
+    fitting = gguf_info.needs(model, SETTINGS | {"parallel": found["largest_parallel"]}, memory)
+    too_much = gguf_info.needs(model, SETTINGS | {"parallel": found["largest_parallel"] + 1}, memory)
+    assert fitting["needed_bytes"] <= memory < too_much["needed_bytes"]
+    assert found["largest_ctx_per_slot"] % 256 == 0
+    shorter = {"parallel": 64, "ctx_per_slot": found["largest_ctx_per_slot"]}
+    assert gguf_info.needs(model, SETTINGS | shorter, memory)["needed_bytes"] <= memory
+
+
+def test_a_small_header_is_read(gguf: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "small.gguf"
+    path.write_bytes(SMALL)
+    shape = gguf.shape(gguf.read_header(path))
+    assert shape.kv_heads == [2, 2]
+    assert shape.key_length == 16
+
+
+def test_heads_may_differ_by_layer(gguf: ModuleType, tmp_path: Path) -> None:
+    per_layer = text("llama.attention.head_count_kv") + struct.pack("<IIQ2i", 9, 5, 2, 0, 3)
+    path = tmp_path / "layers.gguf"
+    path.write_bytes(SMALL.replace(u32("llama.attention.head_count_kv", 2), per_layer))
+    assert gguf.shape(gguf.read_header(path)).kv_heads == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        pytest.param(b"", "truncated", id="empty"),
+        pytest.param(b"<html>404</html>", "not begin with GGUF", id="an error page"),
+        pytest.param(file(b"", 0, version=1), "version 1", id="old version"),
+        pytest.param(file(b"", 2**40), "number of keys", id="more keys than anyone has"),
+        pytest.param(file(struct.pack("<Q", 2**63), 1), "length of a key", id="huge key"),
+        pytest.param(file(text("k") + struct.pack("<IQ", 8, 2**62), 1), "length of k", id="huge string"),
+        pytest.param(file(text("k") + struct.pack("<IIQ", 9, 4, 2**60), 1), "length of k", id="huge array"),
+        pytest.param(file(text("k") + struct.pack("<IIQ", 9, 9, 1), 1), "unknown type 9", id="array of arrays"),
+        pytest.param(file(text("k") + struct.pack("<I", 77), 1), "unknown type 77", id="unknown type"),
+        pytest.param(file(text("k") + struct.pack("<I", 4), 1), "truncated", id="value missing"),
+    ],
+)
+def test_a_bad_file_is_one_clear_error(gguf: ModuleType, tmp_path: Path, content: bytes, expected: str) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(content)
+    with pytest.raises(gguf.GgufError, match=expected):
+        gguf.shape(gguf.read_header(path))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (u32("llama.block_count", 2), u32("llama.block_count", 2**30), "more than the 4096"),
+        (u32("llama.attention.head_count", 4), u32("llama.attention.head_count", 0), "head_count is 0"),
+        (u32("llama.context_length", 512), u32("other.context_length", 512), "context_length is missing"),
+    ],
+)
+def test_absurd_shapes_are_named(gguf: ModuleType, tmp_path: Path, before: bytes, after: bytes, expected: str) -> None:
+    path = tmp_path / "absurd.gguf"
+    path.write_bytes(SMALL.replace(before, after))
+    with pytest.raises(gguf.GgufError, match=expected):
+        gguf.shape(gguf.read_header(path))
+
+
+@given(end=st.integers(0, len(SMALL) - 1))
+def test_every_truncation_is_an_error(gguf: ModuleType, tmp_path_factory: pytest.TempPathFactory, end: int) -> None:
+    path = tmp_path_factory.mktemp("cut") / "cut.gguf"
+    path.write_bytes(SMALL[:end])
+    with pytest.raises(gguf.GgufError):
+        gguf.read_header(path)
+
+
+@given(at=st.integers(4, len(SMALL) - 1), value=st.integers(0, 255))
+def test_any_corrupt_byte_is_read_or_refused(
+    gguf: ModuleType, tmp_path_factory: pytest.TempPathFactory, at: int, value: int
+) -> None:
+    path = tmp_path_factory.mktemp("corrupt") / "corrupt.gguf"
+    path.write_bytes(SMALL[:at] + bytes([value]) + SMALL[at + 1 :])
+    try:
+        shape = gguf.shape(gguf.read_header(path))
+    except gguf.GgufError:
+        return
+    assert 0 < shape.n_layers <= gguf.MAX_LAYERS

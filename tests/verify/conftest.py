@@ -1,0 +1,61 @@
+"""What playbooks/verify.yml promises of one host, and its journal when a test fails.
+
+These tests need a host: playbooks/verify.yml runs them (tests/lab runs that), a plain `pytest` does not collect them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import testinfra
+from testinfra.host import Host
+
+from tests.verify.client import Client
+
+PROMISED = os.environ.get("LLAMAHERD_VERIFY")
+collect_ignore_glob = [] if PROMISED else ["test_*.py"]
+UNITS = ("llamaherd-server", "nginx")
+
+
+@pytest.fixture(scope="session")
+def promised() -> dict[str, Any]:
+    """What the inventory says of this host; roles/verify/vars/main.yml makes it."""
+    assert PROMISED is not None
+    promised: dict[str, Any] = json.loads(Path(PROMISED).read_text())
+    return promised
+
+
+@pytest.fixture(scope="session")
+def host(promised: dict[str, Any]) -> Host:
+    """testinfra's host, reached as Ansible reaches it."""
+    return testinfra.get_host(**promised["connection"])
+
+
+@pytest.fixture(scope="session")
+def client(promised: dict[str, Any]) -> Client:
+    """A client as a user has one: the public address, the CA's certificate, a plain key."""
+    key = Path(promised["keys_dir"], promised["key"]).read_text().strip()
+    return Client(promised["url"], promised["ca"] if promised["edge"] else None, key)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    host = getattr(item, "funcargs", {}).get("host")
+    if report.when == "call" and report.failed and isinstance(host, Host):
+        for unit in UNITS:
+            report.sections.append((f"journal of {unit}", journal(host, unit)))
+    return report
+
+
+def journal(host: Host, unit: str) -> str:
+    """The unit's last words; a host that is out of reach has none, and that is no second failure."""
+    try:
+        lines: str = host.run("journalctl --unit=%s --lines=15 --no-pager --output=short-iso", unit).stdout
+    except RuntimeError as error:
+        return str(error)
+    return lines

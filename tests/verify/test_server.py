@@ -1,0 +1,107 @@
+"""The server: its unit and sandbox, keys, a stream through the public address, and the settings in force."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from testinfra.host import Host
+
+from tests.verify.client import Client
+
+UNIT = "llamaherd-server"
+HARDENING = {
+    "Type": "notify",
+    "NotifyAccess": "main",
+    "Restart": "on-failure",
+    "CapabilityBoundingSet": "",
+    "AmbientCapabilities": "",
+    "NoNewPrivileges": "yes",
+    "ProtectSystem": "strict",
+    "ProtectHome": "yes",
+    "PrivateTmp": "yes",
+    "PrivateUsers": "yes",
+    "DevicePolicy": "closed",
+    "ProtectProc": "invisible",
+    "ProtectKernelModules": "yes",
+    "ProtectKernelTunables": "yes",
+    "ProtectKernelLogs": "yes",
+    "ProtectControlGroups": "yes",
+    "ProtectClock": "yes",
+    "ProtectHostname": "yes",
+    "RestrictNamespaces": "yes",
+    "RestrictRealtime": "yes",
+    "RestrictSUIDSGID": "yes",
+    "LockPersonality": "yes",
+    "RemoveIPC": "yes",
+    "SystemCallArchitectures": "native",
+    "UMask": "0077",
+}
+CPU_ONLY = {"PrivateDevices": "yes", "ProcSubset": "pid", "MemoryDenyWriteExecute": "yes"}
+QUESTION = {"role": "user", "content": "Count from one to twenty in words."}
+
+
+@pytest.fixture(autouse=True)
+def _inference(promised: dict[str, Any]) -> None:
+    if not promised["inference"]:
+        pytest.skip("not an inference host")
+
+
+def test_the_unit_runs_now_and_at_boot(host: Host) -> None:
+    server = host.service(UNIT)
+    assert server.is_running
+    assert server.is_enabled
+
+
+def test_the_unit_is_hardened(host: Host, promised: dict[str, Any]) -> None:
+    shown = host.check_output("systemctl show --all %s", UNIT)
+    properties = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+    wanted = HARDENING | (CPU_ONLY if promised["accelerator"] == "cpu" else {}) | {"User": promised["user"]}
+    assert {name: properties[name] for name in wanted} == wanted
+    assert int(properties["WatchdogUSec"].removesuffix("s").removesuffix("min")) > 0
+    assert "ptrace" not in properties["SystemCallFilter"].split()
+
+
+@pytest.mark.parametrize("unit", [UNIT, "nginx"])
+def test_what_systemd_thinks_of_the_sandbox(host: Host, promised: dict[str, Any], unit: str) -> None:
+    if unit == "nginx" and not promised["edge"]:
+        pytest.skip("not an edge host")
+    verdict = host.check_output("systemd-analyze security --no-pager %s", unit).splitlines()[-1]
+    exposure = float(verdict.split(":")[-2].split()[0]) if ":-" in verdict else float(verdict.split()[-2])
+    assert exposure <= promised["exposure"][unit], verdict
+
+
+def test_processes_run_as_the_servers_user(host: Host, promised: dict[str, Any]) -> None:
+    processes = host.process.filter(user=promised["user"])
+    assert any("llamaherd_server.worker" in process.args for process in processes)
+
+
+def test_a_key_is_required(client: Client) -> None:
+    for key in (None, "wrong"):
+        answer = client.request("POST", "/v1/chat/completions", {"messages": [QUESTION]}, key=key)
+        assert answer.status == 401
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+def test_a_completion_streams(host: Host, client: Client, promised: dict[str, Any]) -> None:
+    events = client.stream(
+        "/v1/chat/completions",
+        {"model": promised["model"], "messages": [QUESTION], "stream": True, "max_tokens": 32, "temperature": 0},
+    )
+    assert events[-1][1] == "[DONE]"
+    choices = [(at, json.loads(data)["choices"]) for at, data in events[:-1]]
+    tokens = [at for at, choice in choices if choice and choice[0]["delta"].get("content")]
+    assert len(tokens) >= 8
+    # Buffered anywhere on the way, they would arrive together.
+    assert len({round(at, 3) for at in tokens}) >= 4
+
+
+def test_the_settings_in_force_are_the_inventorys(host: Host, promised: dict[str, Any]) -> None:
+    engine = promised["engine"]
+    assert engine["state"] == "ready"
+    assert engine["model"]["name"] == promised["model"]
+    wanted = {name: value for name, value in promised["settings"].items() if not name.startswith("threads")}
+    threads = {name: value for name, value in promised["settings"].items() if name.startswith("threads") and value}
+    in_force = engine["settings"]
+    assert {name: in_force[name] for name in wanted | threads} == wanted | threads
