@@ -1,0 +1,10 @@
+"""Reproducible randomness: prompts, arrivals and search order are functions of a seed. Nothing secret comes of it."""
+
+from __future__ import annotations
+
+import random
+
+
+def seeded(*parts: int | str) -> random.Random:
+    """A generator that gives the same for the same parts."""
+    return random.Random("/".join(map(str, parts)))  # noqa: S311

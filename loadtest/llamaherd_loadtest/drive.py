@@ -1,0 +1,74 @@
+"""One closed-loop measurement, driven by Locust in this process. Importing this module patches for gevent."""
+
+from __future__ import annotations
+
+import logging
+
+import gevent
+from locust.env import Environment
+from msgspec import Struct
+
+from llamaherd_loadtest.client import ChatClient, Target, clock
+from llamaherd_loadtest.health import Health, HealthMonitor
+from llamaherd_loadtest.samples import Sample
+from llamaherd_loadtest.session import LoadSession
+from llamaherd_loadtest.users import ClosedLoopUser
+from llamaherd_loadtest.workload import Prompts
+
+logging.getLogger("locust").setLevel(logging.WARNING)
+
+
+class Run(Struct, frozen=True):
+    """What a run left: its samples, the full-load window on the client's clock, and the client's health."""
+
+    samples: list[Sample]
+    start: float
+    end: float
+    health: Health
+
+
+class RunFailed(Exception):
+    """There was no full-load window; the message says why."""
+
+
+def closed_loop(
+    target: Target, client: ChatClient, prompts: Prompts, *, concurrency: int, window_s: float, warm_up_s: float
+) -> Run:
+    """Keep `concurrency` requests in flight: warm up, then measure for `window_s` seconds.
+
+    The window opens when each user has ended its warm-up request and handed its slot over, without a pause between, so
+    the load is full from the first moment on. Raises RunFailed where that takes more than `warm_up_s` seconds, or
+    where requests only fail.
+    """
+    environment = Environment(host=target.url)
+    session = LoadSession(client, prompts, environment.events.request.fire)
+    environment.user_classes = [type("ChatUser", (ClosedLoopUser,), {"session": session})]
+    runner = environment.create_local_runner()
+    try:
+        runner.start(concurrency, spawn_rate=concurrency)
+        _wait_for_full_load(session, concurrency, warm_up_s)
+        monitor, start = HealthMonitor(), clock()
+        session.hopeless.wait(window_s)
+        end = clock()
+        cpu, lag = monitor.stop()
+    finally:
+        runner.quit()
+    if session.hopeless.is_set():
+        raise RunFailed(_last_error(session))
+    in_flight = sum(max(0.0, min(s.end, end) - max(s.sent, start)) for s in session.samples) / (end - start)
+    return Run(session.samples, start, end, Health(cpu=cpu, lag_p95_s=lag, concurrency=in_flight / concurrency))
+
+
+def _wait_for_full_load(session: LoadSession, concurrency: int, timeout_s: float) -> None:
+    deadline = clock() + timeout_s
+    while session.warmed < concurrency:
+        if session.hopeless.is_set():
+            raise RunFailed(_last_error(session))
+        if clock() > deadline:
+            raise RunFailed(f"only {session.warmed} of {concurrency} users had warmed up after {timeout_s:g} s")
+        gevent.sleep(0.01)
+
+
+def _last_error(session: LoadSession) -> str:
+    failed = [s for s in session.samples if s.detail]
+    return f"requests only fail, the last with {failed[-1].outcome}: {failed[-1].detail}" if failed else "requests fail"

@@ -1,0 +1,64 @@
+"""Matplotlib figures as inline SVG whose colours are the page's CSS variables, so that they follow light and dark."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from matplotlib.figure import Figure
+
+# Stand-ins that no default palette uses; each becomes var(--name).
+INK = {
+    "fg": "#010203",
+    "muted": "#010204",
+    "grid": "#010205",
+    "chosen": "#010206",
+    "current": "#010207",
+    "miss": "#010208",
+}
+
+# In force while charts are drawn: `with mpl.rc_context(STYLE)`.
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: selectable, and in the page's font
+    "svg.hashsalt": "llamaherd",
+    "font.size": 11,
+    "axes.edgecolor": INK["muted"],
+    "axes.labelcolor": INK["fg"],
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": INK["grid"],
+    "text.color": INK["fg"],
+    "xtick.color": INK["muted"],
+    "ytick.color": INK["muted"],
+    "xtick.labelcolor": INK["fg"],
+    "ytick.labelcolor": INK["fg"],
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "legend.handletextpad": 0.3,
+    "legend.columnspacing": 1.0,
+    "lines.linewidth": 1.8,
+}
+
+
+def figure(panels: int = 1, height: float = 3.0) -> tuple[Any, list[Any]]:
+    """A figure and its panels, one above another; five inches wide, so that its text is legible on a phone."""
+    drawn = Figure(figsize=(5, height * panels), layout="constrained")
+    return drawn, list(drawn.subplots(panels, 1, squeeze=False)[:, 0])
+
+
+def key_above(axes: Any, columns: int) -> None:
+    """The legend above the panel, where it hides nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.12, 1.0), ncols=columns)
+
+
+def to_svg(drawn: Any, description: str) -> str:
+    """The figure as an `svg` element that scales with the page; `description` is for screen readers."""
+    buffer = io.StringIO()
+    drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for name, colour in INK.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)

@@ -1,0 +1,36 @@
+"""Write report.html from a tuning job's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from llamaherd_loadtest.report import charts
+from llamaherd_loadtest.tune.journal import read_steps
+from llamaherd_loadtest.tune.settings import difference
+from llamaherd_loadtest.tune.verdict import Verdict
+
+_pages = Environment(
+    loader=PackageLoader("llamaherd_loadtest.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+)
+
+
+def write_report(folder: Path, page: Path) -> None:
+    """Read `verdict.json` and `journal.jsonl` of `folder`, write the HTML file `page`.
+
+    Raises ValueError where the folder does not hold a finished or interrupted tuning job.
+    """
+    try:
+        verdict = msgspec.json.decode((folder / "verdict.json").read_bytes(), type=Verdict)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ValueError(f"{folder} holds no readable verdict.json: {error}") from error
+    steps = read_steps(folder / "journal.jsonl")
+    html = _pages.get_template("page.html.j2").render(
+        verdict=verdict,
+        change=difference(verdict.current, verdict.chosen),
+        charts=charts.draw(verdict, steps),
+    )
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(html, encoding="utf-8")

@@ -1,0 +1,94 @@
+"""Raw samples: what one request did, in times of one monotonic clock, and how they are kept as JSON lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct, field
+
+OK = "ok"
+CUT_OFF = "cut_off"
+
+
+class Sample(Struct, kw_only=True):
+    """One request. Times are seconds of `time.perf_counter` in the client, lengths are tokens.
+
+    `outcome` is "ok", "cut_off" (the run ended first; neither counted nor a miss), or the kind of error:
+    "http 429", "stream_error", "timeout", "connection", "truncated", "protocol" or "empty".
+    """
+
+    index: int
+    scheduled: float
+    sent: float = 0.0
+    first: float | None = None  # arrival of the first event with text
+    last: float | None = None  # and of the last
+    end: float = 0.0
+    gaps: list[float] = field(default_factory=list)  # between events with text
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+    outcome: str = OK
+    detail: str = ""
+    warmup: bool = False
+
+    @property
+    def events(self) -> int:
+        """Events that carried text."""
+        return 0 if self.first is None else len(self.gaps) + 1
+
+    @property
+    def tokens(self) -> int:
+        """Output tokens: the server's count, or one an event where it gave none (a request that was cut off)."""
+        return self.completion_tokens or self.events
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token, seconds from the scheduled send."""
+        return None if self.first is None else self.first - self.scheduled
+
+    @property
+    def tpot(self) -> float | None:
+        """Time per output token after the first: (tn - t1) / (n - 1), seconds."""
+        if self.first is None or self.last is None or self.tokens < 2:
+            return None
+        return (self.last - self.first) / (self.tokens - 1)
+
+    @property
+    def largest_gap(self) -> float | None:
+        """The longest stall within the stream, seconds."""
+        return max(self.gaps, default=None)
+
+    @property
+    def e2e(self) -> float:
+        """Seconds from the scheduled send to the end of the stream."""
+        return self.end - self.scheduled
+
+    @property
+    def schedule_delay(self) -> float:
+        """Seconds by which the client sent later than it was asked to."""
+        return self.sent - self.scheduled
+
+    def tokens_between(self, start: float, end: float) -> float:
+        """Output tokens that arrived in [start, end): events in it, weighted with tokens per event."""
+        if self.first is None:
+            return 0.0
+        inside, at = 0, self.first
+        for gap in (0.0, *self.gaps):
+            at += gap
+            inside += start <= at < end
+        return inside * self.tokens / self.events
+
+
+def write_samples(path: Path, samples: Iterable[Sample]) -> None:
+    """Write one JSON object a line."""
+    with path.open("wb") as file:
+        file.writelines(msgspec.json.encode(sample) + b"\n" for sample in samples)
+
+
+def read_samples(path: Path) -> Iterator[Sample]:
+    """Read what `write_samples` wrote."""
+    decoder = msgspec.json.Decoder(Sample)
+    with path.open("rb") as file:
+        yield from (decoder.decode(line) for line in file)

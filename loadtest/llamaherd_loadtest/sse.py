@@ -1,0 +1,80 @@
+"""The events of an OpenAI-compatible chat stream: one line of server-sent events in, one typed chunk out.
+
+Only the fields that a measurement needs are decoded; all others are skipped by the decoder.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct, field
+
+
+class PromptDetails(Struct):
+    cached_tokens: int | None = None
+
+
+class Usage(Struct):
+    """Token counts as the server's own tokenizer gives them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: PromptDetails | None = None
+
+
+class Delta(Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class Choice(Struct):
+    delta: Delta = field(default_factory=Delta)
+    finish_reason: str | None = None
+
+
+class ErrorBody(Struct):
+    message: str = ""
+    type: str | None = None
+
+
+class Chunk(Struct):
+    """One `data:` event. A role-only delta carries no text and does not count as a first token."""
+
+    choices: list[Choice] = field(default_factory=list)
+    usage: Usage | None = None
+    error: ErrorBody | str | None = None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the event brings output: a non-empty content or reasoning delta."""
+        return any(c.delta.content or c.delta.reasoning_content or c.delta.reasoning for c in self.choices)
+
+    @property
+    def finished(self) -> bool:
+        """Whether a choice says why it ended."""
+        return any(c.finish_reason for c in self.choices)
+
+    @property
+    def error_message(self) -> str:
+        """The text of an error event; empty where there is none."""
+        return self.error.message if isinstance(self.error, ErrorBody) else self.error or ""
+
+
+END = Chunk()
+"""What `parse_line` gives for `data: [DONE]`; compare by identity."""
+
+_chunks = msgspec.json.Decoder(Chunk)
+_errors = msgspec.json.Decoder(ErrorBody)
+
+
+def parse_line(line: bytes) -> Chunk | None:
+    """Decode one line of the stream; None for comments, event names and the blank lines between events.
+
+    Raises `msgspec.DecodeError` where the payload is not the JSON of a chunk.
+    """
+    if line.startswith(b"data:"):
+        payload = line[5:].strip()
+        return END if payload == b"[DONE]" else _chunks.decode(payload)
+    if line.startswith(b"error:"):  # llama-server's own form of an in-stream error
+        return Chunk(error=_errors.decode(line[6:].strip()))
+    return None

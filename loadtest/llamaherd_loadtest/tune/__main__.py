@@ -1,0 +1,34 @@
+"""`python -m llamaherd_loadtest.tune`. Exit status: 0 with a verdict, 2 for what makes a search impossible."""
+
+from __future__ import annotations
+
+# Locust patches the standard library for gevent; that has to come before anything imports it.
+import locust  # noqa: F401  # isort: skip
+
+import sys
+
+from llamaherd_loadtest.probe import ServerUnusable
+from llamaherd_loadtest.tune.job import tune
+from llamaherd_loadtest.tune.options import parse
+from llamaherd_loadtest.tune.progress import say
+from llamaherd_loadtest.tune.signals import Interrupted
+
+
+def main() -> int:
+    """Run one job from the command line."""
+    try:
+        options = parse(sys.argv[1:])
+        verdict = tune(options)
+    except (ServerUnusable, ValueError, OSError) as error:
+        sys.stderr.write(f"tune: {error}\n")
+        return 2
+    except Interrupted as reason:
+        sys.stderr.write(f"tune: {reason}; the settings found at the start are in force again\n")
+        return reason.exit_status
+    say(verdict.sentence)
+    say(f"Report: {options.out / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Puts settings in force on a running server, through /admin/engine."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import requests
+from msgspec import Struct, field
+
+from llamaherd_loadtest.probe import ServerUnusable
+from llamaherd_loadtest.sse import Chunk
+from llamaherd_loadtest.tune.settings import Settings, Value, difference
+
+_APPLY_TIMEOUT_S = 180.0
+_RECOVERY_S = 90.0
+_AUTOMATIC: Value = 0  # thread counts of 0 are resolved by the server, and come back as what it chose
+
+
+class ModelInfo(Struct):
+    name: str = ""
+    path: str = ""
+    size_bytes: int = 0
+
+
+class EngineState(Struct):
+    """What GET /admin/engine says."""
+
+    engine: str
+    state: str
+    settings: dict[str, Value]
+    model: ModelInfo = field(default_factory=ModelInfo)
+    build: str = ""
+    restarts: int = 0
+
+
+class Refused(Exception):
+    """Settings did not come into force; the message is the server's."""
+
+
+class Applier(Protocol):
+    """How a tuner reaches a server's settings."""
+
+    def state(self) -> EngineState: ...
+
+    def apply(self, settings: Settings) -> None: ...
+
+    def wait_ready(self) -> None: ...
+
+
+class AdminApplier:
+    """Retunes a server alive through GET and PUT {url}/admin/engine."""
+
+    def __init__(self, url: str, key: str = "", ca: Path | None = None) -> None:
+        self._url = url.rstrip("/") + "/admin/engine"
+        self._session = requests.Session()
+        self._session.verify = str(ca) if ca else True
+        if key:
+            self._session.headers["Authorization"] = f"Bearer {key}"
+
+    def state(self) -> EngineState:
+        """The engine's state. Raises ServerUnusable with the cause."""
+        response = self._request("GET", timeout_s=10.0)
+        if response.status_code in (401, 403):
+            raise ServerUnusable(
+                f"{self._url} refuses the admin key ({_error(response)}): give it with --admin-key-file"
+            )
+        if response.status_code != 200:
+            raise ServerUnusable(f"{self._url} answers {response.status_code}: {_error(response)}")
+        try:
+            return msgspec.json.decode(response.content, type=EngineState)
+        except msgspec.MsgspecError as error:
+            raise ServerUnusable(f"{self._url} is no llamaherd server: {error}") from error
+
+    def apply(self, settings: Settings) -> None:
+        """Put settings in force and check that they are. Raises Refused; the server then keeps its old ones."""
+        try:
+            response = self._request("PUT", timeout_s=_APPLY_TIMEOUT_S, body=msgspec.json.encode(dict(settings)))
+        except ServerUnusable as error:
+            raise Refused(f"the server died when these settings were applied: {error}") from error
+        if response.status_code != 200:
+            raise Refused(_error(response))
+        in_force = msgspec.json.decode(response.content, type=EngineState).settings
+        kept = {k: in_force.get(k, "none") for k, v in settings.items() if in_force.get(k) != v and v != _AUTOMATIC}
+        if kept:
+            raise Refused(f"the server did not take {difference(kept, {k: settings[k] for k in kept})}")
+
+    def wait_ready(self) -> None:
+        """Wait for a server that died and is being restarted. Raises ServerUnusable if it does not come back."""
+        deadline = time.monotonic() + _RECOVERY_S
+        while True:
+            try:
+                state = self.state().state
+            except ServerUnusable as error:
+                state = str(error)
+            if state == "ready":
+                return
+            if time.monotonic() > deadline:
+                raise ServerUnusable(f"{self._url} did not come back within {_RECOVERY_S:g} s: {state}")
+            time.sleep(0.5)
+
+    def _request(self, method: str, *, timeout_s: float, body: bytes | None = None) -> requests.Response:
+        headers = {"Content-Type": "application/json"}
+        try:
+            return self._session.request(method, self._url, data=body, headers=headers, timeout=timeout_s)
+        except requests.exceptions.SSLError as error:
+            raise ServerUnusable(
+                f"{self._url} has a certificate of an unknown authority: give its CA with --ca"
+            ) from error
+        except requests.RequestException as error:
+            raise ServerUnusable(f"{self._url} cannot be reached: {error}") from error
+
+
+def _error(response: requests.Response) -> str:
+    try:
+        message = msgspec.json.decode(response.content, type=Chunk).error_message
+    except msgspec.MsgspecError:
+        message = response.text.strip()
+    return message[:300] or response.reason

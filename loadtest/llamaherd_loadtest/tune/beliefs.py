@@ -1,0 +1,88 @@
+"""From windows to what is worth measuring next, what to confirm and what keeps its limits. All pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+
+import numpy as np
+from msgspec import Struct
+
+from llamaherd_loadtest.limits import Limit
+from llamaherd_loadtest.tune.evidence import MAX_ERROR_SHARE, Record, limit_noise, speed_noise
+from llamaherd_loadtest.tune.surrogate import Array, Belief, Grid
+
+_CURIOSITY = 2.0  # how many standard deviations of hope a setting is given while searching
+_LENIENCY = 0.5  # and how many against its limits: the best settings often lie close to one
+# A miss weighs more than the speed it may have bought, so misses sink; near ones stay above far ones.
+_PENALTY = 4.0
+_LIMIT_MARGIN = 1.0  # standard deviations from a limit that count as clear of it
+
+
+class Judgement(StrEnum):
+    """Does a setting keep its limits? UNRESOLVED: it is too close to one for the noise."""
+
+    PASSES = "passes"
+    UNRESOLVED = "unresolved"
+    MISSES = "misses"
+
+
+class Beliefs(Struct, frozen=True):
+    """Each setting's log throughput and, for each limit, the logarithm of its figure over the limit."""
+
+    speed: Belief
+    excess: list[tuple[Limit, Belief]]
+
+    def next(self, ruled_out: Iterable[int]) -> int:
+        """The setting that may turn out best."""
+        hope = self.speed.mean + _CURIOSITY * self.speed.sd - self._penalty(-_LENIENCY)
+        return int(np.argmax(_without(hope, ruled_out)))
+
+    def best(self, count: int, ruled_out: Iterable[int]) -> list[int]:
+        """The `count` settings that look best, those that may miss a limit marked down."""
+        score = _without(self.speed.mean - self._penalty(_LENIENCY), ruled_out)
+        return [int(i) for i in np.argsort(-score)[:count] if math.isfinite(score[i])]
+
+    def judge(self, row: int, record: Record) -> tuple[Judgement, str]:
+        """The worst judgement of a measured setting, and the limit's name (or "error_rate")."""
+        if record.error_share > MAX_ERROR_SHARE:
+            return Judgement.MISSES, "error_rate"
+        worst = (Judgement.PASSES, "")
+        for limit, belief in self.excess:
+            mean, margin = float(belief.mean[row]), _LIMIT_MARGIN * float(belief.sd[row])
+            if mean - margin > 0:
+                return Judgement.MISSES, limit.name
+            if mean + margin > 0:
+                worst = (Judgement.UNRESOLVED, limit.name)
+        return worst
+
+    def nearest_miss(self, rows: Iterable[int]) -> tuple[int, str, float] | None:
+        """Where no setting of `rows` keeps its limits: the nearest, the limit it misses, and by what share."""
+        worst = [max((float(b.mean[row]), limit.name, row) for limit, b in self.excess) for row in rows if self.excess]
+        excess, name, row = min(worst, default=(0.0, "", 0))
+        return (row, name, math.expm1(excess)) if excess > 0 else None
+
+    def _penalty(self, deviations: float) -> Array:
+        excess = [np.maximum(0.0, b.mean + deviations * b.sd) for _, b in self.excess]
+        return _PENALTY * sum(excess, np.zeros_like(self.speed.mean))
+
+
+def believe(grid: Grid, records: Sequence[Record], limits: Sequence[Limit]) -> Beliefs:
+    """Read all windows without a fault; `records` in the order of the grid, at least one of them measured."""
+    rows = [(row, m) for row, record in enumerate(records) for m in record.all_windows if not m.fault]
+    speed = grid.believe(
+        [row for row, _ in rows], [math.log(max(m.tokens_per_s, 1e-9)) for _, m in rows], speed_noise(records).sigma
+    )
+    excess = []
+    for limit in limits:
+        seen = [(row, m.observed[limit.name]) for row, m in rows if limit.name in m.observed]
+        logs = [math.log(max(value, 1e-6) / limit.ms) for _, value in seen]
+        excess.append((limit, grid.believe([row for row, _ in seen], logs, limit_noise(records, limit).sigma)))
+    return Beliefs(speed, excess)
+
+
+def _without(score: Array, ruled_out: Iterable[int]) -> Array:
+    masked = score.copy()
+    masked[list(ruled_out)] = -np.inf
+    return masked

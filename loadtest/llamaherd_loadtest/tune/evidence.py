@@ -1,0 +1,131 @@
+"""What has been measured so far, and how far it can be trusted. All pure; noise is worked on in logarithms.
+
+Windows of the same settings differ by a noise that all settings share, so it is pooled over them; a prior worth a few
+windows keeps two lucky windows from looking exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from statistics import NormalDist, fmean
+
+from msgspec import Struct, field
+
+from llamaherd_loadtest.limits import Limit
+from llamaherd_loadtest.tune.settings import Settings
+
+_PRIOR_WINDOWS = 4
+_PRIOR_SPEED_NOISE = 0.10
+_PRIOR_LATENCY_NOISE = 0.15
+MAX_ERROR_SHARE = 0.01
+
+
+class Measurement(Struct, kw_only=True):
+    """One window with one setting: output tokens per second, each limit's observed figure in ms, raw latencies in ms.
+
+    `fault` says why its figures do not count: "not launched: …", "failed: …" or "invalid: …". `took_s` is all the time
+    that it cost, the change of settings and the warm-up included.
+    """
+
+    took_s: float
+    fault: str = ""
+    tokens_per_s: float = 0.0
+    requests: int = 0
+    errors: int = 0
+    observed: dict[str, float] = field(default_factory=dict)
+    ttft_ms: list[float] = field(default_factory=list)
+    tpot_ms: list[float] = field(default_factory=list)
+    client_cpu: float = 0.0
+    client_lag_ms: float = 0.0
+
+
+class Record(Struct):
+    """All windows of one setting, by phase."""
+
+    settings: Settings
+    screening: list[Measurement] = field(default_factory=list)
+    confirming: list[Measurement] = field(default_factory=list)
+
+    @property
+    def fault(self) -> str:
+        """The first fault, if any: one is enough to rule settings out."""
+        return next((m.fault for m in self.all_windows if m.fault), "")
+
+    @property
+    def all_windows(self) -> list[Measurement]:
+        return [*self.screening, *self.confirming]
+
+    @property
+    def figures(self) -> bool:
+        """Whether anything was measured."""
+        return any(not m.fault for m in self.all_windows)
+
+    @property
+    def windows(self) -> list[Measurement]:
+        """What figures rest on: the confirming windows only, once there are any (a search's best is a lucky one)."""
+        return [m for m in self.confirming or self.screening if not m.fault]
+
+    @property
+    def log_speed(self) -> float:
+        """Mean logarithm of the throughput."""
+        return fmean(math.log(max(m.tokens_per_s, 1e-9)) for m in self.windows)
+
+    @property
+    def error_share(self) -> float:
+        """Failed requests over all."""
+        errors = sum(m.errors for m in self.windows)
+        return errors / max(errors + sum(m.requests for m in self.windows), 1)
+
+    def log_excess(self, limit: Limit) -> float:
+        """Mean logarithm of the limited figure over its limit: above 0 is a miss."""
+        seen = [m.observed[limit.name] for m in self.windows if limit.name in m.observed]
+        return fmean(math.log(max(v, 1e-6) / limit.ms) for v in seen) if seen else math.inf
+
+
+class Noise(Struct, frozen=True):
+    """Standard deviation of one window's logarithm, and the degrees of freedom behind it."""
+
+    sigma: float
+    freedom: float
+
+    def margin(self, confidence: float, weight: float) -> float:
+        """One-sided half width for a mean whose variance is sigma² * weight (1/n for n windows)."""
+        return student_t(confidence, self.freedom) * self.sigma * math.sqrt(weight)
+
+
+def speed_noise(records: Iterable[Record]) -> Noise:
+    """The noise of throughput."""
+    return _pooled(records, lambda m: m.tokens_per_s, _PRIOR_SPEED_NOISE)
+
+
+def limit_noise(records: Iterable[Record], limit: Limit) -> Noise:
+    """The noise of a limited figure."""
+    return _pooled(records, lambda m: m.observed.get(limit.name, 0.0), _PRIOR_LATENCY_NOISE)
+
+
+def _pooled(records: Iterable[Record], figure: Callable[[Measurement], float], prior: float) -> Noise:
+    squares, freedom = prior**2 * _PRIOR_WINDOWS, float(_PRIOR_WINDOWS)
+    for record in records:
+        for windows in (record.screening, record.confirming):
+            logs = [math.log(figure(m)) for m in windows if figure(m) > 0]
+            if len(logs) > 1:
+                squares += _squares(logs)
+                freedom += len(logs) - 1
+    return Noise(math.sqrt(squares / freedom), freedom)
+
+
+def _squares(values: Sequence[float]) -> float:
+    mean = fmean(values)
+    return sum((v - mean) ** 2 for v in values)
+
+
+def student_t(p: float, freedom: float) -> float:
+    """Student's t quantile by the Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5); freedom at least 4."""
+    z = NormalDist().inv_cdf(p)
+    return (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )

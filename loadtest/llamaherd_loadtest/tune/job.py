@@ -1,0 +1,134 @@
+"""One tuning job, from the first look at the server to the written verdict. Importing this patches for gevent."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from datetime import UTC, datetime
+
+import msgspec
+
+from llamaherd_loadtest.client import ChatClient
+from llamaherd_loadtest.probe import ServerUnusable, calibrate
+from llamaherd_loadtest.report.write import write_report
+from llamaherd_loadtest.tune.applier import AdminApplier, Applier, EngineState, Refused
+from llamaherd_loadtest.tune.journal import Journal, ReplayBench
+from llamaherd_loadtest.tune.live import LiveBench
+from llamaherd_loadtest.tune.options import Options
+from llamaherd_loadtest.tune.progress import Progress, say
+from llamaherd_loadtest.tune.search import Search, Step
+from llamaherd_loadtest.tune.settings import Settings
+from llamaherd_loadtest.tune.signals import interruptible
+from llamaherd_loadtest.tune.space import DEFAULT_SPACE, Pruned, candidates, parse_space, prune
+from llamaherd_loadtest.tune.verdict import Verdict, make_verdict
+
+
+def tune(options: Options) -> Verdict:
+    """Search, put back the settings found at the start, write verdict and report.
+
+    Raises ServerUnusable and ValueError for what makes a search impossible, and Interrupted; whatever ends the search
+    early, the settings are put back and what was measured is written.
+    """
+    applier = AdminApplier(options.admin_url, options.admin_key, options.target.ca)
+    found = applier.state()
+    always, launch, pruned = _divide(options, found.settings)
+    client = ChatClient(options.target)
+    (options.out / "samples").mkdir(parents=True, exist_ok=True)
+    seed = secrets.randbits(24) if options.seed is None else options.seed
+    journal = Journal(options.out / "journal.jsonl", _fingerprint(options, found, launch), seed)
+    bench = LiveBench(
+        options.target,
+        client,
+        applier,
+        workload=options.workload,
+        calibration=calibrate(client, options.target, journal.seed),
+        limits=options.limits,
+        samples_dir=options.out / "samples",
+    )
+    progress = Progress(launch)
+
+    def on_step(step: Step) -> None:
+        journal.record(step)
+        progress.show(step)
+
+    search = Search(
+        launch,
+        options.limits,
+        always=always,
+        budget_s=options.budget_s,
+        bench=ReplayBench(bench, journal.resumed),
+        seed=journal.seed,
+        on_step=on_step,
+    )
+    say(f"{len(launch)} settings to search, {len(pruned)} ruled out; windows of {search.window_s:.0f} s")
+    choice = None
+    try:
+        with interruptible():
+            choice = search.run()
+    finally:
+        _restore(applier, found.settings)
+        verdict = make_verdict(search, choice, pruned)
+        verdict.limits = {limit.name: limit.ms for limit in options.limits}
+        verdict.workload = msgspec.to_builtins(options.workload) | {"need_tokens": options.workload.need}
+        verdict.provenance = _provenance(options, found, search, journal.seed)
+        _write(options, verdict)
+    journal.close()
+    return verdict
+
+
+def _divide(options: Options, current: Settings) -> tuple[int, list[Settings], list[Pruned]]:
+    """How many settings are always measured; those to launch, the current first; those ruled out."""
+    space = parse_space(options.space, current) or {k: v for k, v in DEFAULT_SPACE.items() if k in current}
+    launch, pruned = prune(candidates(current, space), options.workload.need)
+    if not launch or launch[0] != current:
+        raise ValueError(f"the server's settings cannot serve workload {options.workload.name}: {pruned[0].why}")
+    fixed = candidates(current, {})
+    return sum(settings in fixed for settings in launch), launch, pruned
+
+
+def _restore(applier: Applier, settings: Settings) -> None:
+    try:
+        applier.wait_ready()
+        applier.apply(settings)
+    except (Refused, ServerUnusable) as error:
+        say(f"The settings found at the start could not be put back ({error}). Send them to /admin/engine by hand:")
+        say(json.dumps(dict(settings)))
+
+
+def _fingerprint(options: Options, found: EngineState, launch: list[Settings]) -> str:
+    """Equal for searches that may resume each other."""
+    return json.dumps(
+        [
+            options.target.url,
+            msgspec.to_builtins(found.model),
+            found.build,
+            msgspec.to_builtins(options.workload),
+            msgspec.to_builtins(options.limits),
+            options.budget_s,
+            options.seed,
+            launch,
+        ],
+        sort_keys=True,
+    )
+
+
+def _provenance(options: Options, found: EngineState, search: Search, seed: int) -> dict[str, object]:
+    return {
+        "model": msgspec.to_builtins(found.model),
+        "engine": found.engine,
+        "build": found.build,
+        "url": options.target.url,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "budget_s": options.budget_s,
+        "spent_s": round(search.spent_s, 1),
+        "windows": search.steps,
+        "window_s": search.window_s,
+        "command": options.command,
+    }
+
+
+def _write(options: Options, verdict: Verdict) -> None:
+    text = msgspec.json.format(msgspec.json.encode(verdict), indent=2)
+    (options.out / "verdict.json").write_bytes(text + b"\n")
+    write_report(options.out, options.out / "report.html")

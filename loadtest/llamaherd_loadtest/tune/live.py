@@ -1,0 +1,95 @@
+"""Measures settings on a real server: apply them, load it with Locust, sum up. Importing this patches for gevent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llamaherd_loadtest.client import ChatClient, Target, clock
+from llamaherd_loadtest.drive import Run, RunFailed, closed_loop
+from llamaherd_loadtest.limits import Limit, observe
+from llamaherd_loadtest.samples import OK, write_samples
+from llamaherd_loadtest.summary import counted, summarise
+from llamaherd_loadtest.tune.applier import Applier, Refused
+from llamaherd_loadtest.tune.evidence import Measurement
+from llamaherd_loadtest.tune.settings import Settings
+from llamaherd_loadtest.workload import Calibration, Prompts, Workload
+
+_ATTEMPTS = 2  # of a run that the client spoiled
+
+
+class LiveBench:
+    """A closed loop with one client for each slot, so that no request waits for a slot in the server."""
+
+    def __init__(
+        self,
+        target: Target,
+        client: ChatClient,
+        applier: Applier,
+        *,
+        workload: Workload,
+        calibration: Calibration,
+        limits: Sequence[Limit],
+        samples_dir: Path,
+    ) -> None:
+        self._target, self._client, self._applier = target, client, applier
+        self._workload, self._calibration, self._limits = workload, calibration, limits
+        self._samples_dir = samples_dir
+
+    def measure(self, settings: Settings, window_s: float, seed: int) -> Measurement:
+        """One window. Settings that are refused, or that kill the server, are a fault of theirs.
+
+        Raises ServerUnusable where the server does not come back.
+        """
+        started = clock()
+        try:
+            self._applier.apply(settings)
+            measurement = self._load(settings, window_s, seed)
+        except Refused as failure:
+            measurement = self._fault(f"not launched: {failure}")
+        except RunFailed as failure:
+            measurement = self._fault(f"failed: {failure}")
+        measurement.took_s = clock() - started
+        return measurement
+
+    def _fault(self, why: str) -> Measurement:
+        self._applier.wait_ready()
+        return Measurement(took_s=0.0, fault=why)
+
+    def _load(self, settings: Settings, window_s: float, seed: int) -> Measurement:
+        for _ in range(_ATTEMPTS):
+            prompts = Prompts(self._workload, model=self._target.model, seed=seed, calibration=self._calibration)
+            run = closed_loop(
+                self._target,
+                self._client,
+                prompts,
+                concurrency=int(settings["parallel"]),
+                window_s=window_s,
+                warm_up_s=20 + 2 * window_s,
+            )
+            write_samples(self._samples_dir / f"{seed}.jsonl", run.samples)
+            measurement = self._sum_up(run)
+            if not measurement.fault:
+                break
+        return measurement
+
+    def _sum_up(self, run: Run) -> Measurement:
+        summary = summarise(run.samples, run.start, run.end, run.health)
+        inside = counted(run.samples, run.start, run.end)
+        ok = [s for s in inside if s.outcome == OK]
+        observed = {limit.name: observe(limit, inside) for limit in self._limits}
+        fault = f"invalid: {summary.fault}" if summary.fault else ""
+        if not ok:
+            fault = f"failed: no request ended within the window of {summary.window_s:.0f} s"
+        return Measurement(
+            took_s=0.0,
+            fault=fault,
+            tokens_per_s=summary.output_tokens_per_s,
+            requests=summary.requests,
+            errors=sum(summary.errors.values()),
+            observed={name: value for name, value in observed.items() if value is not None},
+            ttft_ms=[s.ttft * 1000 for s in ok if s.ttft is not None],
+            tpot_ms=[s.tpot * 1000 for s in ok if s.tpot is not None],
+            client_cpu=run.health.cpu,
+            client_lag_ms=run.health.lag_p95_s * 1000,
+        )

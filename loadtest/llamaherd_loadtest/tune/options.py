@@ -1,0 +1,85 @@
+"""The tuner's command line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from msgspec import Struct
+
+from llamaherd_loadtest.client import Target
+from llamaherd_loadtest.limits import Limit, parse_limit
+from llamaherd_loadtest.workload import Workload, load_workload, workload_names
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class Options(Struct, frozen=True, kw_only=True):
+    """A tuning job. `command` repeats it."""
+
+    target: Target
+    admin_url: str
+    admin_key: str
+    workload: Workload
+    limits: list[Limit]
+    space: list[str]
+    budget_s: float
+    seed: int | None
+    out: Path
+    command: str
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Read the command line. Raises ValueError where a value makes no sense, SystemExit as argparse does."""
+    args = _parser().parse_args(arguments)
+    return Options(
+        target=Target(url=args.url, model=args.model, key=_secret(args.key_file), ca=args.ca),
+        admin_url=args.admin_url or args.url,
+        admin_key=_secret(args.admin_key_file or args.key_file),
+        workload=load_workload(args.workload),
+        limits=[parse_limit(text) for text in args.limit],
+        space=args.space,
+        budget_s=_seconds(args.budget),
+        seed=args.seed,
+        out=args.out,
+        command="python -m llamaherd_loadtest.tune " + " ".join(arguments),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llamaherd_loadtest.tune",
+        description="Find the engine settings with the highest throughput within latency limits, by measuring.",
+    )
+    add = parser.add_argument
+    add("--url", required=True, help="where to send the load, as clients would")
+    add("--ca", type=Path, help="certificate of the server's CA")
+    add("--key-file", type=Path, help="file that holds the API key")
+    add("--admin-url", help="where /admin/engine is reached; --url if not given")
+    add("--admin-key-file", type=Path, help="file that holds an admin key; --key-file if not given")
+    add("--model", required=True, help="the model's name")
+    add("--workload", default="chat", help=f"a .yml file, or one of {', '.join(workload_names())}")
+    add("--limit", action="append", default=[], metavar="NAME=VALUE", help="such as ttft_p95=2s; may be repeated")
+    add("--space", action="append", default=[], metavar="KNOB=V,V", help="values to try; may be repeated")
+    add("--budget", default="15m", help="time for the whole search: 180s, 15m, 1h")
+    add("--seed", type=int, help="of prompts and search order; a new one each time if not given")
+    add("--out", type=Path, required=True, help="folder for verdict.json, report.html, journal.jsonl and samples")
+    return parser
+
+
+def _secret(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ValueError(f"cannot read key file {path}: {error.strerror}") from error
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if match is None:
+        raise ValueError(f"budget {text!r} is not understood: write for example 180s or 15m")
+    return float(match[1]) * _UNITS[match[2]]

@@ -1,0 +1,150 @@
+"""The search: screen many settings, confirm the best against the current ones, choose. It knows no server and no clock.
+
+Time is what measurements say they took, so a replayed journal and a simulated server go the same way as a live run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+from msgspec import Struct
+
+from llamaherd_loadtest.dice import seeded
+from llamaherd_loadtest.limits import Limit
+from llamaherd_loadtest.tune.beliefs import Beliefs, believe
+from llamaherd_loadtest.tune.decide import Choice, Contender, choose
+from llamaherd_loadtest.tune.evidence import Measurement, Record, speed_noise
+from llamaherd_loadtest.tune.settings import Settings, label
+from llamaherd_loadtest.tune.surrogate import Grid
+
+Phase = Literal["screen", "confirm"]
+_CONFIRM_SHARE = 0.3
+_MIN_CONFIRM = 4  # windows (A B B A), where the budget leaves time for screening
+_RANDOM_SHARE = 0.25  # of the screening, before the windows' own evidence leads
+_OVERHEAD = 0.4  # of a window, for changing settings and warming up; corrected by what measurements take
+_MAX_WINDOW_S = 30.0
+
+
+class Bench(Protocol):
+    """Measures one window; what goes wrong with settings is part of the measurement, not an exception."""
+
+    def measure(self, settings: Settings, window_s: float, seed: int) -> Measurement: ...
+
+
+class Step(Struct, frozen=True):
+    """What was measured, for the progress line and the report. `left_s` is of the time budget."""
+
+    number: int
+    phase: Phase
+    settings: Settings
+    measurement: Measurement
+    left_s: float
+
+
+class Search:
+    """One search within a time budget. After `run`, or when it was interrupted, `records` hold what was measured."""
+
+    def __init__(
+        self,
+        candidates: Sequence[Settings],
+        limits: Sequence[Limit],
+        *,
+        always: int,
+        budget_s: float,
+        bench: Bench,
+        seed: int,
+        on_step: Callable[[Step], None] = lambda _: None,
+    ) -> None:
+        """The first of `candidates` are the current settings; the first `always` are never left out."""
+        self.records = [Record(settings) for settings in candidates]
+        self.limits = limits
+        self.spent_s = 0.0
+        self.steps = 0
+        self._grid = Grid(candidates)
+        self._always, self._budget_s, self._bench, self._seed = always, budget_s, bench, seed
+        self._on_step = on_step
+        # A larger budget buys both more windows and longer ones: 150 s make 14 of 7 s, 15 minutes 36 of 18 s.
+        self.window_s = min(0.6 * math.sqrt(budget_s), _MAX_WINDOW_S)
+
+    def run(self) -> Choice:
+        """Screen, confirm and choose."""
+        confirm_s = max(self._budget_s * _CONFIRM_SHARE, min(_MIN_CONFIRM * self._cost_s, self._budget_s * 0.6))
+        self._screen(self._budget_s - confirm_s)
+        self._confirm(finalists=max(1, min(3, int(confirm_s / self._cost_s) // 4)))
+        return self._choose()
+
+    def beliefs(self) -> Beliefs:
+        """What the windows so far say of all candidates."""
+        return believe(self._grid, self.records, self.limits)
+
+    def _screen(self, until_s: float) -> None:
+        """The settings that are always in and a random few; then, window by window, what may turn out best."""
+        first = [*range(self._always), *self._shuffled_rest()]
+        random_until_s = until_s * _RANDOM_SHARE
+        for row in first:
+            if row >= self._always and (self.spent_s >= random_until_s or self._over(until_s)):
+                break
+            self._measure("screen", row)
+            if self.records[0].fault:
+                return
+        while not self._over(until_s) and not self.records[0].fault:
+            self._measure("screen", self.beliefs().next(self._faulted()))
+
+    def _confirm(self, finalists: int) -> None:
+        """Interleave as A B … B A with fresh prompts, so that a drift of the host hits all alike."""
+        if self.records[0].fault:
+            return
+        order = [0, *self.beliefs().best(finalists, {0, *self._faulted(), *self._unmeasured()})]
+        while len(order) > 1 and not self._over(self._budget_s, windows=len(order)):
+            for row in order:
+                self._measure("confirm", row)
+            order = [row for row in reversed(order) if not self.records[row].fault]
+
+    def _choose(self) -> Choice:
+        current = self.records[0]
+        confirmed = [row for row, r in enumerate(self.records) if r.confirming and not r.fault]
+        if current.fault or 0 not in confirmed:
+            return Choice(record=current, change=False, reason=current.fault or "there was no time to confirm another")
+        beliefs = self.beliefs()
+        contenders = [
+            Contender(self.records[row], float(beliefs.speed.mean[row]), beliefs.judge(row, self.records[row])[0])
+            for row in confirmed
+        ]
+        choice = choose(contenders[0], contenders[1:], speed_noise(self.records))
+        nearest = beliefs.nearest_miss(row for row, r in enumerate(self.records) if r.figures and not r.fault)
+        if choice.change or nearest is None:
+            return choice
+        row, limit, excess = nearest
+        reason = f"no settings keep the limits; the nearest, {label(self.records[row].settings)}, misses {limit}"
+        return Choice(record=current, change=False, reason=f"{reason} by {excess:.0%}")
+
+    def _measure(self, phase: Phase, row: int) -> None:
+        self.steps += 1
+        record = self.records[row]
+        measurement = self._bench.measure(record.settings, self.window_s, self._seed * 1000 + self.steps)
+        self.spent_s += measurement.took_s
+        (record.screening if phase == "screen" else record.confirming).append(measurement)
+        left_s = max(0.0, self._budget_s - self.spent_s)
+        self._on_step(Step(self.steps, phase, record.settings, measurement, left_s))
+
+    @property
+    def _cost_s(self) -> float:
+        """Seconds that one more window takes."""
+        expected = self.window_s * (1 + _OVERHEAD)
+        return max(expected, self.spent_s / self.steps) if self.steps else expected
+
+    def _over(self, until_s: float, windows: int = 1) -> bool:
+        return self.spent_s + windows * self._cost_s > until_s
+
+    def _shuffled_rest(self) -> list[int]:
+        rest = list(range(self._always, len(self.records)))
+        seeded(self._seed, "order").shuffle(rest)
+        return rest
+
+    def _faulted(self) -> set[int]:
+        return {row for row, record in enumerate(self.records) if record.fault}
+
+    def _unmeasured(self) -> set[int]:
+        return {row for row, record in enumerate(self.records) if not record.figures}

@@ -1,0 +1,79 @@
+"""The settings that may be tried: a grid around the current ones, less what cannot work."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+
+from msgspec import Struct
+
+from llamaherd_loadtest.tune.settings import LLAMA_CPP_DEFAULTS, Settings, Value, key
+
+Space = dict[str, list[Value]]
+
+
+class Pruned(Struct, frozen=True):
+    """Settings that are not launched, and why."""
+
+    settings: Settings
+    why: str
+
+
+DEFAULT_SPACE: Space = {
+    "parallel": [1, 2, 4, 8, 16],
+    "ubatch": [128, 512],
+    "kv_unified": [True, False],
+}
+
+
+def parse_space(texts: Iterable[str], current: Settings) -> Space:
+    """Read `knob=value,value…`. Raises ValueError for a knob that the server does not have."""
+    space: Space = {}
+    for text in texts:
+        knob, separator, values = text.partition("=")
+        if not separator or not values:
+            raise ValueError(f"space {text!r} is not understood: write for example parallel=1,2,4,8")
+        if knob not in current:
+            raise ValueError(f"the server has no setting {knob!r}: it has {', '.join(current)}")
+        space[knob] = [_value(v) for v in values.split(",")]
+    return space
+
+
+def candidates(current: Settings, space: Space) -> list[Settings]:
+    """Every point of the grid as full settings, each once: the current first, then llama.cpp's default."""
+    grid = (dict(zip(space, point, strict=True)) for point in itertools.product(*space.values()))
+    default = {k: v for k, v in LLAMA_CPP_DEFAULTS.items() if k in current}
+    full = [{**current, **change} for change in ({}, default, *grid)]
+    return list({key(settings): settings for settings in full}.values())
+
+
+def prune(settings: Sequence[Settings], need: int) -> tuple[list[Settings], list[Pruned]]:
+    """Divide into those to launch and those that cannot work where a request needs `need` tokens of context."""
+    reasons = [(s, _why_not(s, need)) for s in settings]
+    return [s for s, why in reasons if not why], [Pruned(s, why) for s, why in reasons if why]
+
+
+def knobs(all_settings: Sequence[Settings]) -> tuple[str, ...]:
+    """The names in which settings differ."""
+    return tuple(name for name in all_settings[0] if len({str(s.get(name)) for s in all_settings}) > 1)
+
+
+def _why_not(settings: Settings, need: int) -> str:
+    ctx, batch, ubatch = (settings.get(name) for name in ("ctx_per_slot", "batch", "ubatch"))
+    if isinstance(ctx, int) and ctx < need:
+        return f"a slot of {ctx} tokens is smaller than the workload's {need} at p99"
+    if isinstance(batch, int) and isinstance(ubatch, int) and ubatch > batch:
+        return f"ubatch {ubatch} is larger than batch {batch}"
+    return ""
+
+
+def _value(text: str) -> Value:
+    words: dict[str, Value] = {"on": "on", "off": "off", "true": True, "false": False}
+    if text.strip() in words:
+        return words[text.strip()]
+    try:
+        number = json.loads(text)
+    except json.JSONDecodeError:
+        return text.strip()
+    return number if isinstance(number, int | float) else text.strip()

@@ -1,0 +1,109 @@
+"""The verdict as people and playbooks read it: one sentence, the settings, and the table they rest on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from msgspec import Struct, field
+
+from llamaherd_loadtest.quantiles import estimate
+from llamaherd_loadtest.tune.beliefs import Judgement
+from llamaherd_loadtest.tune.decide import Choice
+from llamaherd_loadtest.tune.evidence import Record
+from llamaherd_loadtest.tune.search import Search
+from llamaherd_loadtest.tune.settings import Settings, difference, key, label
+from llamaherd_loadtest.tune.space import Pruned, knobs
+
+SCHEMA = "llamaherd.verdict/1"
+
+
+class Row(Struct, kw_only=True):
+    """One setting. Latencies are milliseconds over all requests of its windows; `resolved`: enough for an interval."""
+
+    label: str
+    settings: Settings
+    output_tokens_per_s: float | None = None
+    ttft_p95_ms: float | None = None
+    tpot_p95_ms: float | None = None
+    requests: int = 0
+    errors: int = 0
+    windows: int = 0
+    resolved: bool = False
+    confirmed: bool = False
+    verdict: str
+
+
+class Verdict(Struct, kw_only=True):
+    """What verdict.json holds. `partial`: the search was interrupted, and nothing was chosen."""
+
+    schema: str = SCHEMA
+    verdict: str
+    sentence: str
+    partial: bool = False
+    current: Settings
+    chosen: Settings
+    table: list[Row]
+    limits: dict[str, float] = field(default_factory=dict)
+    workload: dict[str, object] = field(default_factory=dict)
+    provenance: dict[str, object] = field(default_factory=dict)
+
+
+def make_verdict(search: Search, choice: Choice | None, pruned: Sequence[Pruned]) -> Verdict:
+    """Sum up a search; `choice` is None where it was interrupted."""
+    current = search.records[0].settings
+    chosen = choice.record.settings if choice else current
+    return Verdict(
+        verdict="change" if choice and choice.change else "keep",
+        sentence=_sentence(choice, current),
+        partial=choice is None,
+        current=current,
+        chosen=chosen,
+        table=_table(search, chosen, pruned),
+    )
+
+
+def _sentence(choice: Choice | None, current: Settings) -> str:
+    if choice is None:
+        return f"Keep {label(current)}: the search was interrupted."
+    if not choice.change:
+        return f"Keep {label(current)}: {choice.reason}."
+    gain = f"{choice.gain:+.0%} ± {choice.margin:.0%} output tokens/s"
+    return f"Change {difference(current, choice.record.settings)}: {gain}, within all limits; {choice.reason}."
+
+
+def _table(search: Search, chosen: Settings, pruned: Sequence[Pruned]) -> list[Row]:
+    """All settings that were measured, the confirmed first and then by throughput; then those never launched."""
+    named = knobs([r.settings for r in search.records])
+    rows = [_row(search, i, record, chosen, named) for i, record in enumerate(search.records) if record.all_windows]
+    rows.sort(key=lambda row: (not row.confirmed, -(row.output_tokens_per_s or 0)))
+    return rows + [
+        Row(label=label(p.settings, named), settings=p.settings, verdict=f"not launched: {p.why}") for p in pruned
+    ]
+
+
+def _row(search: Search, index: int, record: Record, chosen: Settings, named: tuple[str, ...]) -> Row:
+    row = Row(label=label(record.settings, named), settings=record.settings, verdict="")
+    if record.fault:
+        row.verdict = record.fault
+        return row
+    ttft = sorted(v for m in record.windows for v in m.ttft_ms)
+    tpot = sorted(v for m in record.windows for v in m.tpot_ms)
+    row.output_tokens_per_s = math.exp(record.log_speed)
+    row.requests, row.errors = sum(m.requests for m in record.windows), sum(m.errors for m in record.windows)
+    row.windows, row.confirmed = len(record.windows), bool(record.confirming)
+    if ttft:
+        p95 = estimate(ttft, 0.95)
+        row.ttft_p95_ms, row.resolved = p95.value, p95.resolved
+    if tpot:
+        row.tpot_p95_ms = estimate(tpot, 0.95).value
+    row.verdict = _row_verdict(search, index, record, chosen)
+    return row
+
+
+def _row_verdict(search: Search, index: int, record: Record, chosen: Settings) -> str:
+    judgement, limit = search.beliefs().judge(index, record)
+    verdict = str(judgement) if judgement is Judgement.PASSES else f"{judgement} {limit}"
+    if index == 0:
+        return "current" if judgement is Judgement.PASSES else f"current, {verdict}"
+    return "chosen" if key(record.settings) == key(chosen) else verdict

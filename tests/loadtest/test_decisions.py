@@ -1,0 +1,49 @@
+"""How good the tuner's choices are, on simulated servers whose truth is known."""
+
+from __future__ import annotations
+
+from .simulated import CURRENT, GRID, OVERHEAD, SimulatedServer, search
+
+SEEDS = range(60)
+# A quarter of what the full grid takes, six windows of 30 s for each setting.
+BUDGET_S = 0.25 * len(GRID) * 6 * 30 * OVERHEAD
+
+
+def test_choices_are_near_the_best_and_keep_the_limits() -> None:
+    shares, broken = [], 0
+    for seed in SEEDS:
+        server = SimulatedServer(seed)
+        tried = search(server, CURRENT, budget_s=BUDGET_S, seed=seed)
+        choice = tried.run()
+        assert tried.spent_s <= BUDGET_S
+        shares.append(server.truth(choice.record.settings)[0] / server.truth(server.best())[0])
+        broken += choice.change and not server.passes(choice.record.settings)
+    assert broken <= 0.02 * len(SEEDS)
+    assert sum(share >= 0.95 for share in shares) >= 0.9 * len(SEEDS)
+    assert sum(share >= 0.90 for share in shares) >= 0.95 * len(SEEDS)
+
+
+def test_keeps_the_current_settings_where_nothing_is_better() -> None:
+    for flat in (True, False):
+        kept = 0
+        for seed in SEEDS:
+            server = SimulatedServer(seed, flat=flat)
+            current = CURRENT if flat else server.best()
+            kept += not search(server, current, budget_s=BUDGET_S / 4, seed=seed).run().change
+        assert kept >= 0.95 * len(SEEDS)
+
+
+def test_a_search_repeats_with_its_seed() -> None:
+    first, second = (search(SimulatedServer(7), CURRENT, budget_s=600, seed=7) for _ in range(2))
+    assert first.run() == second.run()
+    assert first.records == second.records
+
+
+def test_faults_are_measured_once_and_the_search_goes_on() -> None:
+    seed = next(seed for seed in range(100) if not all(map(SimulatedServer(seed).fits, GRID)))
+    tried = search(SimulatedServer(seed), CURRENT, budget_s=BUDGET_S, seed=seed)
+    choice = tried.run()
+    faults = [record for record in tried.records if record.fault]
+    assert faults
+    assert all(len(record.all_windows) == 1 for record in faults)
+    assert not choice.record.fault

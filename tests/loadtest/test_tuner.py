@@ -1,0 +1,156 @@
+"""The tuner's command line against a double whose speed depends on its settings."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llamaherd_loadtest.tune.options import parse
+
+from .conftest import Double
+
+
+def command(double: Double, key_file: Path, out: Path, *more: str) -> list[str]:
+    fixed = ["--url", double.url, "--key-file", str(key_file), "--model", "engine", "--out", str(out), "--seed", "5"]
+    return [sys.executable, "-m", "llamaherd_loadtest.tune", *fixed, *more]
+
+
+def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), check=False, capture_output=True, text=True, timeout=120)
+
+
+def verdict(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "verdict.json").read_text()))
+
+
+def in_force(double: Double) -> dict[str, Any]:
+    return dict(double.get("/admin/engine")["settings"])
+
+
+def test_finds_the_best_settings_past_refusals_and_crashes(
+    start_double: Callable[..., Double], key_file: Path, tmp_path: Path
+) -> None:
+    double = start_double()
+    before = in_force(double)
+    space = ["--space", "parallel=4,8,16,64", "--space", "ubatch=128"]
+    limits = ["--limit", "ttft_p95=2s", "--limit", "tpot_p95=500ms"]
+    done = run(double, key_file, tmp_path, *space, *limits, "--budget", "30s")
+    assert done.returncode == 0, done.stderr
+    found = verdict(tmp_path)
+    assert found["verdict"] == "change"
+    assert found["chosen"] == {**before, "parallel": 8, "ubatch": 128}
+    assert found["sentence"].startswith("Change parallel 4 → 8, ubatch 512 → 128: +")
+    assert found["sentence"] in done.stdout
+    assert in_force(double) == before == found["current"]
+    rows = {row["label"]: row for row in found["table"]}
+    chosen = rows["parallel 8, batch 2048, ubatch 128"]
+    assert chosen["confirmed"] and chosen["verdict"] == "chosen" and chosen["errors"] == 0
+    assert rows["parallel 16, batch 2048, ubatch 128"]["verdict"].startswith("failed: requests only fail")
+    assert "does not fit" in rows["parallel 64, batch 2048, ubatch 128"]["verdict"]
+    assert found["limits"] == {"ttft_p95": 2000, "tpot_p95": 500}
+    assert found["provenance"]["model"]["name"] == "engine"
+    assert found["provenance"]["spent_s"] <= 30
+    page = (tmp_path / "report.html").read_text()
+    assert found["sentence"] in page and page.count("<svg") == 4
+    assert not any(outside in page for outside in ("<script", "<link", "@import", 'src="http', "url(http"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_search_restores_reports_and_resumes(
+    start_double: Callable[..., Double], key_file: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    double = start_double()
+    before = in_force(double)
+    arguments = command(double, key_file, tmp_path, "--space", "ubatch=128", "--budget", "20s")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(2)]
+        while in_force(double) == before and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert f"interrupted by {number.name}" in errors
+    assert in_force(double) == before
+    partial = verdict(tmp_path)
+    assert partial["partial"] and partial["verdict"] == "keep"
+    assert "interrupted" in (tmp_path / "report.html").read_text()
+    if number is signal.SIGTERM:
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            again = [process.stdout.readline() for _ in range(2)]
+            process.terminate()
+        assert again == lines, "the first window is not measured again"
+
+
+def test_limits_that_nothing_meets_keep_the_settings_and_name_the_nearest_miss(
+    start_double: Callable[..., Double], key_file: Path, tmp_path: Path
+) -> None:
+    done = run(
+        start_double(), key_file, tmp_path, "--space", "parallel=4", "--limit", "tpot_p95=5ms", "--budget", "20s",
+        "--space", "ubatch=128",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert verdict(tmp_path)["verdict"] == "keep"
+    assert (
+        "no settings keep the limits; the nearest, parallel 4, batch 2048, ubatch 128, misses tpot_p95 by"
+        in done.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--url", "http://127.0.0.1:1"], "cannot be reached"),
+        (["--key-file", "/dev/null"], "refuses the admin key"),
+        (["--space", "slots=1,2"], "the server has no setting 'slots': it has parallel, batch"),
+        (["--model", "busy"], "does not answer (http 429): slow down"),
+    ],
+)
+def test_servers_that_cannot_be_tuned_are_one_clear_line(
+    double: Double, key_file: Path, tmp_path: Path, more: list[str], message: str
+) -> None:
+    done = run(double, key_file, tmp_path, *more)
+    assert done.returncode == 2
+    assert done.stderr.startswith("tune: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert not (tmp_path / "verdict.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--limit", "ttft=2s"], "limit 'ttft=2s' is not understood"),
+        (["--workload", "nothing"], "no workload 'nothing'"),
+        (["--budget", "5"], "budget '5' is not understood"),
+        (["--key-file", "/nowhere/key"], "cannot read key file /nowhere/key"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(more: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(["--url", "http://127.0.0.1:1", "--model", "m", "--out", "build/never", *more])
+
+
+def test_a_self_signed_server_needs_its_ca(
+    start_double: Callable[..., Double], key_file: Path, certificate: Path, tmp_path: Path
+) -> None:
+    double = start_double("--cert", str(certificate))
+    done = run(double, key_file, tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "give its CA with --ca" in done.stderr
+
+
+def test_a_workload_larger_than_the_context_is_refused(double: Double, key_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "long.yml"
+    path.write_text("{name: long, description: long, prompt: {median: 4000}, output: {median: 100}}")
+    done = run(double, key_file, tmp_path, "--workload", str(path))
+    assert done.returncode == 2
+    assert "a slot of 2048 tokens is smaller than the workload's 4100 at p99" in done.stderr
