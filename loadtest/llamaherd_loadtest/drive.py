@@ -15,6 +15,9 @@ from llamaherd_loadtest.session import LoadSession
 from llamaherd_loadtest.users import ClosedLoopUser
 from llamaherd_loadtest.workload import Prompts
 
+_LEAST_ROUNDS = 2  # requests for each user that a window should hold
+_LONGEST_WINDOW = 4  # times the window asked for
+
 logging.getLogger("locust").setLevel(logging.WARNING)
 
 
@@ -34,7 +37,8 @@ class RunFailed(Exception):
 def closed_loop(
     target: Target, client: ChatClient, prompts: Prompts, *, concurrency: int, window_s: float, warm_up_s: float
 ) -> Run:
-    """Keep `concurrency` requests in flight: warm up, then measure for `window_s` seconds.
+    """Keep `concurrency` requests in flight: warm up, then measure for `window_s` seconds, or on a slow host for up
+    to four times as long, until there are two requests for each user.
 
     The window opens when each user has ended its warm-up request and handed its slot over, without a pause between, so
     the load is full from the first moment on. Raises RunFailed where that takes more than `warm_up_s` seconds, or
@@ -48,7 +52,7 @@ def closed_loop(
         runner.start(concurrency, spawn_rate=concurrency)
         _wait_for_full_load(session, concurrency, warm_up_s)
         monitor, start = HealthMonitor(), clock()
-        session.hopeless.wait(window_s)
+        _wait_for_requests(session, _LEAST_ROUNDS * concurrency, window_s)
         end = clock()
         cpu, lag = monitor.stop()
     finally:
@@ -67,6 +71,14 @@ def _wait_for_full_load(session: LoadSession, concurrency: int, timeout_s: float
         if clock() > deadline:
             raise RunFailed(f"only {session.warmed} of {concurrency} users had warmed up after {timeout_s:g} s")
         gevent.sleep(0.01)
+
+
+def _wait_for_requests(session: LoadSession, least: int, window_s: float) -> None:
+    already = session.completed
+    for _ in range(_LONGEST_WINDOW):
+        session.hopeless.wait(window_s)
+        if session.hopeless.is_set() or session.completed - already >= least:
+            return
 
 
 def _last_error(session: LoadSession) -> str:

@@ -49,7 +49,7 @@ def use_session(user: type[User]) -> None:
             user.session = session = _open_session(environment)
         except (ServerUnusable, ValueError, OSError) as error:
             environment.process_exit_code = 2
-            raise StopTest(str(error)) from error
+            raise StopTest(str(error)) from None
 
     @events.test_stop.add_listener  # type: ignore[untyped-decorator]
     def stop(environment: Any, **_: Any) -> None:

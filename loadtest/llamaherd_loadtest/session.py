@@ -27,6 +27,7 @@ class LoadSession:
     def __init__(self, client: ChatClient, prompts: Prompts, on_request: Callable[..., Any]) -> None:
         self.samples: list[Sample] = []
         self.warmed = 0
+        self.completed = 0  # counted requests that went well
         self.hopeless = gevent.event.Event()  # set when requests only fail: nothing is left to measure
         self._client, self._prompts, self._on_request = client, prompts, on_request
         self._index = itertools.count()
@@ -62,6 +63,7 @@ class LoadSession:
             return sample
         self._failures = 0
         if not warmup:
+            self.completed += 1
             self._report(sample)
         return sample
 

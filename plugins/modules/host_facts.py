@@ -1,7 +1,8 @@
 """host_facts: what the roles must know of a host beyond Ansible's own facts, in one call.
 
 Sets ansible_facts.llamaherd: memory_bytes, accelerator (cpu, cuda or metal), accelerator_reason,
-accelerator_memory_bytes (0 for cpu), listeners [{port, address, pid, command, unit}].
+accelerator_memory_bytes (0 for cpu), listeners [{port, address, pid, command, unit}], free_bytes {path: bytes} for the
+`paths` given (of the nearest folder that exists).
 """
 
 from __future__ import annotations
@@ -57,6 +58,14 @@ def _nvidia_memory() -> int:
     return sum(int(line) << 20 for line in answer.stdout.split() if line.isdigit())
 
 
+def free_bytes(path: str) -> int:
+    """What may still be written below `path`."""
+    folder = Path(path)
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 def listeners() -> list[dict[str, Any]]:
     """Listening TCP sockets (Linux) with the process and the systemd unit that owns each, where we may see it."""
     found: dict[str, dict[str, Any]] = {}
@@ -96,8 +105,11 @@ def _read(path: str) -> str:
 
 
 def main() -> None:
-    module = AnsibleModule(argument_spec={}, supports_check_mode=True)
+    module = AnsibleModule(
+        argument_spec={"paths": {"type": "list", "elements": "path", "default": []}}, supports_check_mode=True
+    )
     facts = {"memory_bytes": memory_bytes(), **accelerator(), "listeners": listeners()}
+    facts["free_bytes"] = {path: free_bytes(path) for path in module.params["paths"]}
     module.exit_json(changed=False, ansible_facts={"llamaherd": facts})
 
 

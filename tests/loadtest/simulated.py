@@ -9,7 +9,7 @@ from typing import Any
 
 from llamaherd_loadtest.limits import parse_limit
 from llamaherd_loadtest.tune.evidence import Measurement
-from llamaherd_loadtest.tune.search import Search
+from llamaherd_loadtest.tune.search import Bench, Search
 from llamaherd_loadtest.tune.settings import Settings
 
 LIMITS = [parse_limit("ttft_p95=2s"), parse_limit("tpot_p95=100ms")]
@@ -76,7 +76,9 @@ class SimulatedServer:
         )
 
 
-def search(server: SimulatedServer, current: Settings, *, budget_s: float, seed: int) -> Search:
-    """A search over the whole grid from `current`."""
+def search(
+    server: SimulatedServer, current: Settings, *, budget_s: float, seed: int, bench: Bench | None = None
+) -> Search:
+    """A search over the whole grid from `current`; `bench` stands before the server where given."""
     others = [settings for settings in GRID if settings != current]
-    return Search([current, *others], LIMITS, always=1, budget_s=budget_s, bench=server, seed=seed)
+    return Search([current, *others], LIMITS, always=1, budget_s=budget_s, bench=bench or server, seed=seed)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from .simulated import CURRENT, GRID, OVERHEAD, SimulatedServer, search
+from llamaherd_loadtest.limits import parse_limit
+from llamaherd_loadtest.tune.evidence import Measurement
+from llamaherd_loadtest.tune.search import Search
+from llamaherd_loadtest.tune.settings import Settings
+
+from .simulated import CURRENT, GRID, LIMITS, OVERHEAD, SimulatedServer, search
 
 SEEDS = range(60)
 # A quarter of what the full grid takes, six windows of 30 s for each setting.
@@ -47,3 +52,30 @@ def test_faults_are_measured_once_and_the_search_goes_on() -> None:
     assert faults
     assert all(len(record.all_windows) == 1 for record in faults)
     assert not choice.record.fault
+
+
+def test_limits_that_nothing_meets_keep_the_settings_and_name_the_nearest_miss() -> None:
+    strict = [parse_limit("ttft_p95=2s"), parse_limit("tpot_p95=5ms")]
+    choice = Search(GRID, strict, always=1, budget_s=900, bench=SimulatedServer(3), seed=3).run()
+    assert not choice.change
+    assert choice.reason.startswith("no settings keep the limits; the nearest, parallel 1, ")
+    assert "misses tpot_p95 by" in choice.reason
+
+
+def test_settings_that_keep_the_limits_replace_current_ones_that_miss_them() -> None:
+    server = SimulatedServer(3)
+    miss = next(s for s in reversed(GRID) if server.fits(s) and server.truth(s)[1]["ttft_p95"] > 2 * LIMITS[0].ms)
+    choice = search(server, miss, budget_s=BUDGET_S, seed=3).run()
+    assert choice.change
+    assert choice.reason == "the current settings miss a limit"
+    assert server.passes(choice.record.settings)
+
+
+def test_current_settings_that_fail_end_the_search() -> None:
+    class Dead:
+        def measure(self, settings: Settings, window_s: float, seed: int) -> Measurement:
+            return Measurement(took_s=1.0, fault="failed: no answer")
+
+    tried = Search(GRID, LIMITS, always=2, budget_s=900, bench=Dead(), seed=1)
+    choice = tried.run()
+    assert (choice.change, choice.reason, tried.steps) == (False, "failed: no answer", 1)

@@ -42,7 +42,7 @@ def test_finds_the_best_settings_past_refusals_and_crashes(
     before = in_force(double)
     space = ["--space", "parallel=4,8,16,64", "--space", "ubatch=128"]
     limits = ["--limit", "ttft_p95=2s", "--limit", "tpot_p95=500ms"]
-    done = run(double, key_file, tmp_path, *space, *limits, "--budget", "30s")
+    done = run(double, key_file, tmp_path, *space, *limits, "--budget", "25s")
     assert done.returncode == 0, done.stderr
     found = verdict(tmp_path)
     assert found["verdict"] == "change"
@@ -57,7 +57,7 @@ def test_finds_the_best_settings_past_refusals_and_crashes(
     assert "does not fit" in rows["parallel 64, batch 2048, ubatch 128"]["verdict"]
     assert found["limits"] == {"ttft_p95": 2000, "tpot_p95": 500}
     assert found["provenance"]["model"]["name"] == "engine"
-    assert found["provenance"]["spent_s"] <= 30
+    assert found["provenance"]["spent_s"] <= 25
     page = (tmp_path / "report.html").read_text()
     assert found["sentence"] in page and page.count("<svg") == 4
     assert not any(outside in page for outside in ("<script", "<link", "@import", 'src="http', "url(http"))
@@ -89,21 +89,6 @@ def test_an_interrupted_search_restores_reports_and_resumes(
             again = [process.stdout.readline() for _ in range(2)]
             process.terminate()
         assert again == lines, "the first window is not measured again"
-
-
-def test_limits_that_nothing_meets_keep_the_settings_and_name_the_nearest_miss(
-    start_double: Callable[..., Double], key_file: Path, tmp_path: Path
-) -> None:
-    done = run(
-        start_double(), key_file, tmp_path, "--space", "parallel=4", "--limit", "tpot_p95=5ms", "--budget", "20s",
-        "--space", "ubatch=128",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert verdict(tmp_path)["verdict"] == "keep"
-    assert (
-        "no settings keep the limits; the nearest, parallel 4, batch 2048, ubatch 128, misses tpot_p95 by"
-        in done.stdout
-    )
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,12 @@ class AdminApplier:
                 f"{self._url} has a certificate of an unknown authority: give its CA with --ca"
             ) from error
         except requests.RequestException as error:
-            raise ServerUnusable(f"{self._url} cannot be reached: {error}") from error
+            raise ServerUnusable(f"{self._url} cannot be reached: {_innermost(error)}") from error
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What the system said, without the libraries' wrappings."""
+    return _innermost(error.__context__) if error.__context__ else error
 
 
 def _error(response: requests.Response) -> str:

@@ -64,7 +64,7 @@ class Search:
         self.steps = 0
         self._grid = Grid(candidates)
         self._always, self._budget_s, self._bench, self._seed = always, budget_s, bench, seed
-        self._on_step = on_step
+        self.on_step = on_step
         # A larger budget buys both more windows and longer ones: 150 s make 14 of 7 s, 15 minutes 36 of 18 s.
         self.window_s = min(0.6 * math.sqrt(budget_s), _MAX_WINDOW_S)
 
@@ -127,7 +127,7 @@ class Search:
         self.spent_s += measurement.took_s
         (record.screening if phase == "screen" else record.confirming).append(measurement)
         left_s = max(0.0, self._budget_s - self.spent_s)
-        self._on_step(Step(self.steps, phase, record.settings, measurement, left_s))
+        self.on_step(Step(self.steps, phase, record.settings, measurement, left_s))
 
     @property
     def _cost_s(self) -> float:

@@ -1,0 +1,83 @@
+"""The tuner's pure parts: the space, the journal, the sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from llamaherd_loadtest.tune.evidence import Measurement, Record
+from llamaherd_loadtest.tune.journal import Journal, ReplayBench, read_steps
+from llamaherd_loadtest.tune.search import Step
+from llamaherd_loadtest.tune.settings import difference, label
+from llamaherd_loadtest.tune.space import candidates, parse_space, prune
+
+from .simulated import CURRENT, SimulatedServer, search
+
+
+def step(number: int) -> Step:
+    return Step(number, "screen", CURRENT, Measurement(took_s=1.0, tokens_per_s=float(number)), 10.0)
+
+
+def test_candidates_hold_the_current_and_the_default_first_and_each_once() -> None:
+    mine = {**CURRENT, "parallel": 3}
+    found = candidates(mine, parse_space(["parallel=2,3,4", "kv_unified=true,false"], mine))
+    assert found[:2] == [mine, CURRENT]
+    assert len(found) == 6
+    assert {s["parallel"] for s in found} == {2, 3, 4}
+    assert parse_space(["flash_attention=on,auto"], {"flash_attention": "auto"}) == {"flash_attention": ["on", "auto"]}
+
+
+def test_slots_smaller_than_the_workload_are_never_launched() -> None:
+    small, twisted = {**CURRENT, "ctx_per_slot": 256}, {**CURRENT, "ubatch": 4096}
+    launch, pruned = prune([CURRENT, small, twisted], need=500)
+    assert launch == [CURRENT]
+    assert [p.why for p in pruned] == [
+        "a slot of 256 tokens is smaller than the workload's 500 at p99",
+        "ubatch 4096 is larger than batch 2048",
+    ]
+
+
+def test_settings_read_well() -> None:
+    assert label(CURRENT, ("kv_unified",)) == "parallel 4, batch 2048, ubatch 512, kv_unified on"
+    assert difference(CURRENT, {**CURRENT, "parallel": 8, "kv_unified": False}) == "parallel 4 → 8, kv_unified on → off"
+
+
+def test_confirming_windows_alone_count_once_there_are_any() -> None:
+    lucky, sober = (Measurement(took_s=1.0, tokens_per_s=speed) for speed in (200.0, 100.0))
+    record = Record(CURRENT, screening=[lucky])
+    assert record.windows == [lucky]
+    record.confirming.append(sober)
+    assert record.windows == [sober]
+
+
+def test_a_journal_resumes_an_unfinished_search_of_the_same_kind_only(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    first = Journal(path, "this host", seed=1)
+    first.record(step(1))
+    with path.open("ab") as file:
+        file.write(b'{"type":"step","st')  # the crash
+    again = Journal(path, "this host", seed=2)
+    assert (again.seed, again.resumed) == (1, [step(1)])
+    assert Journal(tmp_path / "other.jsonl", "this host", seed=2).resumed == []
+    again.record(step(1))
+    again.close()
+    assert read_steps(path) == [step(1)]
+    assert Journal(path, "this host", seed=3).resumed == []
+    assert Journal(path, "another build", seed=4).seed == 4
+
+
+def test_a_resumed_search_ends_as_if_it_had_not_been_interrupted() -> None:
+    steps: list[Step] = []
+    whole = search(SimulatedServer(5), CURRENT, budget_s=600, seed=5)
+    whole.on_step = steps.append
+    choice = whole.run()
+    server = SimulatedServer(5)
+    for done in steps[:10]:  # what the interrupted search drew from the noise
+        server.measure(done.settings, 1.0, 0)
+    resumed = search(server, CURRENT, budget_s=600, seed=5, bench=ReplayBench(server, steps[:10]))
+    assert resumed.run() == choice
+
+
+def test_a_journal_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        Journal(tmp_path / "nowhere" / "journal.jsonl", "this host", seed=1)

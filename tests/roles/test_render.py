@@ -1,0 +1,130 @@
+"""What the roles write, for every system they know."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import plistlib
+import re
+import stat
+import tomllib
+
+import pytest
+from llamaherd_server import settings
+from llamaherd_server.protocol import EngineSettings
+
+from tests.roles.conftest import Render, Rendered
+
+
+def test_the_server_accepts_its_settings(rendered: Rendered) -> None:
+    found = settings.load(rendered.folder / "server.toml")
+    assert found.engine.settings == EngineSettings()
+    assert (found.http.host, found.http.port) == ("127.0.0.1", 8080)
+    assert found.model.path == rendered.state_dir / "models/smollm2-135m-instruct.gguf"
+
+
+def test_tuned_settings_go_before_the_operators(render: Render) -> None:
+    found = render(
+        "debian12",
+        llamaherd_settings={"parallel": 8, "ctx_per_slot": 4096},
+        llamaherd_tuned={"settings": {"parallel": 6, "flash_attention": "on"}, "provenance": {"date": "2026-01-01"}},
+        llamaherd_server_limits={"max_queue": 7},
+    )
+    loaded = settings.load(found.folder / "server.toml")
+    assert loaded.engine.settings == EngineSettings(parallel=6, ctx_per_slot=4096, flash_attention="on")
+    assert loaded.limits.max_queue == 7
+
+
+def test_the_host_gets_hashes_and_the_controller_keeps_keys(rendered: Rendered) -> None:
+    keys = tomllib.loads(rendered.text("keys.toml"))["keys"]
+    assert [(key["name"], key["admin"]) for key in keys] == [("default", False), ("admin", True)]
+    for key in keys:
+        secret = rendered.secrets_dir / "keys" / key["name"]
+        assert key["sha256"] == hashlib.sha256(secret.read_text().strip().encode()).hexdigest()
+        assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("host", "accelerator", "service_manager", "flag", "package"),
+    [
+        ("debian12", "cpu", "systemd", "-DGGML_NATIVE=ON", "ninja-build"),
+        ("ubuntu2404", "cpu", "systemd", "-DGGML_NATIVE=ON", "build-essential"),
+        ("rocky9", "cpu", "systemd", "-DGGML_NATIVE=ON", "gcc-c++"),
+        ("cuda", "cuda", "systemd", "-DGGML_CUDA=ON", "cmake"),
+        ("macos", "metal", "launchd", "-DGGML_METAL_EMBED_LIBRARY=ON", "ninja"),
+    ],
+)
+def test_what_is_decided_from_facts(
+    render: Render, host: str, accelerator: str, service_manager: str, flag: str, package: str
+) -> None:
+    decided = render(host).decided
+    assert (decided["accelerator"], decided["service_manager"]) == (accelerator, service_manager)
+    assert flag in decided["flags"]
+    assert package in decided["packages"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"llamaherd_llama_cpp_native": False},
+        {"llamaherd_llama_cpp_cmake_flags": ["-DGGML_BLAS=ON"]},
+        {"llamaherd_llama_cpp_version": "0.3.37"},
+        {"llamaherd_llama_cpp_targets": ["llama-server"]},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_changed_flag_is_another_release(render: Render, debian: Rendered, changed: dict[str, object]) -> None:
+    assert render("debian12", **changed).decided["build_key"] != debian.decided["build_key"]
+
+
+def test_what_does_not_matter_to_a_build_is_the_same_release(render: Render, debian: Rendered) -> None:
+    same = render("debian12", llamaherd_llama_cpp_jobs=1, llamaherd_settings={"parallel": 2})
+    assert same.decided["build_key"] == debian.decided["build_key"]
+
+
+def test_the_units_sandbox_opens_for_nvidia_only(rendered: Rendered) -> None:
+    unit = rendered.text("llamaherd-server.service")
+    if rendered.decided["accelerator"] == "cuda":
+        for device in ("/dev/nvidiactl", "char-nvidia", "char-nvidia-frontend", "char-nvidia-uvm"):
+            assert f"DeviceAllow={device} rw\n" in unit
+        assert "ProcSubset=all\n" in unit
+    else:
+        assert "DeviceAllow" not in unit
+        assert "PrivateDevices=yes\n" in unit
+        assert "MemoryDenyWriteExecute=yes\n" in unit
+
+
+def test_stopping_waits_longer_than_draining(render: Render) -> None:
+    unit = render("debian12", llamaherd_server_drain_timeout_s=90)
+    assert "TimeoutStopSec=105\n" in unit.text("llamaherd-server.service")
+    assert settings.load(unit.folder / "server.toml").limits.drain_timeout_s == 90
+
+
+def test_the_launchd_daemon(rendered: Rendered) -> None:
+    daemon = plistlib.loads(rendered.text("org.llamaherd.server.plist").encode())
+    assert daemon["Label"] == "org.llamaherd.server"
+    assert daemon["ProgramArguments"][1:4] == ["-m", "llamaherd_server", "--config"]
+    assert daemon["UserName"] == "llamaherd"
+    assert daemon["RunAtLoad"] is True
+    assert daemon["KeepAlive"] == {"SuccessfulExit": False}
+    suffix = "dylib" if rendered.decided["accelerator"] == "metal" else "so"
+    assert daemon["EnvironmentVariables"]["MTMD_CPP_LIB"].endswith(f"/libmtmd.{suffix}")
+
+
+def test_nginx_errors_are_openais(debian: Rendered) -> None:
+    bodies = re.findall(r"return (\d+) '(\{.*\})';", debian.text("nginx.conf"))
+    assert {int(status) for status, _ in bodies} == {400, 404, 413, 429, 503}
+    for _, body in bodies:
+        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_nginx_zones_are_in_http_and_streams_are_not_buffered(debian: Rendered) -> None:
+    config = debian.text("nginx.conf")
+    before_server = config[: config.index("\n    server {")]
+    assert before_server.count("limit_req_zone ") == config.count("limit_req_zone ") == 3
+    assert "proxy_buffering off;" in config
+
+
+def test_exempt_addresses_reach_nginx(render: Render) -> None:
+    config = render("debian12", llamaherd_nginx_exempt=["10.20.0.0/16"]).text("nginx.conf")
+    assert re.search(r"geo \$llamaherd_exempt \{\s+default 0;\s+10\.20\.0\.0/16 1;\s+\}", config)
