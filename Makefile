@@ -6,6 +6,8 @@ BIN := .venv/bin
 PLAY := $(BIN)/ansible-playbook
 # The engine that tests and benchmarks run is built by the same role that builds it on hosts.
 HERD := $(HOME)/.cache/llamaherd/loopback
+# Progress comes as it is made, into a pipe too.
+export PYTHONUNBUFFERED := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export LLAMAHERD_TEST_LIB_DIR := $(HERD)/llama.cpp/current/lib
 export LLAMAHERD_TEST_BIN_DIR := $(HERD)/llama.cpp/current/bin

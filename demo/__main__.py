@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 from demo import process, show
@@ -20,7 +21,7 @@ def up() -> None:
         print(f"\nLeft out: systemd, nginx and TLS, because {failure}; on real hosts: {REAL_HOSTS}\n", flush=True)
         up_as_process(timer, str(failure))
         return
-    forget_tuning(LAB)
+    forget_tuning(LAB, "herd1")
     timer.run(Stage("deploy: build, model, server, nginx", lambda: playbook(LAB, "deploy.yml")))
     timer.run(Stage("tune: Locust through https", lambda: playbook(LAB, "tune.yml")))
     timer.run(Stage("verify: testinfra", lambda: playbook(LAB, "verify.yml")))
@@ -28,7 +29,7 @@ def up() -> None:
 
 
 def up_as_process(timer: Timer, reason: str) -> None:
-    forget_tuning(LOOPBACK)
+    forget_tuning(LOOPBACK, "localhost")
     process.stop()
     timer.run(Stage("deploy: build, model, server", lambda: playbook(LOOPBACK, "deploy.yml")))
     timer.run(Stage("start the server as a process", process.start))
@@ -44,10 +45,10 @@ def down() -> None:
         print(f"no lab host to remove: {failure}")
 
 
-def forget_tuning(inventory: str) -> None:
-    """A demo shows the choice being made, so it starts from the settings that an operator would start from."""
-    for tuned in (ROOT / inventory / "host_vars").glob("*/tuned.yml"):
-        tuned.unlink()
+def forget_tuning(inventory: str, host: str) -> None:
+    """A demo shows the choice being made: it starts from the defaults, and resumes no earlier search."""
+    (ROOT / inventory / "host_vars" / host / "tuned.yml").unlink(missing_ok=True)
+    shutil.rmtree(ROOT / "build/tune" / host, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from locust import events
+
 from llamaherd_loadtest.locust_options import add_options, use_session
 from llamaherd_loadtest.users import ClosedLoopUser
-from locust import events
 
 
 class ChatUser(ClosedLoopUser):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from locust import events
+
 from llamaherd_loadtest.arrivals import Arrivals
 from llamaherd_loadtest.locust_options import add_options, use_session
 from llamaherd_loadtest.users import OpenLoopUser
-from locust import events
 
 
 class ChatArrivals(OpenLoopUser):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 
@@ -64,8 +66,6 @@ def test_bad_input_is_one_clear_line_and_changes_nothing(
 def test_a_bad_model_never_replaces_the_good_one(
     herd: Herd, tmp_path_factory: pytest.TempPathFactory, content: bytes, sha256: str | None, expected: str
 ) -> None:
-    import hashlib
-
     model = tmp_path_factory.mktemp("model") / "bad.gguf"
     model.write_bytes(content)
     entry = {
@@ -87,6 +87,59 @@ def test_an_unreachable_host_is_one_clear_line(herd: Herd) -> None:
     assert run.rc != 0
     assert "unreachable" in run.output.lower()
     assert "198.18.0.99" in run.output
+
+
+@pytest.fixture
+def chooser(tmp_path: Path) -> str:
+    """A tuner that measures nothing and always chooses parallel 3; what it writes is all that tune.yml reads."""
+    settings = {"parallel": 3, "batch": 2048, "ubatch": 512, "ctx_per_slot": 2048, "kv_unified": True}
+    verdict = {
+        "verdict": "change",
+        "sentence": "Take parallel 3.",
+        "chosen": settings,
+        "limits": {},
+        "provenance": {"model": "smollm2-135m-instruct"},
+    }
+    (tmp_path / "verdict.json").write_text(json.dumps(verdict))
+    script = tmp_path / "python"
+    script.write_text(
+        "#!/bin/sh\nfor word; do case $word in --out=*) cp "
+        + str(tmp_path / "verdict.json")
+        + ' "${word#--out=}/verdict.json"; esac; done\n'
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+DROP_IN = "/run/systemd/system/llamaherd-server.service.d/other.conf"
+
+
+def test_chosen_settings_that_do_not_verify_are_taken_back(herd: Herd, chooser: str) -> None:
+    tuned = herd.inventory / "host_vars/t1/tuned.yml"
+    before = herd.sh("t1", "cat /etc/llamaherd/server.toml")
+    # Something on the host overrides what is deployed, so that other settings are in force than the inventory says.
+    herd.sh(
+        "t1",
+        f"mkdir -p {DROP_IN.rpartition('/')[0]} && "
+        f"printf '[Service]\\nEnvironment=LLAMAHERD_ENGINE__PARALLEL=2\\n' > {DROP_IN} && systemctl daemon-reload",
+    )
+    try:
+        run = herd.play("tune.yml", "-e", f"llamaherd_loadgen_python={chooser}")
+    finally:
+        herd.sh("t1", f"rm {DROP_IN} && systemctl daemon-reload && systemctl restart llamaherd-server")
+    assert run.rc != 0
+    assert "has its former ones back" in run.output
+    assert not tuned.exists()
+    assert herd.sh("t1", "cat /etc/llamaherd/server.toml") == before
+
+
+def test_chosen_settings_are_written_deployed_and_verified(herd: Herd, chooser: str) -> None:
+    tuned = herd.inventory / "host_vars/t1/tuned.yml"
+    herd.succeed("tune.yml", "-e", f"llamaherd_loadgen_python={chooser}")
+    assert "parallel: 3" in tuned.read_text()
+    assert "parallel = 3" in herd.sh("t1", "cat /etc/llamaherd/server.toml")
+    assert herd.succeed("deploy.yml").changed["t1"] == 0
+    tuned.unlink()
 
 
 def test_one_changed_setting_restarts_only_the_server(herd: Herd) -> None:

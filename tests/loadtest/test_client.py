@@ -10,6 +10,7 @@ from typing import Any
 
 import gevent
 import pytest
+
 from llamaherd_loadtest.client import ChatClient, Target, clock
 from llamaherd_loadtest.probe import ServerUnusable, calibrate
 from llamaherd_loadtest.samples import Sample, read_samples, write_samples

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from llamaherd_loadtest.arrivals import Arrivals
 from llamaherd_loadtest.samples import read_samples
 

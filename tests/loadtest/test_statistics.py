@@ -6,6 +6,7 @@ import math
 import random
 
 import pytest
+
 from llamaherd_loadtest.health import Health
 from llamaherd_loadtest.limits import observe, parse_limit
 from llamaherd_loadtest.quantiles import estimate, quantile

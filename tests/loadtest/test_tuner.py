@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from llamaherd_loadtest.tune.options import parse
 
 from .conftest import Double

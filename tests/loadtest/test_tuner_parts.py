@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from llamaherd_loadtest.tune.evidence import Measurement, Record
 from llamaherd_loadtest.tune.journal import Journal, ReplayBench, read_steps
 from llamaherd_loadtest.tune.search import Step

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 import pytest
+
 from llamaherd_loadtest.arrivals import Arrivals
 from llamaherd_loadtest.workload import Calibration, Prompts, load_workload, workload_names
 

@@ -10,9 +10,9 @@ import stat
 import tomllib
 
 import pytest
+
 from llamaherd_server import settings
 from llamaherd_server.protocol import EngineSettings
-
 from tests.roles.conftest import Render, Rendered
 
 

@@ -78,6 +78,8 @@ def believe(grid: Grid, records: Sequence[Record], limits: Sequence[Limit]) -> B
     for limit in limits:
         seen = [(row, m.observed[limit.name]) for row, m in rows if limit.name in m.observed]
         logs = [math.log(max(value, 1e-6) / limit.ms) for _, value in seen]
+        if not seen:
+            continue  # no request has such a figure: one token has no TPOT
         excess.append((limit, grid.believe([row for row, _ in seen], logs, limit_noise(records, limit).sigma)))
     return Beliefs(speed, excess)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from datetime import UTC, datetime
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -117,6 +118,7 @@ def _provenance(options: Options, found: EngineState, search: Search, seed: int)
         "model": msgspec.to_builtins(found.model),
         "engine": found.engine,
         "build": found.build,
+        "host": urlsplit(options.target.url).hostname,
         "url": options.target.url,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,

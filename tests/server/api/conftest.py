@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+
 from llamaherd_server.api.state import AppState
 from llamaherd_server.app import create_app
 from llamaherd_server.settings import Settings

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
+
 from llamaherd_server.api.chat import ChatRequest
 from llamaherd_server.api.completions import CompletionRequest
 from llamaherd_server.api.fields import GenerationFields
@@ -15,7 +17,6 @@ from llamaherd_server.chat.schema import schema_grammar
 from llamaherd_server.engine_settings import merge
 from llamaherd_server.errors import ApiError
 from llamaherd_server.protocol import EngineSettings
-from pydantic import ValidationError
 
 KEYWORDS = (
     *("type", "properties", "required", "additionalProperties", "items", "prefixItems", "minItems", "maxItems"),

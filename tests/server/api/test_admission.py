@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from llamaherd_server.admission import Admission, Ticket
 from llamaherd_server.auth import Key
 from llamaherd_server.errors import ApiError

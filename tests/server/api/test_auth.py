@@ -6,6 +6,7 @@ import hashlib
 
 import httpx
 import pytest
+
 from llamaherd_server.auth import KeysError
 
 from .conftest import Serve

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from llamaherd_server.engine.base import EngineError, Event
 from llamaherd_server.protocol import Delta, Generate, Logprob, Started, TokenLogprob
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
+
 from llamaherd_server.engine.base import EngineError, Event
 from llamaherd_server.protocol import Generate, Started
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from llamaherd_server.auth import Key
 from llamaherd_server.errors import ApiError
 from llamaherd_server.quota import Quotas

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
 from llamaherd_server.chat.schema import schema_grammar
 from llamaherd_server.errors import ApiError
-
 from tests.server.conftest import required
 
 Accepts = Callable[[Any, str], bool]

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+
 from llamaherd_server.chat.sandbox import Sandbox
 from llamaherd_server.chat.template import adds_special, render
 from llamaherd_server.errors import ApiError

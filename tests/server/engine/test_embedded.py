@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from llamaherd_server.engine.base import EngineError
 from llamaherd_server.engine.embedded import EmbeddedEngine
 from llamaherd_server.protocol import Delta, EngineSettings, Finished, Generate, Sampling, Started, TokenLogprob

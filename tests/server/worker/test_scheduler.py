@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from llamaherd_server.protocol import EngineSettings, Failed, Finished, Generate, Started, TokenLogprob
 from llamaherd_server.worker.prefix import WORTH_WAITING
 from llamaherd_server.worker.scheduler import DONE, NO_ROOM, Scheduler
