@@ -28,7 +28,8 @@ ErrorCode = Literal[
 class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a context is built from; every field can be changed without reloading the weights.
 
-    The total context is `parallel * ctx_per_slot` tokens in either KV layout. Zero threads means: decide on the host.
+    The total context is `parallel * ctx_per_slot` tokens in either KV layout, unless `kv_cells` says that sequences
+    share fewer (unified KV only): then one is parked whenever they run short. Zero threads means: decide on the host.
     """
 
     parallel: int = 4
@@ -36,6 +37,7 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ubatch: int = 512
     ctx_per_slot: int = 2048
     kv_unified: bool = True
+    kv_cells: int = 0  # tokens; 0: parallel * ctx_per_slot
     kv_type_k: KvType = "f16"
     kv_type_v: KvType = "f16"
     flash_attention: Literal["auto", "on", "off"] = "auto"
@@ -60,7 +62,7 @@ class Sampling(Struct, frozen=True, kw_only=True):
     dry_multiplier: float = 0.0
     dry_base: float = 1.75
     dry_allowed_length: int = 2
-    dry_penalty_last_n: int = -1
+    dry_penalty_last_n: int = 64
     dry_sequence_breakers: list[str] = field(default_factory=lambda: ["\n", ":", '"', "*"])
     mirostat: int = 0
     mirostat_tau: float = 5.0
@@ -69,6 +71,14 @@ class Sampling(Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = field(default_factory=dict)
     ignore_eos: bool = False
     grammar: str | None = None  # GBNF with the root rule `root`
+
+
+class WorkerConfig(Struct, kw_only=True):
+    """What a worker is started with, as JSON on its command line."""
+
+    path: str
+    gpu_layers: int  # -1: all
+    settings: EngineSettings
 
 
 # --- front end to worker -------------------------------------------------------------------------------------
@@ -111,11 +121,7 @@ class Detokenize(Struct, tag="detokenize"):
     tokens: list[int]
 
 
-class Shutdown(Struct, tag="shutdown"):
-    pass
-
-
-ToWorker = Generate | Cancel | Retune | Tokenize | Detokenize | Shutdown
+ToWorker = Generate | Cancel | Retune | Tokenize | Detokenize
 
 
 # --- worker to front end -------------------------------------------------------------------------------------

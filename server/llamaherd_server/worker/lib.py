@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from types import ModuleType
 from typing import Any
+
+WARN, ERROR, CONTINUED = 3, 4, 5  # ggml_log_level
 
 
 def load() -> Any:
@@ -19,3 +22,22 @@ def load() -> Any:
         package.__path__ = list(spec.submodule_search_locations or [])
         sys.modules["llama_cpp"] = package
     return importlib.import_module("llama_cpp.llama_cpp")
+
+
+class Log:
+    """llama.cpp's warnings and errors go to standard error; `last_error` is the last line that was an error."""
+
+    def __init__(self, lib: Any) -> None:
+        self.last_error = ""
+        self._level = 0
+        self._callback = lib.llama_log_callback(self._write)  # kept: llama.cpp holds on to it
+        lib.llama_log_set(self._callback, None)
+
+    def _write(self, level: int, text: bytes, _user_data: Any) -> None:
+        if level != CONTINUED:
+            self._level = level
+        if self._level < WARN:
+            return
+        os.write(2, text)
+        if self._level == ERROR:
+            self.last_error = text.decode(errors="replace").strip()

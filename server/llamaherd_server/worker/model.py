@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llamaherd_server.protocol import ModelInfo
+from llamaherd_server.worker.lib import Log
+
+MAGIC = b"GGUF"
+PROGRESS_STEP = 0.05
 
 
 class ModelError(Exception):
@@ -15,40 +20,25 @@ class ModelError(Exception):
 
 
 class Model:
-    """A loaded GGUF."""
+    """A loaded GGUF. `progress` is told how much has been loaded, 0 to 1. Raises ModelError."""
 
-    def __init__(self, lib: Any, path: str, gpu_layers: int, progress: Callable[[float], None]) -> None:
-        with Path(path).open("rb") as file:
-            magic = file.read(4)
-        if magic != b"GGUF":
-            raise ModelError(f"{path} is no GGUF file: it begins with {magic!r}")
+    def __init__(self, lib: Any, log: Log, path: str, gpu_layers: int, progress: Callable[[float], None]) -> None:
+        check_magic(path)
         self.lib = lib
+        self.log = log
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
-        shown = -1.0
-
-        def report(done: float, _user_data: Any) -> bool:
-            nonlocal shown
-            if done - shown >= 0.05:
-                shown = done
-                progress(done)
-            return True
-
-        self._callback = lib.llama_progress_callback(report)
-        params.progress_callback = self._callback
+        params.progress_callback = report = lib.llama_progress_callback(_every_step(progress))
         self.handle = lib.llama_model_load_from_file(path.encode(), params)
+        del report  # it had to live as long as the load
         if not self.handle:
-            raise ModelError(f"{path} cannot be loaded: it is damaged or of a kind that this llama.cpp does not know")
+            raise ModelError(f"{path} cannot be loaded: {log.last_error or 'llama.cpp does not say why'}")
         self.vocab = lib.llama_model_get_vocab(self.handle)
-        self.n_vocab = lib.llama_vocab_n_tokens(self.vocab)
-        self.eog_tokens = [token for token in range(self.n_vocab) if lib.llama_vocab_is_eog(self.vocab, token)]
-        self._eog = frozenset(self.eog_tokens)
-        heads = lib.llama_model_n_head_kv(self.handle) / lib.llama_model_n_head(self.handle)
-        # Elements that one token adds to the K cache, and to the V cache, over all layers.
-        self.kv_width = lib.llama_model_n_layer(self.handle) * lib.llama_model_n_embd(self.handle) * heads
-
-    def is_eog(self, token: int) -> bool:
-        return token in self._eog
+        self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
+        self.eog_tokens = frozenset(t for t in range(self.n_vocab) if lib.llama_vocab_is_eog(self.vocab, t))
+        # A recurrent state is no row of cells: it can neither be cut back nor shared from the middle.
+        self.has_cells = not (lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
+        self.on_gpu = gpu_layers != 0 and bool(lib.llama_supports_gpu_offload())
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         data = text.encode()
@@ -73,14 +63,36 @@ class Model:
     def detokenize(self, tokens: list[int]) -> str:
         return b"".join(self.piece(token, special=True) for token in tokens).decode(errors="replace")
 
+    def unknown(self, tokens: list[int]) -> int | None:
+        """The first of `tokens` that the vocabulary does not have."""
+        return next((token for token in tokens if not 0 <= token < self.n_vocab), None)
+
+    @cached_property
+    def suppressed(self) -> list[int]:
+        """Tokens that the GGUF forbids."""
+        count = ctypes.c_int32()
+        tokens = self.lib.llama_vocab_get_suppress_tokens(self.vocab, ctypes.byref(count))
+        return list(tokens[: count.value]) if count.value else []
+
+    def number(self, key: str) -> int | None:
+        """A whole number of the architecture's metadata; None where the GGUF lacks it or has one for each layer."""
+        value = self.meta(f"{self.meta('general.architecture')}.{key}")
+        return int(value) if value.isdecimal() else None
+
+    def meta(self, key: str) -> str:
+        """A metadata value as text; empty where the GGUF lacks it."""
+        buffer = ctypes.create_string_buffer(256)
+        self.lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
+        return buffer.value.decode(errors="replace")
+
     def info(self) -> ModelInfo:
         lib, handle = self.lib, self.handle
-        buffer = ctypes.create_string_buffer(256)
-        lib.llama_model_desc(handle, buffer, len(buffer))
+        description = ctypes.create_string_buffer(256)
+        lib.llama_model_desc(handle, description, len(description))
         template = lib.llama_model_chat_template(handle, None)
         return ModelInfo(
-            description=buffer.value.decode(errors="replace"),
-            architecture=self._meta(b"general.architecture"),
+            description=description.value.decode(errors="replace"),
+            architecture=self.meta("general.architecture"),
             n_params=lib.llama_model_n_params(handle),
             size_bytes=lib.llama_model_size(handle),
             n_ctx_train=lib.llama_model_n_ctx_train(handle),
@@ -97,7 +109,27 @@ class Model:
     def _special(self, token: int) -> str:
         return self.piece(token, special=True).decode(errors="replace") if token >= 0 else ""
 
-    def _meta(self, key: bytes) -> str:
-        buffer = ctypes.create_string_buffer(256)
-        self.lib.llama_model_meta_val_str(self.handle, key, buffer, len(buffer))
-        return buffer.value.decode(errors="replace")
+
+def check_magic(path: str) -> None:
+    """Raises ModelError unless `path` is a readable file that begins as a GGUF does."""
+    try:
+        with Path(path).open("rb") as file:
+            magic = file.read(len(MAGIC))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    if magic != MAGIC:
+        raise ModelError(f"{path} is no GGUF file: it begins with {magic!r}, not with {MAGIC!r}")
+
+
+def _every_step(progress: Callable[[float], None]) -> Callable[[float, Any], bool]:
+    """llama.cpp calls for every tensor: pass on only what is worth a message."""
+    shown = -PROGRESS_STEP
+
+    def report(done: float, _user_data: Any) -> bool:
+        nonlocal shown
+        if done - shown >= PROGRESS_STEP:
+            shown = done
+            progress(done)
+        return True
+
+    return report

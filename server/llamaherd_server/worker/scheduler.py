@@ -1,207 +1,206 @@
 """The step loop: admit, plan, decode, sample, emit.
 
-Running sequences put one token each into every batch; prompts fill the rest, at most one ubatch of it, so that no long
-prompt stalls the others. With split KV llama.cpp cuts a batch into ubatches of equal sequence lengths, so decoding
-sequences and prompts go in batches of their own there.
+Running sequences put one token each into every step; prompts fill the rest of one ubatch, so that no long prompt
+stalls the others and none is cancelled late. When the KV cells run short, cached prefixes go first, then the sequence
+that came last is parked until there is room again.
 """
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from dataclasses import dataclass
-from typing import Any, Protocol
+from bisect import insort
+from collections.abc import Callable, Iterator
 
-from llamaherd_server.protocol import (
-    Delta,
-    EngineSettings,
-    Failed,
-    Finished,
-    FinishReason,
-    Started,
-    Stats,
-    Step,
-    TokenLogprob,
-)
-from llamaherd_server.worker.prefix import WORTH_COPYING, Slot, being_computed, best_source
-from llamaherd_server.worker.sequence import Sequence
-
-DONE, NO_ROOM = 0, 1
-
-
-class Backend(Protocol):
-    """What the loop needs of a context; `size` is its KV cells."""
-
-    settings: EngineSettings
-    size: int
-
-    def decode(self, shares: list[tuple[Sequence, int]]) -> int:
-        """Compute the next tokens of each sequence, as many as its share; DONE, NO_ROOM, or fatal."""
-
-    def sample(self, chain: Any, row: int) -> int:
-        """The next token from batch row `row`."""
-
-    def logprob(self, row: int, token: int, top: int) -> TokenLogprob: ...
-
-    def piece(self, token: int) -> bytes: ...
-
-    def is_eog(self, token: int) -> bool: ...
-
-    def forget(self, slot: int, start: int = 0) -> None:
-        """Drop a slot's cells from position `start` on."""
-
-    def share(self, source: int, target: int, length: int) -> None:
-        """Give the empty slot `target` the first `length` positions of `source`."""
-
-
-class DecodeFailed(RuntimeError):
-    """llama_decode failed in a way that leaves the context unusable."""
-
-
-@dataclass(slots=True)
-class _Times:
-    """Where a step's time went, in seconds."""
-
-    decode: float = 0.0
-    sample: float = 0.0
+from llamaherd_server.protocol import Delta, Failed, Finished, FinishReason, Started, Stats, Step
+from llamaherd_server.worker.backend import ABORTED, DONE, INVALID, NO_ROOM, Backend
+from llamaherd_server.worker.errors import DecodeFailed, RequestError
+from llamaherd_server.worker.kv import KvCache
+from llamaherd_server.worker.placement import Place, find_place
+from llamaherd_server.worker.prefix import best_source, is_coming
+from llamaherd_server.worker.sequence import NO_SLOT, Sequence, Share
+from llamaherd_server.worker.stopwatch import Stopwatch
 
 
 class Scheduler:
-    """Sequences in, one Step of events out at each turn."""
+    """Sequences in, one Step of events out at each turn. Not for threads: whoever calls it owns the context."""
 
     def __init__(self, backend: Backend) -> None:
-        self.waiting: deque[Sequence] = deque()
-        self.slots: list[Slot] = []
+        self.waiting: list[Sequence] = []  # by arrival
         self._events: list[Started | Delta | Finished | Failed] = []
         self._step = self._preemptions = self._cached = self._prompt = 0
         self.attach(backend)
 
-    def park_all(self) -> None:
-        """Let go of the context: what runs is computed again in the next one, before what waits."""
-        for sequence in sorted(self.running, key=lambda sequence: sequence.begun, reverse=True):
-            self._park(sequence)
-
-    def attach(self, backend: Backend) -> None:
-        """Go on with another context."""
-        self._backend = backend
-        self._most_running = backend.settings.parallel
-        self.slots = [Slot(number) for number in range(backend.settings.parallel)]
-
     @property
     def running(self) -> list[Sequence]:
-        return [slot.sequence for slot in self.slots if slot.sequence]
+        """By slot."""
+        return [slot.sequence for slot in self._kv.slots if slot.sequence]
 
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
+    def add(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=lambda one: one.arrival)
+
     def cancel(self, request_id: int) -> None:
+        """End a request without another word; one that has ended already is no error."""
         for sequence in [*self.running, *self.waiting]:
             if sequence.request.id == request_id:
                 self._release(sequence)
 
+    def park_all(self, *, keep: bool) -> None:
+        """Take everything off the context, to go on after `attach`: with its cells, or computed again."""
+        for sequence in self.running:
+            self._park(sequence, keep=keep)
+        if not keep:
+            for sequence in self.waiting:
+                sequence.state = None
+
+    def attach(self, backend: Backend) -> None:
+        """Go on with another context."""
+        self._backend = backend
+        self._kv = KvCache(backend)
+
     def step(self) -> Step:
-        """One turn: at most one token for each running sequence."""
-        began = time.perf_counter()
-        times = _Times()
+        """One turn: at most one new token for each running sequence, with split KV two for one that begins."""
+        watch = Stopwatch()
         self._step += 1
         self._admit()
-        batches = self._plan()
-        for shares in batches:
-            self._compute(shares, times)
+        computed = 0
+        for plan in self._plans():
+            shares = self._with_room(plan)
+            if shares and self._decode(shares, watch):
+                computed += _tokens(shares)
+                self._sample(shares, watch)
         events, self._events = self._events, []
-        overhead = time.perf_counter() - began - times.decode - times.sample
-        return Step(events, self._stats(sum(share for shares in batches for _, share in shares), times, overhead))
+        return Step(events, self._stats(computed, watch))
+
+    # --- admit ---------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Give free slots to those that wait, unless what they need is just being computed for another one."""
+        """First come, first served; only those whose beginning another one is just computing let others pass."""
         for sequence in list(self.waiting):
-            free = [slot for slot in self.slots if slot.sequence is None]
-            if not free or len(self.running) >= self._most_running:
+            if not self._kv.idle:
                 return
-            source, length = best_source(self.slots, sequence)
-            if being_computed(self.slots, sequence, length):
-                continue
+            source, length = None, 0
+            if sequence.request.cache_prompt and sequence.state is None:
+                source, length = best_source(self._kv.slots, sequence.tokens, self._backend.least_shared)
+                if is_coming(self._kv.slots, sequence.tokens, length):
+                    continue
+            place = find_place(self._kv, sequence, source, length)
+            if place is None:
+                return
             self.waiting.remove(sequence)
-            oldest = min(free, key=lambda slot: (bool(slot.resident), slot.used))
-            # A source's own cells serve best where nothing of them is lost, or where some must be given up anyway.
-            if source in free and source and (len(source.resident) == length or oldest.resident):
-                self._place(sequence, source, source, length)
-            elif self._backend.settings.kv_unified or length >= WORTH_COPYING:
-                self._place(sequence, oldest, source, length)
-            else:
-                self._place(sequence, oldest, None, 0)
+            self._start(sequence, place)
 
-    def _place(self, sequence: Sequence, slot: Slot, source: Slot | None, length: int) -> None:
-        if source is slot:
-            self._backend.forget(slot.number, length)
+    def _start(self, sequence: Sequence, place: Place) -> None:
+        slot, length = place.target, place.length
+        if place.source is slot:
+            self._kv.cut(slot, length)
         else:
-            self._backend.forget(slot.number)
-            if source:
-                self._backend.share(source.number, slot.number, length)
-        slot.resident = []
-        slot.sequence = sequence
-        sequence.slot = slot.number
-        sequence.computed = length
+            self._kv.cut(slot)
+            if place.source is not None:
+                self._kv.share(place.source, slot, length)
+        if sequence.state is not None:
+            length = self._unpark(sequence, place)
+        slot.sequence, slot.tokens = sequence, sequence.tokens
+        sequence.slot, sequence.computed = slot.number, length
         if not sequence.started:
-            sequence.started = True
-            sequence.cached = length
+            sequence.begin(length)
             self._cached += length
             self._prompt += sequence.n_prompt
             self._events.append(Started(sequence.request.id, sequence.n_prompt, length))
 
-    def _plan(self) -> list[list[tuple[Sequence, int]]]:
-        """The batches of this step: which sequences, and how many tokens of each."""
-        settings = self._backend.settings
-        decoding = [(sequence, 1) for sequence in self.running if sequence.pending == 1]
-        room = max(settings.ubatch - len(decoding), 1)
-        room = min(room, settings.batch - len(decoding)) if settings.kv_unified else room
-        prompts = []
-        for sequence in sorted(self.running, key=lambda sequence: sequence.begun):
-            if sequence.pending > 1 and room > 0:
-                share = min(sequence.pending, room)
-                prompts.append((sequence, share))
-                room -= share
-        batches = [decoding + prompts] if settings.kv_unified else [decoding, prompts]
-        return [batch for batch in batches if batch]
+    # --- plan ----------------------------------------------------------------------------------------------------
 
-    def _compute(self, shares: list[tuple[Sequence, int]], times: _Times) -> None:
-        began = time.perf_counter()
-        result = self._backend.decode(shares)
-        decoded = time.perf_counter()
-        times.decode += decoded - began
-        if result == NO_ROOM:
-            self._make_room()  # nothing was computed: the next step plans anew
-            return
-        if result != DONE:
-            raise DecodeFailed(f"llama_decode returned {result}")
-        row = -1
-        sampled = []
-        for sequence, share in shares:
-            row += share
-            sequence.computed += share
-            if sequence.pending == 0:
-                sampled.append((sequence, row, self._backend.sample(sequence.sampler.chain, row)))
-        times.sample += time.perf_counter() - decoded
-        for sequence, row, token in sampled:
-            self._emit(sequence, row, token)
+    def _plans(self) -> Iterator[Callable[[], list[Share]]]:
+        """What goes into each of the step's batches.
+
+        Split KV computes sequences side by side only where their slots are neighbours and as far as all have tokens, so
+        the two kinds go apart there: prompts first, then every sequence's one token, without gaps.
+        """
+        if self._backend.settings.kv_unified:
+            yield lambda: [*self._decoding(), *self._prompts(beside=len(self._decoding()))]
+        else:
+            yield lambda: self._prompts(beside=0)
+            yield self._decoding
+
+    def _decoding(self) -> list[Share]:
+        return [(sequence, 1) for sequence in self.running if sequence.decoding]
+
+    def _prompts(self, beside: int) -> list[Share]:
+        """Prompts, oldest first, as far as a ubatch has room `beside` the decoding ones."""
+        settings = self._backend.settings
+        room = min(max(settings.ubatch - beside, 1), settings.batch - beside)
+        shares = []
+        for sequence in sorted(self.running, key=lambda one: one.arrival):
+            if room > 0 and not sequence.decoding:
+                shares.append((sequence, min(sequence.pending, room)))
+                room -= shares[-1][1]
+        return shares
+
+    def _with_room(self, plan: Callable[[], list[Share]]) -> list[Share]:
+        """The plan's shares, once there are KV cells for them; whoever is parked for that is out of the plan."""
+        shares = plan()
+        while self._kv.free < _tokens(shares):
+            self._make_room()
+            shares = plan()
+        return shares
 
     def _make_room(self) -> None:
-        """Give up cells that only cache; then park the sequence that came last, until another one ends."""
-        cached = [slot for slot in self.slots if slot.resident]
-        for slot in cached:
-            self._backend.forget(slot.number)
-            slot.resident = []
-        if cached:
+        if self._kv.evict():
             return
-        if len(self.running) == 1:
-            raise DecodeFailed("one sequence alone does not fit into the KV cache")
-        self._park(max(self.running, key=lambda sequence: sequence.begun))
-        self._most_running = len(self.running)
+        running = self.running
+        if len(running) == 1:
+            raise DecodeFailed(f"one sequence of {len(running[0].tokens)} tokens does not fit into the KV cache")
+        self._park(max(running, key=lambda one: one.arrival))
+        self._preemptions += 1
+
+    # --- decode --------------------------------------------------------------------------------------------------
+
+    def _decode(self, shares: list[Share], watch: Stopwatch) -> bool:
+        """Whether the shares were computed; where they were not, the next step plans anew."""
+        with watch.decoding():
+            result = self._backend.decode(shares)
+        if result == DONE:
+            for sequence, count in shares:
+                self._kv.grow(self._kv.slots[sequence.slot], count)
+                sequence.computed += count
+        elif result == NO_ROOM:
+            self._make_room()
+        elif result == ABORTED:
+            for sequence, count in shares:
+                self._kv.grow(self._kv.slots[sequence.slot], count)  # who knows how many: all are dropped
+                self._park(sequence, keep=False)
+        elif result == INVALID and len(shares) == 1:
+            self._fail(shares[0][0], RequestError("internal", None, "llama.cpp refused this request's tokens"))
+        elif result == INVALID:  # one of them is to blame: each alone, and it fails alone
+            for share in shares:
+                if self._decode([share], watch):
+                    self._sample([share], watch)
+            return False
+        else:
+            raise DecodeFailed(f"llama_decode returned {result}")
+        return result == DONE
+
+    # --- sample and emit -----------------------------------------------------------------------------------------
+
+    def _sample(self, shares: list[Share], watch: Stopwatch) -> None:
+        """A token for each sequence that is computed to its end."""
+        row = -1
+        for sequence, count in shares:
+            row += count
+            if sequence.pending:
+                continue
+            try:
+                with watch.sampling():
+                    token = self._backend.sample(sequence, row)
+            except RequestError as error:
+                self._fail(sequence, error)
+            else:
+                self._emit(sequence, row, token)
 
     def _emit(self, sequence: Sequence, row: int, token: int) -> None:
-        sequence.first = sequence.first or time.perf_counter()
-        sequence.tokens.append(token)
+        sequence.append(token)
         if self._backend.is_eog(token):
             self._finish(sequence, "stop")
             return
@@ -220,38 +219,56 @@ class Scheduler:
         self._events.append(sequence.finished(reason))
         self._release(sequence)
 
+    def _fail(self, sequence: Sequence, error: RequestError) -> None:
+        self._events.append(Failed(sequence.request.id, error.code, error.message, error.param))
+        self._release(sequence)
+
+    # --- letting go ----------------------------------------------------------------------------------------------
+
     def _release(self, sequence: Sequence) -> None:
+        """Forget the sequence; its cells stay for those that begin alike."""
         sequence.sampler.close()
-        if sequence in self.waiting:
+        if sequence.slot == NO_SLOT:
             self.waiting.remove(sequence)
             return
-        slot = self.slots[sequence.slot]
-        slot.resident = slot.cells
+        slot = self._kv.slots[sequence.slot]
         slot.sequence = None
         slot.used = self._step
-        self._most_running = min(self._most_running + 1, len(self.slots))
 
-    def _park(self, sequence: Sequence) -> None:
-        """Back to the front of the queue; its tokens are kept, its cells are computed again later."""
-        self._backend.forget(sequence.slot)
-        self.slots[sequence.slot].sequence = None
-        sequence.computed = 0
-        self._preemptions += 1
-        self.waiting.appendleft(sequence)
+    def _park(self, sequence: Sequence, *, keep: bool = True) -> None:
+        """Take a sequence off its slot, to go on later: with its cells, or computed again where they are not kept."""
+        slot = self._kv.slots[sequence.slot]
+        sequence.state = self._backend.save(slot.number) if keep and sequence.computed else None
+        self._kv.cut(slot)
+        slot.sequence = None
+        sequence.slot = NO_SLOT
+        self.add(sequence)
 
-    def _stats(self, batch_tokens: int, times: _Times, overhead_s: float) -> Stats:
+    def _unpark(self, sequence: Sequence, place: Place) -> int:
+        """Put a parked sequence's cells back; how many there are."""
+        state, sequence.state = sequence.state, None
+        if state is None or not self._backend.restore(place.target.number, state):
+            return 0
+        self._kv.grow(place.target, sequence.computed)
+        return sequence.computed
+
+    def _stats(self, batch_tokens: int, watch: Stopwatch) -> Stats:
         return Stats(
             step=self._step,
             slots_busy=len(self.running),
             waiting=len(self.waiting),
             parked=sum(sequence.started for sequence in self.waiting),
-            kv_used=min(self._backend.size, sum(len(slot.cells) for slot in self.slots)),
-            kv_size=self._backend.size,
+            kv_used=self._kv.used,
+            kv_size=self._kv.size,
             batch_tokens=batch_tokens,
-            decode_s=times.decode,
-            sample_s=times.sample,
-            overhead_s=overhead_s,
+            decode_s=watch.decode_s,
+            sample_s=watch.sample_s,
+            overhead_s=watch.rest_s(),
             preemptions=self._preemptions,
             cached_tokens=self._cached,
             prompt_tokens=self._prompt,
         )
+
+
+def _tokens(shares: list[Share]) -> int:
+    return sum(count for _, count in shares)

@@ -2,49 +2,83 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
 
 from llamaherd_server.protocol import Finished, FinishReason, Generate
-from llamaherd_server.worker.sampling import Sampler
 from llamaherd_server.worker.text import TextStream
 
+NO_SLOT = -1
+_arrivals = itertools.count()
 
-@dataclass(eq=False)
+
+class Sampler(Protocol):
+    """What takes the tokens of one request; see sampling.NativeSampler."""
+
+    def sample(self, context: Any, row: int) -> int: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
 class Sequence:
-    """`tokens` is the prompt and all that was sampled; the first `computed` of them are in the slot's KV cells."""
+    """`tokens` is the prompt and all that was sampled; the first `computed` of them are in the KV cells of `slot`.
+
+    It may grow to `limit` tokens. `state` holds its KV cells while it is parked. Sequences order by `arrival`.
+    """
 
     request: Generate
     tokens: list[int]
     sampler: Sampler
     text: TextStream
-    limit: int  # tokens it may grow to
-    n_prompt: int = 0
-    slot: int = -1
+    limit: int
+    n_prompt: int = field(init=False)
+    slot: int = NO_SLOT
     computed: int = 0
     cached: int = 0
     started: bool = False
-    begun: float = field(default_factory=time.perf_counter)
-    first: float = 0.0
+    state: bytes | None = None
+    arrival: int = field(default_factory=lambda: next(_arrivals))
+    _began: float = 0.0
+    _first: float = 0.0
 
     def __post_init__(self) -> None:
         self.n_prompt = len(self.tokens)
 
     @property
     def pending(self) -> int:
-        """Tokens not yet computed; 1 when it is generating."""
+        """Tokens not yet computed; 1 while it generates."""
         return len(self.tokens) - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        return self.pending == 1 and self.computed > 0
+
+    def begin(self, cached: int) -> None:
+        """It has a slot for the first time; `cached` tokens of its prompt were found in the KV cells."""
+        self.started = True
+        self.cached = cached
+        self._began = time.perf_counter()
+
+    def append(self, token: int) -> None:
+        self._first = self._first or time.perf_counter()
+        self.tokens.append(token)
 
     def finished(self, reason: FinishReason) -> Finished:
         now = time.perf_counter()
-        first = self.first or now
         return Finished(
             id=self.request.id,
             reason=reason,
             prompt_tokens=self.n_prompt,
             cached_tokens=self.cached,
             completion_tokens=len(self.tokens) - self.n_prompt,
-            prompt_s=first - self.begun,
-            decode_s=now - first,
+            prompt_s=self._first - self._began,
+            decode_s=now - self._first,
             stop=self.text.stop,
         )
+
+
+Share: TypeAlias = tuple[Sequence, int]
+"""A part of a batch: how many of a sequence's pending tokens are computed."""

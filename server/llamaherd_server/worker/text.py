@@ -16,18 +16,7 @@ class TextStream:
 
     def feed(self, piece: bytes) -> str:
         """Text that may be sent now; `stop` is set, and nothing follows, once a stop string is complete."""
-        return self._release(self._decoder.decode(piece))
-
-    def finish(self) -> str:
-        """What was held back, when no more tokens come."""
-        if self.stop is not None:
-            return ""
-        text = self._release(self._decoder.decode(b"", final=True))
-        held, self._held = self._held, ""
-        return text + held if self.stop is None else text
-
-    def _release(self, text: str) -> str:
-        text = self._held + text
+        text = self._held + self._decoder.decode(piece)
         if not self._stops:
             return text
         found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
@@ -38,6 +27,11 @@ class TextStream:
         keep = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What was held back, when no more tokens come; half a character is dropped."""
+        held, self._held = self._held, ""
+        return held
 
 
 def _overlap(text: str, stop: str) -> int:

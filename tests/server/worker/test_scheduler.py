@@ -1,156 +1,215 @@
-"""Random arrivals, lengths, cancels and KV sizes against a fake context that keeps its own account of cells."""
+"""The step loop against a context that keeps its own account: random loads, and the rules one by one."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaherd_server.protocol import EngineSettings, Failed, Finished, Generate, Started, TokenLogprob
+from llamaherd_server.protocol import Delta, EngineSettings, Failed, Finished, Started
+from llamaherd_server.worker.errors import DecodeFailed
 from llamaherd_server.worker.prefix import WORTH_WAITING
-from llamaherd_server.worker.scheduler import DONE, NO_ROOM, Scheduler
+from llamaherd_server.worker.scheduler import Scheduler
 from llamaherd_server.worker.sequence import Sequence
-from llamaherd_server.worker.text import TextStream
+
+from .fake import FakeContext, FakeSampler, sequence
+
+LONGEST_PROMPT, MOST_NEW = 24, 12
+TURNS = 3000
 
 
-class FakeSampler:
-    chain = None
-    closed = False
-
-    def close(self) -> None:
-        assert not self.closed, "closed twice"
-        self.closed = True
-
-
-class FakeContext:
-    """Cells by slot as llama.cpp would hold them; decode fails with NO_ROOM, changing nothing, when they are spent."""
-
-    def __init__(self, engine: EngineSettings, cells: int) -> None:
-        self.settings = engine
-        self.size = cells
-        self.cells: dict[int, list[int]] = {slot: [] for slot in range(engine.parallel)}
-        self.batches: list[list[tuple[Sequence, int]]] = []
-
-    def decode(self, shares: list[tuple[Sequence, int]]) -> int:
-        new = sum(share for _, share in shares)
-        assert 0 < new <= self.settings.batch
-        if sum(map(len, self.cells.values())) + new > self.size:
-            return NO_ROOM
-        for sequence, share in shares:
-            cells = self.cells[sequence.slot]
-            assert cells == sequence.tokens[: sequence.computed], "the KV cells are not what the scheduler thinks"
-            cells += sequence.tokens[sequence.computed : sequence.computed + share]
-        self.batches.append(shares)
-        return DONE
-
-    def sample(self, chain: Any, row: int) -> int:
-        return 7
-
-    def logprob(self, row: int, token: int, top: int) -> TokenLogprob:
-        raise AssertionError("nobody asked")
-
-    def piece(self, token: int) -> bytes:
-        return b"x"
-
-    def is_eog(self, token: int) -> bool:
-        return False
-
-    def forget(self, slot: int, start: int = 0) -> None:
-        del self.cells[slot][start:]
-
-    def share(self, source: int, target: int, length: int) -> None:
-        assert self.cells[target] == []
-        self.cells[target] = self.cells[source][:length]
+@dataclass(frozen=True)
+class Arrival:
+    turn: int
+    prompt: list[int]
+    new: int
+    cancelled_after: int | None
 
 
-def sequence(number: int, prompt: list[int], new: int) -> Sequence:
-    request = Generate(id=number, prompt=prompt, max_tokens=new)
-    return Sequence(request, list(prompt), FakeSampler(), TextStream([]), len(prompt) + new)  # type: ignore[arg-type]
-
-
-prompts = st.lists(st.integers(0, 1), min_size=1, max_size=24)
 arrivals = st.lists(
-    st.tuples(st.integers(0, 30), prompts, st.integers(1, 12), st.none() | st.integers(0, 40)), max_size=14
+    st.builds(
+        Arrival,
+        st.integers(0, 30),
+        st.lists(st.integers(0, 1), min_size=1, max_size=LONGEST_PROMPT),
+        st.integers(1, MOST_NEW),
+        st.none() | st.integers(0, 40),
+    ),
+    max_size=14,
 )
+ids = st.frozensets(st.integers(0, 13), max_size=2)
 
 
-@settings(max_examples=300, deadline=None)
-@given(arrivals, st.integers(1, 4), st.integers(4, 16), st.booleans(), st.integers(36, 160))
-def test_every_request_ends_exactly_once_and_the_cells_add_up(
-    work: list[tuple[int, list[int], int, int | None]], parallel: int, ubatch: int, unified: bool, cells: int
+@settings(max_examples=400, deadline=None)
+@given(
+    work=arrivals,
+    parallel=st.integers(1, 4),
+    ubatch=st.integers(4, 16),
+    unified=st.booleans(),
+    cells=st.integers(LONGEST_PROMPT + MOST_NEW, 120),
+    poison=ids,
+    unsampled=ids,
+    aborts=st.frozensets(st.integers(1, 60), max_size=3),
+    forgetful=st.booleans(),
+    retuned_at=st.none() | st.integers(1, 40),
+)
+def test_every_request_ends_exactly_once_and_the_books_agree(
+    work: list[Arrival],
+    parallel: int,
+    ubatch: int,
+    unified: bool,
+    cells: int,
+    poison: frozenset[int],
+    unsampled: frozenset[int],
+    aborts: frozenset[int],
+    forgetful: bool,
+    retuned_at: int | None,
 ) -> None:
-    engine = EngineSettings(parallel=parallel, batch=max(16, ubatch), ubatch=ubatch, kv_unified=unified)
-    context = FakeContext(engine, cells)
-    scheduler = Scheduler(context)
-    sequences = {number: sequence(number, prompt, new) for number, (_, prompt, new, _) in enumerate(work)}
-    ended: dict[int, int] = {}
+    def context() -> FakeContext:
+        faults = {"poison": poison, "unsampled": unsampled, "aborts": aborts}
+        return FakeContext(engine, cells, **faults, forgetful=forgetful, ends=True)
+
+    engine = EngineSettings(parallel=parallel, batch=16, ubatch=ubatch, kv_unified=unified)
+    backend = context()
+    scheduler = Scheduler(backend)
+    sequences: dict[int, Sequence] = {}
+    started: set[int] = set()
+    ended: list[int] = []
     cancelled: set[int] = set()
-    for turn in range(2000):
-        for number, (arrival, _, _, cancel) in enumerate(work):
-            if arrival == turn:
-                scheduler.waiting.append(sequences[number])
-            if cancel is not None and turn == arrival + cancel and number not in ended:
+    text = dict.fromkeys(range(len(work)), "")
+    for turn in range(TURNS):
+        for number, arrival in enumerate(work):
+            if arrival.turn == turn:
+                sequences[number] = sequence(number, arrival.prompt, arrival.new)
+                scheduler.add(sequences[number])
+            if arrival.cancelled_after is not None and turn == arrival.turn + arrival.cancelled_after:
                 scheduler.cancel(number)
-                cancelled.add(number)
+                cancelled |= {number} - set(ended)
+        if turn == retuned_at:
+            scheduler.park_all(keep=not forgetful)
+            backend = context()
+            scheduler.attach(backend)
         step = scheduler.step()
         for event in step.events:
             assert event.id not in cancelled
-            if isinstance(event, Finished | Failed):
-                ended[event.id] = ended.get(event.id, 0) + 1
-        assert step.stats.kv_used <= cells
-        assert sorted({one.slot for one in scheduler.running}) == sorted(one.slot for one in scheduler.running)
-        if turn > 75 and scheduler.idle:
+            assert event.id not in ended
+            if isinstance(event, Started):
+                assert event.id not in started
+                started.add(event.id)
+            elif isinstance(event, Delta):
+                text[event.id] += event.text
+            else:
+                ended.append(event.id)
+        assert step.stats.kv_used == backend.used
+        assert len({one.slot for one in scheduler.running}) == step.stats.slots_busy
+        if len(sequences) == len(work) and scheduler.idle and turn > 75:
             break
     assert scheduler.idle, "somebody starved"
     assert set(ended) | cancelled == set(sequences)
-    assert all(count == 1 for count in ended.values())
     for number, one in sequences.items():
-        assert one.sampler.closed  # type: ignore[attr-defined]
-        if number in ended and number not in cancelled:
-            assert len(one.tokens) == one.limit
+        assert isinstance(one.sampler, FakeSampler)
+        assert one.sampler.closed == 1
+        if number in ended and number not in poison | unsampled:
+            new = one.tokens[one.n_prompt :]
+            assert len(text[number]) == len([token for token in new if token != 3])
+            assert new[-1] == 3 or len(one.tokens) == one.limit
+
+
+def run(scheduler: Scheduler) -> list[Started | Delta | Finished | Failed]:
+    events = []
+    while not scheduler.idle:
+        events += scheduler.step().events
+    return events
 
 
 def test_running_sequences_come_first_and_a_long_prompt_takes_at_most_one_ubatch() -> None:
     context = FakeContext(EngineSettings(parallel=2, batch=64, ubatch=16), 400)
     scheduler = Scheduler(context)
-    scheduler.waiting.append(sequence(1, [1], 50))
+    scheduler.add(sequence(1, [2], 8))
     scheduler.step()
-    scheduler.waiting.append(sequence(2, [2] * 100, 1))
+    scheduler.add(sequence(2, [1] * 100, 1))
     for _ in range(3):
         scheduler.step()
-        shares = context.batches[-1]
-        assert shares[0][1] == 1
-        assert shares[0][0].request.id == 1
-        assert sum(share for _, share in shares) <= 16
+        (first, count), *_ = shares = context.batches[-1]
+        assert (first.request.id, count) == (1, 1)
+        assert sum(count for _, count in shares) == 16
 
 
-def test_followers_wait_for_the_prefix_that_a_leader_is_computing() -> None:
-    context = FakeContext(EngineSettings(parallel=4, batch=64, ubatch=16), 2000)
+def test_with_split_kv_prompts_and_single_tokens_go_in_batches_of_their_own() -> None:
+    context = FakeContext(EngineSettings(parallel=3, batch=64, ubatch=16, kv_unified=False), 100)
     scheduler = Scheduler(context)
-    system = list(range(100, 200))
+    for number in range(3):
+        scheduler.add(sequence(number, [number] * 10, 5))
+        scheduler.step()
+    for shares in context.batches:
+        counts = {count for _, count in shares}
+        assert counts == {1} or len(shares) == 1
+    # A prompt that is done decodes in the same step, so that the slots of a batch are neighbours.
+    assert [one.slot for one, _ in context.batches[-1]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_followers_wait_for_the_prefix_that_a_leader_is_computing(unified: bool) -> None:
+    context = FakeContext(EngineSettings(parallel=4, batch=64, ubatch=16, kv_unified=unified), 400)
+    scheduler = Scheduler(context)
+    system = [1] * 99 + [0]
     for number in range(4):
-        scheduler.waiting.append(sequence(number, [*system, number], 2))
-    started: list[Started] = []
-    while not scheduler.idle:
-        started += [event for event in scheduler.step().events if isinstance(event, Started)]
+        scheduler.add(sequence(number, [*system, number], 2))
+    started = [event for event in run(scheduler) if isinstance(event, Started)]
     assert started[0].cached_tokens == 0
-    assert all(event.cached_tokens > 100 - WORTH_WAITING for event in started[1:])
+    assert all(event.cached_tokens > len(system) - WORTH_WAITING for event in started[1:])
+    computed = sum(count for shares in context.batches for _, count in shares)
+    assert computed < len(system) + 4 * WORTH_WAITING + 8
 
 
-def test_attaching_another_context_computes_running_sequences_again() -> None:
-    engine = EngineSettings(parallel=2, batch=64, ubatch=16)
-    scheduler = Scheduler(FakeContext(engine, 400))
-    one = sequence(1, [1, 2, 3], 10)
-    scheduler.waiting.append(one)
+def test_a_cancelled_leader_leaves_its_place_to_a_follower() -> None:
+    scheduler = Scheduler(FakeContext(EngineSettings(parallel=2, batch=64, ubatch=16), 400))
+    prompt = [1] * 100
+    for number in (1, 2):
+        scheduler.add(sequence(number, [*prompt, number], 2))
     scheduler.step()
-    scheduler.park_all()
-    scheduler.attach(FakeContext(msgspec.structs.replace(engine, parallel=1), 400))
-    events = []
+    scheduler.cancel(1)
+    assert [event.id for event in run(scheduler) if isinstance(event, Finished)] == [2]
+
+
+def test_a_request_that_wants_no_cache_computes_its_whole_prompt() -> None:
+    scheduler = Scheduler(FakeContext(EngineSettings(parallel=2, batch=64, ubatch=64), 400))
+    for number in (1, 2):
+        one = sequence(number, [1] * 50, 2)
+        one.request = msgspec.structs.replace(one.request, cache_prompt=False)
+        scheduler.add(one)
+    assert [event.cached_tokens for event in run(scheduler) if isinstance(event, Started)] == [0, 0]
+
+
+def test_the_youngest_is_parked_when_cells_run_short_and_all_complete() -> None:
+    scheduler = Scheduler(FakeContext(EngineSettings(parallel=3, batch=64, ubatch=16), 120))
+    for number in range(3):
+        scheduler.add(sequence(number, [number, 2], 100))
+    parked: list[int] = []
+    finished: list[int] = []
     while not scheduler.idle:
-        events += scheduler.step().events
-    assert len(one.tokens) == 13
-    assert not any(isinstance(event, Started) for event in events)
-    assert isinstance(events[-1], Finished)
-    assert events[-1].completion_tokens == 10
+        step = scheduler.step()
+        parked += [one.request.id for one in scheduler.waiting if one.started]
+        finished += [event.id for event in step.events if isinstance(event, Finished)]
+    assert sorted(finished) == [0, 1, 2]
+    assert finished[0] == 0
+    assert 0 not in parked
+    assert step.stats.preemptions > 0
+
+
+def test_cells_that_only_cache_go_before_anyone_is_parked() -> None:
+    scheduler = Scheduler(FakeContext(EngineSettings(parallel=2, batch=64, ubatch=64), 100))
+    scheduler.add(sequence(1, [0] * 60, 1))
+    run(scheduler)
+    scheduler.add(sequence(2, [1] * 80, 10))
+    run(scheduler)
+    assert scheduler.step().stats.preemptions == 0
+
+
+def test_one_sequence_that_does_not_fit_alone_is_fatal() -> None:
+    scheduler = Scheduler(FakeContext(EngineSettings(parallel=1, batch=64, ubatch=64), 20))
+    scheduler.add(sequence(1, [0] * 30, 1))
+    with pytest.raises(DecodeFailed, match="30 tokens"):
+        scheduler.step()

@@ -1,0 +1,92 @@
+"""One worker process: its socket, and the last lines that it wrote to standard error."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+
+import msgspec
+
+from llamaherd_server.protocol import FromWorker
+from llamaherd_server.worker.channel import LENGTH_BYTES
+
+KEPT_LINES = 20
+GRACE_S = 5.0
+_decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+
+
+class WorkerProcess:
+    """Started by `start`; `receive` until it gives None, then `ended` says why it has gone."""
+
+    def __init__(self) -> None:
+        self.heard = time.monotonic()
+        self._last_lines: deque[str] = deque(maxlen=KEPT_LINES)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def start(self, config: bytes) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "llamaherd_server.worker", str(theirs.fileno()), config.decode()),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+            )
+        self._reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._log = asyncio.create_task(self._pass_on_log())
+
+    def send(self, frame: bytes) -> None:
+        """A message with its length before it."""
+        self._writer.write(frame)
+
+    async def receive(self, timeout_s: float | None) -> FromWorker | None:
+        """The next message; None when there will be no more. Raises TimeoutError."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                size = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "big")
+                message = _decoder.decode(await self._reader.readexactly(size))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+        self.heard = time.monotonic()
+        return message
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    async def ended(self) -> str:
+        """Wait for its end; how it ended and, where it wrote any, its last words."""
+        code = await self._process.wait()
+        await self._log
+        self._writer.close()
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        last = f": {self._last_lines[-1]}" if self._last_lines else ""
+        return f"the engine ended with {how}{last}"
+
+    async def end(self) -> None:
+        """Close the socket, which ends the worker after its step; kill it when that takes too long."""
+        self._writer.close()
+        try:
+            async with asyncio.timeout(GRACE_S):
+                await self._process.wait()
+        except TimeoutError:
+            self.kill()
+        await self.ended()
+
+    async def _pass_on_log(self) -> None:
+        assert self._process.stderr is not None  # noqa: S101 (it was asked for as a pipe)
+        async for line in self._process.stderr:
+            text = line.decode(errors="replace").rstrip()
+            if text:
+                self._last_lines.append(text)
+            sys.stderr.write(f"{text}\n")

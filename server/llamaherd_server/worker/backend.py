@@ -1,0 +1,48 @@
+"""What the step loop needs of a context. context.Context is the real one; tests have one that only keeps count."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from llamaherd_server.protocol import EngineSettings, TokenLogprob
+from llamaherd_server.worker.sequence import Sequence, Share
+
+# What llama_decode returns; anything else leaves the context unusable.
+DONE = 0
+NO_ROOM = 1  # in the KV cache; nothing has changed
+ABORTED = 2  # some of the batch has been computed
+INVALID = -1  # the batch was refused; nothing has changed
+
+
+class Backend(Protocol):
+    """`size` is its KV cells; a common prefix of fewer than `least_shared` tokens is not worth sharing."""
+
+    settings: EngineSettings
+    size: int
+    least_shared: int
+
+    def decode(self, shares: list[Share]) -> int:
+        """Compute the next tokens of each sequence, as many as its share; one of the codes above."""
+
+    def sample(self, sequence: Sequence, row: int) -> int:
+        """The sequence's next token, from row `row` of the last batch; raises RequestError."""
+
+    def logprob(self, row: int, token: int, top: int) -> TokenLogprob:
+        """The token's log probability and the `top` most likely ones, from row `row` of the last batch."""
+
+    def piece(self, token: int) -> bytes: ...
+
+    def is_eog(self, token: int) -> bool:
+        """Whether the token ends the generation."""
+
+    def forget(self, slot: int, start: int = 0) -> None:
+        """Drop a slot's cells from position `start` on."""
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Give the empty slot `target` the first `length` positions of `source`."""
+
+    def save(self, slot: int) -> bytes:
+        """The content of a slot's cells."""
+
+    def restore(self, slot: int, state: bytes) -> bool:
+        """Put saved cells into an empty slot; False, and the slot stays empty, where this context cannot take them."""

@@ -1,0 +1,42 @@
+"""A llama_batch that is filled a sequence at a time, never a token at a time."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from llamaherd_server.worker.sequence import Share
+
+
+class Batch:
+    """Room for `capacity` tokens, each of one sequence; `native` is what llama_decode takes."""
+
+    def __init__(self, lib: Any, capacity: int) -> None:
+        self._token: Any = (ctypes.c_int32 * capacity)()
+        self._position: Any = (ctypes.c_int32 * capacity)()
+        self._slot: Any = (ctypes.c_int32 * capacity)()
+        self._output: Any = (ctypes.c_int8 * capacity)()
+        one_each = (ctypes.c_int32 * capacity)(*[1] * capacity)
+        pointer = ctypes.POINTER(ctypes.c_int32)
+        first = ctypes.addressof(self._slot)
+        size = ctypes.sizeof(ctypes.c_int32)
+        slots = (pointer * capacity)(*(ctypes.cast(first + size * row, pointer) for row in range(capacity)))
+        self.native = lib.llama_batch(0, self._token, None, self._position, one_each, slots, self._output)
+
+    def fill(self, shares: list[Share]) -> None:
+        """Put each sequence's next tokens one after the other; the last one of a sequence gives logits."""
+        row = 0
+        for sequence, count in shares:
+            start, end = sequence.computed, row + count
+            self._token[row:end] = sequence.tokens[start : start + count]
+            self._position[row:end] = range(start, start + count)
+            self._slot[row:end] = [sequence.slot] * count
+            self._output[row:end] = [0] * count
+            self._output[end - 1] = count == sequence.pending
+            row = end
+        self.native.n_tokens = row
+
+    def fill_one(self, token: int) -> None:
+        """A single token at the beginning of slot 0."""
+        self._token[0], self._position[0], self._slot[0], self._output[0] = token, 0, 0, 1
+        self.native.n_tokens = 1

@@ -1,0 +1,53 @@
+"""Work on whole rows of logits. Needs numpy, so this is imported only when a request asks for such work."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaherd_server.protocol import Logprob, TokenLogprob
+from llamaherd_server.worker.model import Model
+
+
+def row_of(model: Model, context: Any, row: int) -> NDArray[np.float32]:
+    """The logits of batch row `row`, one for each token of the vocabulary; llama.cpp's own memory."""
+    return np.ctypeslib.as_array(model.lib.llama_get_logits_ith(context, row), shape=(model.n_vocab,))
+
+
+def token_logprob(model: Model, context: Any, row: int, token: int, top: int) -> TokenLogprob:
+    """The chosen `token` and the `top` most likely ones, by log softmax over logits that no sampler has touched."""
+    values = row_of(model, context, row).astype(np.float64)
+    values -= values.max()
+    values -= np.log(np.exp(values).sum())
+    best = np.argpartition(values, -top)[-top:] if top else np.empty(0, dtype=np.int64)
+    ordered = [int(one) for one in best[np.argsort(values[best])[::-1]]]
+    most_likely = [Logprob(one, model.piece(one, special=True), float(values[one])) for one in ordered]
+    return TokenLogprob(token, model.piece(token, special=True), float(values[token]), most_likely)
+
+
+class Candidates:
+    """A llama_token_data_array over the whole vocabulary, to apply samplers to one by one."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._data = np.zeros(model.n_vocab, dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+        pointer = self._data.ctypes.data_as(ctypes.POINTER(model.lib.llama_token_data))
+        self._array = model.lib.llama_token_data_array(pointer, model.n_vocab, -1, False)
+
+    def load(self, context: Any, row: int) -> None:
+        """Begin again with the logits of batch row `row`."""
+        self._data["id"] = np.arange(self._model.n_vocab)
+        self._data["logit"] = row_of(self._model, context, row)
+        self._array.size, self._array.selected, self._array.sorted = self._model.n_vocab, -1, False
+
+    def apply(self, sampler: Any) -> None:
+        self._model.lib.llama_sampler_apply(sampler, ctypes.byref(self._array))
+
+    @property
+    def selected(self) -> tuple[int, float]:
+        """The token that a chain has chosen, and its logit."""
+        chosen = self._array.data[self._array.selected]
+        return int(chosen.id), float(chosen.logit)

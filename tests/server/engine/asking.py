@@ -1,0 +1,47 @@
+"""Whole answers from an engine, for tests that do not care how they were streamed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llamaherd_server.engine.embedded import EmbeddedEngine
+from llamaherd_server.protocol import Delta, Finished, Generate, Sampling, Started, TokenLogprob
+
+GREEDY = Sampling(temperature=0)
+ENDLESS = Sampling(temperature=0, ignore_eos=True)
+COUNTRIES = ["France", "Italy", "Spain", "Japan", "Egypt", "Norway", "Peru", "Kenya"]
+
+
+@dataclass
+class Answer:
+    finished: Finished
+    parts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
+
+
+async def ask(
+    engine: EmbeddedEngine,
+    prompt: str | list[int],
+    max_tokens: int | None = 24,
+    sampling: Sampling = GREEDY,
+    *,
+    stop: list[str] | None = None,
+    logprobs: int | None = None,
+) -> Answer:
+    """Raises EngineError, as `generate` does."""
+    request = Generate(
+        id=0, prompt=prompt, max_tokens=max_tokens, sampling=sampling, stop=stop or [], logprobs=logprobs
+    )
+    parts: list[str] = []
+    collected: list[TokenLogprob] = []
+    async for event in engine.generate(request):
+        if isinstance(event, Delta):
+            parts.append(event.text)
+            collected += event.logprobs or []
+        elif not isinstance(event, Started):
+            return Answer(event, parts, collected)
+    raise AssertionError("the stream ended without a Finished")

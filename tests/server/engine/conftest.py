@@ -1,0 +1,36 @@
+"""An engine with the real model, one for each module that shares it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest_asyncio
+
+from llamaherd_server.engine.embedded import EmbeddedEngine
+from llamaherd_server.protocol import EngineSettings
+
+from ..conftest import required
+
+# One thread: two that wait for each other crawl on a machine that is busy with something else.
+SETTINGS = EngineSettings(parallel=4, ctx_per_slot=512, batch=512, ubatch=128, threads=1)
+
+
+@asynccontextmanager
+async def running(
+    settings: EngineSettings = SETTINGS, heartbeat_timeout_s: float = 120
+) -> AsyncIterator[EmbeddedEngine]:
+    path = Path(required("LLAMAHERD_TEST_MODEL"))
+    engine = EmbeddedEngine(path, -1, settings, heartbeat_timeout_s=heartbeat_timeout_s)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine() -> AsyncIterator[EmbeddedEngine]:
+    async with running() as started:
+        yield started

@@ -1,0 +1,126 @@
+"""A context that computes nothing and keeps its own account of cells, as llama.cpp would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llamaherd_server.protocol import EngineSettings, Generate, TokenLogprob
+from llamaherd_server.worker.backend import ABORTED, DONE, INVALID, NO_ROOM
+from llamaherd_server.worker.errors import RequestError
+from llamaherd_server.worker.sequence import Sequence, Share
+from llamaherd_server.worker.text import TextStream
+
+EOG = 3
+
+
+class FakeSampler:
+    closed = 0
+
+    def sample(self, context: Any, row: int) -> int:
+        raise AssertionError("the fake context samples")
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Cell:
+    """One token's keys and values."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+
+class FakeContext:
+    """Implements scheduler.Backend.
+
+    `poison` are requests that llama_decode refuses, `unsampled` those whose sampler fails, `aborts` the calls of decode
+    that end half way, `forgetful` a context that cannot take saved cells; `ends`
+    one whose model ends some outputs by itself.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        cells: int,
+        *,
+        poison: frozenset[int] = frozenset(),
+        unsampled: frozenset[int] = frozenset(),
+        aborts: frozenset[int] = frozenset(),
+        forgetful: bool = False,
+        ends: bool = False,
+    ) -> None:
+        self.settings = settings
+        self.size = cells if settings.kv_unified else cells * settings.parallel
+        self.least_shared = 1 if settings.kv_unified else 4
+        self.slots: dict[int, list[Cell]] = {slot: [] for slot in range(settings.parallel)}
+        self.batches: list[list[Share]] = []
+        self.calls = 0
+        self._per_slot = cells
+        self._poison = poison
+        self._unsampled = unsampled
+        self._aborts = aborts
+        self._forgetful = forgetful
+        self._ends = ends
+
+    @property
+    def used(self) -> int:
+        return len({cell for cells in self.slots.values() for cell in cells})
+
+    def decode(self, shares: list[Share]) -> int:
+        self.calls += 1
+        new = sum(count for _, count in shares)
+        assert 0 < new <= self.settings.batch
+        assert len({sequence.slot for sequence, _ in shares}) == len(shares)
+        if any(sequence.request.id in self._poison for sequence, _ in shares):
+            return INVALID
+        if self.used + new > self.size:
+            return NO_ROOM
+        for sequence, count in shares:
+            cells = self.slots[sequence.slot]
+            held = [cell.token for cell in cells]
+            assert held == sequence.tokens[: sequence.computed], "the cells are not what the scheduler thinks"
+            cells += [Cell(token) for token in sequence.tokens[sequence.computed : sequence.computed + count]]
+            assert self.settings.kv_unified or len(cells) <= self._per_slot
+        if self.calls in self._aborts:
+            return ABORTED
+        self.batches.append(list(shares))
+        return DONE
+
+    def sample(self, sequence: Sequence, row: int) -> int:
+        assert any(one is sequence for one, _ in self.batches[-1])
+        assert sequence.pending == 0
+        if sequence.request.id in self._unsampled:
+            raise RequestError("invalid_grammar", "grammar", "dead end")
+        return EOG if self._ends and sum(sequence.tokens) % 11 == 0 else 2
+
+    def logprob(self, row: int, token: int, top: int) -> TokenLogprob:
+        raise AssertionError("nobody asked")
+
+    def piece(self, token: int) -> bytes:
+        return b"x"
+
+    def is_eog(self, token: int) -> bool:
+        return token == EOG
+
+    def forget(self, slot: int, start: int = 0) -> None:
+        del self.slots[slot][start:]
+
+    def share(self, source: int, target: int, length: int) -> None:
+        assert self.slots[target] == []
+        cells = self.slots[source][:length]
+        self.slots[target] = cells if self.settings.kv_unified else [Cell(cell.token) for cell in cells]
+
+    def save(self, slot: int) -> bytes:
+        return bytes(cell.token for cell in self.slots[slot])
+
+    def restore(self, slot: int, state: bytes) -> bool:
+        assert self.slots[slot] == []
+        if self._forgetful:
+            return False
+        self.slots[slot] = [Cell(token) for token in state]
+        return True
+
+
+def sequence(number: int, prompt: list[int], new: int) -> Sequence:
+    request = Generate(id=number, prompt=prompt, max_tokens=new)
+    return Sequence(request, list(prompt), FakeSampler(), TextStream([]), len(prompt) + new)
