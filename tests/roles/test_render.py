@@ -87,7 +87,6 @@ def test_the_units_sandbox_opens_for_nvidia_only(rendered: Rendered) -> None:
     if rendered.decided["accelerator"] == "cuda":
         for device in ("/dev/nvidiactl", "char-nvidia", "char-nvidia-frontend", "char-nvidia-uvm"):
             assert f"DeviceAllow={device} rw\n" in unit
-        assert "ProcSubset=all\n" in unit
     else:
         assert "DeviceAllow" not in unit
         assert "PrivateDevices=yes\n" in unit

@@ -38,7 +38,7 @@ HARDENING = {
     "SystemCallArchitectures": "native",
     "UMask": "0077",
 }
-CPU_ONLY = {"PrivateDevices": "yes", "ProcSubset": "pid", "MemoryDenyWriteExecute": "yes"}
+CPU_ONLY = {"PrivateDevices": "yes", "MemoryDenyWriteExecute": "yes"}
 QUESTION = {"role": "user", "content": "Count from one to twenty in words."}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 from llamaherd_server.protocol import EngineSettings
@@ -83,10 +82,11 @@ def compute_bytes(model: Model, settings: EngineSettings) -> float:
 
 
 def available_bytes() -> float | None:
-    """Memory that this process may still take, by the host and by its control groups; None: nobody tells (macOS)."""
-    if sys.platform != "linux":
+    """Memory that this process may still take, by the host and by its control groups; None: nobody tells (macOS, ProcSubset=pid)."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
         return None
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = meminfo.read_text().splitlines()
     host = next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable:"))
     return min(host, _control_group_bytes())
 
