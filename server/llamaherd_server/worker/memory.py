@@ -82,7 +82,7 @@ def compute_bytes(model: Model, settings: EngineSettings) -> float:
 
 
 def available_bytes() -> float | None:
-    """Memory that this process may still take, by the host and by its control groups; None: nobody tells (macOS, ProcSubset=pid)."""
+    """Memory that this process may still take, by the host and its control groups; None where nobody tells (macOS)."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None
