@@ -52,7 +52,9 @@ def stop() -> None:
 
 def is_ours(pid: int) -> bool:
     """A pid file outlives a reboot: the number may be somebody else's by now."""
-    command = subprocess.run(["ps", "-p", str(pid), "-o", "command="], capture_output=True, text=True, check=False)
+    command = subprocess.run(
+        ["ps", "-ww", "-p", str(pid), "-o", "command="], capture_output=True, text=True, check=False
+    )
     return "llamaherd_server" in command.stdout
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,5 @@ def test_where_no_host_can_boot_the_demo_runs_a_plain_process(demo: dict[str, ob
     finally:
         make("demo-down")
     assert traces() == []
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen("http://127.0.0.1:8080/livez", timeout=5)
