@@ -40,6 +40,7 @@ def _check(settings: EngineSettings) -> None:
     _check_range("ctx_per_slot", settings.ctx_per_slot, 16, MAX_CONTEXT)
     _check_range("threads", settings.threads, 0, MAX_THREADS)
     _check_range("threads_batch", settings.threads_batch, 0, MAX_THREADS)
+    _check_range("kv_cells", settings.kv_cells, 0, MAX_CONTEXT)
     if settings.ubatch > settings.batch:
         raise ValueError(f"ubatch {settings.ubatch} is larger than batch {settings.batch}: lower ubatch or raise batch")
     if settings.batch < settings.parallel:

@@ -80,7 +80,7 @@ class SamplingFields(Body):
     dry_base: float | None = Field(None, ge=1, le=1e6, description="DRY's base. Default 1.75.")
     dry_allowed_length: int | None = Field(None, ge=0, le=_INT32, description="Repeats without penalty. Default 2.")
     dry_penalty_last_n: int | None = Field(
-        None, ge=-1, le=_INT32, description="Tokens DRY looks at; -1: all (default)."
+        None, ge=-1, le=_INT32, description="Tokens DRY looks at; -1: all. Default 64."
     )
     dry_sequence_breakers: list[Text] | None = Field(None, max_length=64, description="What ends a sequence for DRY.")
     mirostat: int | None = Field(None, ge=0, le=2, description="Mirostat version; 0: off (default).")
