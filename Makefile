@@ -44,6 +44,10 @@ lint: setup ## ruff, mypy --strict, ansible-lint, yamllint, shellcheck
 test: lint engine ## Everything: lint, unit, server with the real model, load tests, lab
 	@$(BIN)/pytest
 
+.PHONY: pytest
+pytest: setup ## Some tests, in the environment that they need: make pytest ARGS="tests/unit -k gguf"
+	@$(BIN)/pytest $(ARGS)
+
 .PHONY: test-fleet
 test-fleet: setup engine ## The long tests on a fleet of lab hosts
 	@$(BIN)/pytest -m fleet
