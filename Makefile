@@ -56,6 +56,10 @@ test-fleet: setup engine ## The long tests on a fleet of lab hosts
 bench: setup engine ## All of bench/, or one: make bench GROUP=serving
 	@$(BIN)/python -m bench $(GROUP)
 
+.PHONY: docs
+docs: setup ## The documentation as a site: build/docs/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 .PHONY: report-demo
 report-demo: setup ## Make the tuning report from recorded data: build/report-demo.html
 	@$(BIN)/python -m llamaherd_loadtest.report loadtest/recorded build/report-demo.html

@@ -1,0 +1,83 @@
+"""The pages of the site that are made from what they describe, so that they cannot say something else.
+
+A mkdocs hook: https://www.mkdocs.org/user-guide/configuration/#hooks
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that no file in docs/ holds."""
+    pages = {"index.md": index(), "variables.md": variables()}
+    for name, text in pages.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def index() -> str:
+    """The README, whose links into docs/ are links beside it here."""
+    return re.sub(r"\]\(docs/", "](", (ROOT / "README.md").read_text())
+
+
+def variables() -> str:
+    """Every variable of every role, from the argument_specs that the plays hold the inventory against."""
+    lines = [
+        "# Variables",
+        "",
+        "What an inventory may say. Each play checks names and types before it changes anything.",
+        "",
+    ]
+    for path in sorted(ROOT.glob("roles/*/meta/argument_specs.yml"), key=lambda one: (one.parts[-3] != "common", one)):
+        role = path.parts[-3]
+        for entry in yaml.safe_load(path.read_text())["argument_specs"].values():
+            options = {
+                name: option for name, option in entry.get("options", {}).items() if name.startswith("llamaherd_")
+            }
+            if options:
+                title = "All roles" if role == "common" else f"`{role}`"
+                lines += [f"## {title}", "", f"{sentence(entry['short_description'])}", "", *table(options), ""]
+    return "\n".join(lines)
+
+
+def table(options: dict[str, Any]) -> Iterator[str]:
+    """A Markdown table of argument_specs options; those of a dictionary follow it, by their path."""
+    yield "| name | type | default | what it is |"
+    yield "| --- | --- | --- | --- |"
+    yield from rows("", options)
+
+
+def rows(prefix: str, options: dict[str, Any]) -> Iterator[str]:
+    """A table row for each option."""
+    for name, option in options.items():
+        kind = option.get("type", "str")
+        if "elements" in option:
+            kind += f" of {option['elements']}"
+        if "choices" in option:
+            kind = " \\| ".join(f"`{choice}`" for choice in option["choices"])
+        default = "required" if option.get("required") else code(option["default"]) if "default" in option else ""
+        yield f"| `{prefix}{name}` | {kind} | {default} | {sentence(option.get('description', ''))} |"
+        inner = prefix + name + ("[]." if option.get("type") == "list" else ".")
+        yield from rows(inner, option.get("options", {}))
+
+
+def code(value: object) -> str:
+    """A default as one would write it in YAML, safe in a table."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
+    return f"`{text}`".replace("|", "\\|")
+
+
+def sentence(text: str | list[str]) -> str:
+    """A description's C(code) as Markdown's."""
+    text = " ".join(text) if isinstance(text, list) else text
+    return re.sub(r"C\(([^)]*)\)", r"`\1`", text).replace("|", "\\|")
