@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.lab.conftest import Herd
 
@@ -149,6 +150,23 @@ def test_one_changed_setting_restarts_only_the_server(herd: Herd) -> None:
     assert after[0] == before[0]
     assert after[1] != before[1]
     assert "parallel = 2" in herd.sh("t1", "cat /etc/llamaherd/server.toml")
+
+
+def test_adopt_prints_an_inventory_from_a_llama_server_unit(herd: Herd, tmp_path: Path) -> None:
+    model = "/var/lib/llamaherd/models/smollm2-135m-instruct.gguf"
+    herd.sh(
+        "t1",
+        "printf '[Service]\\nExecStart=/usr/bin/llama-server -m %s -c 4096 -np 2 --api-key sk-old\\n' "
+        f"{model} > /run/systemd/system/llama-server.service",
+    )
+    printed = tmp_path / "adopted.yml"
+    run = herd.succeed("adopt.yml", "-e", f"llamaherd_adopt_file={printed}")
+    herd.sh("t1", "rm /run/systemd/system/llama-server.service")
+    assert run.changed["t1"] == 1  # the file here
+    assert "sk-old" not in run.output
+    variables = yaml.safe_load(printed.read_text())["all"]["children"]["inference"]["vars"]
+    assert variables["llamaherd_settings"] == {"parallel": 2, "ctx_per_slot": 2048, "kv_unified": False}
+    assert variables["llamaherd_models"][0]["sha256"] == herd.sh("t1", f"sha256sum {model}").split()[0]
 
 
 def test_reset_leaves_nothing_behind(herd: Herd) -> None:

@@ -49,5 +49,10 @@ def filters() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def llama_server_filters() -> ModuleType:
+    return load("plugins/filter/llama_server.py", "llamaherd_llama_server_filters")
+
+
+@pytest.fixture(scope="session")
 def fetch_model() -> ModuleType:
     return load("roles/model/files/fetch_model.py", "llamaherd_fetch_model")
