@@ -64,15 +64,16 @@ def ours(flags: Flags) -> Iterator[Running]:
 
 
 @contextmanager
-def llama_server(flags: Flags) -> Iterator[Running]:
+def llama_server(flags: Flags, *more: str, model: str | None = None) -> Iterator[Running]:
     port = _free_port()
     command = [
         str(Path(os.environ["LLAMAHERD_TEST_BIN_DIR"]) / "llama-server"),
-        *("--model", _model(), "--port", str(port), "--alias", "bench"),
+        *("--model", model or _model(), "--port", str(port), "--alias", "bench"),
         *("--parallel", str(flags.parallel), "--ctx-size", str(flags.parallel * flags.ctx_per_slot)),
         "--kv-unified" if flags.unified else "--no-kv-unified",
         *("--batch-size", str(flags.batch), "--ubatch-size", str(flags.ubatch)),
         *("--threads", str(flags.threads), "--threads-batch", str(flags.threads)),
+        *more,
     ]
     with _process(command, port, "/health") as running:
         yield running

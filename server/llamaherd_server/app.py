@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from llamaherd_server import errors
 from llamaherd_server.admission import Admission
-from llamaherd_server.api import chat, completions, models, ops, tokenize
+from llamaherd_server.api import chat, completions, embeddings, models, ops, rerank, tokenize
 from llamaherd_server.api.state import AppState
 from llamaherd_server.auth import KeyStore
 from llamaherd_server.chat.sandbox import Sandbox
@@ -22,6 +22,9 @@ from llamaherd_server.middleware import Gate, RequestContext
 from llamaherd_server.quota import Quotas
 from llamaherd_server.settings import Settings
 
+# Requests whose inputs the engine may put into one batch.
+_EMBEDDINGS_AT_ONCE = 8
+
 
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
     """The app that serves `engine`; its lifespan starts and stops it. Raises KeysError when the keys cannot be read."""
@@ -32,13 +35,23 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         timeout_s=limits.queue_timeout_s,
         parallel=settings.engine.settings.parallel,
     )
+    # Embeddings have a context of their own and need no slot: a queue of their own, as fair and as bounded.
+    embedding = Admission(max_queue=limits.max_queue, timeout_s=limits.queue_timeout_s, parallel=_EMBEDDINGS_AT_ONCE)
     metrics = Metrics(engine.status, admission)
     engine.observe(metrics.step)
-    serving = Serving(engine, admission, Quotas(), metrics, settings.model.name, limits.request_timeout_s)
+    serving = Serving(engine, admission, embedding, Quotas(), metrics, settings.model.name, limits.request_timeout_s)
     lifecycle = Lifecycle(engine, admission, limits)
     app = FastAPI(title="llamaherd", docs_url="/docs", redoc_url=None, lifespan=_lifespan)
     app.state.llamaherd = AppState(settings, serving, lifecycle, Sandbox())
-    for router in (chat.router, completions.router, models.router, tokenize.router, ops.router):
+    for router in (
+        chat.router,
+        completions.router,
+        embeddings.router,
+        rerank.router,
+        models.router,
+        tokenize.router,
+        ops.router,
+    ):
         app.include_router(router, responses={"4XX": {"model": errors.ErrorBody}, "5XX": {"model": errors.ErrorBody}})
     errors.install(app)
     app.add_middleware(Gate, keys=keys, lifecycle=lifecycle, max_body_bytes=limits.max_body_bytes)

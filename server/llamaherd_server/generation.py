@@ -30,6 +30,7 @@ class Serving:
 
     engine: Engine
     admission: Admission
+    embeddings: Admission  # to the context for embeddings
     quotas: Quotas
     metrics: Metrics
     model: str

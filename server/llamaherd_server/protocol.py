@@ -12,6 +12,7 @@ from msgspec import Struct, field
 
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 FinishReason = Literal["stop", "length"]
+Pooling = Literal["mean", "cls", "last", "rank"]
 # What a client did wrong (its request fails alone) against what went wrong here.
 ErrorCode = Literal[
     "context_length_exceeded",
@@ -121,7 +122,15 @@ class Detokenize(Struct, tag="detokenize"):
     tokens: list[int]
 
 
-ToWorker = Generate | Cancel | Retune | Tokenize | Detokenize
+class Embed(Struct, tag="embed"):
+    """The embedding of each input, text or token ids; with a `query`, the relevance of each input to it instead."""
+
+    id: int
+    inputs: list[str | list[int]]
+    query: str | None = None
+
+
+ToWorker = Generate | Cancel | Retune | Tokenize | Detokenize | Embed
 
 
 # --- worker to front end -------------------------------------------------------------------------------------
@@ -142,6 +151,7 @@ class ModelInfo(Struct, tag="model", kw_only=True):
     eos_token: str
     eot_token: str
     chat_template: str | None
+    pooling: Pooling = "mean"  # of its embeddings; rank: it has scores for /v1/rerank instead
     build: str  # llama.cpp's system info line
 
 
@@ -250,4 +260,12 @@ class Text(Struct, tag="text"):
     text: str
 
 
-FromWorker = Loading | Ready | Step | Retuned | Tokens | Text | Failed
+class Embedded(Struct, tag="embedded"):
+    """For each input a vector of f32 numbers, native, of length 1 (Euclidean); where a query was given, its score."""
+
+    id: int
+    vectors: list[bytes]
+    tokens: int  # of all inputs
+
+
+FromWorker = Loading | Ready | Step | Retuned | Tokens | Text | Embedded | Failed

@@ -53,10 +53,10 @@ async def answer(request: Request, run: Run, shape: Shape, *, stream: bool) -> R
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(run)
         request.state.log.follow(run.usage)
-        await _unless_gone(request.receive, run.first())
+        await unless_gone(request.receive, run.first())
         if stream:
             return EventStream(run, shape, stack.pop_all())
-        choices = await _unless_gone(request.receive, _collected(run))
+        choices = await unless_gone(request.receive, _collected(run))
         return json_response(shape.whole(choices, run.usage))
 
 
@@ -79,7 +79,7 @@ class EventStream(Response):
         async with self._stack:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
-                await _unless_gone(receive, self._send_all(send))
+                await unless_gone(receive, self._send_all(send))
             except ClientDisconnect:
                 scope["state"]["log"].client_gone = True
 
@@ -120,7 +120,7 @@ async def _collected(run: Run) -> list[Choice]:
     return [choices[index] for index in sorted(choices)]
 
 
-async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
     """Do `work`; when the client goes away first, cancel it and raise ClientDisconnect."""
     doing = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))

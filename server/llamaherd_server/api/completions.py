@@ -21,7 +21,7 @@ router = APIRouter()
 _MAX_PROMPTS = 128
 
 
-def _as_prompts(prompt: Any) -> Any:
+def as_prompts(prompt: Any) -> Any:
     """OpenAI's four forms (text, texts, tokens, lists of tokens) as a list of prompts, each text or tokens."""
     prompts = prompt if isinstance(prompt, list) and prompt and not _is_token(prompt[0]) else [prompt]
     for one in prompts:
@@ -39,7 +39,7 @@ class CompletionRequest(GenerationFields):
     """Prompts to continue, as they are: no chat template."""
 
     prompt: Annotated[
-        list[Any], BeforeValidator(_as_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+        list[Any], BeforeValidator(as_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
     ] = Field(max_length=_MAX_PROMPTS, description="Text or token ids, one prompt or a list.")
     echo: bool = Field(False, description="True: the prompt goes before its completion. Not together with `logprobs`.")
     suffix: str | None = Field(None, description="Not supported.")

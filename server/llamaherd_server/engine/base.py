@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 
 from llamaherd_server.protocol import (
     Delta,
+    Embed,
+    Embedded,
     EngineSettings,
     ErrorCode,
     Finished,
@@ -69,6 +71,9 @@ class Engine(Protocol):
     async def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]: ...
 
     async def detokenize(self, tokens: list[int]) -> str: ...
+
+    async def embed(self, question: Embed) -> Embedded:
+        """Embeddings or scores; the engine assigns `question.id`, cancelling ends the work. Raises EngineError."""
 
     async def retune(self, settings: EngineSettings) -> EngineSettings:
         """Put other settings in force without reloading weights; raises EngineError and keeps the old ones."""

@@ -17,6 +17,8 @@ from llamaherd_server.protocol import (
     Cancel,
     Delta,
     Detokenize,
+    Embed,
+    Embedded,
     EngineSettings,
     Failed,
     Finished,
@@ -39,9 +41,9 @@ from llamaherd_server.worker.channel import frame
 # How many workers a request may lose before it starts: beyond that it may be what they die of.
 LIVES = 2
 
-Question: TypeAlias = Generate | Retune | Tokenize | Detokenize
-Answer: TypeAlias = Started | Delta | Finished | Failed | Retuned | Tokens | Text
-T = TypeVar("T", Retuned, Tokens, Text)
+Question: TypeAlias = Generate | Retune | Tokenize | Detokenize | Embed
+Answer: TypeAlias = Started | Delta | Finished | Failed | Retuned | Tokens | Text | Embedded
+T = TypeVar("T", Retuned, Tokens, Text, Embedded)
 
 
 @dataclass(eq=False, slots=True)
@@ -123,6 +125,9 @@ class EmbeddedEngine:
     async def detokenize(self, tokens: list[int]) -> str:
         return (await self._answer(Detokenize(next(self._ids), tokens), Text)).text
 
+    async def embed(self, question: Embed) -> Embedded:
+        return await self._answer(msgspec.structs.replace(question, id=next(self._ids)), Embedded)
+
     async def retune(self, settings: EngineSettings) -> EngineSettings:
         return (await self._answer(Retune(next(self._ids), settings), Retuned)).settings
 
@@ -144,7 +149,7 @@ class EmbeddedEngine:
         elif isinstance(message, Retuned):
             self._settings = message.settings
             self._deliver(message)
-        elif isinstance(message, Tokens | Text | Failed):
+        elif isinstance(message, Tokens | Text | Embedded | Failed):
             self._deliver(message)
 
     def on_gone(self) -> None:
@@ -166,6 +171,9 @@ class EmbeddedEngine:
         call = self._ask(question)
         try:
             answer = await call.answers.get()
+        except asyncio.CancelledError:
+            self._supervisor.send(frame(Cancel(question.id)))
+            raise
         finally:
             self._open.pop(question.id, None)
         if isinstance(answer, EngineError):

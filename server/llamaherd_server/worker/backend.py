@@ -24,6 +24,9 @@ class Backend(Protocol):
     def decode(self, shares: list[Share]) -> int:
         """Compute the next tokens of each sequence, as many as its share; one of the codes above."""
 
+    def held(self, slot: int) -> int:
+        """How many positions of a slot are intact after a decode that was aborted."""
+
     def sample(self, sequence: Sequence, row: int) -> int:
         """The sequence's next token, from row `row` of the last batch; raises RequestError."""
 

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
-from llamaherd_server.worker.sequence import Share
+
+class Tokens(Protocol):
+    """The first `computed` of `tokens` are in `slot`, `pending` ones are not."""
+
+    tokens: list[int]
+    computed: int
+    slot: int
+
+    @property
+    def pending(self) -> int: ...
 
 
 class Batch:
@@ -23,16 +33,16 @@ class Batch:
         slots = (pointer * capacity)(*(ctypes.cast(first + size * row, pointer) for row in range(capacity)))
         self.native = lib.llama_batch(0, self._token, None, self._position, one_each, slots, self._output)
 
-    def fill(self, shares: list[Share]) -> None:
-        """Put each sequence's next tokens one after the other; the last one of a sequence gives logits."""
+    def fill(self, shares: Iterable[tuple[Tokens, int]], *, every_output: bool = False) -> None:
+        """Put each sequence's next tokens one after the other; its last one gives output, or every one does."""
         row = 0
         for sequence, count in shares:
             start, end = sequence.computed, row + count
             self._token[row:end] = sequence.tokens[start : start + count]
             self._position[row:end] = range(start, start + count)
             self._slot[row:end] = [sequence.slot] * count
-            self._output[row:end] = [0] * count
-            self._output[end - 1] = count == sequence.pending
+            self._output[row:end] = [every_output] * count
+            self._output[end - 1] = every_output or count == sequence.pending
             row = end
         self.native.n_tokens = row
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import select
 import socket
+import threading
 from typing import Any
 
 import msgspec
@@ -25,30 +25,30 @@ def frame(message: Any) -> bytes:
 
 
 class Channel:
-    """Sending blocks until the front end takes it, receiving waits only as long as asked. Both raise Closed."""
+    """Any thread may send, which blocks until the front end takes it; one receives. Both raise Closed."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self._sending = threading.Lock()
         self._decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
         self._buffer = bytearray()
 
     def send(self, message: FromWorker) -> None:
         try:
-            self._socket.sendall(frame(message))
+            with self._sending:
+                self._socket.sendall(frame(message))
         except OSError as error:
             raise Closed from error
 
-    def receive(self, timeout_s: float) -> list[ToWorker]:
-        """What has arrived, after waiting at most `timeout_s` seconds for something."""
-        while select.select([self._socket], [], [], timeout_s)[0]:
-            try:
-                data = self._socket.recv(RECEIVE_BYTES)
-            except OSError as error:
-                raise Closed from error
-            if not data:
-                raise Closed
-            self._buffer += data
-            timeout_s = 0
+    def receive(self) -> list[ToWorker]:
+        """What has arrived, after waiting for something."""
+        try:
+            data = self._socket.recv(RECEIVE_BYTES)
+        except OSError as error:
+            raise Closed from error
+        if not data:
+            raise Closed
+        self._buffer += data
         return self._messages()
 
     def _messages(self) -> list[ToWorker]:

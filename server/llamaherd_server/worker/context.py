@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from typing import Any
 
 import msgspec
 
 from llamaherd_server.protocol import EngineSettings, TokenLogprob
 from llamaherd_server.worker.batch import Batch
+from llamaherd_server.worker.interrupt import Interrupt
 from llamaherd_server.worker.memory import DoesNotFit, check_fits, context_bytes, total_cells
 from llamaherd_server.worker.model import Model, ModelError
 from llamaherd_server.worker.sequence import Sequence, Share
@@ -23,27 +25,18 @@ LEAST_COPIED = 64
 class Context:
     """Implements scheduler.Backend. Raises DoesNotFit when the memory does not allow these settings."""
 
-    def __init__(self, model: Model, settings: EngineSettings) -> None:
+    def __init__(self, model: Model, settings: EngineSettings, interrupt: Interrupt) -> None:
         self._model = model
+        self._interrupt = interrupt
         self._lib = lib = model.lib
         self.settings = settings = resolve_threads(settings)
         check_fits(model, settings)
-        params = lib.llama_context_default_params()
-        self.size = params.n_ctx = total_cells(settings)
-        params.n_batch = settings.batch
-        params.n_ubatch = settings.ubatch
-        params.n_seq_max = params.n_outputs_max = settings.parallel
-        params.n_threads = settings.threads
-        params.n_threads_batch = settings.threads_batch
-        params.flash_attn_type = FLASH[settings.flash_attention]
-        params.type_k = KV_TYPES[settings.kv_type_k]
-        params.type_v = KV_TYPES[settings.kv_type_v]
-        params.kv_unified = settings.kv_unified
-        params.no_perf = True
-        self._handle = lib.llama_init_from_model(model.handle, params)
-        if not self._handle:
-            raise DoesNotFit(f"llama.cpp cannot build this context: {model.log.last_error}")
+        self.size = total_cells(settings)
+        slots = settings.parallel
+        self._handle = new_context(model, settings, n_seq_max=slots, n_outputs_max=slots)
+        interrupt.watch(self._handle)
         self._memory = lib.llama_get_memory(self._handle)
+        self.generates = bool(self._memory)  # an encoder, for embeddings only, keeps nothing of a token
         self._batch = Batch(lib, settings.batch)
         self.least_shared = (1 if settings.kv_unified else LEAST_COPIED) if model.has_cells else sys.maxsize
 
@@ -64,7 +57,14 @@ class Context:
 
     def decode(self, shares: list[Share]) -> int:
         self._batch.fill(shares)
+        longest, count = max(shares, key=lambda share: share[1])
+        self._interrupt.mostly_for = longest.request.id if 2 * count > self._batch.native.n_tokens else None
         return int(self._lib.llama_decode(self._handle, self._batch.native))
+
+    def held(self, slot: int) -> int:
+        if not self._model.has_cells:  # a recurrent state cannot be taken back by a few tokens
+            self.forget(slot)
+        return int(self._lib.llama_memory_seq_pos_max(self._memory, slot)) + 1
 
     def sample(self, sequence: Sequence, row: int) -> int:
         return sequence.sampler.sample(self._handle, row)
@@ -102,6 +102,30 @@ class Context:
             return True
         self.forget(slot)
         return False
+
+
+def new_context(model: Model, settings: EngineSettings, **more: Any) -> Any:
+    """A llama_context; `more` are further fields of llama_context_params. Raises DoesNotFit."""
+    params = model.lib.llama_context_default_params()
+    fields = {
+        "n_ctx": total_cells(settings),
+        "n_batch": settings.batch,
+        "n_ubatch": settings.ubatch,
+        "n_threads": settings.threads,
+        "n_threads_batch": settings.threads_batch,
+        "flash_attn_type": FLASH[settings.flash_attention],
+        "type_k": KV_TYPES[settings.kv_type_k],
+        "type_v": KV_TYPES[settings.kv_type_v],
+        "kv_unified": settings.kv_unified,
+        "no_perf": True,
+        **more,
+    }
+    for name, value in fields.items():
+        setattr(params, name, value)
+    context = model.lib.llama_init_from_model(model.handle, params)
+    if not context:
+        raise DoesNotFit(f"llama.cpp cannot build this context: {model.log.last_error}")
+    return context
 
 
 def resolve_threads(settings: EngineSettings) -> EngineSettings:

@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +31,8 @@ class Log:
 
     def __init__(self, lib: Any) -> None:
         self.last_error = ""
+        self.muted = False
+        self._out = os.dup(2)  # still the log while standard error is `silenced`
         self._level = 0
         self._callback = lib.llama_log_callback(self._write)  # kept: llama.cpp holds on to it
         lib.llama_log_set(self._callback, None)
@@ -38,6 +42,21 @@ class Log:
             self._level = level
         if self._level < WARN:
             return
-        os.write(2, text)
+        if not self.muted:
+            os.write(self._out, text)
         if self._level == ERROR:
             self.last_error = text.decode(errors="replace").strip()
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """What libllama prints past its log is lost: a grammar that it cannot parse, for one, and that is a user's text."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -32,8 +32,10 @@ def total_cells(settings: EngineSettings) -> int:
     return settings.kv_cells or settings.parallel * settings.ctx_per_slot
 
 
-def check_fits(model: Model, settings: EngineSettings, released: float = 0) -> None:
+def check_fits(model: Model, settings: EngineSettings, *, released: float = 0, needed: float | None = None) -> None:
     """Raises DoesNotFit; `released` bytes are free by the time that the context is built.
+
+    `needed` is its size in bytes where it is not that of a generating context.
 
     A GPU's memory is not asked here: llama.cpp refuses to build a context that it has no room for.
     """
@@ -43,7 +45,7 @@ def check_fits(model: Model, settings: EngineSettings, released: float = 0) -> N
     if available is None or model.on_gpu:
         return
     available += released
-    needed = context_bytes(model, settings)
+    needed = context_bytes(model, settings) if needed is None else needed
     if needed <= available:
         return
     per_slot_token = kv_bytes(model, settings) / settings.ctx_per_slot

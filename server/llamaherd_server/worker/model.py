@@ -8,10 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llamaherd_server.protocol import ModelInfo
+from llamaherd_server.protocol import ModelInfo, Pooling
 from llamaherd_server.worker.lib import Log
 
 MAGIC = b"GGUF"
+MEAN_POOLING, RANK_POOLING = 1, 4  # llama_pooling_type
+POOLING_NAMES: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last", 4: "rank"}
 PROGRESS_STEP = 0.05
 
 
@@ -38,6 +40,12 @@ class Model:
         self.eog_tokens = frozenset(t for t in range(self.n_vocab) if lib.llama_vocab_is_eog(self.vocab, t))
         # A recurrent state is no row of cells: it can neither be cut back nor shared from the middle.
         self.has_cells = not (lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
+        self.n_ctx_train = int(lib.llama_model_n_ctx_train(self.handle))
+        # A vector for each input is what is asked for: a GGUF that states no pooling gets the mean over the tokens.
+        self.pooling = self.number("pooling_type") or MEAN_POOLING
+        self.ranks = self.pooling == RANK_POOLING
+        self.n_pooled = int((lib.llama_model_n_cls_out if self.ranks else lib.llama_model_n_embd_out)(self.handle))
+        self.attends_backwards = self.meta(f"{self.meta('general.architecture')}.attention.causal") != "false"
         self.on_gpu = gpu_layers != 0 and bool(lib.llama_supports_gpu_offload())
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
@@ -95,7 +103,7 @@ class Model:
             architecture=self.meta("general.architecture"),
             n_params=lib.llama_model_n_params(handle),
             size_bytes=lib.llama_model_size(handle),
-            n_ctx_train=lib.llama_model_n_ctx_train(handle),
+            n_ctx_train=self.n_ctx_train,
             n_vocab=self.n_vocab,
             n_embd=lib.llama_model_n_embd(handle),
             add_bos=bool(lib.llama_vocab_get_add_bos(self.vocab)),
@@ -103,6 +111,7 @@ class Model:
             eos_token=self._special(lib.llama_vocab_eos(self.vocab)),
             eot_token=self._special(lib.llama_vocab_eot(self.vocab)),
             chat_template=template.decode(errors="replace") if template else None,
+            pooling=POOLING_NAMES[self.pooling],
             build=lib.llama_print_system_info().decode(errors="replace").strip(),
         )
 

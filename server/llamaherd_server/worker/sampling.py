@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamaherd_server.protocol import Sampling
 from llamaherd_server.worker.errors import RequestError
+from llamaherd_server.worker.lib import silenced
 from llamaherd_server.worker.model import Model
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class _Grammar:
 
     def __init__(self, model: Model, text: str) -> None:
         self._lib = model.lib
-        self._sampler = model.lib.llama_sampler_init_grammar(model.vocab, text.encode(), b"root")
+        with silenced():
+            self._sampler = model.lib.llama_sampler_init_grammar(model.vocab, text.encode(), b"root")
         if not self._sampler:
             message = "the grammar does not compile: it must be GBNF with a rule named root"
             raise RequestError("invalid_grammar", "grammar", message)

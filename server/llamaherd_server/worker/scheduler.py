@@ -168,9 +168,12 @@ class Scheduler:
         elif result == NO_ROOM:
             self._make_room()
         elif result == ABORTED:
-            for sequence, count in shares:
-                self._kv.grow(self._kv.slots[sequence.slot], count)  # who knows how many: all are dropped
-                self._park(sequence, keep=False)
+            for sequence, _ in shares:
+                slot = self._kv.slots[sequence.slot]
+                held = self._backend.held(slot.number)
+                self._kv.grow(slot, max(held - slot.length, 0))
+                self._kv.cut(slot, min(held, len(sequence.tokens) - 1))  # the last one's logits are lost
+                sequence.computed = slot.length
         elif result == INVALID and len(shares) == 1:
             self._fail(shares[0][0], RequestError("internal", None, "llama.cpp refused this request's tokens"))
         elif result == INVALID:  # one of them is to blame: each alone, and it fails alone

@@ -26,14 +26,15 @@ class Sampler(Protocol):
 class Sequence:
     """`tokens` is the prompt and all that was sampled; the first `computed` of them are in the KV cells of `slot`.
 
-    It may grow to `limit` tokens. `state` holds its KV cells while it is parked. Sequences order by `arrival`.
+    It may grow to `limit` tokens, which the slot's size decides too. `state` holds its KV cells while it is parked.
+    Sequences order by `arrival`.
     """
 
     request: Generate
     tokens: list[int]
     sampler: Sampler
     text: TextStream
-    limit: int
+    limit: int = 0
     n_prompt: int = field(init=False)
     slot: int = NO_SLOT
     computed: int = 0
@@ -46,6 +47,10 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.n_prompt = len(self.tokens)
+
+    @property
+    def id(self) -> int:
+        return self.request.id
 
     @property
     def pending(self) -> int:

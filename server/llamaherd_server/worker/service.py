@@ -1,33 +1,21 @@
-"""Messages in, steps out, on the one thread that owns the context."""
+"""Work in, steps out, on the one thread that owns the contexts."""
 
 from __future__ import annotations
 
 import time
 
-from llamaherd_server.protocol import (
-    Cancel,
-    Detokenize,
-    EngineSettings,
-    Failed,
-    Generate,
-    Loading,
-    Ready,
-    Retune,
-    Retuned,
-    Text,
-    Tokenize,
-    Tokens,
-    ToWorker,
-    WorkerConfig,
-)
+from llamaherd_server.protocol import Cancel, EngineSettings, Failed, Loading, Ready, Retune, Retuned, WorkerConfig
 from llamaherd_server.worker.channel import Channel
 from llamaherd_server.worker.context import Context, resolve_threads
+from llamaherd_server.worker.embedding import Embedder, Job
 from llamaherd_server.worker.errors import RequestError
-from llamaherd_server.worker.intake import limit, sequence_of, slot_tokens
+from llamaherd_server.worker.intake import Intake, Work, fit, slot_tokens
+from llamaherd_server.worker.interrupt import Interrupt
 from llamaherd_server.worker.lib import Log, load
 from llamaherd_server.worker.memory import DoesNotFit, check_fits
 from llamaherd_server.worker.model import Model
 from llamaherd_server.worker.scheduler import Scheduler
+from llamaherd_server.worker.sequence import Sequence
 
 HEARTBEAT_S = 1.0
 
@@ -42,64 +30,73 @@ class Service:
         lib.llama_backend_init()
         self._channel = channel
         self._model = Model(lib, log, config.path, config.gpu_layers, lambda done: channel.send(Loading(done)))
-        self._context = Context(self._model, config.settings)
+        self._interrupt = Interrupt(lib, log)
+        self._context = Context(self._model, config.settings, self._interrupt)
         self._context.warm_up()
         self._scheduler = Scheduler(self._context)
+        causal = self._context.generates and self._model.attends_backwards
+        self._embedder = Embedder(self._model, self._interrupt, causal=causal)
         load_s = time.perf_counter() - began
         channel.send(Ready(model=self._model.info(), settings=self._context.settings, load_s=load_s))
 
     def run(self) -> None:
         """Until the front end closes the channel, which raises Closed."""
+        intake = Intake(self._channel, self._model, self._interrupt)
         while True:
-            for message in self._channel.receive(HEARTBEAT_S if self._scheduler.idle else 0):
-                try:
-                    self._handle(message)
-                except RequestError as error:
-                    self._channel.send(Failed(message.id, error.code, error.message, error.param))
+            idle = self._scheduler.idle and self._embedder.idle
+            for work in intake.take(HEARTBEAT_S if idle else 0):
+                self._handle(work)
             self._channel.send(self._scheduler.step())
+            for answer in self._embedder.step(self._context.settings):
+                self._channel.send(answer)
 
-    def _handle(self, message: ToWorker) -> None:
-        model = self._model
-        if isinstance(message, Generate):
-            self._scheduler.add(sequence_of(model, self._context.settings, message))
-        elif isinstance(message, Cancel):
-            self._scheduler.cancel(message.id)
-        elif isinstance(message, Retune):
-            self._retune(message)
-        elif isinstance(message, Tokenize):
-            add, parse = message.add_special, message.parse_special
-            self._channel.send(Tokens(message.id, model.tokenize(message.text, add_special=add, parse_special=parse)))
-        else:
-            self._detokenize(message)
+    def _handle(self, work: Work) -> None:
+        try:
+            if isinstance(work, Sequence):
+                self._begin(work)
+            elif isinstance(work, Job):
+                self._embedder.add(work, self._context.settings)
+            elif isinstance(work, Cancel):
+                self._scheduler.cancel(work.id)
+                self._embedder.cancel(work.id)
+            else:
+                self._retune(work)
+        except RequestError as error:
+            self._channel.send(Failed(work.id, error.code, error.message, error.param))
 
-    def _detokenize(self, message: Detokenize) -> None:
-        unknown = self._model.unknown(message.tokens)
-        if unknown is not None:
-            raise RequestError("invalid_value", "tokens", f"token {unknown} is not in the vocabulary")
-        self._channel.send(Text(message.id, self._model.detokenize(message.tokens)))
+    def _begin(self, sequence: Sequence) -> None:
+        try:
+            if not self._context.generates:
+                raise RequestError("unsupported", "model", "this model generates no text: it is for embeddings")
+            fit(sequence, slot_tokens(self._context.settings))
+        except RequestError:
+            sequence.sampler.close()
+            raise
+        self._scheduler.add(sequence)
 
     def _retune(self, message: Retune) -> None:
         """Build another context over the loaded weights; where that cannot be, the old settings stay in force."""
         began = time.perf_counter()
         old, new = self._context.settings, resolve_threads(message.settings)
         self._check_retune(new)
+        self._embedder.close()
         self._scheduler.park_all(keep=_same_cells(old, new))
         self._context.close()
         try:
-            self._context = Context(self._model, new)
+            self._context = Context(self._model, new, self._interrupt)
         except DoesNotFit as error:
-            self._context = Context(self._model, old)
+            self._context = Context(self._model, old, self._interrupt)
             raise RequestError("does_not_fit", None, str(error)) from None
         finally:
             self._scheduler.attach(self._context)
         for sequence in self._scheduler.waiting:
-            sequence.limit = limit(sequence.request, sequence.n_prompt, slot_tokens(new))
+            fit(sequence, slot_tokens(new))
         self._channel.send(Retuned(message.id, self._context.settings, time.perf_counter() - began))
 
     def _check_retune(self, new: EngineSettings) -> None:
         """Refuse what has no room in memory, or would cut a request short; raises RequestError."""
         try:
-            check_fits(self._model, new, released=self._context.memory_bytes)
+            check_fits(self._model, new, released=self._context.memory_bytes + self._embedder.memory_bytes)
         except DoesNotFit as error:
             raise RequestError("does_not_fit", None, str(error)) from None
         room, old_room = slot_tokens(new), slot_tokens(self._context.settings)

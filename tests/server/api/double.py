@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from llamaherd_server.engine.base import EngineError, EngineState, EngineStatus, Event
-from llamaherd_server.protocol import Delta, EngineSettings, Finished, Generate, ModelInfo, Started, Stats
+from llamaherd_server.protocol import (
+    Delta,
+    Embed,
+    Embedded,
+    EngineSettings,
+    Finished,
+    Generate,
+    ModelInfo,
+    Started,
+    Stats,
+)
 
 MODEL = ModelInfo(
     description="double",
@@ -97,6 +108,10 @@ class Double:
 
     async def detokenize(self, tokens: list[int]) -> str:
         return bytes(tokens).decode()
+
+    async def embed(self, question: Embed) -> Embedded:
+        await asyncio.sleep(self.pace_s)
+        return Embedded(1, [array("f", [1.0]).tobytes() for _ in question.inputs], len(question.inputs))
 
     async def retune(self, settings: EngineSettings) -> EngineSettings:
         if settings.parallel > 64:

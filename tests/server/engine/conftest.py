@@ -19,9 +19,9 @@ SETTINGS = EngineSettings(parallel=4, ctx_per_slot=512, batch=512, ubatch=128, t
 
 @asynccontextmanager
 async def running(
-    settings: EngineSettings = SETTINGS, heartbeat_timeout_s: float = 120
+    settings: EngineSettings = SETTINGS, heartbeat_timeout_s: float = 120, path: Path | None = None
 ) -> AsyncIterator[EmbeddedEngine]:
-    path = Path(required("LLAMAHERD_TEST_MODEL"))
+    path = path or Path(required("LLAMAHERD_TEST_MODEL"))
     engine = EmbeddedEngine(path, -1, settings, heartbeat_timeout_s=heartbeat_timeout_s)
     await engine.start()
     try:

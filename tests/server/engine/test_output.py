@@ -48,6 +48,16 @@ async def test_a_grammar_is_kept_to_and_a_bad_one_fails_alone(engine: EmbeddedEn
     assert isinstance(other, Answer)
 
 
+@pytest.mark.parametrize("grammar", ["root ::= zebra-rule", 'root ::= "zebra', 'root ::= root "zebra"'])
+async def test_nothing_of_a_grammar_that_does_not_compile_reaches_the_log(
+    engine: EmbeddedEngine, capfd: pytest.CaptureFixture[str], grammar: str
+) -> None:
+    with pytest.raises(EngineError, match="does not compile"):
+        await ask(engine, "secret", sampling=Sampling(grammar=grammar))
+    await ask(engine, "x", 1)  # what the worker wrote before has been passed on
+    assert "zebra" not in capfd.readouterr().err
+
+
 async def test_the_same_seed_gives_the_same_output_and_none_gives_any(engine: EmbeddedEngine) -> None:
     seeds = (7, 7, 8, None, None)
     texts = [(await ask(engine, "Once upon", sampling=Sampling(temperature=1.5, seed=seed))).text for seed in seeds]

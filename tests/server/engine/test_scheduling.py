@@ -94,6 +94,29 @@ async def test_a_cancelled_prompt_frees_its_slot_and_the_rest_of_it_is_not_compu
     assert sum(computed) < 500
 
 
+async def test_cancelling_and_retuning_stop_the_step_in_progress_and_nothing_of_it_is_lost(
+    engine: EmbeddedEngine,
+) -> None:
+    slow = replace(SETTINGS, parallel=2, ctx_per_slot=4096, batch=2048, ubatch=2048)
+    prompt = "The herd walks over the hill. " * 140
+    await engine.retune(replace(slow, ubatch=256))
+    expected = await ask(engine, prompt, 8, logprobs=2)
+    await engine.retune(slow)
+    steps: list[int] = []
+    engine.observe(lambda stats: steps.append(stats.batch_tokens))
+    cancelled = asyncio.create_task(ask(engine, prompt, 8))
+    await asyncio.sleep(0.3)
+    cancelled.cancel()
+    answer = asyncio.create_task(ask(engine, prompt, 8, logprobs=2))
+    await asyncio.sleep(0.3)
+    assert max(steps, default=0) == 0
+    await engine.retune(replace(slow, ubatch=256))
+    assert max(steps, default=0) == 0
+    tokens = [one.token for one in (await answer).logprobs]
+    engine.observe(lambda _: None)
+    assert tokens == [one.token for one in expected.logprobs]
+
+
 async def test_a_cancelled_request_that_still_waits_never_runs(engine: EmbeddedEngine) -> None:
     await engine.retune(replace(SETTINGS, parallel=1))
     running = asyncio.create_task(ask(engine, "A long story:", 40, ENDLESS))

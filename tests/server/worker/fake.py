@@ -75,16 +75,25 @@ class FakeContext:
             return INVALID
         if self.used + new > self.size:
             return NO_ROOM
+        aborted = self.calls in self._aborts
+        left = self.calls % (new + 1) if aborted else new
         for sequence, count in shares:
             cells = self.slots[sequence.slot]
             held = [cell.token for cell in cells]
             assert held == sequence.tokens[: sequence.computed], "the cells are not what the scheduler thinks"
-            cells += [Cell(token) for token in sequence.tokens[sequence.computed : sequence.computed + count]]
+            end = sequence.computed + min(count, left)
+            cells += [Cell(token) for token in sequence.tokens[sequence.computed : end]]
+            left -= min(count, left)
             assert self.settings.kv_unified or len(cells) <= self._per_slot
-        if self.calls in self._aborts:
+        if aborted:
             return ABORTED
         self.batches.append(list(shares))
         return DONE
+
+    def held(self, slot: int) -> int:
+        if self._forgetful:
+            self.slots[slot].clear()
+        return len(self.slots[slot])
 
     def sample(self, sequence: Sequence, row: int) -> int:
         assert any(one is sequence for one, _ in self.batches[-1])

@@ -1,0 +1,107 @@
+"""POST /v1/embeddings."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import math
+from array import array
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BeforeValidator, Field
+
+from llamaherd_server.api.answer import json_response, unless_gone
+from llamaherd_server.api.completions import as_prompts
+from llamaherd_server.api.fields import Body
+from llamaherd_server.api.state import state_of
+from llamaherd_server.errors import ApiError
+from llamaherd_server.meter import Usage
+from llamaherd_server.protocol import Embed, Embedded
+
+router = APIRouter()
+
+MOST_INPUTS = 2048  # OpenAI's own limit
+_CHARS_PER_TOKEN = 4
+
+
+class EmbeddingsRequest(Body):
+    """Texts to turn into vectors of length 1."""
+
+    input: Annotated[
+        list[Any], BeforeValidator(as_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+    ] = Field(min_length=1, max_length=MOST_INPUTS, description="Text or token ids, one input or a list.")
+    model: str | None = Field(None, description="A name of /v1/models; left out: the model that is served.")
+    encoding_format: Literal["float", "base64"] = Field(
+        "float", description="base64: the vector's 32-bit floats, little-endian."
+    )
+    dimensions: int | None = Field(
+        None, ge=1, description="Keep so many of the vector's first numbers, and make its length 1 again."
+    )
+    user: str | None = Field(None, description="Accepted and ignored.")
+
+
+@router.post("/v1/embeddings", response_class=Response)
+async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
+    """The embedding of each input, in the order of the inputs."""
+    state = state_of(request)
+    state.check_model(body.model, request.state.key)
+    n_embd = state.model_info().n_embd
+    if body.dimensions is not None and body.dimensions > n_embd:
+        message = f"dimensions {body.dimensions} is more than the model's {n_embd}"
+        raise ApiError(400, message, param="dimensions", code="invalid_value")
+    answer = await compute(request, Embed(0, body.input))
+    vectors = (_cut(vector, body.dimensions) for vector in answer.vectors)
+    data = [
+        {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
+        for index, vector in enumerate(vectors)
+    ]
+    return json_response({"object": "list", "model": state.model_name, "data": data, "usage": usage_object(answer)})
+
+
+async def compute(request: Request, question: Embed) -> Embedded:
+    """Queue the question, within its key's limits, and wait for the answer; raises ApiError and EngineError."""
+    serving, key = state_of(request).serving, request.state.key
+    usage = Usage()
+    request.state.log.follow(usage)
+    serving.quotas.enter(key)
+    try:
+        [ticket] = serving.embeddings.enter(key, [_cost(question)])
+        try:
+            async with asyncio.timeout(serving.request_timeout_s):
+                await unless_gone(request.receive, serving.embeddings.admitted(ticket))
+                answer = await unless_gone(request.receive, serving.engine.embed(question))
+            usage.prompt_tokens = answer.tokens
+        finally:
+            serving.embeddings.leave(ticket, usage.prompt_tokens)
+    except TimeoutError:
+        message = f"the request took longer than {serving.request_timeout_s:g} s"
+        raise ApiError(504, message, code="request_timeout", headers={"X-Should-Retry": "false"}) from None
+    finally:
+        serving.quotas.leave(key, usage.prompt_tokens)
+    return answer
+
+
+def usage_object(answer: Embedded) -> dict[str, int]:
+    return {"prompt_tokens": answer.tokens, "total_tokens": answer.tokens}
+
+
+def floats(vector: bytes) -> array[float]:
+    """An answer's numbers."""
+    return array("f", vector)
+
+
+def _cost(question: Embed) -> float:
+    return sum(len(one) / (_CHARS_PER_TOKEN if isinstance(one, str) else 1) for one in question.inputs)
+
+
+def _cut(vector: bytes, dimensions: int | None) -> array[float]:
+    values = floats(vector)[:dimensions]
+    if dimensions is None:
+        return values
+    norm = math.hypot(*values) or 1.0
+    return array("f", (value / norm for value in values))
+
+
+def _encoded(vector: array[float], encoding: str) -> list[float] | str:
+    return vector.tolist() if encoding == "float" else base64.b64encode(vector).decode()

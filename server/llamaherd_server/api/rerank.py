@@ -1,0 +1,47 @@
+"""POST /v1/rerank, in Jina's form, as llama-server has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from llamaherd_server.api.answer import json_response
+from llamaherd_server.api.embeddings import MOST_INPUTS, compute, floats, usage_object
+from llamaherd_server.api.fields import Body
+from llamaherd_server.api.state import state_of
+from llamaherd_server.errors import ApiError
+from llamaherd_server.protocol import Embed
+
+router = APIRouter()
+
+
+class RerankRequest(Body):
+    """Documents to put in the order of their relevance to a query."""
+
+    query: str = Field(description="What is looked for.")
+    documents: list[str] = Field(min_length=1, max_length=MOST_INPUTS, description="The texts to rank.")
+    top_n: int | None = Field(None, ge=1, description="Answer with so many of the best; left out: with all.")
+    return_documents: bool = Field(False, description="True: each result carries its document.")
+    model: str | None = Field(None, description="A name of /v1/models; left out: the model that is served.")
+
+
+@router.post("/v1/rerank", response_class=Response)
+async def rerank(body: RerankRequest, request: Request) -> Response:
+    """The documents' indices and scores, the most relevant first. Needs a model with a ranking head."""
+    state = state_of(request)
+    state.check_model(body.model, request.state.key)
+    if state.model_info().pooling != "rank":
+        message = f"model {state.model_name!r} does not rank: serve a reranking model (its GGUF's pooling type is rank)"
+        raise ApiError(400, message, param="model", code="unsupported")
+    answer = await compute(request, Embed(0, [*body.documents], body.query))
+    scored = [(floats(vector)[0], index) for index, vector in enumerate(answer.vectors)]
+    results: list[dict[str, Any]] = []
+    for score, index in sorted(scored, key=lambda one: -one[0])[: body.top_n]:
+        results.append({"index": index, "relevance_score": score})
+        if body.return_documents:
+            results[-1]["document"] = {"text": body.documents[index]}
+    return json_response(
+        {"object": "list", "model": state.model_name, "usage": usage_object(answer), "results": results}
+    )

@@ -1,0 +1,235 @@
+"""Embeddings and rerank scores: a context of their own over the same weights, made when one is first asked for.
+
+It is computed in bounded pieces between the steps of the generating context, whose KV cells it never touches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from msgspec.structs import replace
+
+from llamaherd_server.protocol import Embed, Embedded, EngineSettings, Failed
+from llamaherd_server.worker.backend import ABORTED, DONE
+from llamaherd_server.worker.batch import Batch
+from llamaherd_server.worker.context import new_context
+from llamaherd_server.worker.errors import DecodeFailed, RequestError
+from llamaherd_server.worker.interrupt import Interrupt
+from llamaherd_server.worker.memory import DoesNotFit, check_fits, context_bytes, total_cells
+from llamaherd_server.worker.model import MEAN_POOLING, Model
+from llamaherd_server.worker.sequence import NO_SLOT
+
+# Tokens that are computed at a time: what a running stream waits for, and rows of logits that llama.cpp has room for.
+PIECE = 128
+MOST_INPUTS = 64  # in one batch
+
+
+@dataclass(eq=False, slots=True)
+class Input:
+    """One input of a job; `pooled` is what its first `computed` tokens give, not yet normalised."""
+
+    job: Job
+    index: int
+    tokens: list[int]
+    slot: int = NO_SLOT
+    computed: int = 0
+    pooled: array[float] = field(default_factory=lambda: array("f"))
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One Embed message and its answer so far: a vector for each input, empty while it is not known."""
+
+    request: Embed
+    inputs: list[list[int]]
+    vectors: list[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.vectors = [b""] * len(self.inputs)
+
+    @property
+    def id(self) -> int:
+        return self.request.id
+
+
+class Embedder:
+    """Jobs in, answers out, a piece at each `step`. Like the scheduler it belongs to the thread that computes.
+
+    `causal`: no token looks at later ones, so that an input can be computed piece by piece; an encoder's cannot.
+    """
+
+    def __init__(self, model: Model, interrupt: Interrupt, *, causal: bool) -> None:
+        self._model = model
+        self._causal = causal
+        self._lib = model.lib
+        self._interrupt = interrupt
+        self._context: Any = None
+        self._settings = EngineSettings()
+        self._queue: deque[Input] = deque()
+        self._slots = itertools.cycle(range(MOST_INPUTS))
+
+    @property
+    def idle(self) -> bool:
+        return not self._queue
+
+    @property
+    def memory_bytes(self) -> float:
+        """Memory that `close` gives back, estimated."""
+        return _bytes(self._model, self._settings) if self._context else 0.0
+
+    def add(self, job: Job, settings: EngineSettings) -> None:
+        """Raises RequestError where an input is too long for the context, or there is no memory for one."""
+        self._check_room(job, settings)
+        if self._context is None:
+            self._open(settings)
+        self._queue.extend(Input(job, index, tokens) for index, tokens in enumerate(job.inputs))
+
+    def cancel(self, request_id: int) -> None:
+        for one in [one for one in self._queue if one.job.id == request_id]:
+            self._forget(one)
+            self._queue.remove(one)
+
+    def close(self) -> None:
+        """Free the context. What is queued begins again in the next one."""
+        for one in self._queue:
+            self._forget(one)
+        if self._context is not None:
+            self._lib.llama_free(self._context)
+            self._context = None
+
+    def step(self, settings: EngineSettings) -> Iterator[Embedded | Failed]:
+        """Compute one piece; the jobs that ended with it."""
+        if not self._queue:
+            return
+        if self._context is None:  # after a retune
+            yield from self._reopen(settings)
+            return
+        shares = self._plan()
+        self._batch.fill(shares, every_output=True)
+        self._interrupt.mostly_for = None
+        result = int(self._lib.llama_decode(self._context, self._batch.native))
+        if result == DONE:
+            for one, count in shares:
+                self._pool(one, count)
+                if not one.pending:
+                    self._forget(one)
+                    self._queue.remove(one)
+                    yield from self._finish(one)
+        elif result == ABORTED:
+            for one, _ in shares:
+                self._forget(one)
+        elif result < -1:
+            raise DecodeFailed(f"llama_decode returned {result} for embeddings")
+        else:
+            error = RequestError("internal", None, f"llama.cpp refused these inputs: llama_decode returned {result}")
+            for job in {one.job for one, _ in shares}:
+                yield self._fail(job, error)
+
+    # --- the context ---------------------------------------------------------------------------------------------
+
+    def _room(self, settings: EngineSettings) -> int:
+        """The tokens that an input may have: a slot's; for an encoder at most those that it was trained with."""
+        room = min(settings.ctx_per_slot, total_cells(settings))
+        return room if self._causal else min(room, self._model.n_ctx_train)
+
+    def _check_room(self, job: Job, settings: EngineSettings) -> None:
+        longest, room = max(map(len, job.inputs)), self._room(settings)
+        if longest > room:
+            message = f"an input has {longest} tokens, the context for embeddings holds {room}: shorten it"
+            raise RequestError("context_length_exceeded", "input", message)
+
+    def _reopen(self, settings: EngineSettings) -> Iterator[Failed]:
+        """With other settings; fails the jobs that they have no room for."""
+        for job in {one.job for one in self._queue}:
+            try:
+                self._check_room(job, settings)
+                if self._context is None:
+                    self._open(settings)
+            except RequestError as error:
+                yield self._fail(job, error)
+
+    def _open(self, settings: EngineSettings) -> None:
+        """Raises RequestError where the memory does not suffice."""
+        # An encoder looks at the whole input at once. Otherwise a piece begins where the last one ended.
+        room = self._room(settings)
+        piece = min(PIECE, settings.ubatch) if self._causal else room
+        cells = room + piece
+        self._settings = replace(
+            settings, parallel=1, ctx_per_slot=cells, kv_unified=True, kv_cells=0, batch=piece, ubatch=piece
+        )
+        try:
+            check_fits(self._model, self._settings, needed=_bytes(self._model, self._settings))
+            self._context = new_context(
+                self._model,
+                self._settings,
+                embeddings=True,
+                pooling_type=self._model.pooling,
+                n_seq_max=MOST_INPUTS,
+                n_outputs_max=piece,
+            )
+        except DoesNotFit as error:
+            raise RequestError("does_not_fit", None, f"no memory for embeddings: {error}") from None
+        self._interrupt.watch(self._context)
+        self._memory = self._lib.llama_get_memory(self._context)
+        self._batch = Batch(self._lib, piece)
+
+    # --- one piece -----------------------------------------------------------------------------------------------
+
+    def _plan(self) -> list[tuple[Input, int]]:
+        """Inputs in their order, as far as the piece has room; only the last one may be cut, and an encoder's never."""
+        room = self._settings.ubatch
+        shares: list[tuple[Input, int]] = []
+        for one in itertools.islice(self._queue, MOST_INPUTS):
+            count = min(one.pending, room)
+            if count == 0 or (count < one.pending and not self._causal):
+                break
+            if one.slot == NO_SLOT:
+                one.slot = next(self._slots)
+            shares.append((one, count))
+            room -= count
+        return shares
+
+    def _pool(self, one: Input, count: int) -> None:
+        """Join what llama.cpp pooled over these `count` tokens to what the input's earlier tokens gave."""
+        values = self._lib.llama_get_embeddings_seq(self._context, one.slot)
+        new = array("f", values[: self._model.n_pooled])
+        before, one.computed = one.computed, one.computed + count
+        if before and self._model.pooling == MEAN_POOLING:
+            new = array("f", ((a * before + b * count) / one.computed for a, b in zip(one.pooled, new, strict=True)))
+        one.pooled = new  # the last token's, or a score: nothing of the earlier ones is in it
+
+    def _finish(self, one: Input) -> Iterator[Embedded]:
+        job = one.job
+        job.vectors[one.index] = (one.pooled if self._model.ranks else _normalised(one.pooled)).tobytes()
+        if all(job.vectors):
+            yield Embedded(job.id, job.vectors, sum(map(len, job.inputs)))
+
+    def _forget(self, one: Input) -> None:
+        if one.slot != NO_SLOT:
+            self._lib.llama_memory_seq_rm(self._memory, one.slot, -1, -1)
+        one.slot, one.computed = NO_SLOT, 0
+
+    def _fail(self, job: Job, error: RequestError) -> Failed:
+        self.cancel(job.id)
+        return Failed(job.id, error.code, error.message, error.param)
+
+
+def _normalised(values: array[float]) -> array[float]:
+    """Of length 1 (Euclidean), as llama-server's are; a null vector stays one."""
+    norm = math.hypot(*values) or 1.0
+    return array("f", (value / norm for value in values))
+
+
+def _bytes(model: Model, settings: EngineSettings) -> float:
+    """A context as any other, and logits for every token, in llama.cpp's buffer and in its output."""
+    return context_bytes(model, settings) + 2 * 4 * settings.ubatch * model.n_vocab
