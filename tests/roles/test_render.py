@@ -106,8 +106,7 @@ def test_the_launchd_daemon(rendered: Rendered) -> None:
     assert daemon["UserName"] == "llamaherd"
     assert daemon["RunAtLoad"] is True
     assert daemon["KeepAlive"] == {"SuccessfulExit": False}
-    suffix = "dylib" if rendered.decided["accelerator"] == "metal" else "so"
-    assert daemon["EnvironmentVariables"]["MTMD_CPP_LIB"].endswith(f"/libmtmd.{suffix}")
+    assert daemon["EnvironmentVariables"]["MTMD_CPP_LIB"].endswith("/llama.cpp/current/lib")
 
 
 def test_nginx_errors_are_openais(debian: Rendered) -> None:

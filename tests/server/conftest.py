@@ -70,7 +70,7 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
 def spawn(config: Path, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
     """Start the server's command; its standard error goes to server.log beside the configuration."""
     libraries = required("LLAMAHERD_TEST_LIB_DIR")
-    library = {"LLAMA_CPP_LIB_PATH": libraries, "MTMD_CPP_LIB": f"{libraries}/libmtmd.so"}
+    library = {"LLAMA_CPP_LIB_PATH": libraries, "MTMD_CPP_LIB": libraries}
     with config.with_name("server.log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "llamaherd_server", "--config", str(config), *arguments],

@@ -21,8 +21,7 @@ Accepts = Callable[[Any, str], bool]
 @pytest.fixture(scope="module")
 def accepts() -> Iterator[Accepts]:
     """accepts(schema, text): whether the schema's grammar lets the model write exactly `text`."""
-    os.environ["LLAMA_CPP_LIB_PATH"] = required("LLAMAHERD_TEST_LIB_DIR")
-    os.environ["MTMD_CPP_LIB"] = f"{required('LLAMAHERD_TEST_LIB_DIR')}/libmtmd.so"
+    os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = required("LLAMAHERD_TEST_LIB_DIR")
     import llama_cpp as llama
 
     quiet = llama.llama_log_callback(lambda _level, _text, _data: None)
