@@ -3,6 +3,9 @@
 Start-time fair queueing (Goyal, Vin, Cheng 1996): each key's next request has a virtual start time, the smallest goes
 first, and a request moves its key's clock on by cost / priority. A key that floods only fills its own clock. Ageing: a
 key that has waited long since it was last served is moved forward, so that a small priority never starves.
+
+A running request is never taken from its slot. So that a key with little to ask need not wait for another's whole
+completion, a key leaves some slots to the others as long as there are others: see RESERVED and SHARED_S.
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ from llamaherd_server.errors import ApiError
 
 # A minute of waiting puts a key 600 tokens, about one chat turn, before the others.
 AGEING_TOKENS_PER_S = 10.0
+# While others have asked within SHARED_S seconds, a key holds all slots but one in RESERVED, and at least one.
+RESERVED = 8
+SHARED_S = 300.0
 # Weight of the newest request in the running mean of service times that Retry-After is computed from.
 _SMOOTHING = 0.1
 
@@ -38,23 +44,36 @@ class _Flow:
     """One key's requests. `finish` is the virtual time at which its last dispatched request would have been done."""
 
     waiting: deque[Ticket] = field(default_factory=deque)
+    cost: float = 0.0  # of those that wait
+    running: int = 0
     finish: float = 0.0
     since: float = 0.0
+    asked: float = -math.inf
 
 
 class Admission:
     """Hands requests to the engine: as many as it has slots, and a few more so that a freed slot never idles."""
 
     def __init__(
-        self, *, max_queue: int, timeout_s: float, parallel: int, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        max_queue: int,
+        timeout_s: float,
+        parallel: int,
+        max_queue_tokens: float = math.inf,
+        max_generations: int = 128,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_queue = max_queue
+        self._max_queue_tokens = max_queue_tokens
+        self._max_generations = min(max_generations, max_queue)
         self._timeout_s = timeout_s
         self._clock = clock
         self._flows: dict[str, _Flow] = {}
         self._virtual = 0.0
         self._service_s = 1.0
         self.queued = 0
+        self.queued_tokens = 0.0
         self.running = 0
         self.set_parallel(parallel)
 
@@ -67,25 +86,32 @@ class Admission:
     def enter(self, key: Key, costs: list[float]) -> list[Ticket]:
         """Queue one request a cost, all or none; raises the 429 when they do not fit. Pair each with `leave`.
 
-        In a full queue the key with the most waiting makes room: its newest request gets the 429.
+        In a full queue the key that fills most of it makes room: its newest request gets the 429. A request that is
+        larger than the queue in tokens is let into an empty one.
         """
-        if len(costs) > self._max_queue:
-            message = f"{len(costs)} generations in one request are more than the {self._max_queue} that may be queued"
+        if len(costs) > self._max_generations:
+            message = (
+                f"{len(costs)} generations in one request (prompts x n): at most {self._max_generations} are served"
+            )
             raise ApiError(400, message, param="n", code="invalid_value")
-        now = self._clock()
         flow = self._flows.setdefault(key.name, _Flow())
-        while self.queued + len(costs) > self._max_queue:
-            longest = max(self._flows.values(), key=lambda flow: len(flow.waiting))
-            if len(longest.waiting) <= len(flow.waiting) + len(costs):
+        asked = sum(costs)
+        while self.queued and self._share(self.queued + len(costs), self.queued_tokens + asked) > 1:
+            longest = max(self._flows.values(), key=lambda flow: self._share(len(flow.waiting), flow.cost))
+            mine = self._share(len(flow.waiting) + len(costs), flow.cost + asked)
+            if self._share(len(longest.waiting), longest.cost) <= mine:
                 raise self._full()
             self._push_out(longest)
+        flow.asked = now = self._clock()
         if not flow.waiting:
             flow.since = now
             flow.finish = max(flow.finish, self._virtual)
         loop = asyncio.get_running_loop()
         tickets = [Ticket(key, cost, loop.create_future()) for cost in costs]
         flow.waiting.extend(tickets)
+        flow.cost += asked
         self.queued += len(tickets)
+        self.queued_tokens += asked
         self._dispatch()
         return tickets
 
@@ -104,38 +130,59 @@ class Admission:
         if math.isnan(ticket.started_at):
             if ticket in flow.waiting:
                 flow.waiting.remove(ticket)
-                self.queued -= 1
+                self._unqueue(flow, ticket)
             return
+        flow.running -= 1
         self.running -= 1
         flow.finish += (tokens - ticket.cost) / ticket.key.priority
         self._service_s += _SMOOTHING * (self._clock() - ticket.started_at - self._service_s)
         self._dispatch()
 
     def _dispatch(self) -> None:
-        while self.running < self.limit and self.queued:
+        while self.running < self.limit:
             now = self._clock()
-            flow = min(
-                (flow for flow in self._flows.values() if flow.waiting),
-                key=lambda flow: flow.finish - (now - flow.since) * AGEING_TOKENS_PER_S,
-            )
+            flows = [flow for flow in self._flows.values() if flow.waiting and flow.running < self._most(flow, now)]
+            if not flows:
+                return
+            flow = min(flows, key=lambda flow: flow.finish - (now - flow.since) * AGEING_TOKENS_PER_S)
             ticket = flow.waiting.popleft()
+            self._unqueue(flow, ticket)
             self._virtual = max(self._virtual, flow.finish)
             flow.finish = max(flow.finish, self._virtual) + ticket.cost / ticket.key.priority
             flow.since = ticket.started_at = now
-            self.queued -= 1
+            flow.running += 1
             self.running += 1
             if not ticket.admitted.done():  # a caller that has gone will leave in a moment
                 ticket.admitted.set_result(None)
 
+    def _most(self, flow: _Flow, now: float) -> int:
+        """How many a key may have running: all that there is, or what leaves a slot for the others."""
+        alone = all(now - other.asked > SHARED_S for other in self._flows.values() if other is not flow)
+        if alone or self._parallel == 1:
+            return self.limit
+        return self._parallel - max(1, self._parallel // RESERVED)
+
+    def _share(self, requests: int, tokens: float) -> float:
+        """How full the queue is with so much in it; above 1: too full."""
+        return max(requests / self._max_queue, tokens / self._max_queue_tokens)
+
     def _push_out(self, flow: _Flow) -> None:
         ticket = flow.waiting.pop()
-        self.queued -= 1
+        self._unqueue(flow, ticket)
         if not ticket.admitted.done():
             ticket.admitted.set_exception(self._full())
+
+    def _unqueue(self, flow: _Flow, ticket: Ticket) -> None:
+        flow.cost -= ticket.cost
+        self.queued -= 1
+        self.queued_tokens -= ticket.cost
 
     def _retry_after_s(self) -> int:
         return max(1, min(60, math.ceil(self.queued * self._service_s / self._parallel)))
 
     def _full(self) -> ApiError:
-        message = f"the queue is full: {self.queued} of at most {self._max_queue} requests are waiting"
+        message = (
+            f"the queue is full: {self.queued} requests of {self.queued_tokens:.0f} tokens are waiting, at most "
+            f"{self._max_queue} of {self._max_queue_tokens:.0f} may"
+        )
         return ApiError(429, message, code="queue_full", retry_after=self._retry_after_s())

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from llamaherd_server import errors
 from llamaherd_server.admission import Admission
@@ -32,6 +33,8 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     limits = settings.limits
     admission = Admission(
         max_queue=limits.max_queue,
+        max_queue_tokens=limits.max_queue_tokens,
+        max_generations=limits.max_generations,
         timeout_s=limits.queue_timeout_s,
         parallel=settings.engine.settings.parallel,
     )
@@ -56,6 +59,11 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     errors.install(app)
     app.add_middleware(Gate, keys=keys, lifecycle=lifecycle, max_body_bytes=limits.max_body_bytes)
     app.add_middleware(RequestContext, metrics=metrics)
+    if origins := settings.http.cors_origins:
+        exposed = ("X-Request-Id", "Retry-After")
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=("*",), allow_headers=("*",), expose_headers=exposed
+        )
     return app
 
 

@@ -54,6 +54,8 @@ class HttpSettings(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=1, le=65535)
+    # Web pages of these origins may call the API; "*": all. None: browsers keep every page out.
+    cors_origins: list[str] = []
 
 
 class AuthSettings(Section):
@@ -90,8 +92,15 @@ class LimitSettings(Section):
     """Bounds on requests. Times are seconds."""
 
     max_queue: int = Field(default=256, ge=1)
+    # Expected prompt and completion tokens of all that wait.
+    max_queue_tokens: int = Field(default=2**20, ge=1)
     queue_timeout_s: float = Field(default=60, gt=0)
+    first_token_timeout_s: float = Field(default=300, gt=0)
     request_timeout_s: float = Field(default=600, gt=0)
+    # A connection that takes none of what it is sent for so long is closed, which cancels its request.
+    idle_client_timeout_s: float = Field(default=30, ge=1)
+    # Generations in one request: its prompts times n.
+    max_generations: int = Field(default=128, ge=1)
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
     drain_timeout_s: float = Field(default=30, ge=0)
     # Above the slowest step, which is a whole batch of prompt on this host.

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import math
+from dataclasses import dataclass, field
+from statistics import quantiles
 
 import pytest
 
@@ -22,8 +26,17 @@ def key(name: str, priority: float = 1.0) -> Key:
     return Key(name=name, sha256="", priority=priority)
 
 
-def queue(parallel: int = 1, max_queue: int = 1000, clock: Clock | None = None) -> Admission:
-    return Admission(max_queue=max_queue, timeout_s=60, parallel=parallel, clock=clock or Clock())
+def queue(
+    parallel: int = 1, max_queue: int = 1000, max_queue_tokens: float = math.inf, clock: Clock | None = None
+) -> Admission:
+    return Admission(
+        max_queue=max_queue,
+        max_queue_tokens=max_queue_tokens,
+        max_generations=max_queue,
+        timeout_s=60,
+        parallel=parallel,
+        clock=clock or Clock(),
+    )
 
 
 def running(tickets: list[Ticket]) -> list[Ticket]:
@@ -59,6 +72,60 @@ async def test_a_flood_delays_another_key_by_one_request() -> None:
     light = admission.enter(key("light"), [100.0])
     # two of the flood run already (a slot and the lookahead), then it is the light key's turn
     assert order(admission, flood + light).index("light") == 2
+
+
+@dataclass(order=True)
+class Slot:
+    """A request in the engine, in virtual time."""
+
+    ends: float
+    ticket: Ticket = field(compare=False)
+
+
+def ttft_p95(flooding: bool) -> float:
+    """Of a key that sends a request every 4 s, over 4 slots: prompts take 0.2 s, completions 3 s.
+
+    The engine starts requests in the order they come, as soon as there is a slot. The flood of 200 comes at 20 s.
+    """
+    clock = Clock()
+    admission = queue(parallel=4, clock=clock)
+    light: dict[Ticket, float] = {}
+    waiting: list[Ticket] = []
+    flood: list[Ticket] = []
+    slots: list[Slot] = []
+    ttft = []
+    for tick in range(1200):  # tenths of a second
+        clock.now = tick / 10
+        if tick == 200 and flooding:
+            flood = [admission.enter(key("flood"), [150.0])[0] for _ in range(200)]
+        if tick % 40 == 0:
+            light[admission.enter(key("light"), [150.0])[0]] = clock.now
+        while slots and slots[0].ends <= clock.now:
+            admission.leave(heapq.heappop(slots).ticket, 150)
+        waiting += [ticket for ticket in running([*light, *flood]) if ticket.started_at == clock.now]
+        while waiting and len(slots) < 4:
+            ticket = waiting.pop(0)
+            heapq.heappush(slots, Slot(clock.now + 3.2, ticket))
+            if ticket in light and light[ticket] > 20:
+                ttft.append(clock.now - light[ticket] + 0.2)
+    assert len(ttft) > 20
+    assert bool(flood) is flooding
+    return quantiles(ttft, n=20)[-1]
+
+
+async def test_a_flood_does_not_double_another_keys_ttft() -> None:
+    assert ttft_p95(flooding=True) <= 2 * ttft_p95(flooding=False)
+
+
+async def test_a_key_has_all_slots_while_it_is_alone_and_leaves_one_otherwise() -> None:
+    clock = Clock()
+    admission = queue(parallel=4, clock=clock)
+    admission.leave(admission.enter(key("other"), [1.0])[0], 1)
+    tickets = admission.enter(key("a"), [1.0] * 20)
+    assert len(running(tickets)) == 3
+    clock.now = 301
+    admission.leave(tickets[0], 1)
+    assert len(running(tickets[1:])) == 5
 
 
 async def test_shares_follow_priorities() -> None:
@@ -109,6 +176,21 @@ async def test_a_full_queue_makes_room_for_a_key_with_less_in_it() -> None:
     admission.leave(flood[-1], 0)
     admission.leave(flood[0], 1)
     assert running(light)
+
+
+async def test_the_queue_is_bounded_in_tokens_too() -> None:
+    admission = queue(max_queue_tokens=1000)
+    held = admission.enter(key("a"), [5000.0, 5000.0])  # both run
+    whole = admission.enter(key("a"), [5000.0])[0]  # more than the bound, into an empty queue
+    with pytest.raises(ApiError, match="1 requests of 5000 tokens are waiting, at most 1000 of 1000"):
+        admission.enter(key("a"), [1.0])
+    admission.enter(key("b"), [600.0])  # pushes out what is more than its own
+    with pytest.raises(ApiError, match="queue is full"):
+        await admission.admitted(whole)
+    admission.leave(whole, 0)
+    assert (admission.queued, admission.queued_tokens) == (1, 600.0)
+    admission.leave(held[0], 5000)
+    assert (admission.queued, admission.queued_tokens) == (0, 0.0)
 
 
 async def test_more_than_the_queue_can_ever_hold_is_a_400() -> None:
