@@ -1,4 +1,4 @@
-"""The command line: `python -m llamaherd_server --config server.toml`."""
+"""The command line: `python -m llamaherd_server --config server.toml`, and `… keys` for the API keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import FrameType
 import uvicorn
 import uvloop
 
-from llamaherd_server import log
+from llamaherd_server import keyfile, log
 from llamaherd_server.api.state import AppState
 from llamaherd_server.app import create_app
 from llamaherd_server.auth import KeysError
@@ -44,9 +44,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="llamaherd-server", description="OpenAI-compatible server over llama.cpp")
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="server.toml (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="check the settings and the keys, then exit")
+    commands = parser.add_subparsers(dest="command", title="instead of serving")
+    keyfile.add_arguments(commands.add_parser("keys", help="add, list or revoke API keys"))
     arguments = parser.parse_args()
     log.configure()
     try:
+        if arguments.command == "keys":
+            keyfile.run(arguments, arguments.file or _keys_file(arguments.config))
+            return
         settings = load(arguments.config)
         app = create_app(settings, _engine(settings))
     except (SettingsError, KeysError) as error:
@@ -76,6 +81,13 @@ def main() -> None:
     state.lifecycle.over = stop
     uvloop.run(server.serve([listener]))
     sys.exit(state.lifecycle.exit_code)
+
+
+def _keys_file(config: Path) -> Path:
+    path = load(config).auth.keys_file
+    if path is None:
+        raise SettingsError(f"{config} names no auth.keys_file: set it, or give --file")
+    return path
 
 
 def _engine(settings: Settings) -> EmbeddedEngine:

@@ -33,7 +33,7 @@ class Key(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class _KeysFile(Struct, forbid_unknown_fields=True):
-    keys: list[Key]
+    keys: list[Key] = []
 
 
 # Who calls when no keys are configured: anyone on this machine.
@@ -47,7 +47,7 @@ class KeyStore:
         """Raises KeysError when the file cannot be used."""
         self._path = path
         self._version = self._file_version()
-        self._keys = _read(path)
+        self._keys = read_keys(path)
 
     def find(self, token: str) -> Key | None:
         """The key that `token` is the secret of, whose time has not run out."""
@@ -73,27 +73,34 @@ class KeyStore:
         if version == self._version:
             return
         self._version = version
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the file now."""
         try:
-            self._keys = _read(self._path)
+            self._keys = read_keys(self._path)
         except KeysError as error:
             log.error("keys not reloaded", error=str(error))
         else:
             log.info("keys reloaded", count=len(self._keys))
 
 
-def _read(path: Path) -> list[Key]:
+def read_keys(path: Path, known_as: Path | None = None) -> list[Key]:
+    """The keys of a file, which errors call `known_as`; raises KeysError."""
+    known_as = known_as or path
     try:
         keys = convert(tomllib.loads(path.read_text()), _KeysFile).keys
     except OSError as error:
-        raise KeysError(f"{path}: {error.strerror}") from None
+        raise KeysError(f"{known_as}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
-        raise KeysError(f"{path}: {error}") from None
+        raise KeysError(f"{known_as}: {error}") from None
     for key in keys:
-        _check(key, path)
-    if len({key.name for key in keys}) < len(keys):
-        raise KeysError(f"{path}: two keys have the same name")
+        _check(key, known_as)
+    names = [key.name for key in keys]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise KeysError(f"{known_as}: two keys have the same name, {twice!r}")
     if not keys:
-        raise KeysError(f"{path}: no keys; add a [[keys]] table with name and sha256")
+        raise KeysError(f"{known_as}: no keys; there must be one: `llamaherd-server keys add NAME` makes it")
     return keys
 
 

@@ -1,0 +1,144 @@
+"""`llamaherd-server keys add|list|revoke`: edits keys.toml, whole or not at all; a running server reads it again.
+
+What a person wrote into the file, comments and order, stays: a key is added at the end, and taken out as its text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from msgspec import convert
+from msgspec.structs import asdict, fields
+
+from llamaherd_server.auth import Key, KeysError, read_keys
+
+# A key's table, with the comment lines right above it.
+_TABLE = re.compile(r"(?:^[ \t]*#[^\n]*\n)*^[ \t]*\[\[[ \t]*keys[ \t]*\]\]", re.MULTILINE)
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_DEFAULTS = {field.name: field.default for field in fields(Key)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `keys`."""
+    parser.add_argument("--file", type=Path, help="keys.toml (default: auth.keys_file of the settings)")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    adding = verbs.add_parser("add", help="make a key, print it once, and keep its hash")
+    adding.add_argument("name", help="shows in logs and metrics")
+    adding.add_argument("--admin", action="store_true", help="may use /admin")
+    adding.add_argument("--requests-per-minute", type=float, metavar="N")
+    adding.add_argument("--tokens-per-minute", type=float, metavar="N", help="prompt and completion together")
+    adding.add_argument("--max-concurrent", type=int, metavar="N", help="requests at a time")
+    adding.add_argument("--model", action="append", dest="models", help="the only models it may use; repeat for more")
+    adding.add_argument("--expires", type=_time, metavar="TIME", help="ISO 8601; UTC where it has no zone")
+    adding.add_argument("--priority", type=float, default=1.0, help="share of a busy server (default: %(default)s)")
+    verbs.add_parser("list", help="names and limits; neither keys nor hashes")
+    revoking = verbs.add_parser("revoke", help="take a key out")
+    revoking.add_argument("name")
+
+
+def run(arguments: argparse.Namespace, path: Path) -> None:
+    """Do what the command line says to the keys in `path`; raises KeysError, and changes nothing then."""
+    if arguments.verb == "list":
+        sys.stdout.write(_table(read_keys(path)))
+    elif arguments.verb == "revoke":
+        revoke(path, arguments.name)
+    else:
+        values = {name: value for name, value in vars(arguments).items() if name in _DEFAULTS}
+        sys.stdout.write(f"{add(path, values)}\n")
+
+
+def add(path: Path, values: dict[str, Any]) -> str:
+    """Add a key with these fields of auth.Key but its hash; returns the secret, which is nowhere else."""
+    name = values["name"]
+    if not _NAME.fullmatch(name):
+        raise KeysError(f"key name {name!r}: use up to 64 letters, digits, dots, dashes and underscores")
+    secret = f"lh-{secrets.token_urlsafe(32)}"
+    key = convert({**values, "sha256": hashlib.sha256(secret.encode()).hexdigest()}, Key)
+    lines = [f"{name} = {_toml(value)}" for name, value in asdict(key).items() if value != _DEFAULTS[name]]
+    with _replaced(path) as text:
+        table = "\n".join(["[[keys]]", *lines, ""])
+        text.append(f"{text.pop().rstrip()}\n\n{table}".lstrip())
+    return secret
+
+
+def revoke(path: Path, name: str) -> None:
+    """Take the key of this name out of the file."""
+    with _replaced(path) as text:
+        whole = text.pop()
+        starts = [match.start() for match in _TABLE.finditer(whole)]
+        for start, end in zip(starts, [*starts[1:], len(whole)], strict=True):
+            if tomllib.loads(whole[start:end])["keys"][0].get("name") == name:
+                text.append(whole[:start] + whole[end:])
+                return
+        there = ", ".join(key.name for key in read_keys(path))
+        raise KeysError(f"{path}: no key {name!r}; there is {there}")
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[list[str]]:
+    """The file's text, to be changed in place, and put back when the server would take it. One writer at a time."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        before = path.stat() if path.exists() else None
+        text = [path.read_text() if before else ""]
+        yield text
+        handle, written = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write("".join(text))
+                file.flush()
+                if before:
+                    os.fchmod(handle, before.st_mode & 0o7777)
+                    os.fchown(handle, before.st_uid, before.st_gid)
+                os.fsync(handle)
+            read_keys(Path(written), known_as=path)
+            Path(written).replace(path)
+        except BaseException:
+            Path(written).unlink()
+            raise
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise KeysError(f"{path}: {error}") from None
+    finally:
+        os.close(folder)
+
+
+def _table(keys: list[Key]) -> str:
+    rows = [[name.replace("_", " ") for name in _DEFAULTS if name != "sha256"]]
+    rows += [[_cell(value) for name, value in asdict(key).items() if name != "sha256"] for key in keys]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ",".join(value)
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, datetime.datetime):
+        return value.isoformat()
+    return json.dumps(value, ensure_ascii=False)  # of text, numbers, truth and lists of them it is TOML as well
+
+
+def _time(text: str) -> datetime.datetime:
+    time = datetime.datetime.fromisoformat(text)
+    return time if time.tzinfo else time.replace(tzinfo=datetime.UTC)
