@@ -7,7 +7,7 @@ import sys
 
 from bench.table import write
 
-GROUPS = ["serving"]
+GROUPS = ["serving", "frontend"]
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,8 @@ class Running:
 
 
 @contextmanager
-def ours(flags: Flags) -> Iterator[Running]:
+def ours(flags: Flags, config_lines: str = "", environment: Mapping[str, str] | None = None) -> Iterator[Running]:
+    """`config_lines`: further tables of server.toml."""
     port = _free_port()
     WORK.mkdir(parents=True, exist_ok=True)
     config = WORK / f"server-{port}.toml"
@@ -57,9 +58,10 @@ def ours(flags: Flags) -> Iterator[Running]:
         f'[http]\nport = {port}\n[model]\nname = "bench"\npath = {json.dumps(_model())}\n'
         f"[engine]\nparallel = {flags.parallel}\nctx_per_slot = {flags.ctx_per_slot}\n"
         f"batch = {flags.batch}\nubatch = {flags.ubatch}\nkv_unified = {str(flags.unified).lower()}\n"
-        f"threads = {flags.threads}\nthreads_batch = {flags.threads}\n"
+        f"threads = {flags.threads}\nthreads_batch = {flags.threads}\n{config_lines}"
     )
-    with _process([sys.executable, "-m", "llamaherd_server", "--config", str(config)], port, "/readyz") as running:
+    command = [sys.executable, "-m", "llamaherd_server", "--config", str(config)]
+    with _process(command, port, "/readyz", environment) as running:
         yield running
 
 
@@ -119,11 +121,15 @@ def _example_server() -> Path:
 
 
 @contextmanager
-def _process(command: list[str], port: int, health: str) -> Iterator[Running]:
+def _process(
+    command: list[str], port: int, health: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Running]:
     log = WORK / f"{port}.log"
     WORK.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
-        child = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        child = subprocess.Popen(
+            command, stdout=output, stderr=output, start_new_session=True, env={**os.environ, **(environment or {})}
+        )
     try:
         _wait(child, f"http://127.0.0.1:{port}{health}", log)
         yield Running(port, child.pid)

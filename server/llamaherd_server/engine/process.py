@@ -36,8 +36,7 @@ class WorkerProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "llamaherd_server.worker", str(theirs.fileno()), config.decode()),
+                *(sys.executable, *_program(), str(theirs.fileno()), config.decode()),
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
@@ -90,3 +89,9 @@ class WorkerProcess:
             if text:
                 self._last_lines.append(text)
             sys.stderr.write(f"{text}\n")
+
+
+def _program() -> tuple[str, ...]:
+    """What Python runs as the worker; tests and benchmarks put a script that speaks the same protocol in its place."""
+    double = os.environ.get("LLAMAHERD_TEST_WORKER")
+    return (double,) if double else ("-m", "llamaherd_server.worker")

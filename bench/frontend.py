@@ -1,0 +1,179 @@
+"""What the front end costs and adds, over a worker that paces its tokens by the clock (tests/server/paced_worker.py).
+
+Process, socket and supervisor are the real ones; each token's text says when its engine sent it, on the clock that the
+client reads too. `bound` is the most that a figure may be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import time
+from bisect import bisect_left
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import cast
+
+import uvloop
+
+from bench import servers
+from bench.servers import WORK, Flags, Running
+from bench.serving import ROUNDS, p95
+from bench.table import Metric, Result, metric
+
+WORKER = Path(__file__).resolve().parent.parent / "tests/server/paced_worker.py"
+STREAMS = 64
+TOKENS_PER_S = 5000
+TOKENS = 400
+_STAMP = re.compile(rb'"text":" (\d+)"')
+_TIMINGS = re.compile(rb'"prompt_ms":([\d.]+)')
+_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Stream(asyncio.Protocol):
+    """One streamed completion: what came and when. It is parsed only at the end, so that the client costs little."""
+
+    request: bytes
+    sent: float = 0.0
+    data: bytearray = field(default_factory=bytearray)
+    ends: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.sent = time.monotonic()
+        cast(asyncio.WriteTransport, transport).write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        self.times.append(time.monotonic())
+        self.data += data
+        self.ends.append(len(self.data))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self.done.set_result(None)
+
+    def tokens(self) -> list[tuple[float, float]]:
+        """When the engine sent each token, and when it came; raises RuntimeError when the stream broke off."""
+        if b"data: [DONE]" not in self.data:
+            raise RuntimeError(f"no full stream: {bytes(self.data[-500:])!r}")
+        stamps = _STAMP.finditer(self.data)
+        return [(int(stamp[1]) / 1e9, self.times[bisect_left(self.ends, stamp.end())]) for stamp in stamps]
+
+    def ttft(self) -> float:
+        return self.tokens()[0][1] - self.sent
+
+    def ttft_added(self) -> float:
+        """The client's TTFT without the engine's own time for the prompt."""
+        timings = _TIMINGS.search(self.data)
+        assert timings  # noqa: S101
+        return self.ttft() - float(timings[1]) / 1000
+
+
+async def stream(port: int, max_tokens: int, *, words: int = 8, key: str = "") -> Stream:
+    body = {"prompt": "herd " * words, "max_tokens": max_tokens, "stream": True, "timings_per_token": True}
+    content = json.dumps(body).encode()
+    request = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n%b" % (key.encode(), len(content), content)
+    )
+    loop = asyncio.get_running_loop()
+    _, protocol = await loop.create_connection(lambda: Stream(request), "127.0.0.1", port)
+    await protocol.done
+    return protocol
+
+
+def run() -> Result:
+    wanted = os.environ.get("BENCH_SCENARIOS", "loaded,unloaded,fairness").split(",")
+    scenarios = {"loaded": loaded, "unloaded": unloaded, "fairness": fairness}
+    return {name: scenarios[name]() for name in wanted}
+
+
+def loaded() -> Metric:
+    """64 streams at once, 5,000 tokens/s in all."""
+    figures: dict[str, list[float]] = {"frontend_cores": [], "itl_added_p95_ms": [], "output_tokens_per_s": []}
+
+    async def load(server: Running) -> None:
+        await asyncio.gather(*(stream(server.port, 20) for _ in range(STREAMS)))
+        for _ in range(ROUNDS):
+            cpu, began = cpu_s(server.pid), time.monotonic()
+            streams = await asyncio.gather(*(stream(server.port, TOKENS) for _ in range(STREAMS)))
+            took = time.monotonic() - began
+            added = [
+                (after[1] - before[1]) - (after[0] - before[0])
+                for one in streams
+                for before, after in pairwise(one.tokens())
+            ]
+            figures["frontend_cores"].append((cpu_s(server.pid) - cpu) / took)
+            figures["itl_added_p95_ms"].append(1000 * p95(added))
+            figures["output_tokens_per_s"].append(STREAMS * TOKENS / took)
+
+    with paced(parallel=STREAMS, step_ms=1000 * STREAMS / TOKENS_PER_S) as server:
+        uvloop.run(load(server))
+    bounds = {"frontend_cores": 1.0, "itl_added_p95_ms": 5.0}
+    return {name: bounded(values, bounds.get(name)) for name, values in figures.items()}
+
+
+def unloaded() -> Metric:
+    """One request after the other: TTFT against the engine's own timings."""
+
+    async def load(server: Running) -> list[float]:
+        await stream(server.port, 2)
+        return [1000 * p95([(await stream(server.port, 2)).ttft_added() for _ in range(50)]) for _ in range(ROUNDS)]
+
+    with paced(parallel=4, step_ms=5) as server:
+        return {"ttft_added_p95_ms": bounded(uvloop.run(load(server)), 3.0)}
+
+
+def fairness() -> Metric:
+    """A key sends one request after the other, first alone, then while another key has sent 200 at once."""
+
+    async def load(server: Running) -> tuple[float, float]:
+        async def light(count: int) -> float:
+            return p95([(await stream(server.port, 16, words=400, key="light")).ttft() for _ in range(count)])
+
+        alone = await light(30)
+        flood = [asyncio.create_task(stream(server.port, 64, words=400, key="flood")) for _ in range(200)]
+        await asyncio.sleep(0.5)
+        beside = await light(30)
+        if all(one.done() for one in flood):
+            raise RuntimeError("the flood was over before the other key had been measured")
+        for one in flood:
+            (await one).tokens()
+        return alone, beside
+
+    keys = WORK / "fairness-keys.toml"
+    WORK.mkdir(parents=True, exist_ok=True)
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("light", "flood")}
+    keys.write_text("\n".join(f'[[keys]]\nname = "{name}"\nsha256 = "{digest}"' for name, digest in digests.items()))
+    rounds = []
+    for _ in range(ROUNDS):
+        with paced(parallel=8, step_ms=20, tables=f"[auth]\nkeys_file = {json.dumps(str(keys))}\n") as server:
+            rounds.append(uvloop.run(load(server)))
+    return {
+        "ttft_p95_alone_ms": bounded([1000 * alone for alone, _ in rounds], None),
+        "ttft_p95_beside_ms": bounded([1000 * beside for _, beside in rounds], None),
+        "ttft_p95_raised": bounded([beside / alone for alone, beside in rounds], 2.0),
+    }
+
+
+def paced(*, parallel: int, step_ms: float, tables: str = "") -> AbstractContextManager[Running]:
+    flags = Flags(parallel=parallel, ctx_per_slot=2048, unified=True)
+    environment = {"LLAMAHERD_TEST_WORKER": str(WORKER), "PACED_STEP_MS": str(step_ms)}
+    return servers.ours(flags, tables, environment)
+
+
+def bounded(figures: list[float], bound: float | None) -> Metric:
+    return metric({"ours": figures} if bound is None else {"ours": figures, "bound": [bound] * len(figures)})
+
+
+def cpu_s(pid: int) -> float:
+    """The processor time of the one process, without its children: user and system, proc(5)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
