@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import errno
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -79,8 +80,13 @@ def main() -> None:
         server.should_exit = True
 
     state.lifecycle.over = stop
-    uvloop.run(server.serve([listener]))
+    uvloop.run(_serve(server, listener, state))
     sys.exit(state.lifecycle.exit_code)
+
+
+async def _serve(server: _Server, listener: socket.socket, state: AppState) -> None:
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, state.lifecycle.reload)
+    await server.serve([listener])
 
 
 def _keys_file(config: Path) -> Path:
@@ -106,6 +112,9 @@ def _listen(settings: Settings) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform == "linux":  # connections inherit it: one whose peer takes nothing for so long is closed
+            idle_ms = int(settings.limits.idle_client_timeout_s * 1000)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, idle_ms)
         listener.bind(address)
         listener.listen(2048)
     except OSError as error:

@@ -42,8 +42,8 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     embedding = Admission(max_queue=limits.max_queue, timeout_s=limits.queue_timeout_s, parallel=_EMBEDDINGS_AT_ONCE)
     metrics = Metrics(engine.status, admission)
     engine.observe(metrics.step)
-    serving = Serving(engine, admission, embedding, Quotas(), metrics, settings.model.name, limits.request_timeout_s)
-    lifecycle = Lifecycle(engine, admission, limits)
+    serving = Serving(engine, admission, embedding, Quotas(), metrics, settings.model.name, limits)
+    lifecycle = Lifecycle(engine, admission, limits, metrics.totals, keys)
     app = FastAPI(title="llamaherd", docs_url="/docs", redoc_url=None, lifespan=_lifespan)
     app.state.llamaherd = AppState(settings, serving, lifecycle, Sandbox())
     for router in (

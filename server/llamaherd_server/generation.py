@@ -15,8 +15,9 @@ from llamaherd_server.engine.base import Engine, EngineError, Event
 from llamaherd_server.errors import ApiError
 from llamaherd_server.meter import Meter, Usage
 from llamaherd_server.metrics import Metrics
-from llamaherd_server.protocol import Finished, Generate
+from llamaherd_server.protocol import Delta, Finished, Generate
 from llamaherd_server.quota import Quotas
+from llamaherd_server.settings import LimitSettings
 
 # For the cost that the queue expects of a request: what it is taken to generate unless its max_tokens is less, and the
 # characters taken to make one token. What it really used is put right at its end.
@@ -34,7 +35,7 @@ class Serving:
     quotas: Quotas
     metrics: Metrics
     model: str
-    request_timeout_s: float
+    limits: LimitSettings
 
 
 class Run:
@@ -107,17 +108,20 @@ class Run:
         serving = self._serving
         outcome = "cancelled"
         try:
-            async with asyncio.timeout(serving.request_timeout_s):
+            async with asyncio.timeout(serving.limits.request_timeout_s) as whole:
                 await serving.admission.admitted(ticket)
                 meter.admitted()
-                async with aclosing(serving.engine.generate(request)) as events:
+                first = asyncio.timeout(serving.limits.first_token_timeout_s)
+                async with aclosing(serving.engine.generate(request)) as events, first:
                     async for event in events:
+                        if isinstance(event, Delta):
+                            first.reschedule(None)
                         meter.see(event)
                         self._events.put_nowait((index, event))
                         if isinstance(event, Finished):
                             outcome = event.reason
         except Exception as error:
-            told = _told(error, serving.request_timeout_s)
+            told = _late(serving.limits, whole=whole.expired()) if isinstance(error, TimeoutError) else _told(error)
             outcome = (told.code if isinstance(told, ApiError) else None) or "internal"
             self._events.put_nowait((index, told))
         finally:
@@ -130,12 +134,16 @@ def _cost(request: Generate) -> float:
     return len(request.prompt) / scale + min(request.max_tokens or _EXPECTED_OUTPUT, _EXPECTED_OUTPUT)
 
 
-def _told(error: Exception, limit_s: float) -> Exception:
+def _told(error: Exception) -> Exception:
     """The error as the client is told of it; a bug stays what it is."""
-    if isinstance(error, EngineError):
-        return ApiError.of_engine(error)
-    if isinstance(error, TimeoutError):
-        # openai's clients would send it again, to the same end
-        headers = {"X-Should-Retry": "false"}
-        return ApiError(504, f"the request took longer than {limit_s:g} s", code="request_timeout", headers=headers)
-    return error
+    return ApiError.of_engine(error) if isinstance(error, EngineError) else error
+
+
+def _late(limits: LimitSettings, *, whole: bool) -> ApiError:
+    """For the end of a request's time, as a `whole` or until its first token."""
+    if whole:
+        code, message = "request_timeout", f"the request took longer than {limits.request_timeout_s:g} s"
+    else:
+        code, message = "first_token_timeout", f"no token came within {limits.first_token_timeout_s:g} s of the start"
+    # openai's clients would send it again, to the same end
+    return ApiError(504, message, code=code, headers={"X-Should-Retry": "false"})

@@ -1,16 +1,21 @@
-"""From loading to exit: readiness, the watchdog, draining on SIGTERM, and giving up when the engine has failed."""
+"""From loading to exit: readiness, the watchdog, reloading on SIGHUP, draining on SIGTERM, and giving up when the
+engine has failed.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import structlog
 
 from llamaherd_server.admission import Admission
+from llamaherd_server.auth import KeyStore
 from llamaherd_server.engine.base import Engine, EngineError
 from llamaherd_server.errors import ApiError
+from llamaherd_server.metrics import Totals
 from llamaherd_server.sdnotify import Notifier
 from llamaherd_server.settings import LimitSettings
 
@@ -27,12 +32,17 @@ _FLUSH_S = 5.0
 class Lifecycle:
     """Owns the engine's life. `over` is called once, when the process should exit with `exit_code`."""
 
-    def __init__(self, engine: Engine, admission: Admission, limits: LimitSettings) -> None:
+    def __init__(
+        self, engine: Engine, admission: Admission, limits: LimitSettings, totals: Totals, keys: KeyStore | None
+    ) -> None:
         self.exit_code = 0
         self.over: Callable[[], None] = lambda: None
         self._engine = engine
         self._admission = admission
         self._limits = limits
+        self._totals = totals
+        self._keys = keys
+        self._told = (time.monotonic(), 0)  # when the status was last told, and the tokens until then
         self._notifier = Notifier()
         self.draining = False
         self._in_flight = 0
@@ -94,6 +104,15 @@ class Lifecycle:
         self._notifier.send("READY=1")
         await self._watch()
 
+    def reload(self) -> None:
+        """Read the keys again, changed or not, and tell systemd so (sd_notify(3): RELOADING)."""
+        if ready := self.ready():
+            self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        if self._keys:
+            self._keys.reload()
+        if ready:
+            self._notifier.send("READY=1")
+
     def drain(self) -> None:
         """Begin to shut down: no new requests, the running ones get until the deadline. A second call does nothing."""
         if self._drain_task is None:
@@ -119,7 +138,12 @@ class Lifecycle:
         status = self._engine.status()
         busy = status.stats.slots_busy if status.stats else 0
         state = "draining" if self.draining else status.state
-        return f"{state}: {busy} of {status.settings.parallel} slots busy, {self._admission.queued} requests queued"
+        (before, tokens), self._told = self._told, (time.monotonic(), self._totals.streamed)
+        rate = (self._totals.streamed - tokens) / max(1e-3, self._told[0] - before)
+        return (
+            f"{state}: {busy} of {status.settings.parallel} slots busy, {self._admission.queued} requests queued, "
+            f"{rate:.0f} tokens/s"
+        )
 
     def _fail(self, message: str) -> None:
         log.error("engine failed", error=message)

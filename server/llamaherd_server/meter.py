@@ -70,6 +70,7 @@ class Meter:
         self._tokens += n_tokens
         self.computed += n_tokens
         self._usage.completion_tokens += n_tokens
+        self._metrics.totals.streamed += n_tokens
         if not math.isnan(self._last):
             self._inter_token.observe(now - self._last)
         else:

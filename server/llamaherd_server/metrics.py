@@ -70,13 +70,17 @@ class Metrics:
         self.output_tokens.labels(*by).observe(event.completion_tokens)
         self.cached_tokens.labels(*by).inc(event.cached_tokens)
         self.totals.prompt_tokens += event.prompt_tokens - event.cached_tokens
+        self.totals.cached_tokens += event.cached_tokens
         self.totals.output_tokens += event.completion_tokens
         self.totals.prompt_s += event.prompt_s
         self.totals.decode_s += event.decode_s
+        self.totals.longest = max(self.totals.longest, event.prompt_tokens + event.completion_tokens)
 
     def step(self, stats: Stats) -> None:
         """Count a step of the engine; an idle one is only a heartbeat."""
         if stats.batch_tokens:
+            self.totals.steps += 1
+            self.totals.busy_slots += stats.slots_busy
             self._step_decode.observe(stats.decode_s)
             self._step_sample.observe(stats.sample_s)
             self._step_overhead.observe(stats.overhead_s)
@@ -87,13 +91,21 @@ class Metrics:
 
 
 class Totals:
-    """Sums over all ended generations, for llama-server's names. Times are seconds in the engine."""
+    """Sums over all ended generations, for llama-server's names. Times are seconds in the engine.
+
+    `streamed` counts output tokens as they come, of generations that have not ended or will not end well too.
+    """
 
     def __init__(self) -> None:
+        self.streamed = 0
         self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.output_tokens = 0
         self.prompt_s = 0.0
         self.decode_s = 0.0
+        self.steps = 0
+        self.busy_slots = 0  # summed over the steps
+        self.longest = 0  # sequence, in tokens
 
 
 class _EngineCollector(Collector):
@@ -114,6 +126,7 @@ class _EngineCollector(Collector):
         yield _counter("llamaherd_engine_restarts", "Restarts of the engine's process", status.restarts)
         yield _gauge("llamaherd_slots", "Sequences that can run at once", status.settings.parallel)
         yield _gauge("llamaherd_queue_requests", "Requests in the admission queue", self._admission.queued)
+        yield _gauge("llamaherd_queue_tokens", "Expected tokens of those requests", self._admission.queued_tokens)
         yield _gauge("llamaherd_running_requests", "Requests handed to the engine", self._admission.running)
         yield from self._aliases()
         if (stats := status.stats) is None:
@@ -125,12 +138,12 @@ class _EngineCollector(Collector):
         yield _counter("llamaherd_preemptions", "Requests parked so far", stats.preemptions)
         yield _gauge("llamacpp:kv_cache_usage_ratio", "KV cache use, 0 to 1", stats.kv_used / max(1, stats.kv_size))
         yield _gauge("llamacpp:kv_cache_tokens", "KV cache cells in use", stats.kv_used)
-        yield _counter("llamacpp:n_decode", "Calls of llama_decode", stats.step)
 
     def _aliases(self) -> Iterator[Metric]:
         totals = self._totals
         yield _counter("llamacpp:prompt_tokens", "Prompt tokens processed, without cached ones", totals.prompt_tokens)
         yield _counter("llamacpp:tokens_predicted", "Tokens generated", totals.output_tokens)
+        yield _counter("llamacpp:prompt_tokens_cached", "Prompt tokens found in the cache", totals.cached_tokens)
         yield _counter("llamacpp:prompt_seconds", "Time spent on prompts", totals.prompt_s)
         yield _counter("llamacpp:tokens_predicted_seconds", "Time spent on generation", totals.decode_s)
         prompt_rate = totals.prompt_tokens / totals.prompt_s if totals.prompt_s else 0.0
@@ -139,6 +152,10 @@ class _EngineCollector(Collector):
         yield _gauge("llamacpp:predicted_tokens_seconds", "Mean generated tokens/s of a request", decode_rate)
         yield _gauge("llamacpp:requests_processing", "Requests handed to the engine", self._admission.running)
         yield _gauge("llamacpp:requests_deferred", "Requests waiting", self._admission.queued)
+        yield _counter("llamacpp:n_decode", "Steps with something to decode", totals.steps)
+        busy = totals.busy_slots / max(1, totals.steps)
+        yield _gauge("llamacpp:n_busy_slots_per_decode", "Mean busy slots of a step", busy)
+        yield _gauge("llamacpp:n_tokens_max", "Longest sequence seen, prompt and completion", totals.longest)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -68,14 +68,14 @@ async def compute(request: Request, question: Embed) -> Embedded:
     try:
         [ticket] = serving.embeddings.enter(key, [_cost(question)])
         try:
-            async with asyncio.timeout(serving.request_timeout_s):
+            async with asyncio.timeout(serving.limits.request_timeout_s):
                 await unless_gone(request.receive, serving.embeddings.admitted(ticket))
                 answer = await unless_gone(request.receive, serving.engine.embed(question))
             usage.prompt_tokens = answer.tokens
         finally:
             serving.embeddings.leave(ticket, usage.prompt_tokens)
     except TimeoutError:
-        message = f"the request took longer than {serving.request_timeout_s:g} s"
+        message = f"the request took longer than {serving.limits.request_timeout_s:g} s"
         raise ApiError(504, message, code="request_timeout", headers={"X-Should-Retry": "false"}) from None
     finally:
         serving.quotas.leave(key, usage.prompt_tokens)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
+import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -140,6 +142,19 @@ async def test_a_request_that_takes_too_long_is_a_504(serve: Serve) -> None:
     assert reply.headers["X-Should-Retry"] == "false"
 
 
+async def test_a_request_without_a_first_token_in_time_is_a_504_and_one_with_it_may_go_on(serve: Serve) -> None:
+    async def hang(request: Generate) -> AsyncGenerator[Event, None]:
+        yield Started(request.id, 0, 0)
+        await asyncio.sleep(60)
+
+    async with serve(Double(script=hang), first_token_timeout_s=0.05) as served:
+        reply = await served.chat()
+        assert served.state.serving.admission.running == 0
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "first_token_timeout")
+    async with serve(Double(tokens=10, pace_s=0.02), first_token_timeout_s=0.15) as served:
+        assert (await served.chat()).status_code == 200
+
+
 async def test_systemd_is_told_of_readiness_the_watchdog_and_the_end(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,11 +172,19 @@ async def test_systemd_is_told_of_readiness_the_watchdog_and_the_end(
         except BlockingIOError:
             return any(message in one for one in messages)
 
-    double = Double()
+    double = Double(tokens=1000, pace_s=0.005)
     async with serve(double, heartbeat_timeout_s=5) as served:
         await until(lambda: heard("READY=1"))
         await until(lambda: heard("WATCHDOG=1"))
-        await until(lambda: heard("STATUS=ready: 0 of 4 slots busy"))
+        await until(lambda: heard("STATUS=ready: 0 of 4 slots busy, 0 requests queued, 0 tokens/s"))
+        talking = asyncio.create_task(served.chat(max_tokens=1000))
+        await until(lambda: heard("STATUS=") and bool(re.search(r"queued, [1-9]\d* tokens/s", messages[-1])))
+        talking.cancel()
+        served.state.lifecycle.reload()
+        await until(lambda: heard("RELOADING=1"))
+        reloading = next(one for one in messages if "RELOADING=1" in one)
+        assert 0 < int(reloading.partition("MONOTONIC_USEC=")[2]) <= time.monotonic_ns() // 1000
+        assert "READY=1" in messages[messages.index(reloading) :]
         double.heartbeat_age_s = 6.0
         await asyncio.sleep(0.05)
         heard("")
