@@ -80,11 +80,11 @@ def spawn(config: Path, *arguments: str, **environment: str) -> subprocess.Popen
 
 
 @contextmanager
-def running(folder: Path, **sections: dict[str, Any]) -> Iterator[Server]:
+def running(folder: Path, environment: dict[str, str] | None = None, **sections: dict[str, Any]) -> Iterator[Server]:
     """A server that is ready; what it logged is shown when it never becomes so."""
     config = write_config(folder, **sections)
     port = sections.get("http", {}).get("port") or int(config.read_text().split("port = ")[1].split()[0])
-    server = Server(f"http://127.0.0.1:{port}", spawn(config), config.with_name("server.log"))
+    server = Server(f"http://127.0.0.1:{port}", spawn(config, **environment or {}), config.with_name("server.log"))
     try:
         _wait_ready(server)
         yield server
@@ -92,6 +92,12 @@ def running(folder: Path, **sections: dict[str, Any]) -> Iterator[Server]:
         if server.process.poll() is None:
             server.process.kill()
         server.process.wait()
+
+
+def paced(**values: object) -> dict[str, str]:
+    """The environment of a server whose worker is paced_worker.py; `values`: its PACED_ variables."""
+    worker = {"LLAMAHERD_TEST_WORKER": str(Path(__file__).with_name("paced_worker.py"))}
+    return worker | {f"PACED_{name.upper()}": str(value) for name, value in values.items()}
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,99 @@
+"""The real process over a worker that is paced by the clock: what it survives, and what it says in its log."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from llamaherd_server.keyfile import add
+
+from ..conftest import START_S, Server, paced, running
+
+PROMPT = "The patient's name is Zebulon Quince"
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until `condition` holds; fails when it never does."""
+    deadline = time.monotonic() + START_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def engine(server: Server) -> dict[str, Any]:
+    answer: dict[str, Any] = httpx.get(f"{server.url}/admin/engine").json()
+    return answer
+
+
+def worker(server: Server) -> int:
+    pids = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    return next(int(pid) for pid in pids if b"paced_worker" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+def test_a_wedged_engine_is_restarted_and_what_was_queued_is_served(tmp_path: Path) -> None:
+    with running(tmp_path, paced(), limits={"heartbeat_timeout_s": 2}) as server:
+        first = worker(server)
+        os.kill(first, signal.SIGSTOP)
+        until(lambda: httpx.get(f"{server.url}/livez").status_code == 503 or engine(server)["restarts"] == 1)
+        answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 2}, timeout=START_S)
+        assert answer.status_code == 200
+        assert httpx.get(f"{server.url}/livez").status_code == 200
+        assert worker(server) != first
+        assert (engine(server)["restarts"], "did not speak for 2 s" in engine(server)["last_error"]) == (1, True)
+
+
+def test_a_client_that_reads_nothing_loses_its_slot(tmp_path: Path) -> None:
+    body = json.dumps({"prompt": "x", "max_tokens": 1_000_000, "n": 8, "stream": True}).encode()
+    settings = {"parallel": 8, "ctx_per_slot": 2**20}
+    with running(tmp_path, paced(step_ms=1), engine=settings, limits={"idle_client_timeout_s": 1}) as server:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+            client.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body)
+            until(lambda: engine(server)["stats"]["slots_busy"] == 8)
+            until(lambda: engine(server)["stats"]["slots_busy"] == 0)
+        until(lambda: '"client_gone":true' in server.log.read_text())
+
+
+def test_the_log_has_one_line_a_request_and_nothing_of_what_was_said(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    secret = add(keys, {"name": "team"})
+    with running(tmp_path, paced(step_ms=1), auth={"keys_file": keys}) as server:
+        client = httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {secret}"})
+        chat = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 3}
+        answers = [
+            client.post("/v1/chat/completions", json=chat, headers={"X-Request-Id": "trace-7"}),
+            client.post("/v1/chat/completions", json=chat | {"stream": True}),
+            client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 3, PROMPT: 1}),
+            client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": PROMPT}),
+            client.post("/v1/completions", content=f'{{"prompt": "{PROMPT}'),
+            client.post("/v1/chat/completions", json=chat, headers={"Authorization": f"Bearer {PROMPT}"}),
+            client.get(f"/{PROMPT}?key={secret}"),
+        ]
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: "keys reloaded" in server.log.read_text())
+        assert server.terminate() == 0
+    assert [answer.status_code for answer in answers] == [200, 200, 400, 400, 400, 401, 404]
+    output = answers[0].json()["choices"][0]["message"]["content"]
+    log = server.log.read_text()
+    for private in ("Zebulon", "Quince", output.split()[0], secret):
+        assert private not in log
+    lines = [line for line in map(json.loads, log.splitlines()) if line["event"] == "request"]
+    assert [line["request_id"] for line in lines] == [answer.headers["X-Request-Id"] for answer in answers]
+    assert lines[0]["request_id"] == "trace-7"
+    assert {name: lines[1][name] for name in ("key", "status", "completion_tokens", "path")} == {
+        "key": "team",
+        "status": 200,
+        "completion_tokens": 3,
+        "path": "/v1/chat/completions",
+    }
+    assert 0 < lines[1]["ttft_ms"] < lines[1]["ms"]
