@@ -44,8 +44,10 @@ def serve(tmp_path: Path) -> Serve:
     model.write_bytes(b"GGUF")
 
     @asynccontextmanager
-    async def serving(double: Double, keys: str | None = None, **limits: Any) -> AsyncIterator[Served]:
-        table: dict[str, Any] = {"model": {"name": "double", "path": model}, "limits": limits}
+    async def serving(
+        double: Double, keys: str | None = None, http: dict[str, Any] | None = None, **limits: Any
+    ) -> AsyncIterator[Served]:
+        table: dict[str, Any] = {"model": {"name": "double", "path": model}, "limits": limits, "http": http or {}}
         table["engine"] = {"parallel": double.settings.parallel}
         if keys is not None:
             (tmp_path / "keys.toml").write_text(keys)
@@ -59,8 +61,10 @@ def serve(tmp_path: Path) -> Serve:
         try:
             while not server.started:
                 await asyncio.sleep(0.005)
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=20) as http:
-                yield Served(http, state, server)
+            async with httpx.AsyncClient(
+                base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=20
+            ) as client:
+                yield Served(client, state, server)
         finally:
             server.should_exit = True
             await task

@@ -136,3 +136,25 @@ async def test_a_request_keeps_a_wellformed_id(serve: Serve) -> None:
 
         assert await returned("trace-1.a:b") == "trace-1.a:b"
         assert await returned('"; drop') != '"; drop'
+
+
+async def test_browsers_are_kept_out_unless_their_origin_is_named(serve: Serve) -> None:
+    ask = {"Origin": "https://ui.example", "Access-Control-Request-Method": "POST"}
+    async with serve(Double(), keys=keys()) as served:
+        reply = await served.http.get("/v1/models", headers={**ask, **bearer("user")})
+        assert not any(name.startswith("access-control") for name in reply.headers)
+        assert (await served.http.options("/v1/chat/completions", headers=ask)).status_code == 401
+    async with serve(Double(), keys=keys(), http={"cors_origins": ["https://ui.example"]}) as served:
+        asked = await served.http.options("/v1/chat/completions", headers=ask)
+        assert (asked.status_code, asked.headers["Access-Control-Allow-Origin"]) == (200, "https://ui.example")
+        refused = await served.http.get("/v1/models", headers=ask)
+        assert (refused.status_code, refused.headers["Access-Control-Allow-Origin"]) == (401, "https://ui.example")
+        other = await served.http.get("/v1/models", headers={"Origin": "https://other.example"})
+        assert "Access-Control-Allow-Origin" not in other.headers
+
+
+async def test_a_request_may_not_have_more_generations_than_the_operator_allows(serve: Serve) -> None:
+    async with serve(Double(), max_generations=2) as served:
+        assert (await served.chat(n=2)).status_code == 200
+        refused = await served.chat(n=3)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
