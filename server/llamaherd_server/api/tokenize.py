@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field
@@ -24,7 +24,7 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """Tokens to join to text."""
 
-    tokens: list[int] = Field(description="Token ids.")
+    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(description="Token ids.")
 
 
 @router.post("/tokenize")
