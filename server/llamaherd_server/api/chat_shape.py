@@ -6,35 +6,50 @@ from typing import Any
 
 from llamaherd_server.api.answer import Choice
 from llamaherd_server.api.wire import Envelope, Options, encode, timings_object, usage_object
+from llamaherd_server.chat.formats import Reader
+from llamaherd_server.chat.reply import CallBegin, Content, Message, Parser, Piece, Reasoning
 from llamaherd_server.engine.base import Event
 from llamaherd_server.meter import Usage
-from llamaherd_server.protocol import Delta, Logprob, Started, TokenLogprob
+from llamaherd_server.protocol import Delta, Finished, Logprob, Started, TokenLogprob
 
 
 class ChatShape:
     """OpenAI's chat.completion and chat.completion.chunk."""
 
-    def __init__(self, options: Options, *, logprobs: bool) -> None:
+    def __init__(self, options: Options, reader: Reader, *, logprobs: bool) -> None:
         self._options = options
+        self._reader = reader
         self._logprobs = logprobs
         self._envelope = Envelope("chatcmpl", "chat.completion.chunk", options)
+        self._parsers: dict[int, Parser] = {}
 
     def chunk(self, index: int, event: Event) -> bytes:
         """The events that tell what came of choice `index`."""
-        if isinstance(event, Delta):
-            if not event.text and not event.logprobs:
-                return b""
-            logprobs = encode(_logprobs(event.logprobs)) if event.logprobs else b"null"
-            return self._envelope.choice(
-                index, b'"delta":{"content":%b},"logprobs":%b,"finish_reason":null' % (encode(event.text), logprobs)
-            )
         if isinstance(event, Started):
-            return self._envelope.choice(
-                index, b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-            )
+            if not self._reader.plain:
+                self._parsers[index] = self._reader.parser()
+            return self._delta(index, {"role": "assistant", "content": ""})
+        parser = self._parsers.get(index)
+        if isinstance(event, Delta):
+            if parser is None:
+                if not event.text and not event.logprobs:
+                    return b""
+                return self._delta(index, {"content": event.text}, event.logprobs)
+            deltas = [piece_delta(piece) for piece in parser.feed(event.text)]
+            if event.logprobs and not deltas:
+                deltas = [{}]
+            told = [event.logprobs, *[None] * len(deltas)]  # with the first piece of the text that they belong to
+            return b"".join(self._delta(index, delta, told[at]) for at, delta in enumerate(deltas))
+        rest = b"".join(self._delta(index, piece_delta(piece)) for piece in parser.finish()) if parser else b""
         timings = timings_object(event) if self._options.timings else None
-        body = b'"delta":{},"logprobs":null,"finish_reason":' + encode(event.reason)
-        return self._envelope.finish(index, body, timings)
+        body = b'"delta":{},"logprobs":null,"finish_reason":' + encode(
+            finish_reason(event, parser.calls if parser else 0)
+        )
+        return rest + self._envelope.finish(index, body, timings)
+
+    def _delta(self, index: int, delta: dict[str, Any], logprobs: list[TokenLogprob] | None = None) -> bytes:
+        told = encode(_logprobs(logprobs)) if logprobs else b"null"
+        return self._envelope.choice(index, b'"delta":%b,"logprobs":%b,"finish_reason":null' % (encode(delta), told))
 
     def last_chunk(self, usage: Usage) -> bytes:
         """The usage, if it was asked for."""
@@ -51,12 +66,44 @@ class ChatShape:
         }
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
+        message = self._reader.whole(choice.text)
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": _message(message),
             "logprobs": _logprobs(choice.logprobs) if self._logprobs else None,
-            "finish_reason": choice.end.reason,
+            "finish_reason": finish_reason(choice.end, len(message.calls)),
         }
+
+
+def finish_reason(end: Finished, calls: int) -> str:
+    """OpenAI's word for why a reply with so many calls ended."""
+    return "tool_calls" if calls and end.reason == "stop" else end.reason
+
+
+def piece_delta(piece: Piece) -> dict[str, Any]:
+    """A piece of a reply as a chunk's delta."""
+    if isinstance(piece, Content):
+        return {"content": piece.text}
+    if isinstance(piece, Reasoning):
+        return {"reasoning_content": piece.text}
+    if isinstance(piece, CallBegin):
+        function = {"name": piece.name, "arguments": ""}
+        return {"tool_calls": [{"index": piece.index, "id": piece.id, "type": "function", "function": function}]}
+    return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
+
+
+def _message(message: Message) -> dict[str, Any]:
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in message.calls
+    ]
+    return {
+        "role": "assistant",
+        "content": None if calls and not message.content else message.content,
+        "refusal": None,
+        **({"reasoning_content": message.reasoning} if message.reasoning else {}),
+        **({"tool_calls": calls} if calls else {}),
+    }
 
 
 def _logprobs(tokens: list[TokenLogprob]) -> dict[str, Any]:

@@ -43,6 +43,42 @@ def literal(text: str) -> str:
     return f'"{escaped}"'
 
 
+def without(name: str, markers: tuple[str, ...], *, not_first: str = "") -> dict[str, str]:
+    """Rules of any text without one of `markers` in it, which does not begin with the character `not_first`.
+
+    An automaton over how much of a marker the text ends with (Aho and Corasick, 1975), begun by the rule `name`.
+    """
+    prefixes = ["", *sorted({marker[:size] for marker in markers for size in range(1, len(marker))})]
+    alphabet = sorted({char for marker in markers for char in marker})
+
+    def after(seen: str) -> str | None:
+        while seen not in prefixes:
+            if seen in markers:
+                return None
+            seen = seen[1:]
+        return None if any(seen.endswith(marker) for marker in markers) else seen
+
+    def rule(prefix: str, excluded: str = "") -> str:
+        others = f"{characters([*alphabet, *excluded], negate=True)} {name}-0"
+        known = (
+            f"{literal(char)} {name}-{prefixes.index(target)}"
+            for char in alphabet
+            if char not in excluded and (target := after(prefix + char)) is not None
+        )
+        return " | ".join(['""', *known, others])
+
+    return {name: rule("", not_first), **{f"{name}-{number}": rule(one) for number, one in enumerate(prefixes)}}
+
+
+def characters(chars: list[str], *, negate: bool) -> str:
+    """A GBNF class of these characters, or of all others."""
+    escapes = {"\\": "\\\\", "]": "\\]", "[": "\\[", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    inside = "".join(
+        escapes.get(char, char) for char in sorted(set(chars), key=lambda char: (char in "^-", char == "-"))
+    )
+    return f"[{'^' if negate else ''}{inside}]"
+
+
 def constant(value: object) -> str:
     """The literal of a JSON value; raises ValueError for NaN and the infinities."""
     return literal(json.dumps(value, ensure_ascii=False, allow_nan=False))

@@ -30,18 +30,31 @@ _KEYWORDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def schema_grammar(schema: Any, param: str) -> str:
-    """The grammar of `schema`; raises the 400 that names the place and the keyword. `param`: the request's field."""
-    converter = _Converter(schema)
+def schema_rules(schema: Any, param: str, name: str = "root") -> dict[str, str]:
+    """The rules of `schema`, besides those of JSON (PRIMITIVES); the one to begin with is `name`.
+
+    Raises the 400 that names the place and the keyword. `param`: the request's field.
+    """
+    converter = _Converter(schema, name)
     try:
-        converter.rules["root"] = converter.convert(schema, "")
+        converter.rules[name] = converter.convert(schema, "")
     except RecursionError:
         raise ApiError(400, f"{param}: the schema is nested too deeply", param=param, code="invalid_schema") from None
     except _Refused as refused:
         raise ApiError(400, f"{param}: the schema {refused}", param=param, code="invalid_schema") from None
-    grammar = "\n".join(f"{name} ::= {rule}" for name, rule in {**PRIMITIVES, **converter.rules}.items())
+    return converter.rules
+
+
+def grammar_of(rules: dict[str, str]) -> str:
+    """The text of a grammar that may use JSON's rules."""
+    grammar = "\n".join(f"{name} ::= {rule}" for name, rule in {**PRIMITIVES, **rules}.items())
     grammar.encode()  # half of a surrogate pair is a UnicodeEncodeError here, and a 400, rather than in the engine
     return grammar
+
+
+def schema_grammar(schema: Any, param: str) -> str:
+    """The grammar of `schema`; raises as `schema_rules` does."""
+    return grammar_of(schema_rules(schema, param))
 
 
 class _Refused(Exception):
@@ -61,9 +74,10 @@ def _only(rules: Iterable[str], allowed: Collection[str], where: str) -> None:
 class _Converter:
     """Walks a schema; what is used more than once becomes a rule of its own."""
 
-    def __init__(self, root: Any) -> None:
+    def __init__(self, root: Any, name: str) -> None:
         self.rules: dict[str, str] = {}
         self._root = root
+        self._name = name
         self._nodes = 0
         self._references: dict[str, str] = {}
 
@@ -91,7 +105,7 @@ class _Converter:
         return self._typed(rules, where)
 
     def _named(self, rule: str) -> str:
-        name = f"r{len(self.rules)}"
+        name = f"{self._name}-{len(self.rules)}"
         self.rules[name] = rule
         return name
 

@@ -16,17 +16,22 @@ CHATML = (
 
 
 async def render(
-    sandbox: Sandbox, model: ModelInfo, messages: list[dict[str, Any]], extra: dict[str, Any] | None = None
+    sandbox: Sandbox,
+    model: ModelInfo,
+    messages: list[dict[str, Any]],
+    extra: dict[str, Any] | None = None,
+    tools: list[dict[str, Any]] | None = None,
 ) -> str:
     """The prompt for `messages`; `extra` are the request's own template variables. Raises ApiError.
 
     Where the last message is the assistant's, the answer continues it, as llama-server does.
     """
-    prefill = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
+    last = messages[-1]
+    prefill = last["content"] if last["role"] == "assistant" and "tool_calls" not in last else None
     context = {
         **(extra or {}),
         "messages": messages if prefill is None else messages[:-1],
-        "tools": None,
+        "tools": tools,
         "add_generation_prompt": True,
         "bos_token": model.bos_token,
         "eos_token": model.eos_token,

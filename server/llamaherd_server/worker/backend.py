@@ -33,7 +33,8 @@ class Backend(Protocol):
     def logprob(self, row: int, token: int, top: int) -> TokenLogprob:
         """The token's log probability and the `top` most likely ones, from row `row` of the last batch."""
 
-    def piece(self, token: int) -> bytes: ...
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The token's bytes; a control token has some only when `special`."""
 
     def is_eog(self, token: int) -> bool:
         """Whether the token ends the generation."""

@@ -74,8 +74,8 @@ class Context:
 
         return token_logprob(self._model, self._handle, row, token, top)
 
-    def piece(self, token: int) -> bytes:
-        return self._model.piece(token)
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        return self._model.piece(token, special=special)
 
     def is_eog(self, token: int) -> bool:
         return token in self._model.eog_tokens

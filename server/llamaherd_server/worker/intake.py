@@ -97,7 +97,9 @@ def sequence_of(model: Model, request: Generate) -> Sequence:
     if request.logprobs is not None and not 0 <= request.logprobs <= model.n_vocab:
         message = f"logprobs {request.logprobs} must be between 0 and the vocabulary's {model.n_vocab}"
         raise RequestError("invalid_value", "logprobs", message)
-    return Sequence(request, tokens, NativeSampler(model, request.sampling, tokens), TextStream(request.stop))
+    preserved = frozenset(model.control_tokens(request.preserved))
+    sampler = NativeSampler(model, request.sampling, tokens)
+    return Sequence(request, tokens, sampler, TextStream(request.stop), preserved)
 
 
 def fit(sequence: Sequence, room: int) -> None:

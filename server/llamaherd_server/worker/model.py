@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,13 @@ class Model:
             if count >= 0:
                 return buffer.raw[:count]
             room = -count
+
+    def control_tokens(self, texts: list[str]) -> Iterator[int]:
+        """Those of `texts` that are one token."""
+        for text in texts:
+            tokens = self.tokenize(text, add_special=False, parse_special=True)
+            if len(tokens) == 1:
+                yield tokens[0]
 
     def detokenize(self, tokens: list[int]) -> str:
         return b"".join(self.piece(token, special=True) for token in tokens).decode(errors="replace")

@@ -209,7 +209,7 @@ class Scheduler:
             return
         request = sequence.request
         logprobs = None if request.logprobs is None else [self._backend.logprob(row, token, request.logprobs)]
-        text = sequence.text.feed(self._backend.piece(token))
+        text = sequence.text.feed(self._backend.piece(token, special=token in sequence.preserved))
         self._events.append(Delta(id=request.id, text=text, n_tokens=1, logprobs=logprobs))
         if sequence.text.stop is not None:
             self._finish(sequence, "stop")

@@ -34,6 +34,7 @@ class Sequence:
     tokens: list[int]
     sampler: Sampler
     text: TextStream
+    preserved: frozenset[int] = frozenset()  # control tokens that are text here
     limit: int = 0
     n_prompt: int = field(init=False)
     slot: int = NO_SLOT

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import math
+import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ import uvicorn
 from llamaherd_server.api.state import AppState
 from llamaherd_server.app import create_app
 from llamaherd_server.settings import Settings
+from tests.server.conftest import required
 
 from .double import Double
 
@@ -70,6 +74,44 @@ def serve(tmp_path: Path) -> Serve:
             await task
 
     return serving
+
+
+@pytest.fixture(scope="session")
+def lets() -> Iterator[Callable[[str, str], bool]]:
+    """lets(grammar, text): whether llama.cpp's own sampler lets a model write exactly `text`."""
+    os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = required("LLAMAHERD_TEST_LIB_DIR")
+    import llama_cpp as llama
+
+    quiet = llama.llama_log_callback(lambda _level, _text, _data: None)
+    llama.llama_log_set(quiet, ctypes.c_void_p(0))
+    parameters = llama.llama_model_default_params()
+    parameters.vocab_only = True
+    model = llama.llama_model_load_from_file(required("LLAMAHERD_TEST_MODEL").encode(), parameters)
+    vocab = llama.llama_model_get_vocab(model)
+
+    def allowed(sampler: Any, token: int) -> bool:
+        one = llama.llama_token_data(token, 1.0, 0.0)
+        array = llama.llama_token_data_array(ctypes.pointer(one), 1, -1, False)
+        llama.llama_sampler_apply(sampler, ctypes.byref(array))
+        return not math.isinf(array.data[0].logit)
+
+    def lets(grammar: str, text: str) -> bool:
+        sampler = llama.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
+        assert sampler, "llama.cpp cannot read the grammar"
+        encoded = text.encode()
+        tokens = (llama.llama_token * (len(encoded) + 8))()
+        count = llama.llama_tokenize(vocab, encoded, len(encoded), tokens, len(tokens), False, False)
+        try:
+            for token in tokens[:count]:
+                if not allowed(sampler, token):
+                    return False
+                llama.llama_sampler_accept(sampler, token)
+            return allowed(sampler, llama.llama_vocab_eos(vocab))
+        finally:
+            llama.llama_sampler_free(sampler)
+
+    yield lets
+    llama.llama_model_free(model)
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -2,58 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from llamaherd_server.chat.schema import schema_grammar
 from llamaherd_server.errors import ApiError
-from tests.server.conftest import required
 
 Accepts = Callable[[Any, str], bool]
 
 
 @pytest.fixture(scope="module")
-def accepts() -> Iterator[Accepts]:
+def accepts(lets: Callable[[str, str], bool]) -> Accepts:
     """accepts(schema, text): whether the schema's grammar lets the model write exactly `text`."""
-    os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = required("LLAMAHERD_TEST_LIB_DIR")
-    import llama_cpp as llama
-
-    quiet = llama.llama_log_callback(lambda _level, _text, _data: None)
-    llama.llama_log_set(quiet, ctypes.c_void_p(0))
-    parameters = llama.llama_model_default_params()
-    parameters.vocab_only = True
-    model = llama.llama_model_load_from_file(required("LLAMAHERD_TEST_MODEL").encode(), parameters)
-    vocab = llama.llama_model_get_vocab(model)
-
-    def allowed(sampler: Any, token: int) -> bool:
-        one = llama.llama_token_data(token, 1.0, 0.0)
-        array = llama.llama_token_data_array(ctypes.pointer(one), 1, -1, False)
-        llama.llama_sampler_apply(sampler, ctypes.byref(array))
-        return not math.isinf(array.data[0].logit)
-
-    def accepts(schema: Any, text: str) -> bool:
-        sampler = llama.llama_sampler_init_grammar(vocab, schema_grammar(schema, "schema").encode(), b"root")
-        assert sampler, "llama.cpp cannot read the grammar"
-        encoded = text.encode()
-        tokens = (llama.llama_token * (len(encoded) + 8))()
-        count = llama.llama_tokenize(vocab, encoded, len(encoded), tokens, len(tokens), False, False)
-        try:
-            for token in tokens[:count]:
-                if not allowed(sampler, token):
-                    return False
-                llama.llama_sampler_accept(sampler, token)
-            return allowed(sampler, llama.llama_vocab_eos(vocab))
-        finally:
-            llama.llama_sampler_free(sampler)
-
-    yield accepts
-    llama.llama_model_free(model)
+    return lambda schema, text: lets(schema_grammar(schema, "schema"), text)
 
 
 PERSON = {

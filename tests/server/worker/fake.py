@@ -105,7 +105,7 @@ class FakeContext:
     def logprob(self, row: int, token: int, top: int) -> TokenLogprob:
         raise AssertionError("nobody asked")
 
-    def piece(self, token: int) -> bytes:
+    def piece(self, token: int, *, special: bool = False) -> bytes:
         return b"x"
 
     def is_eog(self, token: int) -> bool:

@@ -1,0 +1,61 @@
+"""From a conversation to a prompt and the way to read its reply: what all routes that chat have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llamaherd_server.api.state import AppState
+from llamaherd_server.chat import template
+from llamaherd_server.chat.formats import HARMONY, HERMES, Reader, format_of, thinking_of
+from llamaherd_server.chat.schema import schema_rules
+from llamaherd_server.chat.tools import Choice, reply_grammar, told, with_ids_of
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """`messages` are as templates expect them. `answer_schema` None: any text; `answer_field` is where it stood."""
+
+    messages: list[dict[str, Any]]
+    choice: Choice = field(default_factory=lambda: Choice(()))
+    answer_schema: Any | None = None
+    answer_field: str = "response_format"
+    variables: dict[str, Any] = field(default_factory=dict)
+    split_reasoning: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a generation needs. `grammar` None: none from here."""
+
+    prompt: str
+    add_special: bool
+    grammar: str | None
+    reader: Reader
+
+
+async def prepare(state: AppState, conversation: Conversation) -> Prepared:
+    """Render the conversation; raises ApiError."""
+    model = state.model_info()
+    source = model.chat_template or template.CHATML
+    choice, messages = conversation.choice, conversation.messages
+    known = format_of(source)
+    form = known or HERMES if choice.tools or known is HARMONY else None
+    if known is None:
+        messages = told(messages, choice.tools)
+    elif known.id_length:
+        messages = list(with_ids_of(known.id_length, messages))
+    tools = [tool.for_template() for tool in choice.tools] if known and choice.tools else None
+    prompt = await template.render(state.sandbox, model, messages, conversation.variables, tools)
+    thinking = thinking_of(source) if conversation.split_reasoning and form is not HARMONY else None
+    reader = Reader(
+        form=form,
+        thinking=thinking,
+        thinks=thinking is not None and prompt.rstrip().endswith(thinking[0]),
+        schemas={tool.name: tool.schema for tool in choice.tools},
+        parallel=choice.parallel,
+    )
+    schema = conversation.answer_schema
+    answer = None if schema is None else schema_rules(schema, conversation.answer_field, "answer")
+    grammar = reply_grammar(reader, choice, answer)
+    return Prepared(prompt, template.adds_special(model, prompt), grammar, reader)

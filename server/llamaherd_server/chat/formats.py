@@ -1,0 +1,269 @@
+"""How model families write reasoning and tool calls: told from the chat template, read, and enforced by grammar.
+
+Sources: the templates in llama.cpp's models/templates, the model cards, OpenAI's harmony format
+(https://github.com/openai/harmony).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+from llamaherd_server.chat import calls
+from llamaherd_server.chat.calls import Body, Schemas
+from llamaherd_server.chat.gbnf import literal
+from llamaherd_server.chat.reply import Malformed, Message, Parser, Source, Writer
+
+THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+# A rule for one call of a tool: its name and the name of the rule of its arguments.
+CallRule: TypeAlias = Callable[[str, str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One family. Its templates have all of `signs` and none of `unlike`; `opens`, `closes` stand around a call's body.
+
+    `preserved` are the control tokens that must be seen; `skipped` is passed over; `bare`: a call may also begin the
+    reply without a marker, with a brace; `joined`: what stands between two calls in a grammar, None: one call only.
+    """
+
+    name: str
+    signs: tuple[str, ...]
+    opens: str
+    closes: str
+    body: Body
+    call_rule: CallRule
+    joined: str | None = ""
+    before: str = ""
+    after: str = ""
+    skipped: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()
+    bare: bool = False
+    id_length: int | None = None
+
+    @property
+    def preserved(self) -> list[str]:
+        marks = (self.opens, self.closes.strip(), *self.skipped, "[ARGS]", "[CALL_ID]", "<｜tool▁sep｜>")
+        return [mark for mark in marks if mark]
+
+
+def _json_rule(key: str, name: str, arguments: str) -> str:
+    name_text = literal(f'{{"name": "{name}", "{key}": ')
+    return f'{name_text} {arguments} "}}"'
+
+
+def _xml_rule(name: str, arguments: str) -> str:
+    """`arguments` is here a rule of parameters, made by xml_parameters."""
+    return f"{literal(f'<function={name}>' + chr(10))} {arguments} {literal('</function>')}"
+
+
+HERMES = Format(
+    name="hermes",
+    signs=("<tool_call>", "arguments"),
+    unlike=("<arg_key>", "<function=", "<parameter", "<tool_calls>", "<invoke"),
+    opens="<tool_call>",
+    closes="</tool_call>",
+    body=calls.json_call,
+    call_rule=lambda name, arguments: rf'"<tool_call>\n" {_json_rule("arguments", name, arguments)} "\n</tool_call>"',
+    joined=r'"\n"',
+)
+QWEN_CODER = Format(
+    name="qwen3-coder",
+    signs=("<tool_call>", "<function=", "<parameter="),
+    opens="<tool_call>",
+    closes="</tool_call>",
+    body=calls.xml_call,
+    call_rule=lambda name, arguments: rf'"<tool_call>\n" {_xml_rule(name, arguments)} "\n</tool_call>"',
+    joined=r'"\n"',
+)
+LLAMA = Format(
+    name="llama-3",
+    signs=("dictionary of argument name",),
+    opens="<|python_tag|>",
+    closes="",
+    body=calls.json_call,
+    call_rule=partial(_json_rule, "parameters"),
+    joined=None,
+    bare=True,
+)
+MISTRAL = Format(
+    name="mistral",
+    signs=("[TOOL_CALLS]",),
+    opens="[TOOL_CALLS]",
+    closes="",
+    body=calls.json_calls,
+    call_rule=partial(_json_rule, "arguments"),
+    before='"[TOOL_CALLS]["',
+    joined='", "',
+    after='"]"',
+    id_length=9,
+)
+MISTRAL_NAMED = Format(
+    name="mistral-named",
+    signs=("[TOOL_CALLS]", "[ARGS]"),
+    opens="[TOOL_CALLS]",
+    closes="",
+    body=calls.named_call,
+    call_rule=lambda name, arguments: f'"[TOOL_CALLS]" {literal(name)} "[ARGS]" {arguments}',
+    id_length=9,
+)
+DEEPSEEK_FENCED = Format(
+    name="deepseek-r1",
+    signs=("<｜tool▁call▁begin｜>", "```json"),
+    opens="<｜tool▁call▁begin｜>",
+    closes="<｜tool▁call▁end｜>",
+    body=calls.deepseek_call,
+    call_rule=lambda name, arguments: (
+        f"{literal(f'<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}' + chr(10) + '```json' + chr(10))} {arguments} "
+        + literal("\n```<｜tool▁call▁end｜>")
+    ),
+    before='"<｜tool▁calls▁begin｜>"',
+    joined=r'"\n"',
+    after='"<｜tool▁calls▁end｜>"',
+    skipped=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+)
+DEEPSEEK = Format(
+    name="deepseek-v3.1",
+    signs=("<｜tool▁call▁begin｜>",),
+    opens="<｜tool▁call▁begin｜>",
+    closes="<｜tool▁call▁end｜>",
+    body=calls.deepseek_call,
+    call_rule=lambda name, arguments: (
+        f'{literal(f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>")} {arguments} "<｜tool▁call▁end｜>"'
+    ),
+    before='"<｜tool▁calls▁begin｜>"',
+    after='"<｜tool▁calls▁end｜>"',
+    skipped=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+)
+HARMONY = Format(
+    name="harmony",
+    signs=("<|channel|>",),
+    opens="<|channel|>",
+    closes="",
+    body=calls.json_call,  # never used: harmony's own reader below
+    call_rule=lambda name, arguments: (
+        f"{literal(f'<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>')} {arguments}"
+    ),
+    joined=None,
+    skipped=("<|message|>", "<|start|>", "<|end|>", "<|constrain|>"),
+)
+# The first that fits; HERMES also for models whose template knows no tools.
+FORMATS = (HARMONY, QWEN_CODER, MISTRAL_NAMED, MISTRAL, DEEPSEEK_FENCED, DEEPSEEK, HERMES, LLAMA)
+
+
+def format_of(template: str) -> Format | None:
+    """The family of a chat template; None: it knows no tools, or writes them in a way of its own."""
+    if "tools" not in template:
+        return None
+    return next(
+        (
+            form
+            for form in FORMATS
+            if all(sign in template for sign in form.signs) and not any(sign in template for sign in form.unlike)
+        ),
+        None,
+    )
+
+
+def thinking_of(template: str) -> tuple[str, str] | None:
+    """The markers around reasoning that the template knows."""
+    return next((pair for pair in THINKING if pair[1] in template), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """What a reply is read with. `form` None: there are no tools; `thinks`: the prompt ends within reasoning."""
+
+    form: Format | None
+    thinking: tuple[str, str] | None
+    thinks: bool
+    schemas: Mapping[str, object]
+    parallel: bool = True
+
+    @property
+    def preserved(self) -> list[str]:
+        """The control tokens that the engine must not hide."""
+        return [*(self.form.preserved if self.form else ()), *(self.thinking or ())]
+
+    @property
+    def plain(self) -> bool:
+        """Whether a reply is nothing but its text."""
+        return self.form is None and self.thinking is None
+
+    def whole(self, text: str) -> Message:
+        """A whole reply."""
+        if self.plain:
+            return Message(text)
+        parser, message = self.parser(), Message()
+        for piece in (*parser.feed(text), *parser.finish()):
+            message.add(piece)
+        return message
+
+    def parser(self) -> Parser:
+        """For a reply that comes bit by bit."""
+        writer = Writer(
+            most_calls=None if self.parallel else 1,
+            id_length=self.form.id_length if self.form else None,
+        )
+        if self.form is HARMONY:
+            return Parser(_harmony, writer)
+        return Parser(self._read, writer)
+
+    def _read(self, source: Source, writer: Writer) -> Generator[None, None, None]:
+        begin, end = self.thinking or ("", "")
+        if self.thinks:
+            yield from source.until((end,), writer.reasoning)
+            writer.edge()
+        form = self.form
+        if form and form.bare:
+            yield from source.spaces()
+            if source.rest.startswith("{"):
+                yield from _call(source, writer, form, self.schemas, "")
+        marks = tuple(filter(None, (begin, *((form.opens, *form.skipped) if form else ()))))
+        while (mark := (yield from source.until(marks, writer.content))) is not None:
+            if mark == begin:
+                writer.edge()
+                yield from source.until((end,), writer.reasoning)
+                writer.edge()
+            elif form and mark == form.opens:
+                yield from _call(source, writer, form, self.schemas, mark)
+
+
+def _call(source: Source, writer: Writer, form: Format, schemas: Schemas, opened: str) -> Generator[None, None, None]:
+    """One call; what is none after all is content, so that nothing is lost."""
+    before = writer.calls
+    source.mark()
+    try:
+        yield from form.body(source, writer, schemas)
+    except Malformed:
+        if writer.calls == before:
+            writer.content(opened + source.taken)
+        return
+    writer.edge()
+    if form.closes:
+        yield from source.spaces()
+        yield from source.literal(form.closes)
+
+
+def _harmony(source: Source, writer: Writer) -> Generator[None, None, None]:
+    """Messages of `<|channel|>… to=… <|message|>…<|end|>`: analysis is reasoning, functions.* are calls."""
+    ends = ("<|end|>", "<|return|>", "<|call|>", "<|start|>")
+    while source.rest or not source.ended:
+        head: list[str] = []
+        if (yield from source.until(("<|message|>",), head.append)) is None:
+            writer.content("".join(head).replace("<|channel|>", "").replace("<|start|>", ""))
+            return
+        header = "".join(head)
+        words = header.replace("<|", " <|").split()
+        tool = next((word.removeprefix("to=functions.") for word in words if word.startswith("to=functions.")), None)
+        emit = writer.content
+        if tool is not None:
+            writer.edge()
+            writer.begin_call(tool)
+            emit = writer.arguments
+        elif "analysis" in header.partition("<|channel|>")[2]:
+            emit = writer.reasoning
+        yield from source.until(ends, emit)
+        writer.edge()

@@ -1,0 +1,213 @@
+"""How model families write reasoning and tool calls: read bit by bit as well as whole, and held to by grammar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from llamaherd_server.chat import formats
+from llamaherd_server.chat.formats import Format, Reader
+from llamaherd_server.chat.reply import CallBegin, Message
+from llamaherd_server.chat.tools import Choice, Tool, reply_grammar
+from llamaherd_server.errors import ApiError
+
+THINK = ("<think>", "</think>")
+WEATHER = Tool(
+    "get_weather",
+    "The weather now",
+    {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        "required": ["city"],
+    },
+    strict=False,
+)
+CLOCK = Tool("clock", None, None, strict=False)
+ASKED = {"city": 'Zürich "West"', "days": 2}
+JSON = json.dumps(ASKED, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family: a call as its models write it, and a second one behind it."""
+
+    form: Format
+    one: str
+    two: str | None = None
+
+
+CASES = [
+    Case(
+        formats.HERMES,
+        f'<tool_call>\n{{"name": "get_weather", "arguments": {JSON}}}\n</tool_call>',
+        '\n<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>',
+    ),
+    Case(
+        formats.QWEN_CODER,
+        '<tool_call>\n<function=get_weather>\n<parameter=city>\nZürich "West"\n</parameter>\n'
+        "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>",
+        "\n<tool_call>\n<function=clock>\n</function>\n</tool_call>",
+    ),
+    Case(formats.LLAMA, f'{{"name": "get_weather", "parameters": {JSON}}}'),
+    Case(
+        formats.MISTRAL,
+        f'[TOOL_CALLS][{{"name": "get_weather", "arguments": {JSON}}}]',
+        None,
+    ),
+    Case(formats.MISTRAL_NAMED, f"[TOOL_CALLS]get_weather[ARGS]{JSON}", "[TOOL_CALLS]clock[ARGS]{}"),
+    Case(
+        formats.DEEPSEEK_FENCED,
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n"
+        f"```json\n{JSON}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    ),
+    Case(
+        formats.DEEPSEEK,
+        f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{JSON}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    ),
+    Case(
+        formats.HARMONY,
+        f"<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{JSON}",
+    ),
+]
+IDS = [case.form.name for case in CASES]
+
+
+def reader(form: Format | None, *, thinks: bool = False, parallel: bool = True, thinking: bool = False) -> Reader:
+    schemas = {tool.name: tool.schema for tool in (WEATHER, CLOCK)}
+    return Reader(form, THINK if thinking or thinks else None, thinks, schemas, parallel)
+
+
+def said(message: Message) -> tuple[str, str, list[tuple[str, object]]]:
+    return message.content, message.reasoning, [(call.name, json.loads(call.arguments)) for call in message.calls]
+
+
+def every_way(reading: Reader, text: str) -> tuple[str, str, list[tuple[str, object]]]:
+    """What was said, the same wherever the text is split in two, and letter by letter."""
+    whole = said(reading.whole(text))
+    for split in [[text[:at], text[at:]] for at in range(1, len(text))] + [list(text)]:
+        parser, message = reading.parser(), Message()
+        pieces = [piece for part in split for piece in parser.feed(part)]
+        for piece in (*pieces, *parser.finish()):
+            message.add(piece)
+        assert said(message) == whole, split
+    return whole
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_a_call_is_read_however_it_is_split(case: Case) -> None:
+    assert every_way(reader(case.form), case.one) == ("", "", [("get_weather", ASKED)])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.two], ids=lambda case: str(case.form.name))
+def test_two_calls_and_only_the_first_without_parallel_calls(case: Case) -> None:
+    text = case.one + (case.two or "")
+    assert every_way(reader(case.form), text)[2] == [("get_weather", ASKED), ("clock", {})]
+    assert every_way(reader(case.form, parallel=False), text)[2] == [("get_weather", ASKED)]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.form.bare], ids=lambda case: str(case.form.name))
+def test_text_before_a_call_is_content(case: Case) -> None:
+    before = (
+        "Let me look.\n\n"
+        if case.form is not formats.HARMONY
+        else "<|channel|>commentary<|message|>Let me look.<|end|><|start|>assistant"
+    )
+    content, _, calls = every_way(reader(case.form), before + case.one)
+    assert (content, calls) == ("Let me look.", [("get_weather", ASKED)])
+
+
+@pytest.mark.parametrize(
+    "text", ["Plain text.", "a < b and [TOOL", "  two\n\nlines \n", "{", '{"a": 1} is JSON', "<tool_call", "é"]
+)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_nothing_of_a_text_without_calls_is_lost(case: Case, text: str) -> None:
+    content, _, calls = every_way(reader(case.form), text)
+    assert content.strip() == text.strip()
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "broken", ["<tool_call>\nnot JSON</tool_call>", '<tool_call>{"name": 3}</tool_call>', "<tool_call>{}"]
+)
+def test_what_is_no_call_after_all_is_content(broken: str) -> None:
+    content, _, calls = every_way(reader(formats.HERMES), f"Look: {broken}")
+    assert (content, calls) == (f"Look: {broken}", [])
+
+
+def test_arguments_come_as_they_are_written() -> None:
+    parser = reader(formats.HERMES).parser()
+    parser.feed('<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zü')
+    begin, *_ = pieces = parser.feed("rich")
+    assert [type(piece) for piece in pieces] != [CallBegin]
+    assert begin.text == "rich"  # type: ignore[union-attr]
+
+
+def test_call_ids_are_the_familys() -> None:
+    assert reader(formats.HERMES).whole(CASES[0].one).calls[0].id.startswith("call_")
+    mistral = reader(formats.MISTRAL).whole(CASES[3].one).calls[0].id
+    assert len(mistral) == 9
+    assert mistral.isalnum()
+
+
+@pytest.mark.parametrize("form", [None, formats.HERMES])
+def test_reasoning_is_split_off(form: Format | None) -> None:
+    text = "<think>\nHmm, 2 < 3.\n</think>\n\nIt is."
+    assert every_way(reader(form, thinking=True), text)[:2] == ("It is.", "\nHmm, 2 < 3.\n")
+    assert every_way(reader(form, thinks=True), text.removeprefix("<think>"))[:2] == ("It is.", "\nHmm, 2 < 3.\n")
+
+
+def test_harmonys_channels() -> None:
+    text = "<|channel|>analysis<|message|>Think.<|end|><|start|>assistant<|channel|>final<|message|>Said."
+    assert every_way(reader(formats.HARMONY), text) == ("Said.", "Think.", [])
+
+
+Lets = Callable[[str, str], bool]
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_a_required_call_is_enforced(case: Case, lets: Lets) -> None:
+    grammar = reply_grammar(reader(case.form), Choice((WEATHER, CLOCK), must=True))
+    assert grammar
+    assert lets(grammar, case.one)
+    assert not lets(grammar, "No.")
+    assert not lets(grammar, case.one.replace("city", "town"))
+    assert not lets(grammar, case.one.replace("get_weather", "get_money"))
+    if case.two and case.form.joined is not None:
+        assert lets(grammar, case.one + case.two)
+        only = reply_grammar(reader(case.form), Choice((WEATHER, CLOCK), must=True, parallel=False))
+        assert only
+        assert not lets(only, case.one + case.two)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_a_strict_tool_may_be_left_but_not_miscalled(case: Case, lets: Lets) -> None:
+    strict = Tool(WEATHER.name, WEATHER.description, WEATHER.parameters, strict=True)
+    grammar = reply_grammar(reader(case.form), Choice((strict,)))
+    assert grammar
+    final = "<|channel|>final<|message|>" if case.form is formats.HARMONY else ""
+    assert lets(grammar, case.one)
+    assert lets(grammar, final + "No need, 1 < 2 [and so on].")
+    assert not lets(grammar, case.one.replace("city", "town"))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[6]], ids=["hermes", "deepseek"])
+def test_a_model_that_thinks_thinks_before_a_required_call(case: Case, lets: Lets) -> None:
+    grammar = reply_grammar(reader(case.form, thinks=True), Choice((WEATHER,), must=True))
+    assert grammar
+    assert lets(grammar, "Hm </thin no.\n</think>\n\n" + case.one)
+    assert not lets(grammar, "Hm.</think>No.")
+    optional = reply_grammar(reader(case.form, thinking=True), Choice((WEATHER,), must=True))
+    assert optional
+    assert lets(optional, case.one)
+    assert lets(optional, "<think>Hm.</think>\n" + case.one)
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused_where_it_would_be() -> None:
+    odd = Tool("odd", None, {"type": "object", "properties": {"x": {"type": "string", "not": {}}}}, strict=False)
+    assert reply_grammar(reader(formats.HERMES), Choice((odd,))) is None
+    for form in (formats.HERMES, formats.QWEN_CODER):
+        with pytest.raises(ApiError):
+            reply_grammar(reader(form), Choice((odd,), must=True))
