@@ -36,7 +36,8 @@ Work: TypeAlias = Sequence | Job | Cancel | Retune
 class Intake:
     """Answers what needs the vocabulary only, and hands the rest to the step thread, in the order that it came.
 
-    A retune stops the step that is being computed, and so does cancelling the request that has most of its batch.
+    A retune stops the step that is being computed, and so does cancelling the request that has most of its batch. A
+    request that comes just after others stops their first step, to be in it: they arrived together.
     """
 
     def __init__(self, channel: Channel, model: Model, interrupt: Interrupt) -> None:
@@ -74,6 +75,8 @@ class Intake:
                 self._channel.send(_with_vocabulary(self._model, message))
             elif isinstance(message, Generate):
                 self._ready.put(sequence_of(self._model, message))
+                if self._interrupt.joins():
+                    self._interrupt.set()
             elif isinstance(message, Embed):
                 self._ready.put(job_of(self._model, message))
             else:

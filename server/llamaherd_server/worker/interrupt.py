@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from typing import Any
 
 from llamaherd_server.worker.lib import Log
+
+# How long those who arrive together may take to do so: less than a step, and than what a ubatch computed is worth.
+GATHER_S = 0.05
 
 
 class Interrupt:
@@ -17,6 +21,7 @@ class Interrupt:
 
     def __init__(self, lib: Any, log: Log) -> None:
         self.mostly_for: int | None = None  # the request that has most of the batch being computed
+        self._began: float | None = None
         self._log = log
         self._flag = ctypes.create_string_buffer(2)
         self._ask = lib.ggml_abort_callback(ctypes.cast(ctypes.CDLL(None).strlen, ctypes.c_void_p).value)
@@ -34,3 +39,11 @@ class Interrupt:
     def clear(self) -> None:
         self._flag[0] = b"\0"
         self._log.muted = False
+
+    def gather(self, beginning: bool) -> None:
+        """The next step is the first of those that begin together, or one of theirs, or not `beginning` at all."""
+        self._began = (self._began or time.monotonic()) if beginning else None
+
+    def joins(self) -> bool:
+        """Whether a request that arrives now should begin with those whose first step is being computed."""
+        return self._began is not None and time.monotonic() - self._began < GATHER_S

@@ -1,14 +1,15 @@
 """The step loop: admit, plan, decode, sample, emit.
 
 Running sequences put one token each into every step; prompts fill the rest of one ubatch, so that no long prompt
-stalls the others and none is cancelled late. When the KV cells run short, cached prefixes go first, then the sequence
-that came last is parked until there is room again.
+stalls the others. Only while all are at their prompts a step takes as many as a batch holds. When the KV cells run
+short, cached prefixes go first, then the sequence that came last is parked until there is room again.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from llamaherd_server.protocol import Delta, Failed, Finished, FinishReason, Started, Stats, Step
 from llamaherd_server.worker.backend import ABORTED, DONE, INVALID, NO_ROOM, Backend
@@ -37,6 +38,13 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
+
+    @property
+    def beginning(self) -> bool:
+        """Whether prompts are all that there is, and more of them would find a slot."""
+        there = [*self.running, *self.waiting]
+        free = len(there) < self._backend.settings.parallel
+        return free and bool(there) and not any(sequence.decoding for sequence in there)
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=lambda one: one.arrival)
@@ -116,26 +124,36 @@ class Scheduler:
         """What goes into each of the step's batches.
 
         Split KV computes sequences side by side only where their slots are neighbours and as far as all have tokens, so
-        the two kinds go apart there: prompts first, then every sequence's one token, without gaps.
+        each prompt goes alone there, and then every sequence's one token, without gaps.
         """
         if self._backend.settings.kv_unified:
             yield lambda: [*self._decoding(), *self._prompts(beside=len(self._decoding()))]
         else:
-            yield lambda: self._prompts(beside=0)
+            for share in self._prompts(beside=0):
+                yield partial(_unless_parked, share)
             yield self._decoding
 
     def _decoding(self) -> list[Share]:
         return [(sequence, 1) for sequence in self.running if sequence.decoding]
 
     def _prompts(self, beside: int) -> list[Share]:
-        """Prompts, oldest first, as far as a ubatch has room `beside` the decoding ones."""
+        """Prompts, oldest first, as far as a ubatch has room `beside` the decoding ones.
+
+        While nobody waits for a next token the step also takes all others that a batch holds to their end: who came
+        together begins together, and none stalls at its second token while the others' prompts are computed.
+        """
         settings = self._backend.settings
-        room = min(max(settings.ubatch - beside, 1), settings.batch - beside)
+        left = settings.batch - beside
+        room = min(max(settings.ubatch - beside, 1), left)
+        together = not self._decoding()
         shares = []
         for sequence in sorted(self.running, key=lambda one: one.arrival):
-            if room > 0 and not sequence.decoding:
-                shares.append((sequence, min(sequence.pending, room)))
-                room -= shares[-1][1]
+            whole = together and sequence.pending <= min(settings.ubatch, left)
+            count = sequence.pending if whole else min(sequence.pending, room)
+            if count > 0 and not sequence.decoding:
+                shares.append((sequence, count))
+                room -= count
+                left -= count
         return shares
 
     def _with_room(self, plan: Callable[[], list[Share]]) -> list[Share]:
@@ -271,6 +289,10 @@ class Scheduler:
             cached_tokens=self._cached,
             prompt_tokens=self._prompt,
         )
+
+
+def _unless_parked(share: Share) -> list[Share]:
+    return [] if share[0].slot == NO_SLOT else [share]
 
 
 def _tokens(shares: list[Share]) -> int:

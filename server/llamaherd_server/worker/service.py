@@ -46,6 +46,7 @@ class Service:
             idle = self._scheduler.idle and self._embedder.idle
             for work in intake.take(HEARTBEAT_S if idle else 0):
                 self._handle(work)
+            self._interrupt.gather(self._scheduler.beginning)
             self._channel.send(self._scheduler.step())
             for answer in self._embedder.step(self._context.settings):
                 self._channel.send(answer)

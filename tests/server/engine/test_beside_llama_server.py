@@ -15,7 +15,8 @@ from llamaherd_server.protocol import Sampling
 from .asking import COUNTRIES, GREEDY, ask
 from .conftest import SETTINGS, running
 
-PROMPTS = [f"The best dish of {country} is" for country in COUNTRIES] + ["def add(a, b):", "1, 2, 3, 4,", "Once upon"]
+SUBJECTS = ["The best dish of", "The capital of", "A poem about", "The weather in", "In the year 1900,", "Travel to"]
+PROMPTS = [f"{subject} {country}" for subject in SUBJECTS for country in COUNTRIES] + ["def add(a, b):", "1, 2, 3, 4,"]
 SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 1.2, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "seed": 11},
     {"temperature": 1.0, "typical_p": 0.7, "xtc_probability": 0.5, "seed": 12},
@@ -36,20 +37,21 @@ def peer() -> Iterator[httpx.Client]:
 
 
 def complete(peer: httpx.Client, prompt: str, **fields: Any) -> dict[str, Any]:
-    body = {"prompt": prompt, "n_predict": 24, "cache_prompt": False, "return_tokens": True, **fields}
+    body = {"prompt": prompt, "n_predict": 12, "cache_prompt": False, "return_tokens": True, **fields}
     answer: dict[str, Any] = peer.post("/completion", json=body).raise_for_status().json()
     return answer
 
 
 async def test_tokens_and_probabilities_are_llama_servers(peer: httpx.Client) -> None:
     async with running(replace(SETTINGS, parallel=1)) as engine:
+        assert len(PROMPTS) == 50
         for prompt in PROMPTS:
-            ours = await ask(engine, prompt, sampling=GREEDY, logprobs=3)
+            ours = await ask(engine, prompt, 12, GREEDY, logprobs=3)
             theirs = complete(peer, prompt, temperature=0, n_probs=3)
             assert ours.text == theirs["content"]
             for mine, one in zip(ours.logprobs, theirs["completion_probabilities"], strict=False):
                 assert [top.token for top in mine.top] == [top["id"] for top in one["top_logprobs"]]
                 assert mine.logprob == pytest.approx(one["logprob"], abs=1e-3)
         for fields in SAMPLINGS:
-            ours = await ask(engine, PROMPTS[0], sampling=Sampling(**fields))
+            ours = await ask(engine, PROMPTS[0], 12, Sampling(**fields))
             assert ours.text == complete(peer, PROMPTS[0], **fields)["content"], fields

@@ -127,11 +127,11 @@ async def test_a_cancelled_request_that_still_waits_never_runs(engine: EmbeddedE
     assert stats_of(engine).waiting == 0
 
 
-@pytest.mark.parametrize("unified", [True, False], ids=["keeps the layout", "changes it"])
+@pytest.mark.parametrize(("before", "unified"), [(True, True), (True, False), (False, False)])
 async def test_retuning_while_requests_run_loses_none_and_reports_what_is_in_force(
-    engine: EmbeddedEngine, unified: bool
+    engine: EmbeddedEngine, before: bool, unified: bool
 ) -> None:
-    await engine.retune(SETTINGS)
+    await engine.retune(replace(SETTINGS, kv_unified=before))
     running = [asyncio.create_task(ask(engine, f"The capital of {one} is", 60, ENDLESS)) for one in COUNTRIES[:4]]
     while stats_of(engine).slots_busy < 4:
         await asyncio.sleep(0.01)

@@ -137,6 +137,30 @@ def test_running_sequences_come_first_and_a_long_prompt_takes_at_most_one_ubatch
         assert sum(count for _, count in shares) == 16
 
 
+@pytest.mark.parametrize("unified", [True, False])
+def test_who_arrives_together_begins_together_and_a_longer_prompt_does_not_hold_them_up(unified: bool) -> None:
+    context = FakeContext(EngineSettings(parallel=4, batch=64, ubatch=16, kv_unified=unified), 400)
+    scheduler = Scheduler(context)
+    for number, length in enumerate((40, 12, 12, 12)):
+        scheduler.add(sequence(number, [number] * length, 5))
+    assert scheduler.beginning is False  # no slot is left for another one
+    step = scheduler.step()
+    assert {event.id for event in step.events if isinstance(event, Delta)} == {1, 2, 3}
+    computed = {share[0].request.id: share[1] for shares in context.batches for share in shares if share[1] > 1}
+    assert computed == {0: 16, 1: 12, 2: 12, 3: 12}
+
+
+def test_it_is_beginning_until_somebody_waits_for_a_second_token() -> None:
+    scheduler = Scheduler(FakeContext(EngineSettings(parallel=2, batch=64, ubatch=16), 400))
+    assert not scheduler.beginning
+    scheduler.add(sequence(1, [1] * 40, 5))
+    for _ in range(2):
+        assert scheduler.beginning
+        scheduler.step()
+    scheduler.step()
+    assert not scheduler.beginning
+
+
 def test_with_split_kv_prompts_and_single_tokens_go_in_batches_of_their_own() -> None:
     context = FakeContext(EngineSettings(parallel=3, batch=64, ubatch=16, kv_unified=False), 100)
     scheduler = Scheduler(context)
