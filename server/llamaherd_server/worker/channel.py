@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import threading
 from typing import Any
@@ -40,8 +41,10 @@ class Channel:
         except OSError as error:
             raise Closed from error
 
-    def receive(self) -> list[ToWorker]:
-        """What has arrived, after waiting for something."""
+    def receive(self, timeout_s: float | None = None) -> list[ToWorker]:
+        """What has arrived, after waiting for something: at most `timeout_s` seconds, where that is given."""
+        if not select.select([self._socket], [], [], timeout_s)[0]:
+            return []
         try:
             data = self._socket.recv(RECEIVE_BYTES)
         except OSError as error:

@@ -13,20 +13,10 @@ from llamaherd_server.worker.context import Context
 from llamaherd_server.worker.intake import fit, sequence_of
 from llamaherd_server.worker.interrupt import Interrupt
 from llamaherd_server.worker.kv import KvCache
-from llamaherd_server.worker.lib import Log, load
 from llamaherd_server.worker.model import Model
 from llamaherd_server.worker.scheduler import Scheduler
 
-from ..conftest import required
-
 REQUESTS = 24
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    lib = load()
-    lib.llama_backend_init()
-    return Model(lib, Log(lib), required("LLAMAHERD_TEST_MODEL"), -1, lambda _: None)
 
 
 class Watched(Scheduler):
