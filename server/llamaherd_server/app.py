@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.security import APIKeyHeader, HTTPBearer
 
 from llamaherd_server import errors
 from llamaherd_server.admission import Admission
@@ -25,6 +27,11 @@ from llamaherd_server.settings import Settings
 
 # Requests whose inputs the engine may put into one batch.
 _EMBEDDINGS_AT_ONCE = 8
+# For the documentation and its "Authorize" button only: it is the Gate that lets in or refuses.
+_DOCUMENTED = [
+    Security(HTTPBearer(auto_error=False, description="An API key, where the server has any.")),
+    Security(APIKeyHeader(name="X-Api-Key", auto_error=False, description="The same, as llama-server's clients do.")),
+]
 
 
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
@@ -46,6 +53,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     lifecycle = Lifecycle(engine, admission, limits, metrics.totals, keys)
     app = FastAPI(title="llamaherd", docs_url="/docs", redoc_url=None, lifespan=_lifespan)
     app.state.llamaherd = AppState(settings, serving, lifecycle, Sandbox())
+    told: dict[int | str, dict[str, Any]] = {"4XX": {"model": errors.ErrorBody}, "5XX": {"model": errors.ErrorBody}}
     for router in (
         chat.router,
         completions.router,
@@ -55,7 +63,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         tokenize.router,
         ops.router,
     ):
-        app.include_router(router, responses={"4XX": {"model": errors.ErrorBody}, "5XX": {"model": errors.ErrorBody}})
+        app.include_router(router, responses=told, dependencies=_DOCUMENTED)
     errors.install(app)
     app.add_middleware(Gate, keys=keys, lifecycle=lifecycle, max_body_bytes=limits.max_body_bytes)
     app.add_middleware(RequestContext, metrics=metrics)

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import math
 import os
+import select
 import signal
 import socket
+import struct
 import sys
 import time
 from collections import deque
@@ -27,6 +29,8 @@ from llamaherd_server.protocol import (
     Cancel,
     Delta,
     Detokenize,
+    Embed,
+    Embedded,
     EngineSettings,
     Failed,
     Finished,
@@ -86,8 +90,9 @@ class Sequence:
 class Paced:
     """Serves the channel until the front end goes, which raises Closed."""
 
-    def __init__(self, channel: Channel, settings: EngineSettings) -> None:
-        self._channel = channel
+    def __init__(self, sock: socket.socket, settings: EngineSettings) -> None:
+        self._socket = sock
+        self._channel = channel = Channel(sock)
         self._settings = settings
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
@@ -104,7 +109,9 @@ class Paced:
     def _listen(self, until: float, *, first_only: bool) -> None:
         """Take messages until the step is over; an idle worker's step ends when something comes."""
         while (left := until - time.monotonic()) > 0:
-            messages = self._channel.receive(left)
+            if not select.select([self._socket], [], [], left)[0]:
+                return
+            messages = self._channel.receive()
             for message in messages:
                 self._handle(message)
             if messages and first_only:
@@ -123,6 +130,9 @@ class Paced:
             self._channel.send(Tokens(message.id, list(message.text.encode())))
         elif isinstance(message, Detokenize):
             self._detokenize(message)
+        elif isinstance(message, Embed):
+            vectors = [struct.pack("f", 1.0)] * len(message.inputs)
+            self._channel.send(Embedded(message.id, vectors, sum(map(len, message.inputs))))
 
     def _detokenize(self, message: Detokenize) -> None:
         try:
@@ -207,7 +217,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     config = msgspec.json.decode(sys.argv[2], type=WorkerConfig)
     try:
-        Paced(Channel(socket.socket(fileno=int(sys.argv[1]))), config.settings).run()
+        Paced(socket.socket(fileno=int(sys.argv[1])), config.settings).run()
     except Closed:
         return
 

@@ -6,13 +6,39 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 
 from llamaherd_server.api.answer import json_response
 from llamaherd_server.api.state import AppState, state_of
 from llamaherd_server.engine_settings import merge
 from llamaherd_server.errors import ApiError
+from llamaherd_server.protocol import EngineSettings
 
 router = APIRouter()
+
+_SETTINGS = {
+    "parallel": "Slots: sequences that run at once.",
+    "batch": "Most tokens of a step; at least `parallel`.",
+    "ubatch": "Most tokens that are computed at once; at most `batch`.",
+    "ctx_per_slot": "Longest sequence, in tokens; the context has `parallel` times as many.",
+    "kv_unified": "True: slots share the KV cells; false: each has its own.",
+    "kv_cells": "KV cells that slots share, if fewer than all need; 0: as many as all need.",
+    "kv_type_k": "Type of the keys in the KV cache.",
+    "kv_type_v": "Type of the values; quantised ones need flash attention.",
+    "flash_attention": "`auto`: where the device has it.",
+    "threads": "Threads of a step that only decodes; 0: as this host has cores.",
+    "threads_batch": "Threads of a step with a prompt; 0: as `threads`.",
+}
+
+
+def _settings_body() -> dict[str, Any]:
+    """The body of PUT /admin/engine for the documentation; no field is required."""
+    _, components = msgspec.json.schema_components([EngineSettings])
+    schema = components["EngineSettings"]
+    for name, field in schema["properties"].items():
+        field["description"] = _SETTINGS[name]
+        del field["default"]
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
 
 
 @router.get("/livez")
@@ -34,7 +60,7 @@ async def readyz(request: Request) -> Response:
     raise refusal or ApiError(503, "the engine is restarting", code="engine_restarting", retry_after=5)
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     page = state_of(request).serving.metrics.page()
@@ -47,7 +73,7 @@ async def engine(request: Request) -> Response:
     return json_response(_describe(state_of(request)))
 
 
-@router.put("/admin/engine")
+@router.put("/admin/engine", openapi_extra=_settings_body())
 async def retune(body: dict[str, Any], request: Request) -> Response:
     """Put other settings in force, any subset, without reloading the weights; the old ones stay if these do not fit."""
     state = state_of(request)
