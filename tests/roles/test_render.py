@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import plistlib
@@ -11,7 +12,7 @@ import tomllib
 
 import pytest
 
-from llamaherd_server import settings
+from llamaherd_server import auth, settings
 from llamaherd_server.protocol import EngineSettings
 from tests.roles.conftest import Render, Rendered
 
@@ -42,6 +43,14 @@ def test_the_host_gets_hashes_and_the_controller_keeps_keys(rendered: Rendered) 
         secret = rendered.secrets_dir / "keys" / key["name"]
         assert key["sha256"] == hashlib.sha256(secret.read_text().strip().encode()).hexdigest()
         assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+
+
+def test_a_keys_limits_reach_the_server(render: Render) -> None:
+    limits = {"requests_per_minute": 60, "max_concurrent": 2, "models": ["m"], "expires": "2099-01-31T00:00:00Z"}
+    found = render("debian12", llamaherd_keys=[{"name": "team", "priority": 0.5, **limits}])
+    [key] = auth.read_keys(found.folder / "keys.toml")
+    assert (key.name, key.requests_per_minute, key.max_concurrent, key.models) == ("team", 60, 2, ["m"])
+    assert (key.priority, key.expires) == (0.5, datetime.datetime(2099, 1, 31, tzinfo=datetime.UTC))
 
 
 @pytest.mark.parametrize(

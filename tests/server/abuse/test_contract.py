@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import schemathesis
@@ -46,5 +47,5 @@ schema = schemathesis.openapi.from_dict(app.openapi())
 
 @schema.parametrize()
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-def test_every_answer_is_one_that_the_document_promises(case: Case, url: str) -> None:
+def test_every_answer_is_one_that_the_document_promises(case: Case[Any], url: str) -> None:
     case.call_and_validate(base_url=url, checks=CHECKS, timeout=60)
