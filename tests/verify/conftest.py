@@ -39,7 +39,7 @@ def host(promised: dict[str, Any]) -> Host:
 def client(promised: dict[str, Any]) -> Client:
     """A client as a user has one: the public address, the CA's certificate, a plain key."""
     key = Path(promised["keys_dir"], promised["key"]).read_text().strip()
-    return Client(promised["url"], promised["ca"] if promised["edge"] else None, key)
+    return Client(promised["url"], promised["ca"] if promised["url"].startswith("https:") else None, key)
 
 
 @pytest.hookimpl(wrapper=True)
