@@ -13,7 +13,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 
 from llamaherd_server import errors
 from llamaherd_server.admission import Admission
-from llamaherd_server.api import chat, completions, embeddings, models, ops, rerank, tokenize
+from llamaherd_server.api import chat, completions, embeddings, messages, models, ops, rerank, responses, tokenize
 from llamaherd_server.api.state import AppState
 from llamaherd_server.auth import KeyStore
 from llamaherd_server.chat.sandbox import Sandbox
@@ -57,6 +57,8 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     for router in (
         chat.router,
         completions.router,
+        messages.router,
+        responses.router,
         embeddings.router,
         rerank.router,
         models.router,

@@ -15,11 +15,12 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from llamaherd_server.api.state import state_of
 from llamaherd_server.engine.base import Event
 from llamaherd_server.errors import ApiError
 from llamaherd_server.generation import Run
 from llamaherd_server.meter import Usage
-from llamaherd_server.protocol import Delta, Finished, TokenLogprob
+from llamaherd_server.protocol import Delta, Finished, Generate, TokenLogprob
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -41,11 +42,20 @@ class Shape(Protocol):
     def chunk(self, index: int, event: Event) -> bytes:
         """The events for what came of choice `index`; empty: nothing to tell yet."""
 
-    def last_chunk(self, usage: Usage) -> bytes:
-        """What follows the last choice's end, without [DONE]."""
+    def end(self, usage: Usage) -> bytes:
+        """The events that follow the last choice's end."""
+
+    def error(self, error: ApiError) -> bytes:
+        """The event that ends a stream which cannot go on."""
 
     def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
         """The answer in one object."""
+
+
+def run_of(request: Request, requests: list[Generate], n: int = 1) -> Run:
+    """The run of an HTTP request's generations; the `n` of a prompt lie side by side."""
+    state = state_of(request)
+    return Run(state.serving, request.state.key, requests, n=n, arrived=request.state.log.arrived)
 
 
 async def answer(request: Request, run: Run, shape: Shape, *, stream: bool) -> Response:
@@ -94,17 +104,13 @@ class EventStream(Response):
                 if chunk := self._shape.chunk(index, event):
                     yield chunk
         except ApiError as error:
-            yield sse(error.body())
+            yield self._shape.error(error)
         except Exception:
             log.exception("internal error in a stream")
-            yield sse(ApiError(500, "internal error; the server's log has the details", code="internal").body())
+            bug = ApiError(500, "internal error; the server's log has the details", code="internal")
+            yield self._shape.error(bug)
         else:
-            yield self._shape.last_chunk(self._run.usage) + b"data: [DONE]\n\n"
-
-
-def sse(content: Any) -> bytes:
-    """One server-sent event."""
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+            yield self._shape.end(self._run.usage)
 
 
 async def _collected(run: Run) -> list[Choice]:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, model_validator
 
-from llamaherd_server.api.answer import answer
+from llamaherd_server.api.answer import answer, run_of
 from llamaherd_server.api.chat_fields import MOST_TOOLS, Message, NamedChoice, ResponseFormat, ToolField, choice_of
 from llamaherd_server.api.chat_shape import ChatShape
 from llamaherd_server.api.conversation import Conversation, prepare
 from llamaherd_server.api.fields import GenerationFields
 from llamaherd_server.api.state import state_of
 from llamaherd_server.api.wire import Options
-from llamaherd_server.errors import ApiError, unsupported
-from llamaherd_server.generation import Run
-from llamaherd_server.protocol import Generate
+from llamaherd_server.errors import unsupported
 
 router = APIRouter()
 
@@ -70,24 +67,15 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     state = state_of(request)
     state.check_model(body.model, request.state.key)
     chat = await prepare(state, body.conversation())
-    if chat.grammar and body.grammar:
-        message = "grammar: not together with tools that must be called, or are strict"
-        raise ApiError(400, message, param="grammar", code="unsupported")
-    grammar = chat.grammar or body.grammar
     requests = [
-        Generate(
-            id=0,
-            prompt=chat.prompt,
-            add_special=chat.add_special,
+        chat.generate(
+            body.sampling(index),
             max_tokens=body.max_completion_tokens or body.limit(),
             stop=body.stop or [],
-            sampling=msgspec.structs.replace(body.sampling(index), grammar=grammar),
-            preserved=chat.reader.preserved,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             cache_prompt=body.cache_prompt,
         )
         for index in range(body.n)
     ]
     shape = ChatShape(Options.of(body, state.model_name), chat.reader, logprobs=body.logprobs)
-    run = Run(state.serving, request.state.key, requests, n=body.n, arrived=request.state.log.arrived)
-    return await answer(request, run, shape, stream=body.stream)
+    return await answer(request, run_of(request, requests, body.n), shape, stream=body.stream)

@@ -78,11 +78,12 @@ class Message(Body):
         message = self.model_dump(exclude_none=True, exclude={"annotations"})
         message.setdefault("content", "")
         for call in message.get("tool_calls", ()):
-            call["function"]["arguments"] = _object(call["function"]["arguments"])
+            call["function"]["arguments"] = arguments_object(call["function"]["arguments"])
         return message
 
 
-def _object(arguments: str) -> Any:
+def arguments_object(arguments: str) -> Any:
+    """A call's arguments as templates expect them."""
     try:
         return json.loads(arguments or "{}")
     except ValueError:

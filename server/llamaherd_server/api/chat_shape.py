@@ -20,7 +20,8 @@ class ChatShape:
         self._options = options
         self._reader = reader
         self._logprobs = logprobs
-        self._envelope = Envelope("chatcmpl", "chat.completion.chunk", options)
+        self._envelope = envelope = Envelope("chatcmpl", "chat.completion.chunk", options)
+        self.end, self.error = envelope.end, envelope.error
         self._parsers: dict[int, Parser] = {}
 
     def chunk(self, index: int, event: Event) -> bytes:
@@ -50,10 +51,6 @@ class ChatShape:
     def _delta(self, index: int, delta: dict[str, Any], logprobs: list[TokenLogprob] | None = None) -> bytes:
         told = encode(_logprobs(logprobs)) if logprobs else b"null"
         return self._envelope.choice(index, b'"delta":%b,"logprobs":%b,"finish_reason":null' % (encode(delta), told))
-
-    def last_chunk(self, usage: Usage) -> bytes:
-        """The usage, if it was asked for."""
-        return self._envelope.usage(usage) if self._options.include_usage else b""
 
     def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
         """The answer in one object."""

@@ -19,7 +19,8 @@ class CompletionShape:
         self._logprobs = logprobs
         self._echo = echo
         self._offsets = [len(text) for text in echo]
-        self._envelope = Envelope("cmpl", "text_completion", options)
+        self._envelope = envelope = Envelope("cmpl", "text_completion", options)
+        self.end, self.error = envelope.end, envelope.error
 
     def chunk(self, index: int, event: Event) -> bytes:
         """The events that tell what came of choice `index`."""
@@ -32,10 +33,6 @@ class CompletionShape:
         timings = timings_object(event) if self._options.timings else None
         body = b'"text":"","logprobs":null,"finish_reason":' + encode(event.reason)
         return self._envelope.finish(index, body, timings)
-
-    def last_chunk(self, usage: Usage) -> bytes:
-        """The usage, if it was asked for."""
-        return self._envelope.usage(usage) if self._options.include_usage else b""
 
     def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
         """The answer in one object."""

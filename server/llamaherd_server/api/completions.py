@@ -7,13 +7,12 @@ from typing import Annotated, Any, Self
 from fastapi import APIRouter, Request, Response
 from pydantic import BeforeValidator, Field, model_validator
 
-from llamaherd_server.api.answer import answer
+from llamaherd_server.api.answer import answer, run_of
 from llamaherd_server.api.completion_shape import CompletionShape
 from llamaherd_server.api.fields import GenerationFields
 from llamaherd_server.api.state import AppState, state_of
 from llamaherd_server.api.wire import Options
 from llamaherd_server.errors import unsupported
-from llamaherd_server.generation import Run
 from llamaherd_server.protocol import Generate
 
 router = APIRouter()
@@ -78,8 +77,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     options = Options.of(body, state.model_name)
     echo = await _echoes(state, body)
     shape = CompletionShape(options, logprobs=body.logprobs is not None, echo=echo)
-    run = Run(state.serving, request.state.key, requests, n=body.n, arrived=request.state.log.arrived)
-    return await answer(request, run, shape, stream=body.stream)
+    return await answer(request, run_of(request, requests, body.n), shape, stream=body.stream)
 
 
 async def _echoes(state: AppState, body: CompletionRequest) -> list[str]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from llamaherd_server.api.state import AppState
 from llamaherd_server.chat import template
 from llamaherd_server.chat.formats import HARMONY, HERMES, Reader, format_of, thinking_of
 from llamaherd_server.chat.schema import schema_rules
 from llamaherd_server.chat.tools import Choice, reply_grammar, told, with_ids_of
+from llamaherd_server.errors import ApiError
+from llamaherd_server.protocol import Generate, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,20 @@ class Prepared:
     grammar: str | None
     reader: Reader
 
+    def generate(self, sampling: Sampling, **fields: Any) -> Generate:
+        """One generation of the reply; `fields` are further ones of Generate. Raises ApiError."""
+        if self.grammar and sampling.grammar:
+            message = "grammar: not together with tools that must be called, or are strict"
+            raise ApiError(400, message, param="grammar", code="unsupported")
+        return Generate(
+            id=0,
+            prompt=self.prompt,
+            add_special=self.add_special,
+            sampling=msgspec.structs.replace(sampling, grammar=self.grammar or sampling.grammar),
+            preserved=self.reader.preserved,
+            **fields,
+        )
+
 
 async def prepare(state: AppState, conversation: Conversation) -> Prepared:
     """Render the conversation; raises ApiError."""
@@ -41,6 +59,8 @@ async def prepare(state: AppState, conversation: Conversation) -> Prepared:
     choice, messages = conversation.choice, conversation.messages
     known = format_of(source)
     form = known or HERMES if choice.tools or known is HARMONY else None
+    if "developer" not in source:  # OpenAI's newer word for it
+        messages = [{**one, "role": "system"} if one["role"] == "developer" else one for one in messages]
     if known is None:
         messages = told(messages, choice.tools)
     elif known.id_length:

@@ -10,10 +10,12 @@ from typing import Any
 import msgspec
 
 from llamaherd_server.api.fields import GenerationFields
+from llamaherd_server.errors import ApiError
 from llamaherd_server.meter import Usage
 from llamaherd_server.protocol import Finished
 
 encode = msgspec.json.encode
+_DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class Envelope:
             "model": options.model,
         }
         self._open = b"data: " + encode(self.head)[:-1]
+        self._include_usage = options.include_usage
         # OpenAI: all chunks but the last have a null usage when usage was asked for
         self._close = b',"usage":null}\n\n' if options.include_usage else b"}\n\n"
 
@@ -55,9 +58,20 @@ class Envelope:
             return event
         return event.removesuffix(b"}\n\n") + b',"timings":' + encode(timings) + b"}\n\n"
 
-    def usage(self, usage: Usage) -> bytes:
-        """The event without choices that tells the usage."""
-        return self._open + b',"choices":[],"usage":' + encode(usage_object(usage)) + b"}\n\n"
+    def end(self, usage: Usage) -> bytes:
+        """The end of the stream; before it, where it was asked for, the event without choices that tells the usage."""
+        if not self._include_usage:
+            return _DONE
+        return self._open + b',"choices":[],"usage":' + encode(usage_object(usage)) + b"}\n\n" + _DONE
+
+    def error(self, error: ApiError) -> bytes:
+        """The event that ends a stream which cannot go on."""
+        return b"data: " + encode(error.body()) + b"\n\n"
+
+
+def event(kind: str, **fields: Any) -> bytes:
+    """A named server-sent event, which says its name in its data too."""
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), encode({"type": kind, **fields}))
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:

@@ -1,0 +1,118 @@
+"""How a message is written in Anthropic's API, as one object or as events."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any
+
+from llamaherd_server.api.answer import Choice
+from llamaherd_server.api.blocks import Block, Blocks
+from llamaherd_server.api.wire import event
+from llamaherd_server.chat.formats import Reader
+from llamaherd_server.chat.reply import Piece
+from llamaherd_server.engine.base import Event
+from llamaherd_server.errors import ApiError
+from llamaherd_server.meter import Usage
+from llamaherd_server.protocol import Delta, Finished, Started
+
+_DELTAS = {
+    "text": ("text_delta", "text"),
+    "reasoning": ("thinking_delta", "thinking"),
+    "call": ("input_json_delta", "partial_json"),
+}
+
+
+class MessagesShape:
+    """Anthropic's message, and its events."""
+
+    def __init__(self, model: str, reader: Reader) -> None:
+        self._head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
+        self._reader = reader
+        self._parser = reader.parser()
+        self._blocks = Blocks()
+
+    def chunk(self, index: int, happened: Event) -> bytes:
+        """The events that tell what came."""
+        del index
+        if isinstance(happened, Started):
+            usage = _usage(happened.prompt_tokens, happened.cached_tokens, 0)
+            message: dict[str, Any] = {
+                **self._head,
+                "content": [],
+                "stop_reason": None,
+                "stop_sequence": None,
+                "usage": usage,
+            }
+            return event("message_start", message=message)
+        if isinstance(happened, Delta):
+            return self._told(self._parser.feed(happened.text))
+        rest = self._told(self._parser.finish())
+        rest += b"".join(event("content_block_stop", index=block.index) for _, block, _ in self._blocks.close())
+        usage = _usage(happened.prompt_tokens, happened.cached_tokens, happened.completion_tokens)
+        return rest + event("message_delta", delta=_stop(happened, self._parser.calls), usage=usage)
+
+    def _told(self, pieces: list[Piece]) -> bytes:
+        events = b""
+        for what, block, text in self._blocks.add(pieces):
+            if what == "open":
+                empty = _content(Block(block.index, block.kind, block.id, block.name))
+                events += event("content_block_start", index=block.index, content_block=empty)
+            elif what == "more":
+                kind, name = _DELTAS[block.kind]
+                events += event("content_block_delta", index=block.index, delta={"type": kind, name: text})
+            else:
+                events += event("content_block_stop", index=block.index)
+        return events
+
+    def end(self, usage: Usage) -> bytes:
+        """The event after which nothing comes."""
+        del usage
+        return event("message_stop")
+
+    def error(self, error: ApiError) -> bytes:
+        """The event that ends a stream which cannot go on."""
+        return event("error", error=error.body()["error"])
+
+    def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
+        """The message in one object."""
+        [choice] = choices
+        blocks, parser = Blocks(), self._reader.parser()
+        for _ in (*blocks.add([*parser.feed(choice.text), *parser.finish()]), *blocks.close()):
+            pass
+        return {
+            **self._head,
+            "content": [_content(block) for block in blocks.done],
+            **_stop(choice.end, parser.calls),
+            "usage": _usage(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens),
+        }
+
+
+def _content(block: Block) -> dict[str, Any]:
+    if block.kind == "call":
+        return {"type": "tool_use", "id": block.id, "name": block.name, "input": _object(block.text)}
+    if block.kind == "reasoning":
+        return {"type": "thinking", "thinking": block.text, "signature": ""}
+    return {"type": "text", "text": block.text, "citations": None}
+
+
+def _object(arguments: str) -> Any:
+    try:
+        return json.loads(arguments or "{}")
+    except ValueError:
+        return {}  # cut off by max_tokens, which stop_reason tells
+
+
+def _stop(end: Finished, calls: int) -> dict[str, Any]:
+    reason = "max_tokens" if end.reason == "length" else "stop_sequence" if end.stop else "end_turn"
+    return {"stop_reason": "tool_use" if calls and end.reason == "stop" else reason, "stop_sequence": end.stop}
+
+
+def _usage(prompt: int, cached: int, output: int) -> dict[str, Any]:
+    """Anthropic counts what came from the cache apart."""
+    return {
+        "input_tokens": prompt - cached,
+        "cache_read_input_tokens": cached,
+        "cache_creation_input_tokens": 0,
+        "output_tokens": output,
+    }

@@ -1,0 +1,252 @@
+"""POST /v1/responses: OpenAI's Responses API, without memory of earlier responses.
+
+https://platform.openai.com/docs/api-reference/responses
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BeforeValidator, Field
+
+from llamaherd_server.api.answer import answer, run_of
+from llamaherd_server.api.chat_fields import MOST_TOOLS, Name, arguments_object, choice_of
+from llamaherd_server.api.conversation import Conversation, prepare
+from llamaherd_server.api.fields import Body, SamplingFields, StreamOptions
+from llamaherd_server.api.responses_shape import ResponsesShape
+from llamaherd_server.api.state import state_of
+from llamaherd_server.chat.tools import Tool
+from llamaherd_server.errors import unsupported
+
+router = APIRouter()
+
+
+class Part(Body):
+    """A part of a text."""
+
+    type: Literal["input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text"]
+    text: str = ""
+    refusal: str | None = None
+    annotations: list[Any] | None = Field(None, description="Accepted and ignored.")
+    logprobs: list[Any] | None = Field(None, description="Accepted and ignored.")
+
+
+def _joined(content: Any) -> Any:
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if isinstance(part, dict) and str(part.get("type")).startswith(("input_image", "input_file", "input_audio")):
+            raise unsupported("input", f"input: a part of type {part['type']!r} is not supported: send text")
+    return "\n".join(Part.model_validate(part).text for part in content)
+
+
+Content = Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[Part])]
+
+
+class _Item(Body):
+    id: str | None = Field(None, description="Accepted and ignored.")
+    status: str | None = Field(None, description="Accepted and ignored.")
+
+
+class MessageItem(_Item):
+    """A turn."""
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content
+    phase: str | None = Field(None, description="Accepted and ignored.")
+
+
+class CallItem(_Item):
+    """A call that the model made."""
+
+    type: Literal["function_call"]
+    call_id: str = Field(min_length=1, max_length=256)
+    name: Name
+    arguments: str = Field(description="A JSON object, as text.")
+
+
+class OutputItem(_Item):
+    """What came of a call."""
+
+    type: Literal["function_call_output"]
+    call_id: str = Field(min_length=1, max_length=256)
+    output: Content
+
+
+class ReasoningItem(_Item):
+    """What the model thought; given to the chat template."""
+
+    type: Literal["reasoning"]
+    summary: list[Part] = Field(default_factory=list)
+    content: list[Part] | None = None
+    encrypted_content: str | None = Field(None, description="Accepted and ignored.")
+
+
+Item = Annotated[MessageItem | CallItem | OutputItem | ReasoningItem, Field(discriminator="type")]
+
+
+def _without_nulls(item: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in item.items() if value is not None}
+
+
+def _items(given: Any) -> Any:
+    """Text as a turn of the user; a turn may leave its type out, and an item of OpenAI's client has nulls in it."""
+    if isinstance(given, str):
+        return [{"type": "message", "role": "user", "content": given}]
+    if isinstance(given, list):
+        return [{"type": "message", **_without_nulls(item)} if isinstance(item, dict) else item for item in given]
+    return given
+
+
+class FunctionTool(Body):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema; left out: no parameters.")
+    strict: bool | None = Field(None, description="True: calls always follow the schema, also with tool_choice auto.")
+
+
+def _functions(tools: Any) -> Any:
+    for tool in tools if isinstance(tools, list) else ():
+        if isinstance(tool, dict) and tool.get("type") != "function":
+            raise unsupported("tools", f"tools: type {tool.get('type')!r} is not supported: only functions are")
+    return tools
+
+
+class NamedChoice(Body):
+    """The one tool to call."""
+
+    type: Literal["function"]
+    name: str
+
+
+class TextFormat(Body):
+    """The form of the answer, enforced while it is generated."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = Field(None, description="Accepted and ignored.")
+    description: str | None = Field(None, description="Accepted and ignored.")
+    json_schema: Any = Field(None, alias="schema", description="With type json_schema.")
+    strict: bool | None = Field(None, description="Accepted; the answer always follows the schema.")
+
+    def wanted(self) -> Any | None:
+        """The JSON schema to enforce; None: any text."""
+        return {"json_object": {"type": "object"}, "json_schema": self.json_schema}.get(self.type)
+
+
+class TextSettings(Body):
+    """How the answer is written."""
+
+    format: TextFormat | None = None
+    verbosity: str | None = Field(None, description="Accepted and ignored.")
+
+
+class ReasoningSettings(Body):
+    """How much to think."""
+
+    effort: str | None = Field(None, description="Given to the chat template as `reasoning_effort`.")
+    summary: str | None = Field(None, description="Accepted and ignored: the reasoning itself is told.")
+    generate_summary: str | None = Field(None, description="Accepted and ignored.")
+
+
+class ResponsesRequest(SamplingFields):
+    """A conversation to continue. Fields that OpenAI does not have are llama-server's."""
+
+    model: str | None = Field(None, description="A name of /v1/models; left out: the model that is served.")
+    input: Annotated[list[Item], BeforeValidator(_items, json_schema_input_type=str | list[Item])] = Field(
+        min_length=1, max_length=4096, description="Text, or the conversation's items."
+    )
+    instructions: str | None = Field(None, description="The system message.")
+    max_output_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Most tokens of the answer.")
+    stream: bool = Field(False, description="True: server-sent events.")
+    stream_options: StreamOptions | None = Field(None, description="Accepted and ignored.")
+    tools: Annotated[
+        list[FunctionTool] | None, BeforeValidator(_functions, json_schema_input_type=list[FunctionTool] | None)
+    ] = Field(None, max_length=MOST_TOOLS, description="Functions that may be called.")
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = Field(
+        None, description="`required`, or one tool's name: enforced by grammar. Default: auto."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="False: at most one call. Default true.")
+    text: TextSettings | None = None
+    reasoning: ReasoningSettings | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables for the chat template.")
+    store: bool | None = Field(None, description="Accepted; nothing is stored, and the answer says so.")
+    previous_response_id: None = Field(None, description="Only null, as nothing is stored: send the items again.")
+    conversation: None = Field(None, description="Only null, as nothing is stored.")
+    background: Literal[False] | None = Field(None, description="Only false.")
+    truncation: Literal["disabled"] | None = Field(None, description="Only disabled: what is too long is a 400.")
+    include: list[Literal["reasoning.encrypted_content"]] | None = Field(None, description="Accepted and ignored.")
+    metadata: dict[str, str] | None = Field(None, description="Given back.")
+    user: str | None = Field(None, description="Accepted and ignored.")
+    service_tier: str | None = Field(None, description="Accepted and ignored.")
+    safety_identifier: str | None = Field(None, description="Accepted and ignored.")
+    prompt_cache_key: str | None = Field(None, description="Accepted and ignored: equal prefixes are always shared.")
+
+    def to_prepare(self) -> Conversation:
+        """What is to be rendered and how the answer must look; raises ApiError."""
+        tools = [Tool(tool.name, tool.description, tool.parameters, bool(tool.strict)) for tool in self.tools or ()]
+        wanted = f"={self.tool_choice.name}" if isinstance(self.tool_choice, NamedChoice) else self.tool_choice
+        system = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        effort = self.reasoning.effort if self.reasoning else None
+        return Conversation(
+            messages=[*system, *_turns(self.input)],
+            choice=choice_of(tools, wanted, parallel=self.parallel_tool_calls is not False),
+            answer_schema=self.text.format.wanted() if self.text and self.text.format else None,
+            answer_field="text",
+            variables={**(self.chat_template_kwargs or {}), **({"reasoning_effort": effort} if effort else {})},
+        )
+
+    def told_back(self) -> dict[str, Any]:
+        """The fields that a response repeats."""
+        given = self.model_dump(by_alias=True, include=set(_TOLD_BACK), exclude_none=True)
+        defaults = {"metadata": {}, "parallel_tool_calls": True, "text": {"format": {"type": "text"}}}
+        nothing = dict.fromkeys(_TOLD_BACK)
+        return {**nothing, "tool_choice": "auto", "tools": [], **defaults, **given}
+
+
+_TOLD_BACK = (
+    *("instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "reasoning", "temperature"),
+    *("text", "tool_choice", "tools", "top_p"),
+)
+
+
+def _turns(items: list[Item]) -> list[dict[str, Any]]:
+    """The items as templates expect them: what the model said, thought and called in one turn is one message."""
+    turns: list[dict[str, Any]] = []
+
+    def assistant() -> dict[str, Any]:
+        if not turns or turns[-1]["role"] != "assistant":
+            turns.append({"role": "assistant", "content": ""})
+        return turns[-1]
+
+    for item in items:
+        if isinstance(item, CallItem):
+            function = {"name": item.name, "arguments": arguments_object(item.arguments)}
+            call = {"id": item.call_id, "type": "function", "function": function}
+            assistant().setdefault("tool_calls", []).append(call)
+        elif isinstance(item, OutputItem):
+            turns.append({"role": "tool", "tool_call_id": item.call_id, "content": item.output})
+        elif isinstance(item, ReasoningItem):
+            text = "".join(part.text for part in item.content or item.summary)
+            turns.append({"role": "assistant", "content": "", **({"reasoning_content": text} if text else {})})
+        elif item.role == "assistant":
+            turn = assistant()
+            turn["content"] = "\n".join(filter(None, (turn["content"], item.content)))
+        else:
+            turns.append({"role": item.role, "content": item.content})
+    return turns
+
+
+@router.post("/v1/responses", response_class=Response)
+async def responses(body: ResponsesRequest, request: Request) -> Response:
+    """Answer a conversation, in the shape of OpenAI's responses."""
+    state = state_of(request)
+    state.check_model(body.model, request.state.key)
+    chat = await prepare(state, body.to_prepare())
+    generation = chat.generate(body.sampling(), max_tokens=body.max_output_tokens)
+    shape = ResponsesShape(state.model_name, chat.reader, body.told_back())
+    return await answer(request, run_of(request, [generation]), shape, stream=body.stream)
