@@ -25,8 +25,8 @@ from llamaherd_server.worker.memory import DoesNotFit, check_fits, context_bytes
 from llamaherd_server.worker.model import MEAN_POOLING, Model
 from llamaherd_server.worker.sequence import NO_SLOT
 
-# Tokens that are computed at a time: what a running stream waits for, and rows of logits that llama.cpp has room for.
-PIECE = 128
+# Tokens that are computed at a time: rows of logits that llama.cpp has room for, and, the second, what a stream waits.
+PIECE, PIECE_BESIDE = 128, 64
 MOST_INPUTS = 64  # in one batch
 
 
@@ -107,14 +107,14 @@ class Embedder:
             self._lib.llama_free(self._context)
             self._context = None
 
-    def step(self, settings: EngineSettings) -> Iterator[Embedded | Failed]:
-        """Compute one piece; the jobs that ended with it."""
+    def step(self, settings: EngineSettings, *, alone: bool) -> Iterator[Embedded | Failed]:
+        """Compute one piece, a smaller one where others wait for it; the jobs that ended with it."""
         if not self._queue:
             return
         if self._context is None:  # after a retune
             yield from self._reopen(settings)
             return
-        shares = self._plan()
+        shares = self._plan(self._settings.ubatch if alone or not self._causal else PIECE_BESIDE)
         self._batch.fill(shares, every_output=True)
         self._interrupt.mostly_for = None
         result = int(self._lib.llama_decode(self._context, self._batch.native))
@@ -127,7 +127,8 @@ class Embedder:
                     yield from self._finish(one)
         elif result == ABORTED:
             for one, _ in shares:
-                self._forget(one)
+                if not self._lib.llama_memory_seq_rm(self._memory, one.slot, one.computed, -1):
+                    self._forget(one)  # a recurrent state goes as a whole
         elif result < -1:
             raise DecodeFailed(f"llama_decode returned {result} for embeddings")
         else:
@@ -185,9 +186,9 @@ class Embedder:
 
     # --- one piece -----------------------------------------------------------------------------------------------
 
-    def _plan(self) -> list[tuple[Input, int]]:
-        """Inputs in their order, as far as the piece has room; only the last one may be cut, and an encoder's never."""
-        room = self._settings.ubatch
+    def _plan(self, room: int) -> list[tuple[Input, int]]:
+        """Inputs in their order, as far as `room` tokens go; only the last one may be cut, and an encoder's never."""
+        room = min(room, self._settings.ubatch)
         shares: list[tuple[Input, int]] = []
         for one in itertools.islice(self._queue, MOST_INPUTS):
             count = min(one.pending, room)

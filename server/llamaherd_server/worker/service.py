@@ -48,7 +48,7 @@ class Service:
                 self._handle(work)
             self._interrupt.gather(self._scheduler.beginning)
             self._channel.send(self._scheduler.step())
-            for answer in self._embedder.step(self._context.settings):
+            for answer in self._embedder.step(self._context.settings, alone=self._scheduler.idle):
                 self._channel.send(answer)
 
     def _handle(self, work: Work) -> None:

@@ -98,7 +98,7 @@ async def test_cancelling_and_retuning_stop_the_step_in_progress_and_nothing_of_
     engine: EmbeddedEngine,
 ) -> None:
     slow = replace(SETTINGS, parallel=2, ctx_per_slot=4096, batch=2048, ubatch=2048)
-    prompt = "The herd walks over the hill. " * 140
+    prompt = "The herd walks over the hill. " * 80
     await engine.retune(replace(slow, ubatch=256))
     expected = await ask(engine, prompt, 8, logprobs=2)
     await engine.retune(slow)
