@@ -132,4 +132,4 @@ class FakeContext:
 
 def sequence(number: int, prompt: list[int], new: int) -> Sequence:
     request = Generate(id=number, prompt=prompt, max_tokens=new)
-    return Sequence(request, list(prompt), FakeSampler(), TextStream([]), len(prompt) + new)
+    return Sequence(request, list(prompt), FakeSampler(), TextStream([]), limit=len(prompt) + new)
