@@ -20,6 +20,10 @@ from llamaherd_server.worker.prefix import best_source, is_coming
 from llamaherd_server.worker.sequence import NO_SLOT, Sequence, Share
 from llamaherd_server.worker.stopwatch import Stopwatch
 
+# How long a step of prompts alone may take, in seconds, going by the steps before: a host's watchdog looks at steps.
+TOGETHER_S = 10.0
+TELLING = 64  # tokens from which on a step tells how long a token of a prompt takes
+
 
 class Scheduler:
     """Sequences in, one Step of events out at each turn. Not for threads: whoever calls it owns the context."""
@@ -28,6 +32,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # by arrival
         self._events: list[Started | Delta | Finished | Failed] = []
         self._step = self._preemptions = self._cached = self._prompt = 0
+        self._token_s = 0.0
         self.attach(backend)
 
     @property
@@ -79,6 +84,8 @@ class Scheduler:
             if shares and self._decode(shares, watch):
                 computed += _tokens(shares)
                 self._sample(shares, watch)
+        if computed >= TELLING:
+            self._token_s = watch.decode_s / computed
         events, self._events = self._events, []
         return Step(events, self._stats(computed, watch))
 
@@ -143,8 +150,10 @@ class Scheduler:
         together begins together, and none stalls at its second token while the others' prompts are computed.
         """
         settings = self._backend.settings
+        room = min(max(settings.ubatch - beside, 1), settings.batch - beside)
         left = settings.batch - beside
-        room = min(max(settings.ubatch - beside, 1), left)
+        if self._token_s:
+            left = max(room, min(left, int(TOGETHER_S / self._token_s)))
         together = not self._decoding()
         shares = []
         for sequence in sorted(self.running, key=lambda one: one.arrival):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaherd_server.protocol import Delta, EngineSettings, Failed, Finished, Started
+from llamaherd_server.worker import scheduler as scheduler_module
 from llamaherd_server.worker.errors import DecodeFailed
 from llamaherd_server.worker.prefix import WORTH_WAITING
 from llamaherd_server.worker.scheduler import Scheduler
@@ -148,6 +149,22 @@ def test_who_arrives_together_begins_together_and_a_longer_prompt_does_not_hold_
     assert {event.id for event in step.events if isinstance(event, Delta)} == {1, 2, 3}
     computed = {share[0].request.id: share[1] for shares in context.batches for share in shares if share[1] > 1}
     assert computed == {0: 16, 1: 12, 2: 12, 3: 12}
+
+
+def test_a_step_of_many_prompts_is_bounded_by_the_time_that_it_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = FakeContext(EngineSettings(parallel=8, batch=256, ubatch=32), 2000)
+    scheduler = Scheduler(context)
+
+    def tokens_of_first_step(first: int) -> int:
+        for number in range(first, first + 8):
+            scheduler.add(sequence(number, [number] * 30, 1))
+        before = len(context.batches)
+        run(scheduler)
+        return sum(count for _, count in context.batches[before])
+
+    assert tokens_of_first_step(0) == 240
+    monkeypatch.setattr(scheduler_module, "TOGETHER_S", 0.0)
+    assert tokens_of_first_step(8) == 32
 
 
 def test_it_is_beginning_until_somebody_waits_for_a_second_token() -> None:
