@@ -35,6 +35,7 @@ class Meter:
         self._usage = usage
         self._by = by
         self._arrived = arrived
+        self._queued = time.perf_counter()
         self._counts_prompt = counts_prompt
         self._inter_token = metrics.inter_token.labels(*by)
         self._last = math.nan
@@ -43,7 +44,7 @@ class Meter:
 
     def admitted(self) -> None:
         """The generation left the queue."""
-        waited = self._since_arrival()
+        waited = time.perf_counter() - self._queued
         self._metrics.queue_wait.labels(*self._by).observe(waited)
         if math.isnan(self._usage.queued_s):
             self._usage.queued_s = waited
