@@ -58,7 +58,8 @@ class Stream(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
-        self.done.set_result(None)
+        if not self.done.cancelled():
+            self.done.set_result(None)
 
     def tokens(self) -> list[tuple[float, float]]:
         """When the engine sent each token, and when it came; raises RuntimeError when the stream broke off."""
@@ -85,8 +86,11 @@ async def stream(port: int, max_tokens: int, *, words: int = 8, key: str = "") -
         b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n%b" % (key.encode(), len(content), content)
     )
     loop = asyncio.get_running_loop()
-    _, protocol = await loop.create_connection(lambda: Stream(request), "127.0.0.1", port)
-    await protocol.done
+    transport, protocol = await loop.create_connection(lambda: Stream(request), "127.0.0.1", port)
+    try:
+        await protocol.done
+    finally:
+        transport.close()
     return protocol
 
 
@@ -150,7 +154,8 @@ def fairness() -> dict[str, Metric]:
         if all(one.done() for one in flood):
             raise RuntimeError("the flood was over before the other key had been measured")
         for one in flood:
-            (await one).tokens()
+            one.cancel()
+        await asyncio.gather(*flood, return_exceptions=True)
         return alone, beside
 
     keys = WORK / "fairness-keys.toml"
