@@ -9,24 +9,32 @@ from msgspec import Struct
 
 from llamaherd_loadtest.dice import seeded
 
-Process = Literal["constant", "poisson"]
+Process = Literal["constant", "poisson", "bursts"]
 PROCESSES: tuple[str, ...] = get_args(Process)
 
 
 class Arrivals(Struct, frozen=True):
-    """`rate` requests a second, evenly spaced or as a Poisson process; the same for the same seed."""
+    """`rate` requests a second; the same for the same seed.
+
+    They are evenly spaced, or a Poisson process, or `burst` at once at the times of a Poisson process.
+    """
 
     process: Process
     rate: float
     seed: int
+    burst: int = 8
 
     def __post_init__(self) -> None:
         if self.rate <= 0:
             raise ValueError(f"rate {self.rate:g} is not possible: give requests per second above 0")
+        if self.burst < 1:
+            raise ValueError(f"burst {self.burst} is not possible: give the requests that come at once, at least 1")
 
     def offsets(self) -> Iterator[float]:
         """Seconds from the start of the run, without end."""
         rng, at = seeded(self.seed, "arrivals"), 0.0
+        at_once = self.burst if self.process == "bursts" else 1
         while True:
-            at += 1 / self.rate if self.process == "constant" else rng.expovariate(self.rate)
-            yield at
+            at += 1 / self.rate if self.process == "constant" else rng.expovariate(self.rate / at_once)
+            for _ in range(at_once):
+                yield at

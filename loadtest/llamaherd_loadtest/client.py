@@ -6,6 +6,7 @@ It stands on geventhttpclient, the library under Locust's FastHttpUser, but read
 
 from __future__ import annotations
 
+import errno
 import ssl
 import time
 from pathlib import Path
@@ -16,12 +17,14 @@ from geventhttpclient import HTTPClient
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError, HTTPSocketPoolResponse
 from msgspec import Struct
 
-from llamaherd_loadtest.samples import Sample
+from llamaherd_loadtest.samples import CLIENT, Sample
 from llamaherd_loadtest.sse import END, Chunk, parse_line
 
 clock = time.perf_counter
 # A pool smaller than the load would queue requests in the client without a trace.
 POOL = 65536
+# What the kernel says when this machine, not the server, cannot open one more connection.
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM}
 PATH = "/v1/chat/completions"
 
 
@@ -55,16 +58,27 @@ class ChatClient:
         except (OSError, ssl.SSLError) as error:
             raise ValueError(f"cannot use CA file {target.ca}: {error}") from error
 
+    def call(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+        """(status, body) of a GET of `path`, or of a POST where `body` is given. Raises OSError where there is none."""
+        try:
+            with self._http.request("POST" if body else "GET", path, body=body or b"", headers=self._headers) as answer:
+                return answer.status_code, answer.read()
+        except HTTPParseError as error:
+            raise OSError(str(error)) from error
+
     def close(self) -> None:
         """Close the idle connections."""
         self._http.close()
 
-    def stream(self, body: bytes, sample: Sample) -> None:
-        """Send `body` and fill `sample` as the answer arrives; failures become its `outcome`, never exceptions."""
+    def stream(self, body: bytes, sample: Sample, text: list[str] | None = None) -> None:
+        """Send `body` and fill `sample` as the answer arrives; failures become its `outcome`, never exceptions.
+
+        The answer's text is put into `text` where that is given.
+        """
         sample.sent = clock()
         try:
             with gevent.Timeout(self._timeout_s), self._post(body) as response:
-                _read(response, sample)
+                _read(response, sample, text)
         except (gevent.Timeout, TimeoutError):
             sample.outcome, sample.detail = "timeout", f"no end after {self._timeout_s:g} s"
         except (msgspec.MsgspecError, HTTPParseError) as error:
@@ -72,7 +86,8 @@ class ChatClient:
             gone = any(word in str(error) for word in ("closed", "Incomplete"))
             sample.outcome, sample.detail = "connection" if gone else "protocol", str(error)
         except OSError as error:
-            sample.outcome, sample.detail = "connection", str(error)
+            sample.outcome = CLIENT if error.errno in _EXHAUSTED else "connection"
+            sample.detail = str(error)
         sample.end = clock()
 
     def _post(self, body: bytes) -> HTTPSocketPoolResponse:
@@ -82,7 +97,7 @@ class ChatClient:
             return self._http.request("POST", PATH, body=body, headers=self._headers)
 
 
-def _read(response: HTTPSocketPoolResponse, sample: Sample) -> None:
+def _read(response: HTTPSocketPoolResponse, sample: Sample, text: list[str] | None) -> None:
     if response.status_code != 200:
         sample.outcome, sample.detail = f"http {response.status_code}", _error_text(response.read())
         return
@@ -99,6 +114,8 @@ def _read(response: HTTPSocketPoolResponse, sample: Sample) -> None:
             return
         else:
             _note(chunk, now, sample)
+            if text is not None:
+                text.append(chunk.text)
             finished = finished or chunk.finished
     if not finished:
         sample.outcome, sample.detail = "truncated", "the stream ended without a finish reason"
@@ -118,6 +135,8 @@ def _note(chunk: Chunk, now: float, sample: Sample) -> None:
         sample.completion_tokens = chunk.usage.completion_tokens
         if chunk.usage.prompt_tokens_details is not None:
             sample.cached_tokens = chunk.usage.prompt_tokens_details.cached_tokens
+    if chunk.timings is not None and chunk.timings.prompt_ms is not None:
+        sample.prefill = chunk.timings.prompt_ms / 1000
 
 
 def _error_text(body: bytes) -> str:

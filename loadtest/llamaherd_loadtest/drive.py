@@ -1,8 +1,9 @@
-"""One closed-loop measurement, driven by Locust in this process. Importing this module patches for gevent."""
+"""One measurement in a closed or an open loop, driven in this process. Importing this module patches for gevent."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import gevent
 from locust.env import Environment
@@ -11,9 +12,8 @@ from msgspec import Struct
 from llamaherd_loadtest.client import ChatClient, Target, clock
 from llamaherd_loadtest.health import Health, HealthMonitor
 from llamaherd_loadtest.samples import Sample
-from llamaherd_loadtest.session import LoadSession
+from llamaherd_loadtest.session import LoadSession, Share, Source
 from llamaherd_loadtest.users import ClosedLoopUser
-from llamaherd_loadtest.workload import Prompts
 
 _LEAST_ROUNDS = 2  # requests for each user that a window should hold
 _LONGEST_WINDOW = 4  # times the window asked for
@@ -35,7 +35,7 @@ class RunFailed(Exception):
 
 
 def closed_loop(
-    target: Target, client: ChatClient, prompts: Prompts, *, concurrency: int, window_s: float, warm_up_s: float
+    target: Target, client: ChatClient, source: Source, *, concurrency: int, window_s: float, warm_up_s: float
 ) -> Run:
     """Keep `concurrency` requests in flight: warm up, then measure for `window_s` seconds, or on a slow host for up
     to four times as long, until there are two requests for each user.
@@ -45,7 +45,7 @@ def closed_loop(
     where requests only fail.
     """
     environment = Environment(host=target.url)
-    session = LoadSession(client, prompts, environment.events.request.fire)
+    session = LoadSession(client, source, environment.events.request.fire)
     environment.user_classes = [type("ChatUser", (ClosedLoopUser,), {"session": session})]
     runner = environment.create_local_runner()
     try:
@@ -61,6 +61,24 @@ def closed_loop(
         raise RunFailed(_last_error(session))
     in_flight = sum(max(0.0, min(s.end, end) - max(s.sent, start)) for s in session.samples) / (end - start)
     return Run(session.samples, start, end, Health(cpu=cpu, lag_p95_s=lag, concurrency=in_flight / concurrency))
+
+
+def open_loop(
+    client: ChatClient, source: Source, offsets: Iterator[float], *, total: int, warm_up_s: float = 0.0
+) -> Run:
+    """Send `total` requests at `offsets`, seconds from now, however slow the answers are, and wait for all of them.
+
+    Requests of the first `warm_up_s` seconds are not counted; the window opens after them. Raises RunFailed where
+    requests only fail.
+    """
+    session = LoadSession(client, source, lambda **_: None, Share(total=total))
+    monitor, start = HealthMonitor(), clock()
+    session.dispatch(start, offsets, warm_up_s)
+    end = clock()
+    cpu, lag = monitor.stop()
+    if session.hopeless.is_set():
+        raise RunFailed(_last_error(session))
+    return Run(session.samples, start + warm_up_s, end, Health(cpu=cpu, lag_p95_s=lag))
 
 
 def _wait_for_full_load(session: LoadSession, concurrency: int, timeout_s: float) -> None:

@@ -30,9 +30,10 @@ class Health(Struct, frozen=True, kw_only=True):
     def fault(self) -> str:
         """Why the run is invalid; empty where it is valid."""
         if self.cpu > MAX_CPU:
-            return f"the client used {self.cpu:.0%} of its core (limit {MAX_CPU:.0%}): use more load generators"
+            return f"CPU: the client used {self.cpu:.0%} of its core (limit {MAX_CPU:.0%}): use more load generators"
         if self.lag_p95_s > MAX_LAG_S:
-            return f"the client's timers were {self.lag_p95_s * 1000:.0f} ms late at p95 (limit {MAX_LAG_S * 1000:.0f})"
+            late, limit = self.lag_p95_s * 1000, MAX_LAG_S * 1000
+            return f"event loop: the client's timers were {late:.0f} ms late at p95 (limit {limit:.0f})"
         if self.concurrency < MIN_CONCURRENCY:
             return f"only {self.concurrency:.0%} of the requested concurrency was in flight"
         return ""

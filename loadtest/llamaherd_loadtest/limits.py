@@ -1,8 +1,9 @@
-"""Latency limits by name, such as `ttft_p95=2s`."""
+"""Latency limits by name, such as `ttft_p95=2s` or `mlperf-llama2-70b`."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from msgspec import Struct
 
@@ -33,6 +34,42 @@ def parse_limit(text: str) -> Limit:
         )
     p = int(match["p"]) / 100 if match["p"] else 1.0
     return Limit(match["name"], match["metric"], p, float(match["value"]) * (1000 if match["unit"] == "s" else 1))
+
+
+# p99 of TTFT and TPOT in ms, of MLPerf Inference's server ("conversational") and interactive scenarios: the rules'
+# table of datacenter benchmarks, github.com/mlcommons/inference_policies, inference_rules.adoc (2026-08, ff7edba).
+_MLPERF = {
+    "mlperf-llama3.1-8b": (2000, 100),
+    "mlperf-llama3.1-8b-interactive": (500, 30),
+    "mlperf-llama2-70b": (2000, 200),
+    "mlperf-llama2-70b-interactive": (450, 40),
+    "mlperf-mixtral-8x7b": (2000, 200),
+    "mlperf-llama3.1-405b": (6000, 175),
+    "mlperf-llama3.1-405b-interactive": (4500, 80),
+    "mlperf-deepseek-r1": (2000, 80),
+    "mlperf-deepseek-r1-interactive": (1500, 15),
+    "mlperf-gpt-oss-120b": (3000, 80),
+    "mlperf-gpt-oss-120b-interactive": (2000, 20),
+}
+
+
+def parse_limits(text: str) -> list[Limit]:
+    """Read one limit, or the two that a name of MLPerf's stands for. Raises ValueError with the remedy."""
+    if not text.startswith("mlperf-"):
+        return [parse_limit(text)]
+    if text not in _MLPERF:
+        raise ValueError(f"limit {text!r} is not known: MLPerf's are {', '.join(_MLPERF)}")
+    ttft, tpot = _MLPERF[text]
+    return [parse_limit(f"ttft_p99={ttft}ms"), parse_limit(f"tpot_p99={tpot}ms")]
+
+
+def meets(limits: Sequence[Limit], sample: Sample) -> bool:
+    """Whether one request keeps all limits; of its gaps the limit's own quantile counts. An error never does."""
+    return sample.outcome == OK and all(
+        quantile(values, limit.p) * 1000 <= limit.ms
+        for limit in limits
+        if (values := sorted(_values(limit.metric, sample)))
+    )
 
 
 def observe(limit: Limit, samples: list[Sample]) -> float | None:

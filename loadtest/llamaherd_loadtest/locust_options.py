@@ -1,74 +1,45 @@
-"""What the locustfiles share: their command-line options and a load session for each test that Locust starts."""
+"""The options that the locustfiles add to Locust's own."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from locust import events
-from locust.exception import StopTest
-from locust.user.users import User
-
 from llamaherd_loadtest.arrivals import PROCESSES
-from llamaherd_loadtest.client import ChatClient, Target
-from llamaherd_loadtest.probe import ServerUnusable, calibrate
-from llamaherd_loadtest.samples import write_samples
-from llamaherd_loadtest.session import LoadSession
-from llamaherd_loadtest.workload import Prompts, load_workload
+
+FILES = ("ca", "key_file", "workload", "samples", "summary", "benchmark_report", "trace")
+"""The options that name files; only the command line sets them."""
 
 
 def add_options(parser: Any, *, open_loop: bool = False) -> None:
-    """Add the options to Locust's own; each can also be set by the environment variable named with it."""
-    group = parser.add_argument_group("llamaherd")
-    group.add_argument(
-        "--model", env_var="LLAMAHERD_MODEL", default="", help="the model's name, as /v1/models gives it"
-    )
-    group.add_argument("--ca", env_var="LLAMAHERD_CA", default="", help="file with the certificate of the server's CA")
-    group.add_argument("--key-file", env_var="LLAMAHERD_KEY_FILE", default="", help="file that holds the API key")
-    group.add_argument("--workload", env_var="LLAMAHERD_WORKLOAD", default="chat", help="its name or a .yml file")
-    group.add_argument("--max-tokens", type=int, default=0, help="length of each answer; 0: as the workload says")
-    group.add_argument("--seed", type=int, default=0, help="prompts are the same for the same seed")
-    group.add_argument("--request-timeout", type=float, default=600.0, help="seconds")
-    group.add_argument("--samples", default="", help="file for the raw samples, a JSON object a line")
-    if open_loop:
-        group.add_argument("--rate", type=float, default=1.0, help="requests a second")
-        group.add_argument("--arrivals", choices=PROCESSES, default="poisson", help="how they are spaced")
+    """Add them to Locust's parser; where the server is can also be said by environment variables.
 
-
-def use_session(user: type[User]) -> None:
-    """Give `user` a fresh session whenever Locust starts a test, and write its samples when the test stops.
-
-    A server that cannot be used, or options that make no sense, end the test with one clear line.
+    Locust's page shows all but FILES: who reaches it shall not write, or send, any file of this host.
     """
-    session: LoadSession | None = None
-
-    @events.test_start.add_listener  # type: ignore[untyped-decorator]
-    def start(environment: Any, **_: Any) -> None:
-        nonlocal session
-        try:
-            user.session = session = _open_session(environment)
-        except (ServerUnusable, ValueError, OSError) as error:
-            environment.process_exit_code = 2
-            raise StopTest(str(error)) from None
-
-    @events.test_stop.add_listener  # type: ignore[untyped-decorator]
-    def stop(environment: Any, **_: Any) -> None:
-        if session is not None and environment.parsed_options.samples:
-            write_samples(Path(environment.parsed_options.samples), session.samples)
-
-
-def _open_session(environment: Any) -> LoadSession:
-    options = environment.parsed_options
-    target = Target(
-        url=environment.host or "",
-        model=options.model,
-        key=Path(options.key_file).read_text(encoding="utf-8").strip() if options.key_file else "",
-        ca=Path(options.ca) if options.ca else None,
-        timeout_s=options.request_timeout,
+    add, file = parser.add_argument, partial(parser.add_argument, include_in_web_ui=False, default="")
+    add("--model", env_var="LLAMAHERD_MODEL", default="", help="a name of /v1/models; the first of them if not given")
+    file("--ca", env_var="LLAMAHERD_CA", help="file with the certificate of the server's CA")
+    file("--key-file", env_var="LLAMAHERD_KEY_FILE", help="file that holds the API key")
+    add(
+        "--workload",
+        env_var="LLAMAHERD_WORKLOAD",
+        default="chat",
+        include_in_web_ui=False,
+        help="its name, a .yml file, a .jsonl file of request bodies, or a .json file in ShareGPT's format",
     )
-    workload = load_workload(options.workload).with_output(options.max_tokens)
-    client = ChatClient(target)
-    prompts = Prompts(
-        workload, model=target.model, seed=options.seed, calibration=calibrate(client, target, options.seed)
-    )
-    return LoadSession(client, prompts, environment.events.request.fire)
+    add("--prompt-tokens", type=int, default=0, help="length of each prompt; 0: as the workload says")
+    add("--max-tokens", type=int, default=0, help="length of each answer; 0: as the workload says")
+    add("--seed", type=int, default=0, help="prompts and arrivals are the same for the same seed")
+    add("--requests", type=int, default=0, help="end the test after so many conversations; 0: at --run-time")
+    add("--request-timeout", type=float, default=600.0, help="seconds")
+    add("--limits", default="", help="for goodput: ttft_p95=2s,itl_p95=100ms or a name such as mlperf-llama2-70b")
+    file("--samples", help="file for the raw samples, a JSON object a line")
+    file("--summary", help="file for the summary (JSON; its schema is in the package)")
+    file("--benchmark-report", help="file for the summary in llm-d's Benchmark Report format (YAML)")
+    if open_loop:
+        add("--rate", type=float, default=1.0, help="requests a second")
+        add("--arrivals", choices=PROCESSES, default="poisson", help="how they are spaced")
+        add("--burst", type=int, default=8, help="requests that come at once, with --arrivals bursts")
+        file("--trace", help="replay a recorded trace: Mooncake's .jsonl, Azure's or BurstGPT's .csv")
+        add("--trace-speed", type=float, default=1.0, help="2: replay it in half the time")
+        add("--warm-up", type=float, default=0.0, help="seconds at the start that are not counted")

@@ -1,42 +1,117 @@
-"""A look at the server before the load: does it answer, and how does its tokenizer count our words?"""
+"""A look at the server before the load: does it answer, what does it hold, how does its tokenizer count our words?"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct, field
 
 from llamaherd_loadtest.client import ChatClient, Target, clock
 from llamaherd_loadtest.dice import seeded
 from llamaherd_loadtest.samples import OK, Sample
-from llamaherd_loadtest.workload import Calibration, chat_body, text
+from llamaherd_loadtest.workload import Calibration, streaming_body, text
 
-_SHORT, _LONG = 16, 144  # words
+_SHORT, _LONG = 16, 144  # words of requests
+_T = TypeVar("_T")
+_TOKENIZED = 1000  # words where no answer has to be made
 
 
 class ServerUnusable(Exception):
     """The server cannot be loaded; the message names the cause and the remedy."""
 
 
-def calibrate(client: ChatClient, target: Target, seed: int) -> Calibration:
-    """Two small requests of known words, and the token counts that the server reports for them.
+class ServerFacts(Struct, frozen=True):
+    """What a server says of itself: its first model, the context of a slot in tokens (None: it does not say)."""
 
-    Raises ServerUnusable where one is not answered or has no usage.
+    model: str = ""
+    context: int | None = None
+    is_llamaherd: bool = False
+
+
+class _Meta(Struct):
+    n_ctx: int | None = None  # llama-server's and ours
+
+
+class _Model(Struct):
+    id: str
+    owned_by: str = ""
+    meta: _Meta | None = None
+    max_model_len: int | None = None  # vLLM's
+
+
+class _Models(Struct):
+    data: list[_Model] = field(default_factory=list)
+
+
+class _Tokens(Struct):
+    tokens: list[msgspec.Raw]
+
+
+def ask(client: ChatClient, name: str = "") -> ServerFacts:
+    """What the server says of model `name`, or of its first; nothing where it does not answer."""
+    listed = _decoded(client, "/v1/models", None, _Models)
+    for model in listed.data if listed else []:
+        if name in ("", model.id):
+            context = (model.meta and model.meta.n_ctx) or model.max_model_len
+            return ServerFacts(model.id, context, model.owned_by == "llamaherd")
+    return ServerFacts(name)
+
+
+def count_tokens(client: ChatClient, content: str) -> int | None:
+    """Tokens of `content` by POST /tokenize, as llama-server and ours have it; None where there is none."""
+    answer = _decoded(client, "/tokenize", msgspec.json.encode({"content": content}), _Tokens)
+    return len(answer.tokens) if answer else None
+
+
+def calibrate(
+    client: ChatClient, target: Target, seed: int, extra: Mapping[str, Any] | None = None, *, timings: bool = False
+) -> Calibration:
+    """How the server counts our words: a small request, and its tokenizer or, without /tokenize, a longer request.
+
+    `extra` are the fields that the workload's requests have besides messages and lengths.
+    Raises ServerUnusable where a request is not answered or has no usage.
     """
-    short, long = (_prompt_tokens(client, target, seed, words) for words in (_SHORT, _LONG))
-    per_word = (long - short) / (_LONG - _SHORT)
+    short = _prompt_tokens(client, target, seed, _SHORT, extra or {})
+    counted = count_tokens(client, text(seeded(seed, "tokenizer"), _TOKENIZED))
+    if counted is None:
+        long = _prompt_tokens(client, target, seed, _LONG, extra or {})
+        per_word = (long - short) / (_LONG - _SHORT)
+    else:
+        per_word = counted / _TOKENIZED
     if per_word <= 0:
-        raise ServerUnusable(
-            f"{target.url} counts {long} tokens in {_LONG} words and {short} in {_SHORT}: no tokenizer?"
+        raise ServerUnusable(f"{target.url} counts no more tokens for {_LONG} words than for {_SHORT}: no tokenizer?")
+    return Calibration(per_word, short - _SHORT * per_word, timings)
+
+
+def check_fits(name: str, longest: int, facts: ServerFacts) -> None:
+    """Raises ValueError where requests of `longest` tokens are more than a slot holds."""
+    if facts.context is not None and longest > facts.context:
+        raise ValueError(
+            f"workload {name} sends requests of up to {longest} tokens, answers included, and a slot of {facts.model} "
+            f"holds {facts.context}: raise the server's context per slot, or take a workload with shorter prompts"
         )
-    return Calibration(per_word, short - _SHORT * per_word)
 
 
-def _prompt_tokens(client: ChatClient, target: Target, seed: int, words: int) -> int:
+def _prompt_tokens(client: ChatClient, target: Target, seed: int, words: int, extra: Mapping[str, Any]) -> int:
     content = text(seeded(seed, "calibration", words), words)
     sample = Sample(index=0, scheduled=clock())
-    client.stream(chat_body(target.model, content, 1, ignore_eos=False), sample)
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1, **extra}
+    client.stream(streaming_body(body, target.model), sample)
     if sample.outcome not in (OK, "empty"):
         raise ServerUnusable(f"{target.url} {_cause(sample)}")
     if not sample.prompt_tokens:
         raise ServerUnusable(f"{target.url} reports no usage when streaming (stream_options.include_usage)")
     return sample.prompt_tokens
+
+
+def _decoded(client: ChatClient, path: str, body: bytes | None, form: type[_T]) -> _T | None:
+    try:
+        status, answer = client.call(path, body)
+        return msgspec.json.decode(answer, type=form) if status == 200 else None
+    except (OSError, msgspec.MsgspecError):
+        return None
 
 
 def _cause(sample: Sample) -> str:
@@ -47,6 +122,8 @@ def _cause(sample: Sample) -> str:
             return f"cannot be reached: {detail}"
         case (("http 401" | "http 403"), detail):
             return f"refuses the API key ({detail}): give one with --key-file"
+        case "http 400", detail if "tool" in detail:
+            return f"takes no tool calls ({detail}): use a workload without tools, such as agent_text"
         case "http 503", detail:
             return f"is not ready: {detail}"
         case outcome, detail:

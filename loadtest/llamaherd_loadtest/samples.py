@@ -10,16 +10,19 @@ from msgspec import Struct, field
 
 OK = "ok"
 CUT_OFF = "cut_off"
+CLIENT = "client"
 
 
 class Sample(Struct, kw_only=True):
     """One request. Times are seconds of `time.perf_counter` in the client, lengths are tokens.
 
     `outcome` is "ok", "cut_off" (the run ended first; neither counted nor a miss), or the kind of error:
-    "http 429", "stream_error", "timeout", "connection", "truncated", "protocol" or "empty".
+    "http 429", "stream_error", "timeout", "connection", "truncated", "protocol", "empty", or "client" where this
+    machine had no socket left. `turn` counts the requests of one conversation, which share their index.
     """
 
     index: int
+    turn: int = 0
     scheduled: float
     sent: float = 0.0
     first: float | None = None  # arrival of the first event with text
@@ -29,6 +32,7 @@ class Sample(Struct, kw_only=True):
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     completion_tokens: int | None = None
+    prefill: float | None = None  # the server's own time for the prompt, seconds, where it tells
     outcome: str = OK
     detail: str = ""
     warmup: bool = False
@@ -54,6 +58,11 @@ class Sample(Struct, kw_only=True):
         if self.first is None or self.last is None or self.tokens < 2:
             return None
         return (self.last - self.first) / (self.tokens - 1)
+
+    @property
+    def queue(self) -> float | None:
+        """Seconds of the TTFT that were not prefill: the wait for a slot, and the network."""
+        return None if self.ttft is None or self.prefill is None else max(0.0, self.ttft - self.prefill)
 
     @property
     def largest_gap(self) -> float | None:

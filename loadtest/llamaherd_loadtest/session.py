@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import gevent.event
+import gevent.pool
 from gevent import GreenletExit
+from msgspec import Struct
 
 from llamaherd_loadtest.client import PATH, ChatClient, clock
 from llamaherd_loadtest.samples import CUT_OFF, OK, Sample
-from llamaherd_loadtest.workload import Prompts
+from llamaherd_loadtest.workload import Conversation
 
 _RETRY_PAUSE_S = 0.25
 _HOPELESS = 8
+
+
+class Source(Protocol):
+    """Where requests come from: `Prompts`, also of a trace, or a `Replay`."""
+
+    def conversation(self, index: int, output_share: float = 1.0) -> Conversation:
+        """The requests of conversation `index`."""
+
+
+class Share(Struct, frozen=True):
+    """The conversations that this process sends: every `count`-th from `index` on, up to `total` (0: without end)."""
+
+    index: int = 0
+    count: int = 1
+    total: int = 0
+
+    def indices(self) -> Iterator[int]:
+        """Their numbers, in the order of sending."""
+        return iter(self._numbers) if self.total else itertools.count(self.index, self.count)
+
+    @property
+    def size(self) -> int:
+        """Conversations in it; 0: without end."""
+        return len(self._numbers)
+
+    @property
+    def _numbers(self) -> range:
+        return range(self.index, self.total, self.count)
 
 
 class RequestFailed(Exception):
@@ -24,14 +54,21 @@ class RequestFailed(Exception):
 class LoadSession:
     """Shared by all users of a process. `on_request` is Locust's request event (`environment.events.request.fire`)."""
 
-    def __init__(self, client: ChatClient, prompts: Prompts, on_request: Callable[..., Any]) -> None:
+    def __init__(
+        self, client: ChatClient, source: Source, on_request: Callable[..., Any], share: Share | None = None
+    ) -> None:
+        share = share or Share()
         self.samples: list[Sample] = []
         self.warmed = 0
+        self.warmed_at = 0.0  # when the last user had warmed up, on the client's clock
+        self.drain_s = 0.0
         self.completed = 0  # counted requests that went well
         self.hopeless = gevent.event.Event()  # set when requests only fail: nothing is left to measure
-        self._client, self._prompts, self._on_request = client, prompts, on_request
-        self._index = itertools.count()
-        self._users = itertools.count()
+        self.done = gevent.event.Event()  # set when all of the share is sent and answered
+        self._client, self._source, self._on_request, self._share = client, source, on_request, share
+        self._indices = share.indices()
+        self._warm_ups = itertools.count(share.index, share.count)
+        self._ended = 0
         self._failures = 0
 
     def warm_up(self) -> None:
@@ -39,19 +76,66 @@ class LoadSession:
 
         Answers are cut to shares 1/2, 1/4, 3/4, 1/8 …, so that slots do not run in step when counting starts.
         """
-        self._send(warmup=True, output_share=_van_der_corput(next(self._users) + 1))
-        self.warmed += 1
+        user = next(self._warm_ups)
+        body = next(self._source.conversation(-1 - user, _van_der_corput(user + 1)))
+        self._send(body, Sample(index=-1 - user, scheduled=clock(), warmup=True))
+        self.warmed, self.warmed_at = self.warmed + 1, clock()
 
-    def send(self, scheduled: float | None = None) -> Sample:
-        """Send the next request now; its latencies count from `scheduled` (open loop) or from the send."""
-        return self._send(scheduled=scheduled)
+    def send(self) -> None:
+        """Hold the next conversation, each request as soon as the one before is answered; wait where none is left."""
+        index = next(self._indices, None)
+        if index is None:
+            gevent.sleep(1.0)
+        else:
+            conversation = self._source.conversation(index)
+            self._talk(index, conversation, next(conversation))
 
-    def _send(self, *, scheduled: float | None = None, warmup: bool = False, output_share: float = 1.0) -> Sample:
-        index = next(self._index)
-        body = self._prompts.request(index, output_share)
-        sample = Sample(index=index, scheduled=clock() if scheduled is None else scheduled, warmup=warmup)
+    def dispatch(self, start: float, offsets: Iterator[float], warm_up_s: float = 0.0) -> None:
+        """Send this process's share of conversations, each at `start` + its offset on the client's clock.
+
+        Latencies count from there. Those of the first `warm_up_s` seconds are warm-ups. Returns when all are answered;
+        killed, it gives those in flight `drain_s` seconds and cuts off the rest.
+        """
+        in_flight = gevent.pool.Group()
+        mine = itertools.islice(enumerate(offsets), self._share.index, self._share.total or None, self._share.count)
         try:
-            self._client.stream(body, sample)
+            for index, offset in mine:
+                conversation, scheduled = self._source.conversation(index), start + offset
+                body = next(conversation)  # made before its time has come
+                gevent.sleep(max(0.0, scheduled - clock()))
+                in_flight.start(gevent.Greenlet(self._talk, index, conversation, body, scheduled, offset < warm_up_s))
+            in_flight.join()
+            self.done.set()
+        finally:
+            in_flight.join(self.drain_s)
+            in_flight.kill()
+
+    def _talk(
+        self,
+        index: int,
+        conversation: Conversation,
+        body: bytes,
+        scheduled: float | None = None,
+        warmup: bool = False,
+    ) -> None:
+        try:
+            for turn in itertools.count():
+                text: list[str] = []
+                at = clock() if scheduled is None else scheduled
+                if not self._send(body, Sample(index=index, turn=turn, scheduled=at, warmup=warmup), text):
+                    return
+                body = conversation.send("".join(text))
+                scheduled = None
+        except StopIteration:
+            pass
+        finally:
+            self._ended += 1
+            if self._ended == self._share.size:
+                self.done.set()
+
+    def _send(self, body: bytes, sample: Sample, text: list[str] | None = None) -> bool:
+        try:
+            self._client.stream(body, sample, text)
         except GreenletExit:  # the run is over
             sample.outcome, sample.end = CUT_OFF, clock()
             raise
@@ -60,12 +144,12 @@ class LoadSession:
         if sample.outcome != OK:
             self._report(sample)
             self._count_failure()
-            return sample
+            return False
         self._failures = 0
-        if not warmup:
+        if not sample.warmup:
             self.completed += 1
             self._report(sample)
-        return sample
+        return True
 
     def _count_failure(self) -> None:
         self._failures += 1

@@ -21,10 +21,21 @@ class Usage(Struct):
     prompt_tokens_details: PromptDetails | None = None
 
 
+class Timings(Struct):
+    """llama-server's account of one request, in its last chunk."""
+
+    prompt_ms: float | None = None
+
+
 class Delta(Struct):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    tool_calls: list[msgspec.Raw] | None = None
+
+    @property
+    def has_output(self) -> bool:
+        return bool(self.content or self.reasoning_content or self.reasoning or self.tool_calls)
 
 
 class Choice(Struct):
@@ -42,17 +53,23 @@ class Chunk(Struct):
 
     choices: list[Choice] = field(default_factory=list)
     usage: Usage | None = None
+    timings: Timings | None = None
     error: ErrorBody | str | None = None
 
     @property
     def has_text(self) -> bool:
-        """Whether the event brings output: a non-empty content or reasoning delta."""
-        return any(c.delta.content or c.delta.reasoning_content or c.delta.reasoning for c in self.choices)
+        """Whether the event brings output: a non-empty delta of content, reasoning or a tool call."""
+        return any(choice.delta.has_output for choice in self.choices)
 
     @property
     def finished(self) -> bool:
         """Whether a choice says why it ended."""
-        return any(c.finish_reason for c in self.choices)
+        return any(choice.finish_reason for choice in self.choices)
+
+    @property
+    def text(self) -> str:
+        """The content that the event brings."""
+        return "".join([choice.delta.content or "" for choice in self.choices])
 
     @property
     def error_message(self) -> str:

@@ -1,17 +1,23 @@
-"""What a run's samples add up to. Only the full-load window counts; see `summarise`."""
+"""What a run's samples add up to. Only the full-load window counts; see `summarise`.
+
+`python -m llamaherd_loadtest.summary` prints the JSON schema of a summary, as summary.schema.json has it.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import msgspec
 from msgspec import Struct
 
-from llamaherd_loadtest.health import Health
+from llamaherd_loadtest.health import MAX_LAG_S, Health
+from llamaherd_loadtest.limits import Limit, meets
 from llamaherd_loadtest.quantiles import Quantile, estimate
-from llamaherd_loadtest.samples import CUT_OFF, OK, Sample
+from llamaherd_loadtest.samples import CLIENT, CUT_OFF, OK, Sample
 
-SCHEMA = "llamaherd.summary/1"
+SCHEMA = "llamaherd.summary/2"
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
 
@@ -24,11 +30,24 @@ class Distribution(Struct, frozen=True):
     quantiles: list[Quantile]
 
 
+class Goodput(Struct, frozen=True):
+    """Requests that kept all limits. Errors are misses; requests that were cut off are in neither figure.
+
+    `attainment` is their share of all that ended in the window, between 0 and 1.
+    """
+
+    limits: list[Limit]
+    requests_per_s: float
+    attainment: float
+
+
 class Summary(Struct, frozen=True, kw_only=True):
     """One run. Rates are per second of the window, latencies milliseconds.
 
     `inter_chunk` is set where events carry more than one token on average (events / tokens < 0.8): `itl` then holds
-    gaps between chunks, not tokens. `fault` says why the run is invalid, where it is.
+    gaps between chunks, not tokens. `prefill` and `queue` split the TTFT where the server tells its prefill time, and
+    `queue_share` is the queue's part of all TTFT. A quantile without `low` and `high` is unresolved: too few values for
+    a 95 % interval. `fault` says why the run is invalid, where it is, and names the resource that was short.
     """
 
     schema: str = SCHEMA
@@ -44,7 +63,12 @@ class Summary(Struct, frozen=True, kw_only=True):
     largest_gap: Distribution | None
     e2e: Distribution | None
     schedule_delay: Distribution | None
+    prefill: Distribution | None
+    queue: Distribution | None
+    queue_share: float | None
+    goodput: Goodput | None
     prompt_tokens: Distribution | None
+    output_tokens: Distribution | None
     cached_tokens: int
     inter_chunk: bool
     health: Health
@@ -66,7 +90,9 @@ def distribution(values: Iterable[float | None], scale: float = 1000.0) -> Distr
     )
 
 
-def summarise(samples: Sequence[Sample], start: float, end: float, health: Health) -> Summary:
+def summarise(
+    samples: Sequence[Sample], start: float, end: float, health: Health, limits: Sequence[Limit] = ()
+) -> Summary:
     """Summarise the window [start, end] of the client's clock.
 
     Tokens count by the time they arrived, those of requests that began before the window or were cut off after it
@@ -76,11 +102,15 @@ def summarise(samples: Sequence[Sample], start: float, end: float, health: Healt
     ok = [s for s in inside if s.outcome == OK]
     events, tokens = sum(s.events for s in ok), sum(s.tokens for s in ok)
     window = end - start
+    delay = distribution(s.schedule_delay for s in ok)
+    told = [(s.queue, s.prefill) for s in ok if s.queue is not None and s.prefill is not None]
+    queued, ttft = sum(queue for queue, _ in told), sum(queue + prefill for queue, prefill in told)
+    good = sum(meets(limits, s) for s in inside)
     return Summary(
         window_s=window,
         requests=len(ok),
         errors=dict(Counter(s.outcome for s in inside if s.outcome != OK)),
-        cut_off=sum(s.outcome == CUT_OFF for s in samples),
+        cut_off=sum(s.outcome == CUT_OFF or s.sent < end < s.end for s in samples),
         output_tokens_per_s=sum(s.tokens_between(start, end) for s in samples) / window,
         requests_per_s=len(ok) / window,
         ttft=distribution(s.ttft for s in ok),
@@ -88,10 +118,66 @@ def summarise(samples: Sequence[Sample], start: float, end: float, health: Healt
         itl=distribution(gap for s in ok for gap in s.gaps),
         largest_gap=distribution(s.largest_gap for s in ok),
         e2e=distribution(s.e2e for s in ok),
-        schedule_delay=distribution(s.schedule_delay for s in ok),
+        schedule_delay=delay,
+        prefill=distribution(s.prefill for s in ok),
+        queue=distribution(s.queue for s in ok),
+        queue_share=queued / ttft if ttft else None,
+        goodput=Goodput(list(limits), good / window, good / len(inside)) if limits and inside else None,
         prompt_tokens=distribution((s.prompt_tokens for s in ok), scale=1.0),
+        output_tokens=distribution((s.tokens for s in ok), scale=1.0),
         cached_tokens=sum(s.cached_tokens or 0 for s in ok),
         inter_chunk=events < 0.8 * tokens,
         health=health,
-        fault=health.fault,
+        fault=health.fault or _late(delay) or _out_of_sockets(samples),
     )
+
+
+def _late(delay: Distribution | None) -> str:
+    p95 = 0.0 if delay is None else delay.quantiles[QUANTILES.index(0.95)].value
+    limit = MAX_LAG_S * 1000
+    return f"event loop: requests were sent {p95:.0f} ms late at p95 (limit {limit:.0f})" if p95 > limit else ""
+
+
+def _out_of_sockets(samples: Iterable[Sample]) -> str:
+    detail = next((s.detail for s in samples if s.outcome == CLIENT), "")
+    return f"sockets: {detail}: raise `ulimit -n` or use more load generators" if detail else ""
+
+
+def in_words(summary: Summary) -> list[str]:
+    """A few lines for a log."""
+    errors = ", ".join(f"{count} {kind}" for kind, count in summary.errors.items()) or "no errors"
+    lines = [
+        f"{summary.window_s:.1f} s measured: {summary.requests} requests, {errors}, {summary.cut_off} cut off, "
+        f"{summary.output_tokens_per_s:.1f} tokens/s"
+    ]
+    itl = "gap between chunks" if summary.inter_chunk else "ITL"
+    for name, values in (("TTFT", summary.ttft), ("TPOT", summary.tpot), (itl, summary.itl), ("E2E", summary.e2e)):
+        if values is not None:
+            lines.append(f"{name} ms: " + "  ".join(map(_in_words, values.quantiles)) + f"  max {values.max:.0f}")
+    if summary.queue_share is not None:
+        lines.append(f"{summary.queue_share:.0%} of the TTFT was waiting, the rest prefill")
+    if summary.goodput is not None:
+        kept = ", ".join(f"{limit.name} {limit.ms:g} ms" for limit in summary.goodput.limits)
+        lines.append(
+            f"goodput {summary.goodput.requests_per_s:.2f} requests/s: {summary.goodput.attainment:.1%} within {kept}"
+        )
+    return lines
+
+
+def _in_words(quantile: Quantile) -> str:
+    between = f"{quantile.low:.0f} to {quantile.high:.0f}" if quantile.low is not None else "unresolved"
+    return f"p{quantile.p * 100:g} {quantile.value:.0f} ({between})"
+
+
+def json_schema() -> bytes:
+    """The JSON schema of a summary's file."""
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": SCHEMA,
+        **msgspec.json.schema(Summary),
+    }
+    return msgspec.json.format(msgspec.json.encode(schema)) + b"\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(json_schema())

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gevent.pool
+import gevent
 from locust import User, task
 
-from llamaherd_loadtest.arrivals import Arrivals
-from llamaherd_loadtest.client import clock
 from llamaherd_loadtest.session import LoadSession
 
 
@@ -25,7 +23,7 @@ class ClosedLoopUser(User):  # type: ignore[misc]  # Locust is untyped
 
 
 class OpenLoopUser(User):  # type: ignore[misc]
-    """One dispatcher that sends at precomputed times, however slow the answers are.
+    """Stands for the dispatcher of an open loop in Locust's count of users; the session sends, at precomputed times.
 
     A wait between tasks would not do: it starts after the answer, so a slow server is asked less (a closed loop).
     """
@@ -33,16 +31,7 @@ class OpenLoopUser(User):  # type: ignore[misc]
     abstract = True
     fixed_count = 1
     session: LoadSession
-    arrivals: Arrivals
 
     @task  # type: ignore[untyped-decorator]
-    def dispatch(self) -> None:
-        in_flight = gevent.pool.Group()
-        start = clock()
-        try:
-            for offset in self.arrivals.offsets():
-                scheduled = start + offset
-                gevent.sleep(max(0.0, scheduled - clock()))
-                in_flight.start(gevent.Greenlet(self.session.send, scheduled))
-        finally:
-            in_flight.kill()
+    def idle(self) -> None:
+        gevent.sleep(1.0)

@@ -1,17 +1,14 @@
 """Chat load in a closed loop, with Locust's own commands and web page:
 
-    locust -f loadtest/locustfiles/chat.py --host https://host --ca ca.crt --key-file key --model name
+    locust -f loadtest/locustfiles/chat.py --host https://host --ca ca.crt --key-file key
 
-TTFT and TPOT are entries of their own in Locust's statistics; `--samples` keeps every request.
+TTFT and TPOT are entries of their own in Locust's statistics; `--samples` keeps every request, `--summary` sums them
+up. A shape can be put beside it: -f loadtest/locustfiles/chat.py,loadtest/locustfiles/shapes/ramp.py
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from locust import events
-
-from llamaherd_loadtest.locust_options import add_options, use_session
+from llamaherd_loadtest.locust_run import measure
 from llamaherd_loadtest.users import ClosedLoopUser
 
 
@@ -19,9 +16,4 @@ class ChatUser(ClosedLoopUser):
     """One client that reads each answer to its end before it asks again."""
 
 
-@events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]
-def _options(parser: Any) -> None:
-    add_options(parser)
-
-
-use_session(ChatUser)
+measure(ChatUser)

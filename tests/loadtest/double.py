@@ -2,7 +2,8 @@
 
 The model's name picks how a stream is paced (see SCENARIOS); usage.prompt_tokens is the request's number, under which
 GET /log gives when the request arrived and when each event was sent, on the machine's monotonic clock. Model "engine"
-is as fast as its settings under /admin/engine make it, and counts prompt tokens as words plus ten.
+is as fast as its settings under /admin/engine make it; it and "paced" count prompt tokens as words plus ten, and
+"paced" sends max_tokens events and says how long its prefill took. POST /tokenize counts words.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 KEY = "sesame"
 DEFAULT = {"parallel": 4, "batch": 2048, "ubatch": 512, "ctx_per_slot": 2048, "kv_unified": True, "threads": 2}
 TOKENS = 20
+CONTEXT = 2048
+PREFILL_S = 0.03
 
 
 class Engine:
@@ -82,6 +85,10 @@ class Double:
     def admin(self, method: str, path: str, body: bytes) -> tuple[int, object]:
         if path == "/log":
             return 200, self.log
+        if path == "/v1/models":
+            return 200, {"data": [{"id": name, "meta": {"n_ctx": CONTEXT}} for name in ("paced", "engine")]}
+        if path == "/tokenize":
+            return 200, {"tokens": list(range(len(json.loads(body)["content"].split())))}
         if path == "/applied":
             return 200, self.engine.applied
         refusal = self.engine.apply(json.loads(body)) if method == "PUT" else ""
@@ -93,7 +100,7 @@ class Double:
 
     async def chat(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         number = len(self.log) + 1
-        entry: dict[str, Any] = {"received": time.perf_counter(), "sent": []}
+        entry: dict[str, Any] = {"received": time.perf_counter(), "sent": [], "request": request}
         self.log[number] = entry
         scenario = request["model"]
         if scenario == "busy":
@@ -102,7 +109,10 @@ class Double:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         send(writer, event({"role": "assistant"}))
         count = 0
-        events = self.engine_events(request) if scenario == "engine" else SCENARIOS[scenario]()
+        if scenario == "engine":
+            events = self.engine_events(request)
+        else:
+            events = paced(request["max_tokens"]) if scenario == "paced" else SCENARIOS[scenario]()
         async with aclosing(events):
             async for pieces, tokens in events:
                 if writer.is_closing():
@@ -117,11 +127,14 @@ class Double:
             writer.transport.abort()
             return
         if scenario not in ("error", "truncated"):
-            words = len(request["messages"][0]["content"].split())
-            usage = {"prompt_tokens": words + 10 if scenario == "engine" else number, "completion_tokens": count}
-            send(
-                writer, event({}, "length") + b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
-            )
+            words = sum(len(message["content"].split()) for message in request["messages"])
+            known = scenario in ("engine", "paced")
+            last = {
+                "choices": [],
+                "usage": {"prompt_tokens": words + 10 if known else number, "completion_tokens": count},
+                **({"timings": {"prompt_ms": 1000 * PREFILL_S}} if scenario == "paced" else {}),
+            }
+            send(writer, event({}, "length") + b"data: " + json.dumps(last).encode() + b"\n\n")
             send(writer, b"data: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")
 
@@ -156,6 +169,12 @@ async def constant(gap: float = 0.03, first: float = 0.05) -> Events:
     for i in range(TOKENS):
         await asyncio.sleep(gap if i else first)
         yield [event({"content": f"t{i}"})], 1
+
+
+async def paced(tokens: int) -> Events:
+    for i in range(tokens):
+        await asyncio.sleep(0.02 if i else 0.04)
+        yield [event({"content": f"t{i} "})], 1
 
 
 async def jittered() -> Events:

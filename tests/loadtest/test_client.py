@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -96,6 +98,20 @@ def test_an_error_does_not_poison_the_connection(double: Double) -> None:
         client.stream(chat_body(scenario, "hello", 8, ignore_eos=False), sample)
         outcomes.append(sample.outcome)
     assert outcomes == ["stream_error", "ok", "http 429", "ok"]
+
+
+def test_a_client_without_sockets_blames_itself(double: Double) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    streams = [Sample(index=i, scheduled=clock()) for i in range(16)]
+    client, body = ChatClient(Target(url=double.url, key=KEY)), chat_body("constant", "hello", 8, ignore_eos=False)
+    os.close(lowest_free := os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 6, hard))
+    try:
+        gevent.joinall([gevent.spawn(client.stream, body, sample) for sample in streams])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert {s.outcome for s in streams} == {"ok", "client"}
+    assert {s.detail for s in streams if s.outcome == "client"} == {"[Errno 24] Too many open files"}
 
 
 def test_tls_is_verified_against_the_ca(start_double: Callable[..., Double], certificate: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 
+from llamaherd_loadtest.gathered import Part, gather
 from llamaherd_loadtest.health import Health
-from llamaherd_loadtest.limits import observe, parse_limit
+from llamaherd_loadtest.limits import observe, parse_limit, parse_limits
 from llamaherd_loadtest.quantiles import estimate, quantile
 from llamaherd_loadtest.samples import Sample
 from llamaherd_loadtest.summary import summarise
@@ -53,6 +55,13 @@ def test_limits_are_read_and_held_against_samples() -> None:
     failed = Sample(index=99, scheduled=0.0, first=50.0, outcome="timeout")
     assert observe(limit, [*done, failed]) == pytest.approx(1050)
     assert observe(limit, [failed]) is None
+
+
+def test_mlperfs_limits_have_names() -> None:
+    ttft, tpot = parse_limits("mlperf-llama2-70b-interactive")
+    assert (ttft.name, ttft.ms, tpot.name, tpot.ms) == ("ttft_p99", 450, "tpot_p99", 40)
+    with pytest.raises(ValueError, match=r"limit 'mlperf-gpt2' is not known: MLPerf's are mlperf-llama3\.1-8b"):
+        parse_limits("mlperf-gpt2")
 
 
 @pytest.mark.parametrize("text", ["ttft=2s", "ttft_p95", "ttft_p95=2", "speed_p95=2s", "ttft_p95=-1s"])
@@ -106,3 +115,52 @@ def test_several_tokens_in_an_event_are_called_so() -> None:
 def test_a_run_whose_client_was_the_bottleneck_says_so(health: Health, reason: str) -> None:
     assert reason in summarise([], 0.0, 1.0, health).fault
     assert summarise([], 0.0, 1.0, WELL).fault == ""
+
+
+def test_goodput_counts_what_meets_all_limits_and_errors_as_misses() -> None:
+    limits = [parse_limit("ttft_p95=2s"), parse_limit("gap_max=1s")]
+    good, slow, stalled = stream(0.0, 1.0, [0.5]), stream(0.0, 3.0, [0.5]), stream(0.0, 1.0, [0.5, 2.0])
+    failed = Sample(index=0, scheduled=0.0, end=1.0, outcome="timeout")
+    cut = stream(0.0, 1.0, [0.5], outcome="cut_off")
+    goodput = summarise([good, slow, stalled, failed, cut], 0.0, 10.0, WELL, limits).goodput
+    assert goodput is not None
+    assert (goodput.requests_per_s, goodput.attainment) == (0.1, 0.25)
+    assert summarise([good], 0.0, 10.0, WELL).goodput is None
+
+
+def test_the_ttft_is_split_where_the_server_tells_its_prefill() -> None:
+    told = stream(0.0, 1.0, [0.1], prefill=0.25)
+    result = summarise([told, stream(0.0, 5.0, [0.1])], 0.0, 10.0, WELL)
+    assert result.prefill is not None and (result.prefill.count, result.prefill.mean) == (1, 250)
+    assert result.queue is not None and result.queue.mean == 750
+    assert result.queue_share == 0.75
+
+
+def test_late_sends_and_missing_sockets_are_the_clients_fault() -> None:
+    late = stream(0.0, 3.0, [0.1])
+    late.sent = 0.2
+    assert summarise([late], 0.0, 10.0, WELL).fault.startswith("event loop: requests were sent 200 ms late at p95")
+    none_left = Sample(index=0, scheduled=0.0, end=1.0, outcome="client", detail="Too many open files")
+    assert summarise([none_left], 0.0, 10.0, WELL).fault.startswith("sockets: Too many open files: raise `ulimit -n`")
+
+
+def part(samples: list[Sample], **fields: Any) -> Part:
+    return Part(samples=samples, **({"epoch": 0.0, "users": 1, "warmed": 1, "cpu": 0.1, "lag_p95_s": 0.0} | fields))
+
+
+def test_parts_are_brought_onto_one_clock_and_one_window() -> None:
+    """The second process's clock is 100 s behind; both ran from 1 to 9 on the first one's, the second from 2 on."""
+    one = part([stream(1.0, 2.0, [1.0]), stream(3.0, 9.0, [])], start=1.0, end=9.0)
+    two = part([stream(-98.0, -97.0, [1.0])], start=-98.0, end=-92.0, epoch=100.0, cpu=0.5)
+    gathered = gather([one, two], 0, [])
+    assert [(s.scheduled, s.first, s.end) for s in gathered.samples] == [(1, 2, 3), (3, 9, 9), (2, 3, 4)]
+    assert (gathered.summary.window_s, gathered.summary.requests, gathered.summary.cut_off) == (6.0, 2, 1)
+    assert gathered.summary.health.cpu == 0.5
+    assert gathered.summary.health.concurrency == pytest.approx((1 + 5 + 2) / 6 / 2)
+
+
+def test_a_lost_process_and_a_load_never_full_invalidate_the_run() -> None:
+    whole = part([stream(1.0, 2.0, [1.0])], start=1.0, end=9.0)
+    assert gather([whole], 1, []).summary.fault.startswith("1 load generators did not report")
+    never = part([], start=1.0, end=9.0, users=4, warmed=3)
+    assert gather([never], 0, []).summary.fault.startswith("the load was never full: 3 of 4 users")

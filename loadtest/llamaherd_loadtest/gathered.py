@@ -1,0 +1,69 @@
+"""What the processes of one run measured, brought together on one clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+from msgspec import Struct
+
+from llamaherd_loadtest.health import Health
+from llamaherd_loadtest.limits import Limit
+from llamaherd_loadtest.samples import Sample
+from llamaherd_loadtest.summary import Summary, summarise
+
+
+class Part(Struct, frozen=True, kw_only=True):
+    """One process's part. Times are of its own clock, which `epoch` (time.time() - clock) sets against others'.
+
+    [start, end] is its full-load window; `users` of which `warmed` had warmed up (both 0 in an open loop).
+    """
+
+    samples: list[Sample]
+    epoch: float
+    start: float
+    end: float
+    users: int
+    warmed: int
+    cpu: float
+    lag_p95_s: float
+
+
+class Gathered(Struct, frozen=True):
+    """A whole run: its samples, in order and on one clock, and its summary."""
+
+    samples: list[Sample]
+    summary: Summary
+
+
+def gather(parts: Sequence[Part], missing: int, limits: Sequence[Limit]) -> Gathered:
+    """Bring parts together: the load was full while it was full in all of them.
+
+    The client's worst process decides whether it was healthy. Where `missing` processes did not report, or the load
+    was never full, the summary's `fault` says so.
+    """
+    epoch = parts[0].epoch
+    shifted = [_shift(part, part.epoch - epoch) for part in parts]
+    samples = sorted((s for part in shifted for s in part.samples), key=lambda s: (s.index, s.turn))
+    start, end = max(part.start for part in shifted), min(part.end for part in shifted)
+    users, warmed = sum(part.users for part in parts), sum(part.warmed for part in parts)
+    fault = f"{missing} load generators did not report: their requests are missing" if missing else ""
+    if warmed < users or end <= start:
+        fault = f"the load was never full: {warmed} of {users} users had warmed up: measure for longer"
+        start, end = min(part.start for part in shifted), max(part.end for part in shifted) + 1e-9
+    in_flight = sum(max(0.0, min(s.end, end) - max(s.sent, start)) for s in samples) / (end - start)
+    health = Health(
+        cpu=max(part.cpu for part in parts),
+        lag_p95_s=max(part.lag_p95_s for part in parts),
+        concurrency=in_flight / users if users else 1.0,
+    )
+    summary = summarise(samples, start, end, health, limits)
+    return Gathered(samples, msgspec.structs.replace(summary, fault=fault or summary.fault))
+
+
+def _shift(part: Part, by: float) -> Part:
+    for sample in part.samples:
+        for name in ("scheduled", "sent", "first", "last", "end"):
+            if (at := getattr(sample, name)) is not None:
+                setattr(sample, name, at + by)
+    return msgspec.structs.replace(part, start=part.start + by, end=part.end + by)

@@ -1,0 +1,225 @@
+"""Ties a locustfile's user to a load session in each process that sends, and sums up what all of them measured.
+
+A master looks at the server once and gives each worker its share of the requests (every n-th); when the test stops,
+the workers send it their samples. So the requests of a run are the same for the same seed, whoever sends them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import gevent
+import msgspec
+from gevent.event import Event
+from locust import events
+from locust.exception import StopTest
+from locust.runners import MasterRunner, WorkerRunner
+from locust.user.users import User
+from msgspec import Struct
+
+from llamaherd_loadtest.benchmark_report import to_benchmark_report
+from llamaherd_loadtest.client import clock
+from llamaherd_loadtest.gathered import Gathered, Part, gather
+from llamaherd_loadtest.health import HealthMonitor
+from llamaherd_loadtest.locust_options import FILES, add_options
+from llamaherd_loadtest.opening import Opening, Probed
+from llamaherd_loadtest.probe import ServerUnusable
+from llamaherd_loadtest.samples import write_samples
+from llamaherd_loadtest.session import LoadSession, Share
+from llamaherd_loadtest.summary import in_words
+
+_PLAN, _STOP, _PART, _DONE = "llamaherd_plan", "llamaherd_stop", "llamaherd_part", "llamaherd_done"
+_GATHER_S = 60.0
+_LEAD_S = 2.0  # from the plan to an open loop's start, so that all workers have it
+
+log = logging.getLogger("llamaherd")
+
+
+class Plan(Struct, frozen=True):
+    """What one process is to send; an open loop starts at `start`, seconds since the epoch."""
+
+    share: Share
+    probed: Probed
+    start: float
+
+
+def measure(user: type[User], *, open_loop: bool = False) -> None:
+    """Let `user`'s tests be measured: call it once, at the end of a locustfile."""
+    run = LocustRun(user, open_loop=open_loop)
+    events.init_command_line_parser.add_listener(lambda parser, **_: add_options(parser, open_loop=open_loop))
+    events.init.add_listener(run.connect)
+    events.test_start.add_listener(run.start)
+    events.spawning_complete.add_listener(run.spawned)
+    events.test_stopping.add_listener(run.stopping)
+    events.test_stop.add_listener(run.stop)
+
+
+class LocustRun:
+    """The tests of one Locust process, one after the other; its methods are listeners of Locust's events."""
+
+    def __init__(self, user: type[User], *, open_loop: bool) -> None:
+        self._user, self._open_loop = user, open_loop
+        self._plan: Plan | None = None
+        self._parts, self._gathered, self._workers, self._done = list[Part](), Event(), 0, 0
+        self._session: LoadSession | None = None
+        self._full_at = self._stopped_at = 0.0
+
+    def connect(self, environment: Any, runner: Any, **_: Any) -> None:
+        """Listen to the other processes."""
+        self._environment, self._runner, self._host = environment, runner, environment.host
+        options = vars(environment.parsed_options)
+        self._files = {} if isinstance(runner, WorkerRunner) else {name: options.get(name, "") for name in FILES}
+        # Timers count from the loop's last look at the clock: before the imports, seconds ago. --run-time is one.
+        gevent.get_hub().loop.update_now()
+        if isinstance(runner, WorkerRunner):
+            runner.register_message(_PLAN, self._take_plan)
+            runner.register_message(_STOP, self._send_part, concurrent=True)
+        elif isinstance(runner, MasterRunner):
+            runner.register_message(_PART, self._take_part)
+            runner.register_message(_DONE, self._take_done, concurrent=True)
+
+    def start(self, environment: Any, **_: Any) -> None:
+        """A test starts. A server or an option that cannot be used ends it with one clear line."""
+        try:
+            vars(environment.parsed_options).update(self._files)  # a form sent to Locust's page could have set them
+            self._opening = Opening(environment.parsed_options, self._checked(environment.host or ""))
+            if isinstance(self._runner, MasterRunner):
+                self._hand_out(self._opening.probe())
+            elif isinstance(self._runner, WorkerRunner):
+                self._begin(self._take())
+            else:
+                self._begin(self._plans(self._opening.probe(), 1)[0])
+        except (ServerUnusable, ValueError, OSError) as error:
+            environment.process_exit_code = 2
+            if isinstance(self._runner, MasterRunner):  # whose StopTest Locust does not heed
+                log.error(error)
+                gevent.spawn(self._finish)
+            raise StopTest(str(error)) from None
+
+    def spawned(self, **_: Any) -> None:
+        """All users were started: the load is full when they have warmed up."""
+        self._full_at = clock()
+
+    def stopping(self, **_: Any) -> None:
+        """The test stops; from here on the load is not full."""
+        self._stopped_at = self._stopped_at or clock()
+
+    def stop(self, environment: Any, **_: Any) -> None:
+        """The test is over: gather what was measured, and write it."""
+        if isinstance(self._runner, WorkerRunner):
+            return  # the master asks for its part
+        if isinstance(self._runner, MasterRunner):
+            self._runner.send_message(_STOP)
+            self._gathered.wait(_GATHER_S + (environment.stop_timeout or 0))
+        elif self._session is not None:
+            self._parts = [self._end(self._session)]
+        if self._parts:
+            self._write(gather(self._parts, self._workers - len(self._parts), self._opening.limits))
+
+    def _checked(self, host: str) -> str:
+        if self._environment.parsed_options.key_file and self._host and host != self._host:
+            raise ValueError(
+                f"the API key is for {self._host}, not for {host}: start Locust with that --host and its key"
+            )
+        return host
+
+    def _plans(self, probed: Probed, count: int) -> list[Plan]:
+        self._parts, self._gathered, self._workers, self._done = [], Event(), count, 0
+        total, start = self._environment.parsed_options.requests, time.time() + (_LEAD_S if count > 1 else 0.0)
+        return [Plan(Share(index, count, total), probed, start) for index in range(count)]
+
+    def _hand_out(self, probed: Probed) -> None:
+        ready = [worker.id for worker in self._runner.clients.ready]
+        for worker, plan in zip(ready, self._plans(probed, len(ready)), strict=True):
+            self._runner.send_message(_PLAN, {"plan": msgspec.msgpack.encode(plan)}, worker)
+
+    def _take_plan(self, msg: Any, **_: Any) -> None:
+        self._plan = msgspec.msgpack.decode(msg.data["plan"], type=Plan)
+
+    def _take(self) -> Plan:
+        plan, self._plan = self._plan, None
+        if plan is None:
+            raise ValueError("this load generator came after the test had started, and takes no part in it")
+        return plan
+
+    def _begin(self, plan: Plan) -> None:
+        source = self._opening.source(plan.probed)
+        self._session = LoadSession(self._opening.client, source, self._environment.events.request.fire, plan.share)
+        self._session.drain_s = self._environment.stop_timeout or 0.0
+        self._user.session = self._session
+        self._monitor, self._full_at, self._stopped_at = HealthMonitor(), 0.0, 0.0
+        self._watcher = gevent.spawn(self._watch, self._session)
+        if self._open_loop:
+            warm_up_s = self._environment.parsed_options.warm_up
+            start = clock() + plan.start - time.time()
+            self._opens_at = start + warm_up_s
+            self._dispatcher = gevent.spawn(self._session.dispatch, start, self._opening.offsets(), warm_up_s)
+
+    def _watch(self, session: LoadSession) -> None:
+        session.done.wait()
+        if isinstance(self._runner, WorkerRunner):
+            self._runner.send_message(_DONE)
+        else:
+            gevent.spawn(self._finish)
+
+    def _take_done(self, **_: Any) -> None:
+        self._done += 1
+        if self._done == self._workers:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._environment.parsed_options.headless:
+            self._runner.quit()
+        else:
+            self._runner.stop()
+
+    def _end(self, session: LoadSession) -> Part:
+        self._session = None
+        self._watcher.kill()
+        if self._open_loop:
+            self._dispatcher.kill()
+        cpu, lag = self._monitor.stop()
+        users, start = sum(self._runner.final_user_classes_count.values()), max(self._full_at, session.warmed_at)
+        warmed = session.warmed if self._full_at else 0
+        if self._open_loop:
+            users, warmed, start = 0, 0, self._opens_at
+        elif self._environment.shape_class is not None:  # the load is meant to change: all of it counts
+            users, warmed, start = 0, 0, min((s.sent for s in session.samples), default=self._stopped_at)
+        return Part(
+            samples=session.samples,
+            epoch=time.time() - clock(),
+            start=start,
+            end=self._stopped_at,
+            users=users,
+            warmed=min(warmed, users),
+            cpu=cpu,
+            lag_p95_s=lag,
+        )
+
+    def _send_part(self, **_: Any) -> None:
+        self.stopping()
+        self._runner.stop()
+        if self._session is not None:
+            self._runner.send_message(_PART, {"part": msgspec.msgpack.encode(self._end(self._session))})
+
+    def _take_part(self, msg: Any, **_: Any) -> None:
+        self._parts.append(msgspec.msgpack.decode(msg.data["part"], type=Part))
+        if len(self._parts) == self._workers:
+            self._gathered.set()
+
+    def _write(self, gathered: Gathered) -> None:
+        options = self._environment.parsed_options
+        if options.samples:
+            write_samples(Path(options.samples), gathered.samples)
+        if options.summary:
+            Path(options.summary).write_bytes(msgspec.json.format(msgspec.json.encode(gathered.summary)) + b"\n")
+        if options.benchmark_report:
+            report = to_benchmark_report(gathered.summary, options, self._workers)
+            Path(options.benchmark_report).write_text(report, encoding="utf-8")
+        for line in in_words(gathered.summary):
+            log.info(line)
+        if gathered.summary.fault:
+            log.error("this run is invalid: %s", gathered.summary.fault)

@@ -1,0 +1,89 @@
+"""From options to a load: the target, what the server says of itself, and where requests come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from llamaherd_loadtest.arrivals import Arrivals
+from llamaherd_loadtest.client import ChatClient, Target
+from llamaherd_loadtest.limits import parse_limits
+from llamaherd_loadtest.probe import ServerFacts, ask, calibrate, check_fits, count_tokens
+from llamaherd_loadtest.replay import Replay, read_replay
+from llamaherd_loadtest.session import Source
+from llamaherd_loadtest.trace import Trace, TracePrompts, read_trace
+from llamaherd_loadtest.workload import Calibration, Prompts, Workload, load_workload
+
+
+class Probed(Struct, frozen=True):
+    """What was found out about the server before the load; all processes of a run go by the same."""
+
+    facts: ServerFacts
+    calibration: Calibration
+
+
+class Opening:
+    """One test, as its options say (see `locust_options`). Raises ValueError or OSError where one makes no sense."""
+
+    def __init__(self, options: Any, host: str) -> None:
+        self._options = options
+        self._target = Target(
+            url=host,
+            model=options.model,
+            key=Path(options.key_file).read_text(encoding="utf-8").strip() if options.key_file else "",
+            ca=Path(options.ca) if options.ca else None,
+            timeout_s=options.request_timeout,
+        )
+        self.client = ChatClient(self._target)
+        self.limits = [limit for text in options.limits.split(",") if text for limit in parse_limits(text)]
+        self._material = self._read()
+
+    def probe(self) -> Probed:
+        """Look at the server. Raises ServerUnusable, and ValueError where the load does not fit into its context."""
+        facts = ask(self.client, self._target.model)
+        target, material = replace(self._target, model=facts.model), self._material
+        extra = material.extra if isinstance(material, Workload) else {}
+        calibration = calibrate(self.client, target, self._options.seed, extra, timings=facts.is_llamaherd)
+        check_fits(self.name, material.longest, facts)
+        return Probed(facts, calibration)
+
+    @property
+    def name(self) -> str:
+        """What is sent, in a word."""
+        return Path(self._options.trace).name if self._is_trace else self._options.workload
+
+    def source(self, probed: Probed) -> Source:
+        """Where the requests come from."""
+        model, calibration, seed = probed.facts.model, probed.calibration, self._options.seed
+        match self._material:
+            case Trace() as trace:
+                return TracePrompts(trace, model=model, seed=seed, calibration=calibration)
+            case Replay() as replay:
+                return replay.use(model, calibration)
+            case workload:
+                return Prompts(workload, model=model, seed=seed, calibration=calibration)
+
+    def offsets(self) -> Iterator[float]:
+        """When the requests of an open loop are sent, seconds from its start."""
+        if isinstance(self._material, Trace):
+            return self._material.offsets()
+        options = self._options
+        return Arrivals(options.arrivals, options.rate, options.seed, options.burst).offsets()
+
+    @property
+    def _is_trace(self) -> bool:
+        return bool(getattr(self._options, "trace", ""))
+
+    def _read(self) -> Workload | Replay | Trace:
+        options = self._options
+        if self._is_trace:
+            return read_trace(Path(options.trace), options.trace_speed)
+        path = Path(options.workload)
+        if path.suffix in (".jsonl", ".json"):
+            return read_replay(path, options.seed, options.max_tokens, partial(count_tokens, self.client))
+        return load_workload(options.workload).with_prompt(options.prompt_tokens).with_output(options.max_tokens)

@@ -1,0 +1,28 @@
+"""What the load shapes share: users as a share of --users, by how much of --run-time has passed."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from locust import LoadTestShape
+from locust.exception import StopTest
+
+
+class Shape(LoadTestShape):  # type: ignore[misc]  # Locust is untyped
+    """A shape over --run-time that reaches --users."""
+
+    abstract = True
+    use_common_options = True
+
+    @abstractmethod
+    def share(self, progress: float) -> float:
+        """Share of --users, 0 to 1, when `progress` (0 to 1) of --run-time has passed."""
+
+    def tick(self) -> tuple[int, float] | None:
+        """Locust asks once a second: (users, users to start a second), None at the end."""
+        options = self.runner.environment.parsed_options
+        if not options.run_time or not options.num_users:
+            raise StopTest("a shape needs to know its peak and its length: give --users and --run-time")
+        progress = self.get_run_time() / options.run_time
+        users = max(1, round(self.share(progress) * options.num_users))
+        return (users, users) if progress < 1 else None

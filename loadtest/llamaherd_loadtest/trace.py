@@ -1,0 +1,111 @@
+"""Replay of a recorded trace: when each request came and how long its prompt and answer were.
+
+Read are the formats that guidellm and aiperf read: Mooncake's JSON lines (timestamp in ms, input_length,
+output_length, hash_ids: ids of 512-token blocks that prompts share), and the CSV files of Azure's LLM inference traces
+(TIMESTAMP, ContextTokens, GeneratedTokens) and of BurstGPT (Timestamp in s, Request tokens, Response tokens).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from llamaherd_loadtest.dice import seeded
+from llamaherd_loadtest.workload import Calibration, Lengths, Prompts, Workload, text
+
+_BLOCK = 512  # tokens of a hash id
+
+
+class TraceRequest(Struct, frozen=True):
+    """One request: seconds from the trace's first, lengths in tokens, ids of the blocks at the prompt's head."""
+
+    at: float
+    prompt_tokens: int
+    output_tokens: int
+    blocks: tuple[int, ...] = ()
+
+
+class _Mooncake(Struct):
+    timestamp: float
+    input_length: int
+    output_length: int
+    hash_ids: tuple[int, ...] = ()
+
+
+class Trace(Struct, frozen=True):
+    """Requests in the order in which they came; `speed` 2 replays them in half the time."""
+
+    requests: Sequence[TraceRequest]
+    speed: float = 1.0
+
+    def offsets(self) -> Iterator[float]:
+        """Seconds from the start of the run."""
+        return (request.at / self.speed for request in self.requests)
+
+    @property
+    def longest(self) -> int:
+        """Context of the longest request, tokens."""
+        return max(request.prompt_tokens + request.output_tokens for request in self.requests)
+
+
+class TracePrompts(Prompts):
+    """Fresh prompts of a trace's lengths; blocks that its requests share are shared here."""
+
+    def __init__(self, trace: Trace, *, model: str, seed: int, calibration: Calibration) -> None:
+        lengths = Lengths(1)  # never drawn from
+        workload = Workload(name="trace", description="", prompt=lengths, output=lengths)
+        super().__init__(workload, model=model, seed=seed, calibration=calibration)
+        self._trace = trace
+
+    def _first(self, index: int) -> tuple[str, int]:
+        rng = seeded(self._seed, index)
+        request = self._trace.requests[index % len(self._trace.requests)]
+        words, block_words = self._calibration.words(request.prompt_tokens), round(_BLOCK / self._calibration.per_word)
+        parts = []
+        for block in request.blocks if index >= 0 else ():  # a warm-up shares nothing
+            parts.append(text(seeded(self._seed, "block", block), min(block_words, words)))
+            words -= min(block_words, words)
+        return " ".join(filter(None, [*parts, text(rng, words)])), request.output_tokens
+
+
+def read_trace(path: Path, speed: float = 1.0) -> Trace:
+    """Read a trace. Raises ValueError where a line is not understood, OSError where the file cannot be read."""
+    if speed <= 0:
+        raise ValueError(f"trace speed {speed:g} is not possible: give a factor above 0")
+    requests = list(_mooncake(path) if path.suffix == ".jsonl" else _csv(path))
+    if not requests:
+        raise ValueError(f"trace {path} has no requests")
+    first = min(request.at for request in requests)
+    since = (msgspec.structs.replace(request, at=request.at - first) for request in requests)
+    return Trace(sorted(since, key=lambda request: request.at), speed)
+
+
+def _mooncake(path: Path) -> Iterator[TraceRequest]:
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = msgspec.json.decode(line, type=_Mooncake)
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"trace {path}, line {number}: {error}") from error
+        yield TraceRequest(row.timestamp / 1000, row.input_length, row.output_length, row.hash_ids)
+
+
+def _csv(path: Path) -> Iterator[TraceRequest]:
+    with path.open(newline="", encoding="utf-8") as file:
+        for number, row in enumerate(csv.DictReader(file), 2):
+            try:
+                if "ContextTokens" in row:
+                    at = datetime.fromisoformat(row["TIMESTAMP"]).timestamp()
+                    yield TraceRequest(at, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+                else:
+                    yield TraceRequest(float(row["Timestamp"]), int(row["Request tokens"]), int(row["Response tokens"]))
+            except KeyError as error:
+                raise ValueError(
+                    f"trace {path} has no column {error}: read are Azure's and BurstGPT's CSV and Mooncake's .jsonl"
+                ) from error
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"trace {path}, line {number}: {error}") from error
