@@ -101,7 +101,7 @@ def _read(response: HTTPSocketPoolResponse, sample: Sample, text: list[str] | No
     if response.status_code != 200:
         sample.outcome, sample.detail = f"http {response.status_code}", _error_text(response.read())
         return
-    finished = False
+    finished, last = False, None
     while line := response.readline(b"\n"):
         now = clock()
         chunk = parse_line(line)
@@ -116,8 +116,8 @@ def _read(response: HTTPSocketPoolResponse, sample: Sample, text: list[str] | No
             _note(chunk, now, sample)
             if text is not None:
                 text.append(chunk.text)
-            finished = finished or chunk.finished
-    if not finished:
+            last = chunk if chunk.choices else last
+    if not finished and not (last and last.finished):
         sample.outcome, sample.detail = "truncated", "the stream ended without a finish reason"
     elif sample.first is None:
         sample.outcome, sample.detail = "empty", "the answer had no text"

@@ -32,7 +32,13 @@ class Replay:
 
     def __init__(self, conversations: Sequence[list[Turn]], count: CountTokens) -> None:
         self._conversations, self._count = conversations, count
+        self._needs_answers = any(len(turns) > 1 for turns in conversations)
         self._model, self._timings = "", False
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether a conversation's next request repeats the answer to the one before."""
+        return self._needs_answers
 
     @property
     def longest(self) -> int:

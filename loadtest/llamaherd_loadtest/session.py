@@ -22,6 +22,10 @@ _HOPELESS = 8
 class Source(Protocol):
     """Where requests come from: `Prompts`, also of a trace, or a `Replay`."""
 
+    @property
+    def needs_answers(self) -> bool:
+        """Whether a conversation's next request repeats the answer to the one before."""
+
     def conversation(self, index: int, output_share: float = 1.0) -> Conversation:
         """The requests of conversation `index`."""
 
@@ -120,11 +124,11 @@ class LoadSession:
     ) -> None:
         try:
             for turn in itertools.count():
-                text: list[str] = []
+                text: list[str] | None = [] if self._source.needs_answers else None
                 at = clock() if scheduled is None else scheduled
                 if not self._send(body, Sample(index=index, turn=turn, scheduled=at, warmup=warmup), text):
                     return
-                body = conversation.send("".join(text))
+                body = conversation.send("".join(text or []))
                 scheduled = None
         except StopIteration:
             pass

@@ -149,6 +149,11 @@ class Prompts:
             words = round(workload.shared_prefix / calibration.per_word)
             self._prefix = text(seeded(seed, "shared"), words)
 
+    @property
+    def needs_answers(self) -> bool:
+        """Whether a conversation's next request repeats the answer to the one before."""
+        return self._workload.turns is not None
+
     def request(self, index: int, output_share: float = 1.0) -> bytes:
         """The body of conversation `index`'s first request; `output_share` shortens its answer (a warm-up request)."""
         return next(self.conversation(index, output_share))

@@ -127,7 +127,7 @@ class Double:
             writer.transport.abort()
             return
         if scenario not in ("error", "truncated"):
-            words = sum(len(message["content"].split()) for message in request["messages"])
+            words = sum(len(str(message["content"]).split()) for message in request["messages"])
             known = scenario in ("engine", "paced")
             last = {
                 "choices": [],
