@@ -1,8 +1,11 @@
 """host_facts: what the roles must know of a host beyond Ansible's own facts, in one call.
 
-Sets ansible_facts.llamaherd: memory_bytes, accelerator (cpu, cuda or metal), accelerator_reason,
-accelerator_memory_bytes (0 for cpu), listeners [{port, address, pid, command, unit}], free_bytes {path: bytes} for the
-`paths` given (of the nearest folder that exists).
+Sets ansible_facts.llamaherd: memory_bytes, libc (name and version), accelerator (cpu, cuda or metal),
+accelerator_reason, accelerator_memory_bytes (0 for cpu),
+gpus [{name, architecture, memory_bytes, driver}], cuda {driver, toolkit, nvcc}
+(the newest CUDA version that the driver knows, the version of the toolkit that is installed, and its nvcc; empty where
+there is none), listeners [{port, address, pid, command, unit}], free_bytes {path: bytes} for the `paths` given (of the
+nearest folder that exists).
 """
 
 from __future__ import annotations
@@ -40,22 +43,50 @@ def accelerator() -> dict[str, Any]:
             "accelerator_reason": "Apple silicon",
             "accelerator_memory_bytes": memory_bytes(),
         }
-    gpus = [str(path) for path in (*Path("/proc/driver/nvidia/gpus").glob("*"), *Path("/dev").glob("nvidia[0-9]*"))]
-    if gpus:
-        reason = f"an NVIDIA device ({sorted(gpus)[0]})"
-        return {"accelerator": "cuda", "accelerator_reason": reason, "accelerator_memory_bytes": _nvidia_memory()}
+    devices = [str(path) for path in (*Path("/proc/driver/nvidia/gpus").glob("*"), *Path("/dev").glob("nvidia[0-9]*"))]
+    if devices:
+        return {
+            "accelerator": "cuda",
+            "accelerator_reason": f"an NVIDIA device ({sorted(devices)[0]})",
+            "accelerator_memory_bytes": sum(gpu["memory_bytes"] for gpu in gpus()),
+        }
     reason = "no NVIDIA device in /proc/driver/nvidia or /dev, and no Apple silicon"
     return {"accelerator": "cpu", "accelerator_reason": reason, "accelerator_memory_bytes": 0}
 
 
-def _nvidia_memory() -> int:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return 0
-    answer = subprocess.run(
-        [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=False
+def gpus() -> list[dict[str, Any]]:
+    """NVIDIA's GPUs as nvidia-smi tells them; `architecture` is CMake's name, such as 90 for compute capability 9.0."""
+    answer = _output(
+        "nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits"
     )
-    return sum(int(line) << 20 for line in answer.stdout.split() if line.isdigit())
+    rows = [[field.strip() for field in line.split(",")] for line in answer.splitlines()]
+    return [
+        {"name": name, "architecture": capability.replace(".", ""), "memory_bytes": int(mib) << 20, "driver": driver}
+        for name, capability, mib, driver in (row for row in rows if len(row) == 4 and row[2].isdigit())
+    ]
+
+
+def cuda() -> dict[str, str]:
+    """Versions as `major.minor`. The newest toolkit below /usr/local goes before none at all, PATH's before both."""
+    candidates = [shutil.which("nvcc"), *sorted(map(str, Path("/usr/local").glob("cuda*/bin/nvcc")), reverse=True)]
+    nvcc = next(filter(None, candidates), "")
+    return {
+        "driver": _version(r"CUDA Version: (\d+\.\d+)", _output("nvidia-smi")),
+        "toolkit": _version(r"release (\d+\.\d+)", _output(nvcc, "--version")) if nvcc else "",
+        "nvcc": nvcc,
+    }
+
+
+def _version(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    return found.group(1) if found else ""
+
+
+def _output(*command: str) -> str:
+    """What `command` prints; empty where there is no such program."""
+    if shutil.which(command[0]) is None:
+        return ""
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def free_bytes(path: str) -> int:
@@ -108,7 +139,14 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={"paths": {"type": "list", "elements": "path", "default": []}}, supports_check_mode=True
     )
-    facts = {"memory_bytes": memory_bytes(), **accelerator(), "listeners": listeners()}
+    facts = {
+        "memory_bytes": memory_bytes(),
+        "libc": " ".join(platform.libc_ver()),
+        **accelerator(),
+        "gpus": gpus(),
+        "cuda": cuda(),
+        "listeners": listeners(),
+    }
     facts["free_bytes"] = {path: free_bytes(path) for path in module.params["paths"]}
     module.exit_json(changed=False, ansible_facts={"llamaherd": facts})
 

@@ -18,11 +18,16 @@ PLAYBOOK = Path(sys.executable).with_name("ansible-playbook")
 
 
 def accelerator(kind: str, reason: str, gib: int) -> dict[str, Any]:
-    return {"accelerator": kind, "accelerator_reason": reason, "accelerator_memory_bytes": gib << 30}
+    none = {"gpus": [], "cuda": {"driver": "", "toolkit": "", "nvcc": ""}}
+    return none | {"accelerator": kind, "accelerator_reason": reason, "accelerator_memory_bytes": gib << 30}
 
 
 NO_GPU = accelerator("cpu", "no NVIDIA device", 0)
-CUDA = accelerator("cuda", "an NVIDIA device", 80)
+H100 = {"name": "NVIDIA H100", "architecture": "90", "memory_bytes": 80 << 30, "driver": "570.86.15"}
+CUDA = accelerator("cuda", "an NVIDIA device", 80) | {
+    "gpus": [H100],
+    "cuda": {"driver": "12.8", "toolkit": "12.4", "nvcc": "/usr/local/cuda/bin/nvcc"},
+}
 METAL = accelerator("metal", "Apple silicon", 32)
 LINUX: dict[str, Any] = {
     "system": "Linux",
@@ -30,7 +35,8 @@ LINUX: dict[str, Any] = {
     "service_mgr": "systemd",
     "python_version": "3.11.2",
     "user_uid": 0,
-    "llamaherd": NO_GPU | {"memory_bytes": 16 << 30, "listeners": [], "free_bytes": {"/opt": 99 << 30}},
+    "llamaherd": NO_GPU
+    | {"memory_bytes": 16 << 30, "listeners": [], "free_bytes": {"/opt": 99 << 30}, "libc": "glibc 2.36"},
 }
 
 
@@ -56,7 +62,7 @@ HOSTS: dict[str, dict[str, Any]] = {
         "service_mgr": "launchd",
         "python_version": "3.12.4",
         "user_uid": 0,
-        "llamaherd": METAL | {"memory_bytes": 32 << 30, "listeners": [], "free_bytes": {"/opt": 99 << 30}},
+        "llamaherd": METAL | {"memory_bytes": 32 << 30, "listeners": [], "free_bytes": {"/opt": 99 << 30}, "libc": ""},
     },
 }
 

@@ -86,6 +86,15 @@ def test_a_changed_flag_is_another_release(render: Render, debian: Rendered, cha
     assert render("debian12", **changed).decided["build_key"] != debian.decided["build_key"]
 
 
+def test_a_shared_release_fits_every_host_of_its_kind(render: Render) -> None:
+    one, other = (render(host, llamaherd_llama_cpp_strategy="shared").decided for host in ("debian12", "rocky9"))
+    assert {"-DGGML_NATIVE=OFF", "-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON"} <= set(one["flags"])
+    assert one["build_key"] == other["build_key"], "the distribution does not matter, the C library does"
+    cuda = render("cuda", llamaherd_llama_cpp_strategy="shared").decided
+    assert "-DCMAKE_CUDA_ARCHITECTURES=90" in cuda["flags"]
+    assert cuda["build_key"] != one["build_key"]
+
+
 def test_what_does_not_matter_to_a_build_is_the_same_release(render: Render, debian: Rendered) -> None:
     same = render("debian12", llamaherd_llama_cpp_jobs=1, llamaherd_settings={"parallel": 2})
     assert same.decided["build_key"] == debian.decided["build_key"]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 WARN, ERROR, CONTINUED = 3, 4, 5  # ggml_log_level
+ON_GPU = b"layers to GPU"  # what a deployment looks for, to see that the accelerator is used
 
 
 def load() -> Any:
@@ -23,11 +26,20 @@ def load() -> Any:
         package = ModuleType("llama_cpp")
         package.__path__ = list(spec.submodule_search_locations or [])
         sys.modules["llama_cpp"] = package
-    return importlib.import_module("llama_cpp.llama_cpp")
+    lib = importlib.import_module("llama_cpp.llama_cpp")
+    _load_backends(lib._lib)
+    return lib
+
+
+def _load_backends(llama: ctypes.CDLL) -> None:
+    """In a build for many kinds of CPU the backends are files beside libllama, and ggml looks beside the program."""
+    llama.ggml_backend_dev_count.restype = ctypes.c_size_t
+    if not llama.ggml_backend_dev_count():
+        llama.ggml_backend_load_all_from_path(os.fsencode(Path(llama._name).parent))
 
 
 class Log:
-    """llama.cpp's warnings and errors go to standard error; `last_error` is the last line that was an error."""
+    """llama.cpp's warnings, errors and layers on a GPU go to standard error; `last_error` is the last error's line."""
 
     def __init__(self, lib: Any) -> None:
         self.last_error = ""
@@ -40,7 +52,7 @@ class Log:
     def _write(self, level: int, text: bytes, _user_data: Any) -> None:
         if level != CONTINUED:
             self._level = level
-        if self._level < WARN:
+        if self._level < WARN and ON_GPU not in text:
             return
         if not self.muted:
             os.write(self._out, text)
