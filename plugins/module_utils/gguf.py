@@ -21,6 +21,7 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 Value = str | int | float | bool | list[int]
 
+PADDING = 256
 # Bytes per element of a KV cache: block bytes / block length, from ggml's type traits.
 KV_BYTES = {
     "f32": 4.0,
@@ -169,6 +170,17 @@ def kv_bytes_per_token(model: Shape, type_k: str, type_v: str) -> float:
     return sum(model.kv_heads) * per_head
 
 
+def kv_cells(settings: Mapping[str, Any]) -> int:
+    """All cells of the KV cache, in tokens; llama.cpp pads a context to PADDING."""
+    if settings["kv_unified"]:
+        return _padded(int(settings["kv_cells"]) or int(settings["parallel"]) * int(settings["ctx_per_slot"]))
+    return int(settings["parallel"]) * _padded(int(settings["ctx_per_slot"]))
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // PADDING) * PADDING
+
+
 def compute_bytes(model: Shape, settings: Mapping[str, Any]) -> int:
     """llama.cpp's compute buffer for one ubatch, and its logits; within 5 % of llama.cpp 0c1e570, CPU.
 
@@ -176,7 +188,7 @@ def compute_bytes(model: Shape, settings: Mapping[str, Any]) -> int:
     attention the scores of every head.
     """
     parallel, ubatch = int(settings["parallel"]), int(settings["ubatch"])
-    context = int(settings["ctx_per_slot"]) * (parallel if settings["kv_unified"] else 1)
+    context = kv_cells(settings) // (1 if settings["kv_unified"] else parallel)
     flash = settings["flash_attention"] != "off"
     per_token = 4 * (3 * model.n_ff + 4 * model.n_embd) + context * (2 if flash else 4 * (model.n_heads + 1))
     return ubatch * per_token + 4 * parallel * model.n_vocab

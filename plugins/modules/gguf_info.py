@@ -13,9 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.gguf import KV_BYTES, GgufError, Shape, compute_bytes, kv_bytes_per_token, read_header, shape
-
-CONTEXT_STEP = 256  # llama.cpp pads a slot's context to it
+from ansible.module_utils.gguf import (
+    KV_BYTES,
+    PADDING,
+    GgufError,
+    Shape,
+    compute_bytes,
+    kv_bytes_per_token,
+    kv_cells,
+    read_header,
+    shape,
+)
 
 
 def parts(model: Shape, weights: int, settings: Mapping[str, Any]) -> dict[str, int]:
@@ -23,7 +31,7 @@ def parts(model: Shape, weights: int, settings: Mapping[str, Any]) -> dict[str, 
     per_token = kv_bytes_per_token(model, settings["kv_type_k"], settings["kv_type_v"])
     return {
         "weights_bytes": weights,
-        "kv_bytes": int(settings["parallel"] * settings["ctx_per_slot"] * per_token),
+        "kv_bytes": int(kv_cells(settings) * per_token),
         "compute_bytes": compute_bytes(model, settings),
     }
 
@@ -48,7 +56,7 @@ def needs(path: Path, settings: Mapping[str, Any], memory_bytes: int) -> dict[st
         **needed,
         "needed_bytes": sum(needed.values()),
         "largest_parallel": largest("parallel", 1),
-        "largest_ctx_per_slot": largest("ctx_per_slot", CONTEXT_STEP),
+        "largest_ctx_per_slot": largest("ctx_per_slot", PADDING),
     }
 
 
@@ -61,6 +69,7 @@ def main() -> None:
             "parallel": {"type": "int", "required": True},
             "ctx_per_slot": {"type": "int", "required": True},
             "ubatch": {"type": "int", "required": True},
+            "kv_cells": {"type": "int", "default": 0},
             "kv_unified": {"type": "bool", "default": True},
             "flash_attention": {"type": "str", "choices": ["auto", "on", "off"], "default": "auto"},
             "kv_type_k": kv_type,

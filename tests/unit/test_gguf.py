@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import struct
+import subprocess
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "parallel": 4,
     "ctx_per_slot": 2048,
     "ubatch": 512,
+    "kv_cells": 0,
     "kv_unified": True,
     "flash_attention": "auto",
     "kv_type_k": "f16",
@@ -57,23 +62,64 @@ def test_the_real_model(gguf: ModuleType, model: Path) -> None:
     assert gguf.kv_bytes_per_token(shape, "f16", "f16") * 8192 == 180 * MIB
 
 
+def allocated(model: Path, settings: dict[str, Any]) -> float:
+    """MiB of all buffers that llama-server's log tells of at these settings."""
+    cells = settings["kv_cells"] or settings["parallel"] * settings["ctx_per_slot"]
+    flags = ["--parallel", settings["parallel"], "--ctx-size", cells, "--ubatch-size", settings["ubatch"]]
+    flags += [
+        "--flash-attn",
+        settings["flash_attention"],
+        "--kv-unified" if settings["kv_unified"] else "--no-kv-unified",
+    ]
+    flags += ["--cache-type-k", settings["kv_type_k"], "--cache-type-v", settings["kv_type_v"]]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [f"{os.environ['LLAMAHERD_TEST_BIN_DIR']}/llama-server", "--model", model, "--port", port, *flags]
+    server = subprocess.Popen(
+        [*map(str, command), "--no-warmup", "--verbose"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert server.stdout
+        sizes: dict[str, float] = {}
+        for line in server.stdout:
+            if found := re.search(r"(\w+) buffer size = +([\d.]+) MiB", line):
+                sizes[found[1]] = float(found[2])
+            if ": listening on http" in line:
+                break
+        assert set(sizes) == {"model", "KV", "output", "compute"}
+        return sum(sizes.values())
+    finally:
+        server.kill()
+        server.wait()
+
+
 @pytest.mark.parametrize(
-    ("changed", "llama_cpp_mib"),
+    "changed",
     [
-        ({}, 21.51),
-        ({"ubatch": 128}, 5.38),
-        ({"ctx_per_slot": 8192}, 45.51),
-        ({"flash_attention": "off"}, 166.38),
-        ({"flash_attention": "off", "ubatch": 256, "ctx_per_slot": 8192}, 323.19),
+        {},
+        {"kv_unified": False},
+        {
+            "parallel": 8,
+            "ctx_per_slot": 500,
+            "kv_unified": False,
+            "ubatch": 128,
+            "kv_type_k": "q8_0",
+            "kv_type_v": "q8_0",
+        },
+        {"parallel": 1, "ctx_per_slot": 32768, "ubatch": 2048},
+        {"kv_cells": 3072, "ubatch": 64},
+        {"flash_attention": "off", "ubatch": 256, "ctx_per_slot": 8192},
+        {"flash_attention": "off", "kv_unified": False, "kv_type_k": "q4_0"},
     ],
+    ids=lambda changed: ",".join(f"{name}={value}" for name, value in changed.items()) or "defaults",
 )
-def test_the_compute_buffer_is_what_llama_cpp_allocates(
-    gguf: ModuleType, model: Path, changed: dict[str, object], llama_cpp_mib: float
+def test_what_preflight_computes_is_what_llama_cpp_allocates(
+    gguf_info: ModuleType, model: Path, changed: dict[str, Any]
 ) -> None:
-    """The figures are llama-server's own log at these settings (parallel 4, unified KV, CPU)."""
-    shape = gguf.shape(gguf.read_header(model))
-    logits = 4 * 4 * shape.n_vocab  # in a buffer of their own
-    assert (gguf.compute_bytes(shape, SETTINGS | changed) - logits) / MIB == pytest.approx(llama_cpp_mib, rel=0.05)
+    settings = SETTINGS | changed
+    needed = gguf_info.needs(model, settings, 1 << 40)["needed_bytes"] / MIB
+    assert needed == pytest.approx(allocated(model, settings), rel=0.1)
 
 
 def test_what_does_not_fit_is_told_with_what_would(gguf_info: ModuleType, model: Path) -> None:
