@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
+import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.lab.conftest import Herd
+from tests.lab.conftest import BIN, ROOT, Herd
 from tests.lab.load import Load, streaming
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
@@ -68,3 +73,105 @@ def only_running_streams_failed(load: Load) -> None:
     assert {sample.outcome for sample in load.failures} <= {"connection", "truncated"}, load.failures
     assert all(sample.first is not None for sample in load.failures), load.failures
     assert len(load.failures) <= SLOTS
+
+
+MODEL = "readlink /var/lib/llamaherd/models/chat.gguf"
+
+
+def asked(model: Path, **more: object) -> str:
+    """Variables that put `model` under the name that clients know, and measure for seconds only."""
+    entry = {
+        "name": "chat",
+        "sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
+        "source": {"kind": "file", "path": str(model)},
+    }
+    # Lab hosts share two cores with whatever else runs: the gate must not stop an upgrade for that.
+    gate = {"llamaherd_upgrade_window_s": 3, "llamaherd_upgrade_least_speed": 0.1}
+    return json.dumps({"llamaherd_models": [entry]} | gate | more)
+
+
+@pytest.fixture(scope="module")
+def better(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model in another quantisation."""
+    path = tmp_path_factory.mktemp("model") / "better.gguf"
+    quantize = Path(os.environ["LLAMAHERD_TEST_BIN_DIR"]) / "llama-quantize"
+    command = [str(quantize), "--allow-requantize", os.environ["LLAMAHERD_TEST_MODEL"], str(path), "Q4_0"]
+    subprocess.run(command, check=True, capture_output=True)
+    return path
+
+
+def test_nobody_notices_a_rolling_upgrade_and_the_way_back(fleet: Herd, better: Path) -> None:
+    before = [fleet.sh(host, MODEL) for host in ("f1", "f2")]
+    with streaming(fleet, rate=0.5) as load:
+        fleet.succeed("upgrade.yml", "-e", asked(better))
+    assert load.failures == []
+    assert load.outcomes["ok"] >= 20
+    wanted = hashlib.sha256(better.read_bytes()).hexdigest() + ".gguf\n"
+    assert [fleet.sh(host, MODEL) for host in ("f1", "f2")] == [wanted, wanted]
+    assert " down;" not in fleet.sh("e1", "cat /etc/nginx/nginx.conf")
+    with streaming(fleet, rate=0.5) as load:
+        fleet.succeed("rollback.yml", "-e", "llamaherd_rollback=model")
+    assert load.failures == []
+    assert [fleet.sh(host, MODEL) for host in ("f1", "f2")] == before
+
+
+@pytest.mark.fleet
+@pytest.mark.parametrize(
+    ("fault", "more", "says", "touched"),
+    [
+        pytest.param("sha256", {}, "0" * 64, False, id="corrupt"),
+        pytest.param("", {"llamaherd_settings": {"parallel": 64, "ctx_per_slot": 400000}}, "GiB", False, id="too big"),
+        pytest.param("", {"llamaherd_upgrade_least_speed": 50}, "tokens/s", True, id="slow"),
+        pytest.param("weights", {}, "", True, id="no token comes of it"),
+    ],
+)
+def test_an_upgrade_that_fails_leaves_the_fleet_as_it_was(
+    fleet: Herd, better: Path, tmp_path: Path, fault: str, more: dict[str, object], says: str, touched: bool
+) -> None:
+    model = tmp_path / "model.gguf"
+    shutil.copy(better, model)
+    if fault == "weights":
+        spoil(model)
+    variables = json.loads(asked(model, **more))
+    if fault == "sha256":
+        variables["llamaherd_models"][0]["sha256"] = "0" * 64
+    state = f"{MODEL}; cat /etc/llamaherd/server.toml; readlink /opt/llamaherd/*/current"
+    before = {host: fleet.sh(host, state) for host in ("f1", "f2")}
+    untouched = fleet.sh("f2", "systemctl show -P InvocationID llamaherd-server")
+    with streaming(fleet, rate=0.5) as load:
+        run = fleet.play("upgrade.yml", "-e", json.dumps(variables))
+    assert run.rc != 0
+    assert says in run.output
+    assert ("serves what it served before" in run.output) == touched
+    assert load.failures == []
+    assert {host: fleet.sh(host, state) for host in ("f1", "f2")} == before
+    assert fleet.sh("f2", "systemctl show -P InvocationID llamaherd-server") == untouched
+    assert fleet.sh("f1", "systemctl is-active llamaherd-server") == "active\n"
+    assert " down;" not in fleet.sh("e1", "cat /etc/nginx/nginx.conf")
+
+
+def spoil(model: Path) -> None:
+    """NaN for every weight's scale in the second half: the header is good, and the model loads."""
+    size = model.stat().st_size
+    with model.open("r+b") as file:
+        file.seek(size // 2)
+        file.write(b"\xff" * (size - size // 2))
+
+
+@pytest.mark.fleet
+def test_the_next_run_takes_up_what_a_dead_controller_left(fleet: Herd, better: Path) -> None:
+    command = [str(BIN / "ansible-playbook"), "-i", str(fleet.inventory), "playbooks/upgrade.yml", "-e", asked(better)]
+    controller = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    with streaming(fleet, rate=0.5) as load:
+        while " down;" not in fleet.sh("e1", "cat /etc/nginx/nginx.conf"):
+            assert controller.poll() is None
+            time.sleep(0.5)
+        os.killpg(controller.pid, signal.SIGKILL)
+        controller.wait()
+        fleet.succeed("upgrade.yml", "-e", asked(better))
+    assert load.failures == []
+    wanted = hashlib.sha256(better.read_bytes()).hexdigest() + ".gguf\n"
+    assert [fleet.sh(host, MODEL) for host in ("f1", "f2")] == [wanted, wanted]
+    assert " down;" not in fleet.sh("e1", "cat /etc/nginx/nginx.conf")
+    assert fleet.sh("f1", "ls -d /var/lib/llamaherd/upgrade 2>/dev/null || true") == ""
+    fleet.succeed("rollback.yml", "-e", "llamaherd_rollback=model")
