@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,12 @@ def _number(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")))
 
 
+def table(rows: Sequence[Sequence[Any]]) -> list[str]:
+    """The rows as lines, their columns aligned. All rows are equally long."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
@@ -102,4 +108,5 @@ class FilterModule:
             "shell_split": shell_split,
             "cuda_mistakes": cuda_mistakes,
             "gpu_layers": gpu_layers,
+            "table": table,
         }

@@ -69,3 +69,7 @@ def test_the_log_tells_how_many_layers_are_on_a_gpu(filters: ModuleType) -> None
     assert filters.gpu_layers("load_tensors: offloaded 31/31 layers to GPU\nready") == 31
     assert filters.gpu_layers("load_tensors: offloaded 0/31 layers to GPU") == 0
     assert filters.gpu_layers("ready") == 0
+
+
+def test_a_table_aligns_its_columns(filters: ModuleType) -> None:
+    assert filters.table([["host", "slots"], ["gpu1.internal", 4]]) == ["host           slots", "gpu1.internal  4"]

@@ -1,0 +1,181 @@
+"""How many hosts serve N users within the limits: a discrete-event simulation, fed with one host's measured profile.
+
+    python -m llamaherd_loadtest.capacity --profile profile.json --users 200 --think 20 --limit ttft_p95=2s
+
+A host is `parallel` slots before a queue, first come first served. Its requests share it as they did when it was
+measured: with n slots busy each makes a token every TPOT(n) seconds; prompts are read one at a time. The edge gives a
+request to the host with the fewest (least_conn). Users ask, read, think for an exponentially distributed time and ask
+again: the machine-repairman model (Kleinrock, Queueing Systems I, 3.8), with service times that depend on the load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import itertools
+import math
+import random
+import sys
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable
+from operator import itemgetter
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from llamaherd_loadtest.dice import seeded
+from llamaherd_loadtest.limits import Limit, observe, parse_limit
+from llamaherd_loadtest.samples import Sample
+from llamaherd_loadtest.workload import Workload, load_workload
+
+Work = Callable[[random.Random], tuple[float, float]]  # prompt and output tokens of the next request
+_INSTANT_S = 1e-7  # less than this before its end, work has ended: clocks of any length resolve it
+
+
+class Profile(Struct, frozen=True, forbid_unknown_fields=True):
+    """A host as measured on the workload in question: `tpot_s` maps busy slots to seconds per output token."""
+
+    parallel: int
+    prompt_tokens_per_s: float
+    tpot_s: dict[int, float]
+
+    def __post_init__(self) -> None:
+        if not self.tpot_s or self.parallel < 1 or min(self.prompt_tokens_per_s, *self.tpot_s.values()) <= 0:
+            raise ValueError("a profile needs parallel >= 1 and positive prompt_tokens_per_s and tpot_s")
+
+    def tpot(self, busy: int) -> float:
+        """Seconds per token with `busy` slots: between the measured points linear, beyond them the nearest."""
+        points = sorted(self.tpot_s.items())
+        for (low, at_low), (high, at_high) in itertools.pairwise(points):
+            if low <= busy <= high:
+                return at_low + (at_high - at_low) * (busy - low) / (high - low)
+        return points[0][1] if busy < points[0][0] else points[-1][1]
+
+
+class _Host:
+    """One host between two events; `at` is the time up to which it has worked."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile, self.at = profile, 0.0
+        self.queue: deque[_Request] = deque()
+        self.prompts: deque[_Request] = deque()  # with a slot; the first is being read
+        self.decoding: list[_Request] = []
+
+    @property
+    def requests(self) -> int:
+        return len(self.queue) + self.busy
+
+    @property
+    def busy(self) -> int:
+        return len(self.prompts) + len(self.decoding)
+
+    def next_event(self) -> float:
+        """When a prompt has been read or an answer is whole, if nothing comes in between."""
+        waits = [request.left * self.profile.tpot(self.busy) for request in self.decoding]
+        if self.prompts:
+            waits.append(self.prompts[0].prompt / self.profile.prompt_tokens_per_s)
+        return self.at + max(0.0, min(waits)) if waits else math.inf
+
+    def work(self, until: float) -> list[_Request]:
+        """Go on to `until`, at most the next event; the requests that have ended then."""
+        spent, self.at = until - self.at, until
+        tpot = self.profile.tpot(self.busy)
+        for request in self.decoding:
+            request.left -= spent / tpot
+        ended = [request for request in self.decoding if request.left * tpot <= _INSTANT_S]
+        if self.prompts:
+            self.prompts[0].prompt -= spent * self.profile.prompt_tokens_per_s
+            if self.prompts[0].prompt <= _INSTANT_S * self.profile.prompt_tokens_per_s:
+                self.prompts[0].sample.first = until
+                self.decoding.append(self.prompts.popleft())
+        for request in ended:
+            self.decoding.remove(request)
+            request.sample.last = request.sample.end = until
+        self.admit()
+        return ended
+
+    def admit(self) -> None:
+        while self.queue and self.busy < self.profile.parallel:
+            self.prompts.append(self.queue.popleft())
+
+
+class _Request(Struct, eq=False):
+    user: int
+    sample: Sample
+    prompt: float  # tokens still to read
+    left: float  # and to make, the first apart
+
+
+def simulate(profile: Profile, hosts: int, users: int, think_s: float, work: Work, *, requests: int) -> list[Sample]:
+    """The first `requests` answers of `users` that think `think_s` seconds on average, in the order of their ends.
+
+    Users begin evenly spread over their first pause. The first fifth is marked as warm-up.
+    """
+    rng, fleet, ended = seeded("capacity", hosts, users), [_Host(profile) for _ in range(hosts)], list[Sample]()
+    wakes = [(rng.expovariate(1 / think_s), user) for user in range(users)]
+    heapq.heapify(wakes)
+    while len(ended) < requests:
+        due, host = min(((host.next_event(), host) for host in fleet), key=itemgetter(0))
+        if wakes and wakes[0][0] <= due:
+            now, user = heapq.heappop(wakes)
+            prompt, output = work(rng)
+            host = min(fleet, key=lambda host: host.requests)
+            host.work(now)
+            sample = Sample(index=len(ended), scheduled=now, sent=now, completion_tokens=round(output))
+            host.queue.append(_Request(user, sample, prompt, max(0.0, output - 1)))
+            host.admit()
+            continue
+        for request in host.work(due):
+            request.sample.warmup = len(ended) < requests / 5
+            ended.append(request.sample)
+            heapq.heappush(wakes, (due + rng.expovariate(1 / think_s), request.user))
+    return ended
+
+
+def hosts_needed(profile: Profile, users: int, think_s: float, work: Work, limits: list[Limit]) -> int:
+    """The fewest hosts with which all limits hold. Raises ValueError where a host for each user is not enough."""
+
+    def enough(hosts: int) -> bool:
+        samples = simulate(profile, hosts, users, think_s, work, requests=max(2000, 20 * users))
+        seen = [(limit, observe(limit, [s for s in samples if not s.warmup])) for limit in limits]
+        return all(value is not None and value <= limit.ms for limit, value in seen)
+
+    most = 1
+    while not enough(most):
+        if most >= users:
+            raise ValueError("even a host for each user misses the limits: more hosts make no request faster")
+        most *= 2
+    return bisect_left(range(1, most), True, lo=most // 2, key=enough) + 1
+
+
+def of_workload(workload: Workload) -> Work:
+    """Lengths as `workload` has them."""
+    return lambda rng: (
+        workload.prompt.at(rng.uniform(0.001, 0.999)),
+        workload.output.at(rng.uniform(0.001, 0.999)),
+    )
+
+
+def main() -> None:
+    """Print the number of hosts; exits with one line on stderr for input that makes no sense."""
+    parser = argparse.ArgumentParser(prog="python -m llamaherd_loadtest.capacity", description=__doc__)
+    add = parser.add_argument
+    add("--profile", type=Path, required=True, help="JSON: parallel, prompt_tokens_per_s, tpot_s {busy slots: seconds}")
+    add("--users", type=int, required=True)
+    add("--think", type=float, required=True, help="seconds between an answer's end and the next question, on average")
+    add("--workload", default="chat", help="its name or a .yml file")
+    add("--limit", action="append", required=True, help="such as ttft_p95=2s; may be given again")
+    args = parser.parse_args()
+    try:
+        profile = msgspec.json.decode(args.profile.read_bytes(), type=Profile)
+        limits, work = [parse_limit(text) for text in args.limit], of_workload(load_workload(args.workload))
+        hosts = hosts_needed(profile, args.users, args.think, work, limits)
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        sys.exit(f"llamaherd_loadtest.capacity: {error}")
+    sys.stdout.write(f"{hosts}\n")
+
+
+if __name__ == "__main__":
+    main()
