@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from tests.lab.conftest import BIN, ROOT, Herd
 from tests.lab.load import Load, streaming
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
+RUN_DIR = "/run/llamaherd-lab6"  # as the inventory says
 SLOTS = 2  # of each host
 STANDING = "LLAMAHERD_TEST_FLEET"  # the copied inventory of a fleet that stands already: for work on these tests
 
@@ -75,6 +77,12 @@ def only_running_streams_failed(load: Load) -> None:
     assert len(load.failures) <= SLOTS
 
 
+def test_status_is_a_table_of_all_hosts(fleet: Herd) -> None:
+    shown = fleet.succeed("status.yml").output
+    rows = dict(re.findall(r"- (\w+)\s+(ready|edge) ", shown))
+    assert rows == {"e1": "edge", "f1": "ready", "f2": "ready"}
+
+
 MODEL = "readlink /var/lib/llamaherd/models/chat.gguf"
 
 
@@ -100,6 +108,7 @@ def better(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.fleet
 def test_nobody_notices_a_rolling_upgrade_and_the_way_back(fleet: Herd, better: Path) -> None:
     before = [fleet.sh(host, MODEL) for host in ("f1", "f2")]
     with streaming(fleet, rate=0.5) as load:
@@ -175,3 +184,59 @@ def test_the_next_run_takes_up_what_a_dead_controller_left(fleet: Herd, better: 
     assert " down;" not in fleet.sh("e1", "cat /etc/nginx/nginx.conf")
     assert fleet.sh("f1", "ls -d /var/lib/llamaherd/upgrade 2>/dev/null || true") == ""
     fleet.succeed("rollback.yml", "-e", "llamaherd_rollback=model")
+
+
+@pytest.mark.fleet
+def test_a_renewed_certificate_costs_no_stream(fleet: Herd) -> None:
+    serial = "openssl x509 -noout -serial -in /etc/nginx/llamaherd/tls.crt"
+    before = fleet.sh("e1", serial)
+    with streaming(fleet, rate=1) as load:
+        fleet.succeed("deploy.yml", "--tags", "nginx", "-e", '{"llamaherd_nginx_renew_days": 396}')
+    assert load.failures == []
+    assert fleet.sh("e1", serial) != before
+
+
+@pytest.mark.fleet
+def test_a_bad_variable_leaves_the_old_configuration_serving(fleet: Herd) -> None:
+    before = fleet.sh("e1", "cat /etc/nginx/nginx.conf")
+    with streaming(fleet, rate=1) as load:
+        run = fleet.play("deploy.yml", "--tags", "nginx", "--limit", "e1", "-e", "llamaherd_nginx_max_body=4x")
+    assert run.rc != 0
+    assert "nginx keeps its old configuration" in run.output
+    assert load.failures == []
+    assert fleet.sh("e1", "cat /etc/nginx/nginx.conf") == before
+
+
+@pytest.mark.fleet
+def test_a_host_without_power_costs_only_its_own_streams(fleet: Herd) -> None:
+    pid = f"$(cat {RUN_DIR}/f2.pid)"
+    with streaming(fleet, rate=1) as load:
+        subprocess.run(["sh", "-c", f"kill -9 {pid}"], check=True)
+        time.sleep(10)
+    only_running_streams_failed(load)
+    with streaming(fleet, rate=1) as load:
+        pass
+    assert load.failures == []
+    fleet.succeed("lab.yml", "-e", "llamaherd_lab_state=present")
+    fleet.sh("f2", "until systemctl is-active -q llamaherd-server; do sleep 0.2; done")
+    before = logged(fleet)
+    with streaming(fleet, rate=2):
+        pass
+    assert served_by(fleet, before)["f2"] >= 1
+
+
+@pytest.mark.fleet
+def test_hosts_come_and_go_by_the_inventory(fleet: Herd) -> None:
+    hosts = fleet.inventory / "hosts.yml"
+    before, two = logged(fleet), hosts.read_text()
+    with streaming(fleet, rate=0.5) as load:
+        hosts.write_text(two.replace("        f2:\n      vars:\n", "        f2:\n        f3:\n      vars:\n"))
+        fleet.succeed("deploy.yml")
+    assert load.failures == []
+    assert served_by(fleet, before)["f3"] >= 1
+    with streaming(fleet, rate=0.5) as load:
+        hosts.write_text(two)
+        fleet.succeed("deploy.yml")
+        gone = logged(fleet)
+    assert load.failures == []
+    assert served_by(fleet, gone)["f3"] == 0
