@@ -19,7 +19,9 @@ from llamaherd_server import keyfile, log
 from llamaherd_server.api.state import AppState
 from llamaherd_server.app import create_app
 from llamaherd_server.auth import KeysError
+from llamaherd_server.engine.base import Engine
 from llamaherd_server.engine.embedded import EmbeddedEngine
+from llamaherd_server.engine.native import NativeEngine
 from llamaherd_server.settings import Settings, SettingsError, load
 
 DEFAULT_CONFIG = Path("/etc/llamaherd/server.toml")
@@ -54,7 +56,7 @@ def main() -> None:
             keyfile.run(arguments, arguments.file or _keys_file(arguments.config))
             return
         settings = load(arguments.config)
-        app = create_app(settings, _engine(settings))
+        app = create_app(settings, *(_engine(one) for one in settings.each()))
     except (SettingsError, KeysError) as error:
         sys.stderr.write(f"llamaherd-server: {error}\n")
         sys.exit(os.EX_CONFIG)
@@ -96,12 +98,18 @@ def _keys_file(config: Path) -> Path:
     return path
 
 
-def _engine(settings: Settings) -> EmbeddedEngine:
-    return EmbeddedEngine(
-        settings.model.path,
-        settings.model.gpu_layers,
-        settings.engine.settings,
-        heartbeat_timeout_s=settings.limits.heartbeat_timeout_s,
+def _engine(settings: Settings) -> Engine:
+    model, engine, heartbeat_s = settings.model, settings.engine, settings.limits.heartbeat_timeout_s
+    if engine.kind == "embedded":
+        return EmbeddedEngine(model.path, model.gpu_layers, engine.settings, heartbeat_timeout_s=heartbeat_s)
+    return NativeEngine(
+        engine.program(),
+        model.path,
+        model.gpu_layers,
+        engine.settings,
+        mmproj=model.mmproj,
+        extra_args=engine.extra_args,
+        heartbeat_timeout_s=heartbeat_s,
     )
 
 

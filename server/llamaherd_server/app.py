@@ -7,14 +7,25 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from fastapi import FastAPI, Security
+from fastapi import Depends, FastAPI, Security
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from llamaherd_server import errors
 from llamaherd_server.admission import Admission
-from llamaherd_server.api import chat, completions, embeddings, messages, models, ops, rerank, responses, tokenize
-from llamaherd_server.api.state import AppState
+from llamaherd_server.api import (
+    chat,
+    completions,
+    embeddings,
+    llama_server,
+    messages,
+    models,
+    ops,
+    rerank,
+    responses,
+    tokenize,
+)
+from llamaherd_server.api.state import AppState, choose_model
 from llamaherd_server.auth import KeyStore
 from llamaherd_server.chat.sandbox import Sandbox
 from llamaherd_server.engine.base import Engine
@@ -34,25 +45,22 @@ _DOCUMENTED = [
 ]
 
 
-def create_app(settings: Settings, engine: Engine) -> FastAPI:
-    """The app that serves `engine`; its lifespan starts and stops it. Raises KeysError when the keys cannot be read."""
+def create_app(settings: Settings, *engines: Engine) -> FastAPI:
+    """The app that serves an engine for each of the settings' models; its lifespan starts and stops them.
+
+    Raises KeysError when the keys cannot be read.
+    """
     keys = KeyStore(settings.auth.keys_file) if settings.auth.keys_file else None
     limits = settings.limits
-    admission = Admission(
-        max_queue=limits.max_queue,
-        max_queue_tokens=limits.max_queue_tokens,
-        max_generations=limits.max_generations,
-        timeout_s=limits.queue_timeout_s,
-        parallel=settings.engine.settings.parallel,
-    )
-    # Embeddings have a context of their own and need no slot: a queue of their own, as fair and as bounded.
-    embedding = Admission(max_queue=limits.max_queue, timeout_s=limits.queue_timeout_s, parallel=_EMBEDDINGS_AT_ONCE)
-    metrics = Metrics(engine.status, admission)
-    engine.observe(metrics.step)
-    serving = Serving(engine, admission, embedding, Quotas(), metrics, settings.model.name, limits)
-    lifecycle = Lifecycle(engine, admission, limits, metrics.totals, keys)
+    metrics, quotas, sandbox = Metrics(), Quotas(), Sandbox()
+    servings = [_serving(one, engine, quotas, metrics) for one, engine in zip(settings.each(), engines, strict=True)]
+    lifecycle = Lifecycle(servings, limits, metrics.totals, keys)
+    states: dict[str, AppState] = {}
+    for one, serving in zip(settings.each(), servings, strict=True):
+        state = AppState(one, serving, lifecycle, sandbox, states)
+        states.update(dict.fromkeys((one.model.name, *one.model.aliases), state))
     app = FastAPI(title="llamaherd", docs_url="/docs", redoc_url=None, lifespan=_lifespan)
-    app.state.llamaherd = AppState(settings, serving, lifecycle, Sandbox())
+    app.state.llamaherd = states[settings.model.name]
     told: dict[int | str, dict[str, Any]] = {"4XX": {"model": errors.ErrorBody}, "5XX": {"model": errors.ErrorBody}}
     for router in (
         chat.router,
@@ -64,8 +72,9 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         models.router,
         tokenize.router,
         ops.router,
+        llama_server.router,
     ):
-        app.include_router(router, responses=told, dependencies=_DOCUMENTED)
+        app.include_router(router, responses=told, dependencies=[Depends(choose_model), *_DOCUMENTED])
     errors.install(app)
     app.add_middleware(Gate, keys=keys, lifecycle=lifecycle, max_body_bytes=limits.max_body_bytes)
     app.add_middleware(RequestContext, metrics=metrics)
@@ -75,6 +84,22 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
             CORSMiddleware, allow_origins=origins, allow_methods=("*",), allow_headers=("*",), expose_headers=exposed
         )
     return app
+
+
+def _serving(settings: Settings, engine: Engine, quotas: Quotas, metrics: Metrics) -> Serving:
+    """One model's queues before its engine."""
+    limits = settings.limits
+    admission = Admission(
+        max_queue=limits.max_queue,
+        max_queue_tokens=limits.max_queue_tokens,
+        max_generations=limits.max_generations,
+        timeout_s=limits.queue_timeout_s,
+        parallel=settings.engine.settings.parallel,
+    )
+    # Embeddings have a context of their own and need no slot: a queue of their own, as fair and as bounded.
+    embedding = Admission(max_queue=limits.max_queue, timeout_s=limits.queue_timeout_s, parallel=_EMBEDDINGS_AT_ONCE)
+    metrics.follow(settings.model.name, engine, admission)
+    return Serving(engine, admission, embedding, quotas, metrics, settings.model.name, limits)
 
 
 @asynccontextmanager

@@ -11,10 +11,10 @@ from contextlib import contextmanager, suppress
 
 import structlog
 
-from llamaherd_server.admission import Admission
 from llamaherd_server.auth import KeyStore
-from llamaherd_server.engine.base import Engine, EngineError
+from llamaherd_server.engine.base import EngineError, EngineState
 from llamaherd_server.errors import ApiError
+from llamaherd_server.generation import Serving
 from llamaherd_server.metrics import Totals
 from llamaherd_server.sdnotify import Notifier
 from llamaherd_server.settings import LimitSettings
@@ -30,15 +30,13 @@ _FLUSH_S = 5.0
 
 
 class Lifecycle:
-    """Owns the engine's life. `over` is called once, when the process should exit with `exit_code`."""
+    """Owns the engines' lives. `over` is called once, when the process should exit with `exit_code`."""
 
-    def __init__(
-        self, engine: Engine, admission: Admission, limits: LimitSettings, totals: Totals, keys: KeyStore | None
-    ) -> None:
+    def __init__(self, servings: list[Serving], limits: LimitSettings, totals: Totals, keys: KeyStore | None) -> None:
         self.exit_code = 0
         self.over: Callable[[], None] = lambda: None
-        self._engine = engine
-        self._admission = admission
+        self._servings = servings
+        self._engines = [serving.engine for serving in servings]
         self._limits = limits
         self._totals = totals
         self._keys = keys
@@ -51,23 +49,24 @@ class Lifecycle:
         self._drain_task: asyncio.Task[None] | None = None
 
     def alive(self) -> bool:
-        """Whether the step loop still turns; an engine that is being loaded or restarted has none to watch."""
-        status = self._engine.status()
-        return status.state != "ready" or status.heartbeat_age_s < self._limits.heartbeat_timeout_s
+        """Whether the step loops still turn; an engine that is being loaded or restarted has none to watch."""
+        statuses = [engine.status() for engine in self._engines]
+        return all(
+            status.state != "ready" or status.heartbeat_age_s < self._limits.heartbeat_timeout_s for status in statuses
+        )
 
     def ready(self) -> bool:
-        return not self.draining and self._engine.status().state == "ready"
+        return not self.draining and all(engine.status().state == "ready" for engine in self._engines)
 
-    def refusal(self) -> ApiError | None:
-        """The 503 for a new request, or None. While the engine restarts, requests are taken and wait for it."""
+    def refusal(self, serving: Serving | None = None) -> ApiError | None:
+        """The 503 for a new request to that model, or to whichever is up; None where it is taken.
+
+        While an engine restarts, requests are taken and wait for it.
+        """
         if self.draining:
             return ApiError(503, "the server is shutting down", code="shutting_down", retry_after=_RETRY_AFTER_S)
-        state = self._engine.status().state
-        if state == "loading":
-            return ApiError(503, "the model is loading", code="model_loading", retry_after=_RETRY_AFTER_S)
-        if state in ("failed", "stopped"):
-            return ApiError(503, f"the engine has {state}", code="engine_stopped", retry_after=_RETRY_AFTER_S)
-        return None
+        refusals = [_refusal(one.engine.status().state) for one in ([serving] if serving else self._servings)]
+        return None if None in refusals else refusals[0]
 
     @contextmanager
     def tracked(self) -> Iterator[None]:
@@ -83,7 +82,7 @@ class Lifecycle:
 
     async def run(self) -> None:
         """Start the engine, then watch it until it fails or the process ends."""
-        starting = asyncio.create_task(self._engine.start())
+        starting = asyncio.create_task(self._start())
         try:
             while not starting.done():
                 self._notifier.send("STATUS=loading the model", f"EXTEND_TIMEOUT_USEC={_START_EXTENSION_S * 1_000_000}")
@@ -98,9 +97,6 @@ class Lifecycle:
             return
         finally:
             starting.cancel()
-        status = self._engine.status()
-        self._admission.set_parallel(status.settings.parallel)
-        log.info("ready", load_s=status.load_s, parallel=status.settings.parallel, batch=status.settings.batch)
         self._notifier.send("READY=1")
         await self._watch()
 
@@ -120,30 +116,40 @@ class Lifecycle:
             self._drain_task = asyncio.get_running_loop().create_task(self._drain())
 
     async def stop(self) -> None:
-        """Stop the engine, if it still runs."""
-        if self._engine.status().state != "stopped":
-            await self._engine.stop()
+        """Stop the engines that still run."""
+        await asyncio.gather(*(engine.stop() for engine in self._engines if engine.status().state != "stopped"))
+
+    async def _start(self) -> None:
+        """One after the other, so that each finds the memory taken that those before it need."""
+        for serving in self._servings:
+            await serving.engine.start()
+            status = serving.engine.status()
+            settings = status.settings
+            serving.admission.set_parallel(settings.parallel)
+            log.info(
+                "ready", model=serving.model, load_s=status.load_s, parallel=settings.parallel, batch=settings.batch
+            )
 
     async def _watch(self) -> None:
         watchdog_s = self._notifier.watchdog_s
         tick = min(_TICK_S, watchdog_s / 3) if watchdog_s else _TICK_S
-        while (status := self._engine.status()).state != "failed":
+        while not (failed := [status for engine in self._engines if (status := engine.status()).state == "failed"]):
             if watchdog_s and self.alive():
                 self._notifier.send("WATCHDOG=1")
             self._notifier.send(f"STATUS={self._describe()}")
             await asyncio.sleep(tick)
-        self._fail(status.last_error or "the engine failed")
+        self._fail(failed[0].last_error or "the engine failed")
 
     def _describe(self) -> str:
-        status = self._engine.status()
-        busy = status.stats.slots_busy if status.stats else 0
-        state = "draining" if self.draining else status.state
+        statuses = [engine.status() for engine in self._engines]
+        busy = sum(status.stats.slots_busy for status in statuses if status.stats)
+        slots = sum(status.settings.parallel for status in statuses)
+        queued = sum(serving.admission.queued for serving in self._servings)
+        unready = [str(status.state) for status in statuses if status.state != "ready"]
+        state = "draining" if self.draining else (unready or ["ready"])[0]
         (before, tokens), self._told = self._told, (time.monotonic(), self._totals.streamed)
         rate = (self._totals.streamed - tokens) / max(1e-3, self._told[0] - before)
-        return (
-            f"{state}: {busy} of {status.settings.parallel} slots busy, {self._admission.queued} requests queued, "
-            f"{rate:.0f} tokens/s"
-        )
+        return f"{state}: {busy} of {slots} slots busy, {queued} requests queued, {rate:.0f} tokens/s"
 
     def _fail(self, message: str) -> None:
         log.error("engine failed", error=message)
@@ -162,3 +168,11 @@ class Lifecycle:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), _FLUSH_S)
         self.over()
+
+
+def _refusal(state: EngineState) -> ApiError | None:
+    if state == "loading":
+        return ApiError(503, "the model is loading", code="model_loading", retry_after=_RETRY_AFTER_S)
+    if state in ("failed", "stopped"):
+        return ApiError(503, f"the engine has {state}", code="engine_stopped", retry_after=_RETRY_AFTER_S)
+    return None

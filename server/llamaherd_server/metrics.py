@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from llamaherd_server.admission import Admission
-from llamaherd_server.engine.base import EngineStatus
+from llamaherd_server.engine.base import Engine, EngineStatus
 from llamaherd_server.protocol import Finished, Stats
 
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
@@ -29,9 +29,9 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series fo
 
 
 class Metrics:
-    """All that is counted. `status` gives the engine's state whenever the page is read."""
+    """All that is counted."""
 
-    def __init__(self, status: Callable[[], EngineStatus], admission: Admission) -> None:
+    def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -60,8 +60,14 @@ class Metrics:
         self._step_sample = step_histogram("sample", "A step's time in native sampling", _OVERHEAD_S)
         self._step_overhead = step_histogram("overhead", "A step's time outside of both", _OVERHEAD_S)
         self.totals = Totals()
-        registry.register(_EngineCollector(status, admission, self.totals))
+        self._engines = _EngineCollector(self.totals)
+        registry.register(self._engines)
         ProcessCollector(registry=registry)
+
+    def follow(self, model: str, engine: Engine, admission: Admission) -> None:
+        """Tell of this model's engine and queue too, whenever the page is read."""
+        self._engines.followed.append((model, engine.status, admission))
+        engine.observe(self.step)
 
     def finished(self, by: tuple[str, str], event: Finished, took_s: float) -> None:
         """Count a generation that went well; `by` is key and model, `took_s` since its request arrived."""
@@ -109,38 +115,33 @@ class Totals:
 
 
 class _EngineCollector(Collector):
-    """The engine's and the queue's state at the moment of the scrape."""
+    """The engines' and their queues' state at the moment of the scrape, by model; llama-server's names: in all."""
 
-    def __init__(self, status: Callable[[], EngineStatus], admission: Admission, totals: Totals) -> None:
-        self._status = status
-        self._admission = admission
+    def __init__(self, totals: Totals) -> None:
+        self.followed: list[tuple[str, Callable[[], EngineStatus], Admission]] = []
         self._totals = totals
 
     def describe(self) -> list[Metric]:
         return []  # names differ with the engine's state; nothing to check for duplicates before the first scrape
 
     def collect(self) -> Iterator[Metric]:
-        status = self._status()
-        yield _gauge("llamaherd_up", "1 when the model answers", status.state == "ready")
-        yield _gauge("llamaherd_engine_heartbeat_age_seconds", "Since the worker last spoke", status.heartbeat_age_s)
-        yield _counter("llamaherd_engine_restarts", "Restarts of the engine's process", status.restarts)
-        yield _gauge("llamaherd_slots", "Sequences that can run at once", status.settings.parallel)
-        yield _gauge("llamaherd_queue_requests", "Requests in the admission queue", self._admission.queued)
-        yield _gauge("llamaherd_queue_tokens", "Expected tokens of those requests", self._admission.queued_tokens)
-        yield _gauge("llamaherd_running_requests", "Requests handed to the engine", self._admission.running)
+        families: dict[str, Metric] = {}
+        kv_used = kv_size = 0
+        for model, status, admission in self.followed:
+            state = status()
+            for family, value in _of_engine(state, admission):
+                families.setdefault(family.name, family).add_metric([model], value)  # type: ignore[attr-defined]
+            kv_used += state.stats.kv_used if state.stats else 0
+            kv_size += state.stats.kv_size if state.stats else 0
+        yield from families.values()
         yield from self._aliases()
-        if (stats := status.stats) is None:
-            return
-        yield _gauge("llamaherd_slots_busy", "Slots with a request", stats.slots_busy)
-        yield _gauge("llamaherd_parked_requests", "Requests parked for want of KV cells", stats.parked)
-        yield _gauge("llamaherd_kv_cells", "KV cache size in tokens", stats.kv_size)
-        yield _gauge("llamaherd_kv_cells_used", "KV cache cells in use", stats.kv_used)
-        yield _counter("llamaherd_preemptions", "Requests parked so far", stats.preemptions)
-        yield _gauge("llamacpp:kv_cache_usage_ratio", "KV cache use, 0 to 1", stats.kv_used / max(1, stats.kv_size))
-        yield _gauge("llamacpp:kv_cache_tokens", "KV cache cells in use", stats.kv_used)
+        if kv_size:
+            yield _gauge("llamacpp:kv_cache_usage_ratio", "KV cache use, 0 to 1", kv_used / kv_size)
+            yield _gauge("llamacpp:kv_cache_tokens", "KV cache cells in use", kv_used)
 
     def _aliases(self) -> Iterator[Metric]:
         totals = self._totals
+        queues = [admission for _, _, admission in self.followed]
         yield _counter("llamacpp:prompt_tokens", "Prompt tokens processed, without cached ones", totals.prompt_tokens)
         yield _counter("llamacpp:tokens_predicted", "Tokens generated", totals.output_tokens)
         yield _counter("llamacpp:prompt_tokens_cached", "Prompt tokens found in the cache", totals.cached_tokens)
@@ -150,12 +151,40 @@ class _EngineCollector(Collector):
         decode_rate = totals.output_tokens / totals.decode_s if totals.decode_s else 0.0
         yield _gauge("llamacpp:prompt_tokens_seconds", "Mean prompt tokens/s of a request", prompt_rate)
         yield _gauge("llamacpp:predicted_tokens_seconds", "Mean generated tokens/s of a request", decode_rate)
-        yield _gauge("llamacpp:requests_processing", "Requests handed to the engine", self._admission.running)
-        yield _gauge("llamacpp:requests_deferred", "Requests waiting", self._admission.queued)
+        yield _gauge(
+            "llamacpp:requests_processing", "Requests handed to the engine", sum(one.running for one in queues)
+        )
+        yield _gauge("llamacpp:requests_deferred", "Requests waiting", sum(one.queued for one in queues))
         yield _counter("llamacpp:n_decode", "Steps with something to decode", totals.steps)
         busy = totals.busy_slots / max(1, totals.steps)
         yield _gauge("llamacpp:n_busy_slots_per_decode", "Mean busy slots of a step", busy)
         yield _gauge("llamacpp:n_tokens_max", "Longest sequence seen, prompt and completion", totals.longest)
+
+
+def _of_engine(status: EngineStatus, admission: Admission) -> Iterator[tuple[Metric, float]]:
+    """What is told of one model, as a family without samples and its value."""
+    yield _by_model("up", "1 when the model answers"), status.state == "ready"
+    yield _by_model("engine_heartbeat_age_seconds", "Since the worker last spoke"), status.heartbeat_age_s
+    yield _counted("engine_restarts", "Restarts of the engine's process"), status.restarts
+    yield _by_model("slots", "Sequences that can run at once"), status.settings.parallel
+    yield _by_model("queue_requests", "Requests in the admission queue"), admission.queued
+    yield _by_model("queue_tokens", "Expected tokens of those requests"), admission.queued_tokens
+    yield _by_model("running_requests", "Requests handed to the engine"), admission.running
+    if (stats := status.stats) is None:
+        return
+    yield _by_model("slots_busy", "Slots with a request"), stats.slots_busy
+    yield _by_model("parked_requests", "Requests parked for want of KV cells"), stats.parked
+    yield _by_model("kv_cells", "KV cache size in tokens"), stats.kv_size
+    yield _by_model("kv_cells_used", "KV cache cells in use"), stats.kv_used
+    yield _counted("preemptions", "Requests parked so far"), stats.preemptions
+
+
+def _by_model(name: str, text: str) -> Metric:
+    return GaugeMetricFamily(f"llamaherd_{name}", text, labels=("model",))
+
+
+def _counted(name: str, text: str) -> Metric:
+    return CounterMetricFamily(f"llamaherd_{name}", text, labels=("model",))
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

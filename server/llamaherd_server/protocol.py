@@ -82,6 +82,17 @@ class WorkerConfig(Struct, kw_only=True):
     settings: EngineSettings
 
 
+class NativeConfig(Struct, kw_only=True):
+    """What a llama-server is started with; `mmproj`: its multimodal projector's GGUF."""
+
+    binary: str
+    path: str
+    gpu_layers: int  # -1: all
+    settings: EngineSettings
+    mmproj: str | None = None
+    extra_args: list[str] = field(default_factory=list)
+
+
 # --- front end to worker -------------------------------------------------------------------------------------
 
 

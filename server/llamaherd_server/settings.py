@@ -9,7 +9,7 @@ import ipaddress
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
@@ -18,6 +18,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from llamaherd_server.engine.flags import check_extra_args
 from llamaherd_server.engine_settings import merge
 from llamaherd_server.errors import nearest
 from llamaherd_server.protocol import EngineSettings
@@ -64,12 +65,18 @@ class AuthSettings(Section):
     keys_file: Path | None = None
 
 
-class ModelSettings(Section):
-    """The model that is served. `gpu_layers` -1: all."""
+ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 
-    name: str = Field(min_length=1, max_length=256)
-    path: Annotated[Path, AfterValidator(_existing_file)]
+
+class ModelSettings(Section):
+    """A model that is served. `gpu_layers` -1: all; `mmproj`: a multimodal projector, for llama-server."""
+
+    name: ModelName
+    aliases: list[ModelName] = []
+    path: ExistingFile
     gpu_layers: int = Field(default=-1, ge=-1)
+    mmproj: ExistingFile | None = None
 
 
 class EngineSection(Section):
@@ -77,15 +84,50 @@ class EngineSection(Section):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    kind: Literal["embedded"] = "embedded"
+    kind: Literal["embedded", "llama-server"] = "embedded"
+    # llama-server alone: its program, left out: that of the build whose libraries are used; and more of its flags.
+    binary: ExistingFile | None = None
+    extra_args: list[str] = []
     settings: EngineSettings = EngineSettings()
 
     @model_validator(mode="before")
     @classmethod
     def _split(cls, table: dict[str, Any]) -> dict[str, Any]:
-        context = {name: value for name, value in table.items() if name != "kind"}
-        kind = {"kind": table["kind"]} if "kind" in table else {}
-        return {**kind, "settings": merge(EngineSettings(), context)}
+        own = {name: value for name, value in table.items() if name in _ENGINE_OWN}
+        context = {name: value for name, value in table.items() if name not in _ENGINE_OWN}
+        return {**own, "settings": merge(EngineSettings(), context)}
+
+    @model_validator(mode="after")
+    def _only_with_llama_server(self) -> Self:
+        if self.kind == "embedded" and (self.binary or self.extra_args):
+            raise ValueError('binary and extra_args are for kind = "llama-server"')
+        check_extra_args(self.extra_args)
+        return self
+
+    def program(self) -> Path:
+        """Where llama-server is; raises SettingsError."""
+        libraries = os.environ.get("LLAMA_CPP_LIB_PATH")
+        found = self.binary or (libraries and Path(libraries).parent / "bin" / "llama-server")
+        if not found:
+            raise SettingsError("engine.binary: set it, or LLAMA_CPP_LIB_PATH, whose build has a llama-server")
+        if not os.access(found, os.X_OK):
+            raise SettingsError(f"engine.binary: {found} is no program that can be run")
+        return found
+
+
+_ENGINE_OWN = ("kind", "binary", "extra_args")
+
+
+class ServedModel(ModelSettings):
+    """One of several models. What its engine table leaves out is as the file's [engine] says."""
+
+    engine: EngineSection = EngineSection()
+
+    @model_validator(mode="after")
+    def _projects(self) -> Self:
+        if self.mmproj and self.engine.kind != "llama-server":
+            raise ValueError('mmproj needs kind = "llama-server" in the engine table')
+        return self
 
 
 class LimitSettings(Section):
@@ -108,7 +150,7 @@ class LimitSettings(Section):
 
 
 class Settings(BaseSettings):
-    """All of server.toml."""
+    """All of server.toml. With [[models]], `model` and `engine` are the first one's; with [model], it is the list."""
 
     model_config = SettingsConfigDict(
         env_prefix="LLAMAHERD_", env_nested_delimiter="__", extra="forbid", frozen=True, allow_inf_nan=False
@@ -118,7 +160,33 @@ class Settings(BaseSettings):
     auth: AuthSettings = AuthSettings()
     model: ModelSettings
     engine: EngineSection = EngineSection()
+    models: list[ServedModel] = Field(min_length=1)
     limits: LimitSettings = LimitSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_or_several(cls, table: dict[str, Any]) -> dict[str, Any]:
+        engine, models = table.get("engine", {}), table.get("models")
+        if models is None:
+            return {**table, "models": [{**table["model"], "engine": engine}]} if "model" in table else table
+        if "model" in table:
+            raise ValueError("there are both [model] and [[models]]: put all models into [[models]]")
+        if not isinstance(models, list) or not all(isinstance(one, dict) for one in models) or not models:
+            raise ValueError("models must be tables: write [[models]] above each one")
+        models = [{**one, "engine": {**engine, **one.get("engine", {})}} for one in models]
+        first = dict(models[0])
+        return {**table, "models": models, "engine": first.pop("engine"), "model": first}
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Settings:
+        names = [name for model in self.models for name in (model.name, *model.aliases)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the name {twice!r} is given twice: every name and alias must be one model's")
+        return self
+
+    def each(self) -> list[Settings]:
+        """The same settings once for every model, each as if there were no other."""
+        return [self.model_copy(update={"model": one, "engine": one.engine, "models": [one]}) for one in self.models]
 
     @model_validator(mode="after")
     def _closed_beyond_loopback(self) -> Settings:

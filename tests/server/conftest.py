@@ -48,9 +48,9 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
-    """A server.toml for the test model; `sections` are put over small defaults."""
-    tables: dict[str, dict[str, Any]] = {
+def write_config(folder: Path, **sections: Any) -> Path:
+    """A server.toml for the test model; `sections` are put over small defaults. `models`, a list, takes its place."""
+    tables: dict[str, Any] = {
         "http": {"port": free_port()},
         "model": {"name": "smollm2", "path": required("LLAMAHERD_TEST_MODEL")},
         # one thread: on a busy machine two that wait for each other are many times slower
@@ -58,13 +58,23 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
         "limits": {},
     }
     for name, values in sections.items():
-        tables[name] = {**tables.get(name, {}), **values}
+        tables[name] = values if isinstance(values, list) else {**tables.get(name, {}), **values}
+    if "models" in tables:
+        del tables["model"]
     lines = []
     for name, values in tables.items():
-        lines += [f"[{name}]", *(f"{key} = {json.dumps(value, default=str)}" for key, value in values.items())]
+        for table in values if isinstance(values, list) else [values]:
+            head = f"[[{name}]]" if isinstance(values, list) else f"[{name}]"
+            lines += [head, *(f"{key} = {_toml(value)}" for key, value in table.items())]
     path = folder / "server.toml"
     path.write_text("\n".join(lines))
     return path
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + "}"
+    return json.dumps(value, default=str)
 
 
 def spawn(config: Path, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
@@ -80,7 +90,7 @@ def spawn(config: Path, *arguments: str, **environment: str) -> subprocess.Popen
 
 
 @contextmanager
-def running(folder: Path, environment: dict[str, str] | None = None, **sections: dict[str, Any]) -> Iterator[Server]:
+def running(folder: Path, environment: dict[str, str] | None = None, **sections: Any) -> Iterator[Server]:
     """A server that is ready; what it logged is shown when it never becomes so."""
     config = write_config(folder, **sections)
     port = sections.get("http", {}).get("port") or int(config.read_text().split("port = ")[1].split()[0])

@@ -12,11 +12,12 @@ from llamaherd_server.api.chat_fields import MOST_TOOLS, Message, NamedChoice, R
 from llamaherd_server.api.chat_shape import ChatShape
 from llamaherd_server.api.conversation import Conversation, prepare
 from llamaherd_server.api.fields import GenerationFields
+from llamaherd_server.api.llama_server import MediaRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.api.wire import Options
 from llamaherd_server.errors import unsupported
 
-router = APIRouter()
+router = APIRouter(route_class=MediaRoute)
 
 
 class ChatRequest(GenerationFields):

@@ -7,7 +7,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from llamaherd_server.api.state import AppState, state_of
-from llamaherd_server.errors import ApiError
 
 router = APIRouter()
 
@@ -15,16 +14,13 @@ router = APIRouter()
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
     """The models that are served."""
-    return {"object": "list", "data": [_describe(state_of(request))]}
+    return {"object": "list", "data": [_describe(state) for state in state_of(request).all()]}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> dict[str, Any]:
     """One of them."""
-    state = state_of(request)
-    if name != state.model_name:
-        raise ApiError(404, f"model {name!r} is not served here: there is {state.model_name!r}", code="model_not_found")
-    return _describe(state)
+    return _describe(state_of(request).named(name))
 
 
 def _describe(state: AppState) -> dict[str, Any]:
@@ -32,6 +28,7 @@ def _describe(state: AppState) -> dict[str, Any]:
     info = state.model_info()
     return {
         "id": state.model_name,
+        "aliases": state.settings.model.aliases,
         "object": "model",
         "created": int(state.settings.model.path.stat().st_mtime),
         "owned_by": "llamaherd",

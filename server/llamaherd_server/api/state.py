@@ -1,8 +1,9 @@
-"""What the endpoints work with; one object for the life of the app."""
+"""What the endpoints work with: one object a model, for the life of the app."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import Request
 
@@ -18,12 +19,13 @@ from llamaherd_server.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class AppState:
-    """The parts of a running server."""
+    """The parts of a running server, for one of its models; `models`: every name and alias with its own."""
 
     settings: Settings
     serving: Serving
     lifecycle: Lifecycle
     sandbox: Sandbox
+    models: dict[str, AppState] = field(repr=False)
 
     @property
     def engine(self) -> Engine:
@@ -40,17 +42,51 @@ class AppState:
             raise ApiError(503, "the model is loading", code="model_loading", retry_after=5)
         return info
 
+    def all(self) -> list[AppState]:
+        """Every model's, once."""
+        return [state for name, state in self.models.items() if name == state.model_name]
+
+    def named(self, name: str) -> AppState:
+        """The model of that name or alias; raises the 404 that lists what there is."""
+        if state := self.models.get(name):
+            return state
+        there = ", ".join(repr(state.model_name) for state in self.all())
+        message = f"model {name!r} is not served here: there is {there}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
     def check_model(self, name: str | None, key: Key) -> None:
         """Raise the 404 for a model that is not served, the 403 for one that is not the key's."""
-        if name is not None and name != self.model_name:
-            message = f"model {name!r} is not served here: there is {self.model_name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        if name is not None and self.named(name) is not self:
+            raise ValueError(f"a request for {name!r} came to {self.model_name!r}")
         if key.models is not None and self.model_name not in key.models:
             message = f"key {key.name!r} may not use model {self.model_name!r}"
             raise ApiError(403, message, param="model", code="model_not_allowed")
 
 
 def state_of(request: Request) -> AppState:
-    """The app's state."""
-    state: AppState = request.app.state.llamaherd
+    """The state for the model that the request is for."""
+    state: AppState = getattr(request.state, "model", request.app.state.llamaherd)
     return state
+
+
+async def choose_model(request: Request) -> None:
+    """Send the request to the model that it names, in the body or the query; without a name, to the first one.
+
+    Raises the 404 for an unknown name, and the 503 while that model loads. What else is wrong is for the endpoint.
+    """
+    state = state_of(request)
+    if (name := await _model_of(request)) is not None:
+        state = request.state.model = state.named(name)
+    if request.method == "POST" and (refusal := state.lifecycle.refusal(state.serving)):
+        raise refusal
+
+
+async def _model_of(request: Request) -> str | None:
+    name: Any = request.query_params.get("model")
+    if request.method == "POST":
+        try:
+            body = await request.json()
+        except ValueError:
+            return None
+        name = body.get("model") if isinstance(body, dict) else None
+    return name if isinstance(name, str) else None

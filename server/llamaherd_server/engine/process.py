@@ -1,4 +1,4 @@
-"""One worker process: its socket, and the last lines that it wrote to standard error."""
+"""One process of an engine: its end, and the last lines that it wrote to standard error; a worker has a socket too."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ GRACE_S = 5.0
 _decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 
 
-class WorkerProcess:
-    """Started by `start`; `receive` until it gives None, then `ended` says why it has gone."""
+class ChildProcess:
+    """A subclass starts `_process`, with standard error as a pipe, and `_log`."""
+
+    _process: asyncio.subprocess.Process
+    _log: asyncio.Task[None]
 
     def __init__(self) -> None:
         self.heard = time.monotonic()
@@ -31,6 +34,44 @@ class WorkerProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    async def ended(self) -> str:
+        """Wait for its end; how it ended and, where it wrote any, its last words."""
+        code = await self._process.wait()
+        await self._log
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        last = f": {self._last_lines[-1]}" if self._last_lines else ""
+        return f"the engine ended with {how}{last}"
+
+    async def end(self) -> None:
+        """Ask it to end, and kill it when that takes too long."""
+        self._ask_to_end()
+        try:
+            async with asyncio.timeout(GRACE_S):
+                await self._process.wait()
+        except TimeoutError:
+            self.kill()
+        await self.ended()
+
+    def _ask_to_end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+
+    async def _pass_on_log(self) -> None:
+        assert self._process.stderr is not None  # noqa: S101 (it was asked for as a pipe)
+        async for line in self._process.stderr:
+            text = line.decode(errors="replace").rstrip()
+            if text:
+                self._last_lines.append(text)
+            sys.stderr.write(f"{text}\n")
+
+
+class WorkerProcess(ChildProcess):
+    """Started by `start`; `receive` until it gives None, then `ended` says why it has gone."""
 
     async def start(self, config: bytes) -> None:
         ours, theirs = socket.socketpair()
@@ -59,36 +100,15 @@ class WorkerProcess:
         self.heard = time.monotonic()
         return message
 
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-
     async def ended(self) -> str:
         """Wait for its end; how it ended and, where it wrote any, its last words."""
-        code = await self._process.wait()
-        await self._log
+        how = await super().ended()
         self._writer.close()
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        last = f": {self._last_lines[-1]}" if self._last_lines else ""
-        return f"the engine ended with {how}{last}"
+        return how
 
-    async def end(self) -> None:
-        """Close the socket, which ends the worker after its step; kill it when that takes too long."""
+    def _ask_to_end(self) -> None:
+        """Close the socket, which ends the worker after its step."""
         self._writer.close()
-        try:
-            async with asyncio.timeout(GRACE_S):
-                await self._process.wait()
-        except TimeoutError:
-            self.kill()
-        await self.ended()
-
-    async def _pass_on_log(self) -> None:
-        assert self._process.stderr is not None  # noqa: S101 (it was asked for as a pipe)
-        async for line in self._process.stderr:
-            text = line.decode(errors="replace").rstrip()
-            if text:
-                self._last_lines.append(text)
-            sys.stderr.write(f"{text}\n")
 
 
 def _program() -> tuple[str, ...]:

@@ -31,6 +31,27 @@ class Listener(Protocol):
         """A worker has gone. The supervisor's state says whether another one will come."""
 
 
+class Process(Protocol):
+    """What a supervisor needs of an engine's process; engine.process.WorkerProcess has the words for it."""
+
+    heard: float
+
+    @property
+    def pid(self) -> int: ...
+
+    async def start(self, config: bytes) -> None: ...
+
+    def send(self, frame: bytes) -> None: ...
+
+    async def receive(self, timeout_s: float | None) -> FromWorker | None: ...
+
+    def kill(self) -> None: ...
+
+    async def ended(self) -> str: ...
+
+    async def end(self) -> None: ...
+
+
 class Supervisor:
     """`config` is asked for the worker's configuration before each start.
 
@@ -38,14 +59,21 @@ class Supervisor:
     wedged. One that says why it cannot load its model, or that never became ready at all, is not started again.
     """
 
-    def __init__(self, config: Callable[[], bytes], listener: Listener, heartbeat_timeout_s: float) -> None:
+    def __init__(
+        self,
+        config: Callable[[], bytes],
+        listener: Listener,
+        heartbeat_timeout_s: float,
+        new_process: Callable[[], Process] = WorkerProcess,
+    ) -> None:
         self.state: EngineState = "loading"
         self.restarts = 0
         self.last_error: str | None = None
         self._config = config
         self._listener = listener
         self._heartbeat_timeout_s = heartbeat_timeout_s
-        self._process: WorkerProcess | None = None
+        self._new_process = new_process
+        self._process: Process | None = None
         self._task: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()  # the first worker is ready, or never will be
 
@@ -106,7 +134,7 @@ class Supervisor:
 
     async def _run_one(self) -> float:
         """A worker's life; for how many seconds it was ready."""
-        process = WorkerProcess()
+        process = self._new_process()
         await process.start(self._config())
         self._process = process
         refusal = silence = None

@@ -1,0 +1,257 @@
+"""llama-server's own routes: /props and /slots on either engine; where it computes, /completion, /infill, media chats.
+
+Source of their fields: tools/server/README.md of the pinned llama.cpp.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import httpx
+import msgspec
+from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from llamaherd_server.api.answer import json_response, sse, unless_gone
+from llamaherd_server.api.state import AppState, choose_model, state_of
+from llamaherd_server.engine.base import EngineError
+from llamaherd_server.engine.native import NativeEngine
+from llamaherd_server.errors import ApiError
+from llamaherd_server.meter import Meter, Usage
+from llamaherd_server.protocol import Delta, Finished, Sampling, Started
+
+router = APIRouter()
+
+# What a slot tells; its sampling parameters and texts are a request's own.
+_SLOT_FIELDS = (
+    *("id", "id_task", "n_ctx", "speculative", "is_processing", "next_token"),
+    *("n_prompt_tokens", "n_prompt_tokens_processed", "n_prompt_tokens_cache"),
+)
+_MEDIA = (b'"image_url"', b'"input_audio"', b'"input_video"')
+_CHARS_PER_TOKEN = 4
+
+
+@router.get("/props")
+async def props(request: Request) -> Response:
+    """The model's template and tokens, the slots and the sampling defaults."""
+    state = state_of(request)
+    status, info = state.engine.status(), state.model_info()
+    known = {
+        "default_generation_settings": {
+            "params": msgspec.to_builtins(Sampling()),
+            "n_ctx": status.settings.ctx_per_slot,
+        },
+        "total_slots": status.settings.parallel,
+        "model_path": str(state.settings.model.path),
+        "modalities": {"vision": False, "audio": False},
+        "chat_template": info.chat_template or "",
+        "bos_token": info.bos_token,
+        "eos_token": info.eos_token,
+        "build_info": info.build,
+        "is_sleeping": False,
+    }
+    if isinstance(state.engine, NativeEngine):
+        known = await state.engine.get("/props")
+    return json_response({**known, "model_alias": state.model_name})
+
+
+@router.get("/slots")
+async def slots_of(request: Request) -> Response:
+    """Which slots are busy. Never a prompt or an output. `?fail_on_no_slot=1`: a 503 when none is free."""
+    state = state_of(request)
+    if isinstance(state.engine, NativeEngine):
+        slots = await state.engine.get("/slots")
+        told = [{name: slot[name] for name in _SLOT_FIELDS if name in slot} for slot in slots]
+    else:
+        status = state.engine.status()
+        busy = status.stats.slots_busy if status.stats else 0
+        told = [
+            {"id": slot, "n_ctx": status.settings.ctx_per_slot, "speculative": False, "is_processing": slot < busy}
+            for slot in range(status.settings.parallel)
+        ]
+    if request.query_params.get("fail_on_no_slot") and all(slot["is_processing"] for slot in told):
+        raise ApiError(503, "no slot is free", code="no_slot", retry_after=1)
+    return json_response(told)
+
+
+@router.post("/completion", response_class=Response)
+async def completion(request: Request) -> Response:
+    """llama-server's own completion, as it is; on the embedded engine a 501."""
+    return await _passed_on(request, "/completion")
+
+
+@router.post("/infill", response_class=Response)
+async def infill(request: Request) -> Response:
+    """llama-server's fill in the middle, as it is; on the embedded engine a 501."""
+    return await _passed_on(request, "/infill")
+
+
+class MediaRoute(APIRoute):
+    """A chat with an image, sound or film goes to llama-server whole; every other one to the endpoint."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        endpoint = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            body = await request.body()
+            if any(kind in body for kind in _MEDIA):
+                await choose_model(request)
+                if isinstance(state_of(request).engine, NativeEngine):
+                    return await _passed_on(request, "/v1/chat/completions")
+            return await endpoint(request)
+
+        return handler
+
+
+async def _passed_on(request: Request, path: str) -> Response:
+    """Queue the request as any other and give it to llama-server; raises ApiError."""
+    state = state_of(request)
+    if not isinstance(state.engine, NativeEngine):
+        message = (
+            f"POST {path} is llama-server's own and {state.model_name!r} runs on the embedded engine: use "
+            '/v1/completions, or set engine.kind = "llama-server"'
+        )
+        raise ApiError(501, message, code="unsupported")
+    body = await _body(request)
+    state.check_model(body.pop("model", None), request.state.key)
+    streamed = bool(body.get("stream"))
+    async with AsyncExitStack() as stack:
+        meter = await stack.enter_async_context(_admitted(request, state, body))
+        response = await unless_gone(request.receive, stack.enter_async_context(state.engine.asked(path, body)))
+        if streamed:
+            return _Relay(response, meter, stack.pop_all(), state.serving.limits.request_timeout_s)
+        async with asyncio.timeout(state.serving.limits.request_timeout_s):
+            await unless_gone(request.receive, response.aread())
+        _count(meter, response.json().get("timings"))
+        return Response(response.content, media_type="application/json")
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    try:
+        body = await request.json()
+    except ValueError:
+        raise ApiError(400, "the body is not valid JSON", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_value")
+    if url := next((url for url in _urls(body) if not url.startswith("data:")), None):
+        # llama-server would fetch it, from wherever this host can reach
+        raise ApiError(400, f"url {url[:40]!r} is not fetched: send the data as data:…;base64,…", code="invalid_value")
+    return body
+
+
+def _urls(value: Any) -> list[str]:
+    """Every text that is called `url`, or stands where a media part has an object with one."""
+    if isinstance(value, list):
+        return [url for one in value for url in _urls(one)]
+    if not isinstance(value, dict):
+        return []
+    own = [value[name] for name in ("url", "image_url", "video_url") if isinstance(value.get(name), str)]
+    return own + [url for one in value.values() for url in _urls(one)]
+
+
+@asynccontextmanager
+async def _admitted(request: Request, state: AppState, body: dict[str, Any]) -> AsyncIterator[Meter]:
+    """A place among the running requests, within the key's limits; counted at the end."""
+    serving, key = state.serving, request.state.key
+    usage = Usage()
+    request.state.log.follow(usage)
+    by, arrived = (key.name, serving.model), request.state.log.arrived
+    meter = Meter(serving.metrics, usage, by=by, arrived=arrived, counts_prompt=True)
+    outcome = "cancelled"
+    serving.quotas.enter(key)
+    try:
+        tickets = serving.admission.enter(key, [len(await request.body()) / _CHARS_PER_TOKEN] * _generations(body))
+        try:
+            for ticket in tickets:
+                await unless_gone(request.receive, serving.admission.admitted(ticket))
+            meter.admitted()
+            yield meter
+            outcome = "stop"
+        finally:
+            for ticket in tickets:
+                serving.admission.leave(ticket, meter.computed // len(tickets))
+            meter.ended(outcome)
+    except TimeoutError:
+        raise _too_late(serving.limits.request_timeout_s) from None
+    finally:
+        serving.quotas.leave(key, usage.prompt_tokens + usage.completion_tokens)
+
+
+def _generations(body: dict[str, Any]) -> int:
+    """How many slots the request asks for; raises ApiError."""
+    prompts = body.get("prompt")
+    several = isinstance(prompts, list) and any(isinstance(one, str | list | dict) for one in prompts)
+    count = max((body.get(name, 1) for name in ("n", "n_cmpl") if isinstance(body.get(name, 1), int)), default=1)
+    if count < 1:
+        raise ApiError(400, f"n: {count} must be at least 1", param="n", code="invalid_value")
+    return count * (len(prompts) if several and isinstance(prompts, list) else 1)
+
+
+def _count(meter: Meter, timings: dict[str, Any] | None) -> None:
+    """Into usage and metrics, at the end of a generation."""
+    if timings is None:
+        return
+    prompt, cached, output = timings["prompt_n"], timings["cache_n"], timings["predicted_n"]
+    meter.see(Started(0, prompt + cached, cached))
+    meter.see(
+        Finished(
+            id=0,
+            reason="stop",
+            prompt_tokens=prompt + cached,
+            cached_tokens=cached,
+            completion_tokens=output,
+            prompt_s=timings["prompt_ms"] / 1000,
+            decode_s=timings["predicted_ms"] / 1000,
+        )
+    )
+
+
+def _too_late(seconds: float) -> ApiError:
+    message = f"the request took longer than {seconds:g} s"
+    return ApiError(504, message, code="request_timeout", headers={"X-Should-Retry": "false"})
+
+
+class _Relay(Response):
+    """llama-server's events as they come; ends its work when the client has gone."""
+
+    def __init__(self, source: httpx.Response, meter: Meter, stack: AsyncExitStack, timeout_s: float) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(media_type="text/event-stream", headers=headers)
+        del self.headers["content-length"]
+        self._source = source
+        self._meter = meter
+        self._stack = stack
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async with self._stack, asyncio.timeout(self._timeout_s):
+                await unless_gone(receive, self._send_all(send))
+        except ClientDisconnect:
+            scope["state"]["log"].client_gone = True
+            return
+        except EngineError as error:
+            await _send(send, sse(ApiError.of_engine(error).body()))
+        except ApiError as error:
+            await _send(send, sse(error.body()))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_all(self, send: Send) -> None:
+        async for line in self._source.aiter_lines():
+            await _send(send, f"{line}\n".encode())
+            if line.startswith("data: {"):
+                if '"timings"' in line:
+                    _count(self._meter, json.loads(line[6:]).get("timings"))
+                else:
+                    self._meter.see(Delta(id=0, text="", n_tokens=1))
+
+
+async def _send(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -1,0 +1,64 @@
+"""llama-server's command line, for the build that this version is pinned to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llamaherd_server.protocol import NativeConfig
+
+# Flags that the settings say, or on which the way between the two processes rests: with all their names.
+OWNED = frozenset(
+    f"-{flag}"
+    for line in (
+        "m -model mu -model-url dr -docker-repo hf hfr -hf-repo hff -hf-file -models-dir -models-preset a -alias",
+        "mm -mmproj mmu -mmproj-url ngl -gpu-layers -n-gpu-layers fit -fit -offline",
+        "-host -port -reuse-port -api-prefix -api-key -api-key-file -ssl-key-file -ssl-cert-file -threads-http",
+        "c -ctx-size np -parallel b -batch-size ub -ubatch-size ctk -cache-type-k ctv -cache-type-v fa -flash-attn",
+        "kvu -kv-unified no-kvu -no-kv-unified -kv-unified-per-slot t -threads tb -threads-batch",
+        "-slots -no-slots -ui -webui -no-ui -no-webui -path -log-colors lv -verbosity -log-verbosity",
+        "h -help -usage -version",
+    )
+    for flag in line.split()
+)
+
+
+def flags(config: NativeConfig, socket: str) -> list[str]:
+    """The arguments of a llama-server that listens on the Unix `socket`. Its key is given by LLAMA_API_KEY."""
+    settings = config.settings
+    context = settings.parallel * settings.ctx_per_slot
+    arguments = {
+        "--host": socket,
+        "--model": config.path,
+        "--gpu-layers": "all" if config.gpu_layers < 0 else config.gpu_layers,
+        # what does not fit is to fail, not to become something else
+        "--fit": "off",
+        "--parallel": settings.parallel,
+        "--ctx-size": (settings.kv_cells or context) if settings.kv_unified else context,
+        "--batch-size": settings.batch,
+        "--ubatch-size": settings.ubatch,
+        "--cache-type-k": settings.kv_type_k,
+        "--cache-type-v": settings.kv_type_v,
+        "--flash-attn": settings.flash_attention,
+        # a stream holds a thread; tokenising and the heartbeat need some as well
+        "--threads-http": 2 * settings.parallel + 8,
+        "--log-colors": "off",
+        "--log-verbosity": 2,
+    }
+    if settings.kv_unified:
+        arguments["--kv-unified-per-slot"] = settings.ctx_per_slot
+    if settings.threads:
+        arguments["--threads"] = settings.threads
+    if settings.threads_batch:
+        arguments["--threads-batch"] = settings.threads_batch
+    if config.mmproj:
+        arguments["--mmproj"] = config.mmproj
+    switches = ["--kv-unified" if settings.kv_unified else "--no-kv-unified", "--slots", "--no-ui", "--offline"]
+    return [*(str(word) for pair in arguments.items() for word in pair), *switches, *config.extra_args]
+
+
+def check_extra_args(arguments: Sequence[str]) -> None:
+    """Raise ValueError for an argument that is not the operator's to give."""
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name in OWNED:
+            raise ValueError(f"{name} is set by the server: leave it out, and use the setting that it stands for")

@@ -1,0 +1,327 @@
+"""The llama-server engine: the native binary of the same build, and our requests in its own API.
+
+Source of the API: tools/server/README.md of the pinned llama.cpp. Its streams leave out the log probabilities of tokens
+that end inside a UTF-8 character; nothing else of engine.base.Engine is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from array import array
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+
+from llamaherd_server.engine.base import EngineError, EngineStatus, Event
+from llamaherd_server.engine.native_process import NativeProcess
+from llamaherd_server.engine.supervisor import Supervisor
+from llamaherd_server.protocol import (
+    Delta,
+    Embed,
+    Embedded,
+    EngineSettings,
+    Finished,
+    FromWorker,
+    Generate,
+    Logprob,
+    ModelInfo,
+    NativeConfig,
+    Ready,
+    Started,
+    Stats,
+    Step,
+    TokenLogprob,
+)
+
+# How often a request that has not begun to be answered is sent: beyond that it may be what the processes die of.
+LIVES = 2
+# How long running generations get before other settings come into force.
+RETUNE_DRAIN_S = 30.0
+_EXIT_S = 1.0
+
+
+class NativeEngine:
+    """Implements engine.base.Engine."""
+
+    def __init__(
+        self,
+        binary: Path,
+        model_path: Path,
+        gpu_layers: int,
+        settings: EngineSettings,
+        *,
+        mmproj: Path | None = None,
+        extra_args: list[str] | None = None,
+        heartbeat_timeout_s: float = 120,
+    ) -> None:
+        self._native = NativeConfig(
+            binary=str(binary),
+            path=str(model_path),
+            gpu_layers=gpu_layers,
+            settings=settings,
+            mmproj=None if mmproj is None else str(mmproj),
+            extra_args=extra_args or [],
+        )
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._model: ModelInfo | None = None
+        self._stats: Stats | None = None
+        self._load_s: float | None = None
+        self._listener: Callable[[Stats], None] = lambda _: None
+        self._process = NativeProcess()
+        self._supervisor = self._new_supervisor()
+        self._changed = asyncio.Event()
+        self._running = 0
+        self._retuning = asyncio.Lock()
+
+    async def start(self) -> None:
+        await self._supervisor.start()
+        if self._supervisor.state == "failed":
+            raise EngineError("internal", self._supervisor.last_error or "llama-server did not start")
+
+    async def stop(self) -> None:
+        await self._supervisor.stop()
+        self._tell()
+
+    def status(self) -> EngineStatus:
+        supervisor = self._supervisor
+        stopped = supervisor.state == "stopped"
+        return EngineStatus(
+            state="restarting" if self._retuning.locked() and not stopped else supervisor.state,
+            model=self._model,
+            settings=self._native.settings,
+            stats=self._stats,
+            heartbeat_age_s=supervisor.heartbeat_age_s,
+            restarts=supervisor.restarts,
+            load_s=self._load_s,
+            pid=supervisor.pid,
+            last_error=supervisor.last_error,
+        )
+
+    def observe(self, listener: Callable[[Stats], None]) -> None:
+        self._listener = listener
+
+    async def generate(self, request: Generate) -> AsyncGenerator[Event, None]:
+        prompt = request.prompt
+        if isinstance(prompt, str) and not (request.add_special and request.parse_special):
+            prompt = await self.tokenize(prompt, add_special=request.add_special, parse_special=request.parse_special)
+        asked = self.asked("/completion", _completion(request, prompt))
+        async with asked as response, aclosing(_events(response, request)) as events:
+            async for event in events:
+                yield event
+
+    async def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        body = {"content": text, "add_special": add_special, "parse_special": parse_special}
+        tokens: list[int] = (await self._answer("/tokenize", body))["tokens"]
+        return tokens
+
+    async def detokenize(self, tokens: list[int]) -> str:
+        return str((await self._answer("/detokenize", {"tokens": tokens}))["content"])
+
+    async def embed(self, question: Embed) -> Embedded:
+        if question.query is not None:
+            body = {"query": question.query, "documents": question.inputs}
+            answer = await self._answer("/v1/rerank", body)
+            scores = sorted((one["index"], one["relevance_score"]) for one in answer["results"])
+            vectors = [[score] for _, score in scores]
+        else:
+            answer = await self._answer("/v1/embeddings", {"input": question.inputs})
+            vectors = [one["embedding"] for one in sorted(answer["data"], key=lambda one: one["index"])]
+        return Embedded(
+            question.id, [array("f", vector).tobytes() for vector in vectors], answer["usage"]["prompt_tokens"]
+        )
+
+    async def retune(self, settings: EngineSettings) -> EngineSettings:
+        """Start the binary again with other flags; where it does not come up, with the old ones.
+
+        New requests wait. Running ones get RETUNE_DRAIN_S to finish, then they fail with `engine_crashed`.
+        """
+        old = self._native
+        async with self._retuning:
+            try:
+                async with asyncio.timeout(RETUNE_DRAIN_S):
+                    while self._running:
+                        await self._change()
+            except TimeoutError:
+                pass
+            try:
+                await self._restart(msgspec.structs.replace(old, settings=settings))
+            except EngineError as error:
+                await self._restart(old)
+                raise EngineError("does_not_fit", f"llama-server does not start with that: {error.message}") from None
+            finally:
+                asyncio.get_running_loop().call_soon(self._tell)  # when the lock is free
+        return self._native.settings
+
+    # --- for what is passed on as it is ---------------------------------------------------------------------------
+
+    async def get(self, path: str) -> Any:
+        """The JSON that llama-server answers a GET with; raises EngineError."""
+        response = await self._sent("GET", path, None)
+        await response.aread()
+        await response.aclose()
+        return response.json()
+
+    @asynccontextmanager
+    async def asked(self, path: str, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
+        """A 200 whose body is still to be read; raises EngineError, then too. Leaving it cancels the work."""
+        response = await self._sent("POST", path, body)
+        self._running += 1
+        try:
+            yield response
+        except httpx.TransportError:
+            if self._supervisor.state == "stopped":
+                raise EngineError("engine_stopped", "the server is stopping") from None
+            raise EngineError("engine_crashed", "the engine ended while it worked on this request") from None
+        finally:
+            self._running -= 1
+            await response.aclose()
+            self._tell()
+
+    async def _answer(self, path: str, body: dict[str, Any]) -> Any:
+        async with self.asked(path, body) as response:
+            await response.aread()
+            return response.json()
+
+    async def _sent(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
+        """The head of the answer, which comes when a slot has begun with it; until then a process may be lost."""
+        for _ in range(LIVES):
+            process = await self._serving()
+            request = process.http.build_request(method, path, json=body)
+            try:
+                response = await process.http.send(request, stream=True)
+            except (httpx.TransportError, RuntimeError):  # RuntimeError: the client was closed in the meantime
+                await process.exited(_EXIT_S)
+                continue
+            if response.status_code == 200:
+                return response
+            await response.aread()
+            await response.aclose()
+            raise _error(response.text)
+        raise EngineError("engine_crashed", "the engine ended before it began with this request")
+
+    async def _serving(self) -> NativeProcess:
+        """The process, once there is one that takes requests."""
+        while (state := self.status().state) != "ready" or not self._process.alive:
+            if state in ("failed", "stopped"):
+                raise EngineError("engine_stopped", self._supervisor.last_error or "the engine is stopped")
+            await self._change()
+        return self._process
+
+    # --- what the supervisor asks and tells ------------------------------------------------------------------------
+
+    def on_ready(self, ready: Ready) -> None:
+        self._model = ready.model
+        self._load_s = ready.load_s
+        self._tell()
+
+    def on_message(self, message: FromWorker) -> None:
+        if isinstance(message, Step):
+            self._stats = message.stats
+            self._listener(message.stats)
+
+    def on_gone(self) -> None:
+        self._tell()
+
+    def _new_supervisor(self) -> Supervisor:
+        def new_process() -> NativeProcess:
+            self._process = NativeProcess()
+            return self._process
+
+        return Supervisor(lambda: msgspec.json.encode(self._native), self, self._heartbeat_timeout_s, new_process)
+
+    async def _restart(self, config: NativeConfig) -> None:
+        old, self._supervisor = self._supervisor, self._new_supervisor()
+        self._supervisor.restarts = old.restarts
+        await old.stop()
+        self._native = config
+        await self.start()
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _change(self) -> None:
+        await self._changed.wait()
+
+
+def _completion(request: Generate, prompt: str | list[int]) -> dict[str, Any]:
+    """The body of POST /completion. Sampling's fields bear llama-server's own names."""
+    sampling = msgspec.structs.asdict(request.sampling)
+    return {
+        **{name: value for name, value in sampling.items() if value is not None},
+        "seed": -1 if request.sampling.seed is None else request.sampling.seed,
+        "logit_bias": list(request.sampling.logit_bias.items()),
+        "prompt": prompt,
+        "n_predict": -1 if request.max_tokens is None else request.max_tokens,
+        "stop": request.stop,
+        "preserved_tokens": request.preserved,
+        "n_probs": 0 if request.logprobs is None else max(1, request.logprobs),
+        "cache_prompt": request.cache_prompt,
+        "stream": True,
+        "return_progress": True,
+    }
+
+
+async def _events(response: httpx.Response, request: Generate) -> AsyncGenerator[Event, None]:
+    started = False
+    generated = 0
+    async for line in response.aiter_lines():
+        if not line.startswith(("data: {", "error: {")):
+            continue
+        chunk = json.loads(line.partition(": ")[2])
+        if "error" in chunk or line.startswith("error"):
+            raise _error(line.partition(": ")[2])
+        if not started:
+            cached = chunk.get("prompt_progress", {}).get("cache", 0)
+            yield Started(request.id, chunk["tokens_evaluated"], cached)
+            started = True
+        if "prompt_progress" in chunk:
+            continue
+        count, generated = chunk["tokens_predicted"] - generated, chunk["tokens_predicted"]
+        if count or chunk["content"]:
+            logprobs = [_logprob(one, request.logprobs) for one in chunk.get("completion_probabilities", ())]
+            yield Delta(id=request.id, text=chunk["content"], n_tokens=count, logprobs=logprobs or None)
+        if chunk["stop"]:
+            timings = chunk["timings"]
+            yield Finished(
+                id=request.id,
+                reason="length" if chunk["stop_type"] == "limit" else "stop",
+                prompt_tokens=chunk["tokens_evaluated"],
+                cached_tokens=timings["cache_n"],
+                completion_tokens=generated,
+                prompt_s=timings["prompt_ms"] / 1000,
+                decode_s=timings["predicted_ms"] / 1000,
+                stop=chunk["stopping_word"] or None,
+            )
+            return
+    raise EngineError("engine_crashed", "the engine ended while it worked on this request")
+
+
+def _logprob(token: dict[str, Any], wanted: int | None) -> TokenLogprob:
+    top = [Logprob(one["id"], bytes(one["bytes"]), one["logprob"]) for one in token["top_logprobs"][:wanted]]
+    return TokenLogprob(token["id"], bytes(token["bytes"]), token["logprob"], top)
+
+
+def _error(text: str) -> EngineError:
+    """llama-server's error object as ours."""
+    try:
+        body = json.loads(text)
+    except ValueError:
+        return EngineError("internal", "llama-server answered with an error that is no JSON")
+    error = body.get("error", body)
+    status, kind, message = error.get("code"), error.get("type"), str(error.get("message", "llama-server failed"))
+    if kind == "exceed_context_size_error":
+        return EngineError("context_length_exceeded", message, "prompt")
+    if "grammar" in message:
+        return EngineError("invalid_grammar", message, "grammar")
+    if status == 501:
+        hint = ': put "--embeddings", "--pooling", "mean" into engine.extra_args' if "--embeddings" in message else ""
+        return EngineError("unsupported", message + hint)
+    if status == 503:
+        return EngineError("engine_stopped", message)
+    return EngineError("invalid_value" if status == 400 else "internal", message)

@@ -1,0 +1,169 @@
+"""One llama-server process: its command, its private socket and key, its heartbeat."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+
+from llamaherd_server.engine.flags import flags
+from llamaherd_server.engine.process import ChildProcess
+from llamaherd_server.protocol import (
+    EngineSettings,
+    FromWorker,
+    ModelInfo,
+    NativeConfig,
+    Ready,
+    Stats,
+    Step,
+)
+
+_LOADING_POLL_S = 0.05
+_HEARTBEAT_S = 1.0
+# Below the 5 s after which llama-server closes an idle connection.
+_KEEPALIVE_S = 2.0
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+class NativeProcess(ChildProcess):
+    """Speaks to a supervisor as engine.process.WorkerProcess does; requests go over `http`.
+
+    The socket lies in a folder that only this user can enter; the key is in the process's environment, never among its
+    arguments. Both are new for every process.
+    """
+
+    http: httpx.AsyncClient
+
+    async def start(self, config: bytes) -> None:
+        self._config = config_ = msgspec.json.decode(config, type=NativeConfig)
+        self._folder = Path(tempfile.mkdtemp(prefix="llamaherd-"))
+        socket = str(self._folder / "llama-server.sock")
+        key = secrets.token_urlsafe(32)
+        # the binary reads LLAMA_ARG_* as if they were flags: what is in force is what the settings say
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
+        self._began = time.monotonic()
+        self._ready = False
+        self._beats = 0
+        self._process = await asyncio.create_subprocess_exec(
+            *(config_.binary, *flags(config_, socket)),
+            env={**inherited, "LLAMA_API_KEY": key},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+        self.http = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(
+                uds=socket, limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEPALIVE_S)
+            ),
+            base_url="http://llama-server",
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=None,  # noqa: S113 (requests have the front end's deadlines; the heartbeat tells a wedged one)
+        )
+        self._log = asyncio.create_task(self._pass_on_log())
+
+    @property
+    def alive(self) -> bool:
+        return self._process.returncode is None
+
+    async def exited(self, timeout_s: float) -> bool:
+        """Whether it ends within `timeout_s` seconds."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), timeout_s)
+            return True
+        return False
+
+    def send(self, frame: bytes) -> None:
+        """Nothing: requests go over HTTP."""
+
+    async def receive(self, timeout_s: float | None) -> FromWorker | None:
+        """Ready once, then a heartbeat each second; None when the process has ended. Raises TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            while not await self.exited(_HEARTBEAT_S if self._ready else _LOADING_POLL_S):
+                with suppress(httpx.HTTPError):  # it does not listen yet, still loads, or ends
+                    message: FromWorker = await (self._beat() if self._ready else self._introduce())
+                    self.heard = time.monotonic()
+                    return message
+        return None
+
+    async def ended(self) -> str:
+        """Wait for its end; how it ended and, where it wrote any, its last words."""
+        how = await super().ended()
+        await self.http.aclose()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return how
+
+    async def get(self, path: str) -> Any:
+        """The JSON of a GET; raises httpx.HTTPError."""
+        return (await self.http.get(path)).raise_for_status().json()
+
+    async def _introduce(self) -> Ready:
+        await self.get("/health")
+        props, models = await self.get("/props"), await self.get("/v1/models")
+        special = await self.http.post("/tokenize", json={"content": "", "add_special": True})
+        meta = models["data"][0]["meta"]
+        self._ready = True
+        return Ready(
+            model=ModelInfo(
+                description=str(meta.get("ftype", "")),
+                architecture="",  # it does not tell
+                n_params=meta["n_params"],
+                size_bytes=meta["size"],
+                n_ctx_train=meta["n_ctx_train"],
+                n_vocab=meta["n_vocab"],
+                n_embd=meta["n_embd"],
+                add_bos=bool(special.raise_for_status().json()["tokens"]),
+                bos_token=props["bos_token"],
+                eos_token=props["eos_token"],
+                eot_token="",
+                chat_template=props["chat_template"] or None,
+                pooling="rank" if {"--rerank", "--reranking"} & {*self._config.extra_args} else "mean",
+                build=props["build_info"],
+            ),
+            settings=self._config.settings,
+            load_s=time.monotonic() - self._began,
+        )
+
+    async def _beat(self) -> Step:
+        """The slots are answered by the thread that computes, so an answer says that it turns."""
+        slots = await self.get("/slots")
+        self._beats += 1
+        used = sum(slot.get("n_prompt_tokens", 0) for slot in slots)
+        stats = Stats(
+            step=self._beats,
+            slots_busy=sum(slot["is_processing"] for slot in slots),
+            waiting=0,
+            parked=0,
+            kv_used=used,
+            kv_size=_cells(self._config.settings),
+            batch_tokens=0,
+            decode_s=0.0,
+            sample_s=0.0,
+            overhead_s=0.0,
+            preemptions=0,
+            cached_tokens=0,
+            prompt_tokens=0,
+        )
+        return Step([], stats)
+
+
+def _cells(settings: EngineSettings) -> int:
+    return (settings.kv_unified and settings.kv_cells) or settings.parallel * settings.ctx_per_slot
+
+
+def _end_with_parent() -> None:
+    """Linux ends the process when the front end is killed, which no handler of ours could do (prctl(2))."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,66 @@
+"""Every flag that we give to llama-server, and every value of each setting, is one that the pinned binary takes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from llamaherd_server.engine.flags import OWNED, check_extra_args, flags
+from llamaherd_server.protocol import EngineSettings, KvType, NativeConfig
+
+from ..conftest import required
+
+SETTINGS = [
+    EngineSettings(),
+    EngineSettings(kv_unified=False, parallel=3, batch=64, ubatch=32, ctx_per_slot=300),
+    EngineSettings(kv_cells=1024, threads=2, threads_batch=3),
+    *(EngineSettings(kv_type_k=kind, kv_type_v=kind) for kind in get_args(KvType)),
+    *(EngineSettings(flash_attention=use) for use in ("auto", "on", "off")),
+]
+
+
+def command(settings: EngineSettings, gpu_layers: int = -1, **more: str) -> list[str]:
+    return flags(NativeConfig(binary="", path="m.gguf", gpu_layers=gpu_layers, settings=settings, **more), "s.sock")
+
+
+def binary() -> str:
+    return str(Path(required("LLAMAHERD_TEST_BIN_DIR")) / "llama-server")
+
+
+@pytest.fixture(scope="module")
+def names() -> list[list[str]]:
+    """The names of each flag that --help lists."""
+    text = subprocess.run([binary(), "--help"], capture_output=True, text=True, check=True).stdout
+    return [found[0].replace(",", " ").split() for found in re.finditer(r"^--?[\w-]+(, +--?[\w-]+)*", text, re.M)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("gpu_layers", [-1, 0, 7])
+def test_the_binary_takes_what_is_emitted(settings: EngineSettings, gpu_layers: int) -> None:
+    # arguments are read in order and --version ends it, after the ones before were checked
+    arguments = [*command(settings, gpu_layers, mmproj="p.gguf"), "--version"]
+    ended = subprocess.run([binary(), *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_the_binary_refuses_what_it_does_not_know() -> None:
+    ended = subprocess.run([binary(), "--no-such-flag", "--version"], capture_output=True, check=False)
+    assert ended.returncode != 0
+
+
+def test_whatever_is_emitted_is_owned_by_all_its_names(names: list[list[str]]) -> None:
+    emitted = {word for settings in SETTINGS for word in command(settings, mmproj="p") if re.match("--?[a-z]", word)}
+    assert emitted <= {name for line in names for name in line}
+    for line in names:
+        if emitted & {*line}:
+            assert {*line} <= OWNED
+
+
+@pytest.mark.parametrize("argument", ["--port", "--api-key=x", "-m", "-ngl", "--host"])
+def test_what_is_ours_is_refused_as_an_extra_argument(argument: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(argument.partition("=")[0])):
+        check_extra_args(["--cache-ram", "0", argument])
