@@ -23,8 +23,10 @@ SETTINGS = [
 ]
 
 
-def command(settings: EngineSettings, gpu_layers: int = -1, **more: str) -> list[str]:
-    return flags(NativeConfig(binary="", path="m.gguf", gpu_layers=gpu_layers, settings=settings, **more), "s.sock")
+def command(settings: EngineSettings, gpu_layers: int = -1, mmproj: str | None = None) -> list[str]:
+    return flags(
+        NativeConfig(binary="", path="m.gguf", gpu_layers=gpu_layers, settings=settings, mmproj=mmproj), "s.sock"
+    )
 
 
 def binary() -> str:
