@@ -226,7 +226,11 @@ def load(path: Path) -> Settings:
     try:
         return Settings(**table)
     except ValidationError as error:
-        raise SettingsError("\n".join(f"{path}: {_line(item)}" for item in error.errors())) from None
+        # what the file does not have itself was made of what it has
+        derived = {"model", "engine"} if "models" in table else {"models"}
+        errors = error.errors()
+        told = [item for item in errors if not derived & {*item["loc"][:1]}] or errors
+        raise SettingsError("\n".join(f"{path}: {_line(item)}" for item in told)) from None
 
 
 def _line(item: Any) -> str:

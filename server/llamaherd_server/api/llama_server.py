@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from llamaherd_server.api.answer import json_response, sse, unless_gone
+from llamaherd_server.api.answer import json_response, unless_gone
 from llamaherd_server.api.state import AppState, choose_model, state_of
 from llamaherd_server.engine.base import EngineError
 from llamaherd_server.engine.native import NativeEngine
@@ -238,9 +238,9 @@ class _Relay(Response):
             scope["state"]["log"].client_gone = True
             return
         except EngineError as error:
-            await _send(send, sse(ApiError.of_engine(error).body()))
+            await _send(send, _error_event(ApiError.of_engine(error)))
         except ApiError as error:
-            await _send(send, sse(error.body()))
+            await _send(send, _error_event(error))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_all(self, send: Send) -> None:
@@ -251,6 +251,10 @@ class _Relay(Response):
                     _count(self._meter, json.loads(line[6:]).get("timings"))
                 else:
                     self._meter.see(Delta(id=0, text="", n_tokens=1))
+
+
+def _error_event(error: ApiError) -> bytes:
+    return b"data: " + msgspec.json.encode(error.body()) + b"\n\n"
 
 
 async def _send(send: Send, body: bytes) -> None:
