@@ -144,3 +144,8 @@ def test_nginx_zones_are_in_http_and_streams_are_not_buffered(debian: Rendered) 
 def test_exempt_addresses_reach_nginx(render: Render) -> None:
     config = render("debian12", llamaherd_nginx_exempt=["10.20.0.0/16"]).text("nginx.conf")
     assert re.search(r"geo \$llamaherd_exempt \{\s+default 0;\s+10\.20\.0\.0/16 1;\s+\}", config)
+
+
+def test_the_native_engine_is_one_variable(render: Render) -> None:
+    loaded = settings.load(render("debian12", llamaherd_engine="llama-server").folder / "server.toml")
+    assert loaded.engine.kind == "llama-server"
