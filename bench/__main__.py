@@ -7,7 +7,8 @@ import sys
 
 from bench.table import write
 
-GROUPS = {"serving": "serving", "frontend": "frontend", "client": "client_cost"}  # each with its module
+# Each with its module.
+GROUPS = {"serving": "serving", "frontend": "frontend", "client": "client_cost", "tuner": "tuner"}
 
 
 def main() -> None:

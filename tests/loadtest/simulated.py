@@ -8,7 +8,7 @@ import random
 from typing import Any
 
 from llamaherd_loadtest.limits import parse_limit
-from llamaherd_loadtest.tune.evidence import Measurement
+from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement
 from llamaherd_loadtest.tune.search import Bench, Search
 from llamaherd_loadtest.tune.settings import Settings
 
@@ -23,6 +23,7 @@ GRID: list[Settings] = [
     {**CURRENT, **dict(zip(KNOBS, point, strict=True))} for point in itertools.product(*KNOBS.values())
 ]
 OVERHEAD = 1.4  # time that a window costs over its length
+GRID_S = len(GRID) * 6 * 30 * OVERHEAD  # what the full grid takes, six windows of 30 s for each setting
 
 
 class SimulatedServer:
@@ -64,10 +65,12 @@ class SimulatedServer:
     def best(self) -> Settings:
         return max(filter(self.passes, GRID), key=lambda settings: self.truth(settings)[0])
 
-    def measure(self, settings: Settings, window_s: float, seed: int) -> Measurement:
+    def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
         if not self.fits(settings):
             return Measurement(took_s=0.4 * window_s, fault="not launched: out of memory")
         speed, figures = self.truth(settings)
+        share = load.concurrency / int(settings["parallel"]) if load.concurrency else 1.0  # of the slots
+        figures = {"ttft_p95": figures["ttft_p95"] * share, "tpot_p95": figures["tpot_p95"] * min(share, 1.0)}
         return Measurement(
             took_s=OVERHEAD * window_s,
             tokens_per_s=speed * math.exp(self._draw.gauss(0, self._noise)),

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from llamaherd_loadtest.limits import parse_limit
-from llamaherd_loadtest.tune.evidence import Measurement
+from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement
 from llamaherd_loadtest.tune.search import Search
 from llamaherd_loadtest.tune.settings import Settings
 
-from .simulated import CURRENT, GRID, LIMITS, OVERHEAD, SimulatedServer, search
+from .simulated import CURRENT, GRID, GRID_S, LIMITS, SimulatedServer, search
 
 SEEDS = range(60)
-# A quarter of what the full grid takes, six windows of 30 s for each setting.
-BUDGET_S = 0.25 * len(GRID) * 6 * 30 * OVERHEAD
+BUDGET_S = 0.25 * GRID_S
 
 
 def test_choices_are_near_the_best_and_keep_the_limits() -> None:
@@ -73,7 +72,7 @@ def test_settings_that_keep_the_limits_replace_current_ones_that_miss_them() -> 
 
 def test_current_settings_that_fail_end_the_search() -> None:
     class Dead:
-        def measure(self, settings: Settings, window_s: float, seed: int) -> Measurement:
+        def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
             return Measurement(took_s=1.0, fault="failed: no answer")
 
     tried = Search(GRID, LIMITS, always=2, budget_s=900, bench=Dead(), seed=1)

@@ -60,7 +60,7 @@ def test_finds_the_best_settings_past_refusals_and_crashes(
     assert found["provenance"]["model"]["name"] == "engine"
     assert found["provenance"]["spent_s"] <= 25
     page = (tmp_path / "report.html").read_text()
-    assert found["sentence"] in page and page.count("<svg") == 4
+    assert found["sentence"] in page and page.count("<svg") == 6
     assert not any(outside in page for outside in ("<script", "<link", "@import", 'src="http', "url(http"))
 
 

@@ -9,6 +9,7 @@ import matplotlib as mpl
 from matplotlib.ticker import MaxNLocator
 
 from llamaherd_loadtest.quantiles import quantile
+from llamaherd_loadtest.report import under_load
 from llamaherd_loadtest.report.ink import INK, STYLE, figure, key_above, to_svg
 from llamaherd_loadtest.tune.search import Step
 from llamaherd_loadtest.tune.verdict import Row, Verdict
@@ -20,7 +21,10 @@ def draw(verdict: Verdict, steps: Sequence[Step]) -> list[tuple[str, str]]:
         return [
             ("Throughput against time to first token", _trade_off(verdict)),
             ("Latencies of the confirming windows", _latencies(verdict, steps)),
+            ("Latency by load", under_load.latencies_by_load(verdict, steps)),
             ("The search as it went", _course(verdict, steps)),
+            ("Stalls while confirming", under_load.stalls(verdict, steps)),
+            ("Slots and KV cache", under_load.engine(verdict, steps)),
             ("The load generator itself", _client_health(steps)),
         ]
 

@@ -13,6 +13,7 @@ from msgspec import Struct, field
 from llamaherd_loadtest.probe import ServerUnusable
 from llamaherd_loadtest.sse import Chunk
 from llamaherd_loadtest.tune.settings import Settings, Value, difference
+from llamaherd_loadtest.tune.watch import EngineWatch
 
 _APPLY_TIMEOUT_S = 180.0
 _RECOVERY_S = 90.0
@@ -49,12 +50,15 @@ class Applier(Protocol):
 
     def wait_ready(self) -> None: ...
 
+    def watch(self) -> EngineWatch: ...
+
 
 class AdminApplier:
     """Retunes a server alive through GET and PUT {url}/admin/engine."""
 
     def __init__(self, url: str, key: str = "", ca: Path | None = None) -> None:
-        self._url = url.rstrip("/") + "/admin/engine"
+        self._base = url.rstrip("/")
+        self._url = self._base + "/admin/engine"
         self._session = requests.Session()
         self._session.verify = str(ca) if ca else True
         if key:
@@ -100,6 +104,10 @@ class AdminApplier:
             if time.monotonic() > deadline:
                 raise ServerUnusable(f"{self._url} did not come back within {_RECOVERY_S:g} s: {state}")
             time.sleep(0.5)
+
+    def watch(self) -> EngineWatch:
+        """Sample the server's /metrics from now on."""
+        return EngineWatch(self._session, self._base + "/metrics")
 
     def _request(self, method: str, *, timeout_s: float, body: bytes | None = None) -> requests.Response:
         headers = {"Content-Type": "application/json"}

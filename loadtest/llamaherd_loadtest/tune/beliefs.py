@@ -17,7 +17,7 @@ _CURIOSITY = 2.0  # how many standard deviations of hope a setting is given whil
 _LENIENCY = 0.5  # and how many against its limits: the best settings often lie close to one
 # A miss weighs more than the speed it may have bought, so misses sink; near ones stay above far ones.
 _PENALTY = 4.0
-_LIMIT_MARGIN = 1.0  # standard deviations from a limit that count as clear of it
+_LIMIT_MARGIN = 0.8  # standard deviations from a limit that count as clear of it
 
 
 class Judgement(StrEnum):

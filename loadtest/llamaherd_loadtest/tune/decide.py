@@ -12,6 +12,7 @@ from llamaherd_loadtest.tune.evidence import Noise, Record
 from llamaherd_loadtest.tune.settings import LLAMA_CPP_DEFAULTS, key
 
 MIN_GAIN = math.log(1.02)  # smaller gains are not worth a change
+_TIE = math.log(1.003)  # a wider one gives speed away on top of what the noise takes
 _ERROR = 0.025  # the chance of a change for nothing, shared by all finalists
 
 
@@ -58,7 +59,7 @@ def choose(current: Contender, finalists: Sequence[Contender], noise: Noise) -> 
     if not clear:
         return Choice(record=current.record, change=False, reason=_why_keep(finalists, passing))
     fastest = max(c.contender.log_speed for c in clear)
-    best = min((c for c in clear if fastest - c.contender.log_speed < MIN_GAIN), key=_preference)
+    best = min((c for c in clear if fastest - c.contender.log_speed < _TIE), key=_preference)
     return Choice(
         record=best.contender.record,
         change=True,

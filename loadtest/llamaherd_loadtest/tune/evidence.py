@@ -21,14 +21,34 @@ _PRIOR_LATENCY_NOISE = 0.15
 MAX_ERROR_SHARE = 0.01
 
 
+class Load(Struct, frozen=True):
+    """How a window is loaded: a closed loop of `concurrency` requests in flight, or as many as there are slots at 0."""
+
+    concurrency: int = 0
+
+
+SLOTS = Load()
+
+
+class EngineSample(Struct, frozen=True):
+    """What /metrics said `at_s` seconds into the window's load: slots with a request, KV cells in use and in all."""
+
+    at_s: float
+    slots_busy: int
+    kv_used: int
+    kv_cells: int
+
+
 class Measurement(Struct, kw_only=True):
     """One window with one setting: output tokens per second, each limit's observed figure in ms, raw latencies in ms.
 
     `fault` says why its figures do not count: "not launched: …", "failed: …" or "invalid: …". `took_s` is all the time
-    that it cost, the change of settings and the warm-up included.
+    that it cost, the change of settings and the warm-up included. `stalls` are, for each request, the second of the
+    window at which it ended and its largest gap in ms.
     """
 
     took_s: float
+    concurrency: int = 0
     fault: str = ""
     tokens_per_s: float = 0.0
     requests: int = 0
@@ -36,6 +56,8 @@ class Measurement(Struct, kw_only=True):
     observed: dict[str, float] = field(default_factory=dict)
     ttft_ms: list[float] = field(default_factory=list)
     tpot_ms: list[float] = field(default_factory=list)
+    stalls: list[tuple[float, float]] = field(default_factory=list)
+    engine: list[EngineSample] = field(default_factory=list)
     client_cpu: float = 0.0
     client_lag_ms: float = 0.0
 

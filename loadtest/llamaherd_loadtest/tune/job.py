@@ -23,6 +23,9 @@ from llamaherd_loadtest.tune.signals import interruptible
 from llamaherd_loadtest.tune.space import DEFAULT_SPACE, Pruned, candidates, parse_space, prune
 from llamaherd_loadtest.tune.verdict import Verdict, make_verdict
 
+_CAPACITY_SHARE = 0.2  # of the time budget
+_CAPACITY_FROM_S = 300.0  # below, all of it goes into the choice
+
 
 def tune(options: Options) -> Verdict:
     """Search, put back the settings found at the start, write verdict and report.
@@ -47,6 +50,7 @@ def tune(options: Options) -> Verdict:
         samples_dir=options.out / "samples",
     )
     progress = Progress(launch)
+    capacity_s = _CAPACITY_SHARE * options.budget_s if options.limits and options.budget_s >= _CAPACITY_FROM_S else 0.0
 
     def on_step(step: Step) -> None:
         journal.record(step)
@@ -56,19 +60,21 @@ def tune(options: Options) -> Verdict:
         launch,
         options.limits,
         always=always,
-        budget_s=options.budget_s,
+        budget_s=options.budget_s - capacity_s,
         bench=ReplayBench(bench, journal.resumed),
         seed=journal.seed,
         on_step=on_step,
     )
     say(f"{len(launch)} settings to search, {len(pruned)} ruled out; windows of {search.window_s:.0f} s")
-    choice = None
+    choice = capacity = None
     try:
         with interruptible():
             choice = search.run()
+            capacity = None if choice.record.fault else search.capacity(choice.record.settings, capacity_s)
     finally:
         _restore(applier, found.settings)
         verdict = make_verdict(search, choice, pruned)
+        verdict.capacity = str(capacity or "")
         verdict.limits = {limit.name: limit.ms for limit in options.limits}
         verdict.workload = msgspec.to_builtins(options.workload) | {"need_tokens": options.workload.need}
         verdict.provenance = _provenance(options, found, search, journal.seed)

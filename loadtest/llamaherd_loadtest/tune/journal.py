@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from llamaherd_loadtest.tune.evidence import Measurement
+from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement
 from llamaherd_loadtest.tune.search import Bench, Step
 from llamaherd_loadtest.tune.settings import Settings
 
@@ -69,11 +69,11 @@ class ReplayBench:
     def __init__(self, bench: Bench, resumed: Sequence[Step]) -> None:
         self._bench, self._resumed = bench, list(resumed)
 
-    def measure(self, settings: Settings, window_s: float, seed: int) -> Measurement:
+    def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
         if self._resumed and self._resumed[0].settings == settings:
             return self._resumed.pop(0).measurement
         self._resumed.clear()
-        return self._bench.measure(settings, window_s, seed)
+        return self._bench.measure(settings, window_s, seed, load)
 
 
 def _read(path: Path) -> list[Header | StepLine | Done]:

@@ -11,7 +11,7 @@ from llamaherd_loadtest.limits import Limit, observe
 from llamaherd_loadtest.samples import OK, write_samples
 from llamaherd_loadtest.summary import counted, summarise
 from llamaherd_loadtest.tune.applier import Applier, Refused
-from llamaherd_loadtest.tune.evidence import Measurement
+from llamaherd_loadtest.tune.evidence import SLOTS, EngineSample, Load, Measurement
 from llamaherd_loadtest.tune.settings import Settings
 from llamaherd_loadtest.workload import Calibration, Prompts, Workload
 
@@ -19,7 +19,7 @@ _ATTEMPTS = 2  # of a run that the client spoiled
 
 
 class LiveBench:
-    """A closed loop with one client for each slot, so that no request waits for a slot in the server."""
+    """A closed loop with one client for each slot, unless told otherwise, so that no request waits for a slot."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class LiveBench:
         self._workload, self._calibration, self._limits = workload, calibration, limits
         self._samples_dir = samples_dir
 
-    def measure(self, settings: Settings, window_s: float, seed: int) -> Measurement:
+    def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
         """One window. Settings that are refused, or that kill the server, are a fault of theirs.
 
         Raises ServerUnusable where the server does not come back.
@@ -44,7 +44,7 @@ class LiveBench:
         started = clock()
         try:
             self._applier.apply(settings)
-            measurement = self._load(settings, window_s, seed)
+            measurement = self._load(load.concurrency or int(settings["parallel"]), window_s, seed)
         except Refused as failure:
             measurement = self._fault(f"not launched: {failure}")
         except RunFailed as failure:
@@ -56,24 +56,29 @@ class LiveBench:
         self._applier.wait_ready()
         return Measurement(took_s=0.0, fault=why)
 
-    def _load(self, settings: Settings, window_s: float, seed: int) -> Measurement:
+    def _load(self, concurrency: int, window_s: float, seed: int) -> Measurement:
         for _ in range(_ATTEMPTS):
             prompts = Prompts(self._workload, model=self._target.model, seed=seed, calibration=self._calibration)
-            run = closed_loop(
-                self._target,
-                self._client,
-                prompts,
-                concurrency=int(settings["parallel"]),
-                window_s=window_s,
-                warm_up_s=20 + 2 * window_s,
-            )
+            watch = self._applier.watch()
+            try:
+                run = closed_loop(
+                    self._target,
+                    self._client,
+                    prompts,
+                    concurrency=concurrency,
+                    window_s=window_s,
+                    warm_up_s=20 + 2 * window_s,
+                )
+            finally:
+                engine = watch.stop()
             write_samples(self._samples_dir / f"{seed}.jsonl", run.samples)
-            measurement = self._sum_up(run)
+            measurement = self._sum_up(run, engine)
+            measurement.concurrency = concurrency
             if not measurement.fault:
                 break
         return measurement
 
-    def _sum_up(self, run: Run) -> Measurement:
+    def _sum_up(self, run: Run, engine: list[EngineSample]) -> Measurement:
         summary = summarise(run.samples, run.start, run.end, run.health)
         inside = counted(run.samples, run.start, run.end)
         ok = [s for s in inside if s.outcome == OK]
@@ -90,6 +95,8 @@ class LiveBench:
             observed={name: value for name, value in observed.items() if value is not None},
             ttft_ms=[s.ttft * 1000 for s in ok if s.ttft is not None],
             tpot_ms=[s.tpot * 1000 for s in ok if s.tpot is not None],
+            stalls=[(round(s.end - run.start, 2), s.largest_gap * 1000) for s in ok if s.largest_gap is not None],
+            engine=engine,
             client_cpu=run.health.cpu,
             client_lag_ms=run.health.lag_p95_s * 1000,
         )

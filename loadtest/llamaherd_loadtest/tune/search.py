@@ -13,13 +13,14 @@ from msgspec import Struct
 
 from llamaherd_loadtest.dice import seeded
 from llamaherd_loadtest.limits import Limit
-from llamaherd_loadtest.tune.beliefs import Beliefs, believe
+from llamaherd_loadtest.tune.beliefs import Beliefs, Judgement, believe
+from llamaherd_loadtest.tune.capacity import Capacity, find_capacity, judge, settle
 from llamaherd_loadtest.tune.decide import Choice, Contender, choose
-from llamaherd_loadtest.tune.evidence import Measurement, Record, speed_noise
+from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement, Record, limit_noise, speed_noise
 from llamaherd_loadtest.tune.settings import Settings, label
 from llamaherd_loadtest.tune.surrogate import Grid
 
-Phase = Literal["screen", "confirm"]
+Phase = Literal["screen", "confirm", "load"]
 _CONFIRM_SHARE = 0.3
 _MIN_CONFIRM = 4  # windows (A B B A), where the budget leaves time for screening
 _RANDOM_SHARE = 0.25  # of the screening, before the windows' own evidence leads
@@ -30,7 +31,7 @@ _MAX_WINDOW_S = 30.0
 class Bench(Protocol):
     """Measures one window; what goes wrong with settings is part of the measurement, not an exception."""
 
-    def measure(self, settings: Settings, window_s: float, seed: int) -> Measurement: ...
+    def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement: ...
 
 
 class Step(Struct, frozen=True):
@@ -93,14 +94,20 @@ class Search:
             self._measure("screen", self.beliefs().next(self._faulted()))
 
     def _confirm(self, finalists: int) -> None:
-        """Interleave as A B … B A with fresh prompts, so that a drift of the host hits all alike."""
+        """Interleave as A B … B A with fresh prompts, so that a drift of the host hits all alike.
+
+        Each round is of the settings that look best by then: one that falls behind leaves its time to the next.
+        """
         if self.records[0].fault:
             return
-        order = [0, *self.beliefs().best(finalists, {0, *self._faulted(), *self._unmeasured()})]
+        order = [0, *self._finalists(finalists)]
         while len(order) > 1 and not self._over(self._budget_s, windows=len(order)):
             for row in order:
                 self._measure("confirm", row)
-            order = [row for row in reversed(order) if not self.records[row].fault]
+            order = [0, *self._finalists(finalists)][:: -1 if order[0] == 0 else 1]
+
+    def _finalists(self, count: int) -> list[int]:
+        return self.beliefs().best(count, {0, *self._faulted(), *self._unmeasured()})
 
     def _choose(self) -> Choice:
         current = self.records[0]
@@ -120,14 +127,29 @@ class Search:
         reason = f"no settings keep the limits; the nearest, {label(self.records[row].settings)}, misses {limit}"
         return Choice(record=current, change=False, reason=f"{reason} by {excess:.0%}")
 
+    def capacity(self, settings: Settings, budget_s: float) -> Capacity | None:
+        """The load that `settings` carry within the limits, by windows that take `budget_s` seconds at most."""
+        until_s = self.spent_s + budget_s
+
+        def window(load: int) -> Measurement | None:
+            return None if self._over(until_s) else self._window("load", settings, until_s, Load(load))
+
+        def decide(windows: list[Measurement]) -> Judgement:
+            return judge(windows, self.limits, lambda limit: limit_noise(self.records, limit).sigma)
+
+        return find_capacity(lambda load: settle(lambda: window(load), decide), int(settings["parallel"]))
+
     def _measure(self, phase: Phase, row: int) -> None:
-        self.steps += 1
         record = self.records[row]
-        measurement = self._bench.measure(record.settings, self.window_s, self._seed * 1000 + self.steps)
-        self.spent_s += measurement.took_s
+        measurement = self._window(phase, record.settings, self._budget_s)
         (record.screening if phase == "screen" else record.confirming).append(measurement)
-        left_s = max(0.0, self._budget_s - self.spent_s)
-        self.on_step(Step(self.steps, phase, record.settings, measurement, left_s))
+
+    def _window(self, phase: Phase, settings: Settings, until_s: float, load: Load = SLOTS) -> Measurement:
+        self.steps += 1
+        measurement = self._bench.measure(settings, self.window_s, self._seed * 1000 + self.steps, load)
+        self.spent_s += measurement.took_s
+        self.on_step(Step(self.steps, phase, settings, measurement, max(0.0, until_s - self.spent_s)))
+        return measurement
 
     @property
     def _cost_s(self) -> float:

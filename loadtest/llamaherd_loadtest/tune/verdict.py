@@ -35,12 +35,16 @@ class Row(Struct, kw_only=True):
 
 
 class Verdict(Struct, kw_only=True):
-    """What verdict.json holds. `partial`: the search was interrupted, and nothing was chosen."""
+    """What verdict.json holds. `partial`: the search was interrupted, and nothing was chosen.
+
+    `capacity` says in words what load the chosen settings carry; empty where there was no time to find out.
+    """
 
     schema: str = SCHEMA
     verdict: str
     sentence: str
     partial: bool = False
+    capacity: str = ""
     current: Settings
     chosen: Settings
     table: list[Row]

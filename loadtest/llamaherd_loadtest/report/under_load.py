@@ -1,0 +1,104 @@
+"""Charts of what a server does under load: latencies by load, stalls and the engine's slots and KV cache over time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from matplotlib.ticker import MaxNLocator
+
+from llamaherd_loadtest.quantiles import estimate
+from llamaherd_loadtest.report.ink import INK, figure, key_above, to_svg
+from llamaherd_loadtest.tune.evidence import Measurement
+from llamaherd_loadtest.tune.search import Step
+from llamaherd_loadtest.tune.settings import Settings
+from llamaherd_loadtest.tune.verdict import Verdict
+
+
+def latencies_by_load(verdict: Verdict, steps: Sequence[Step]) -> str:
+    """TTFT and TPOT p95 by requests in flight, with 95 % intervals.
+
+    Of the chosen settings where their capacity was measured, otherwise at each load of all settings with as many slots.
+    """
+    at: dict[int, list[Measurement]] = defaultdict(list)
+    climb = [s for s in steps if s.phase == "load"]
+    for step in climb or steps:
+        if not step.measurement.fault:
+            at[step.measurement.concurrency or int(step.settings["parallel"])].append(step.measurement)
+    loads = sorted(at)
+    if len(loads) < 2:
+        return ""
+    drawn, panels = figure(panels=2, height=2.2)
+    for axes, metric in zip(panels, ("ttft", "tpot"), strict=True):
+        pooled = {load: sorted(v for m in at[load] for v in getattr(m, f"{metric}_ms")) for load in loads}
+        points = [(load, estimate(values, 0.95)) for load, values in pooled.items() if values]
+        axes.plot([load for load, _ in points], [q.value for _, q in points], color=INK["chosen"], zorder=2)
+        sure = [(load, q.value, q.low, q.high) for load, q in points if q.low is not None and q.high is not None]
+        unsure = [(load, q.value) for load, q in points if not q.resolved]
+        if sure:
+            x, y, low, high = zip(*sure, strict=True)
+            ends = [[v - w for v, w in zip(y, low, strict=True)], [w - v for v, w in zip(y, high, strict=True)]]
+            axes.errorbar(x, y, ends, fmt="o", capsize=4, color=INK["chosen"], label="p95, 95 % interval")
+        if unsure:
+            hollow = {"marker": "o", "facecolor": "none", "edgecolor": INK["chosen"]}
+            axes.scatter(*zip(*unsure, strict=True), **hollow, label="p95, unresolved")
+        if (limit := verdict.limits.get(f"{metric}_p95")) is not None:
+            axes.axhline(limit, color=INK["miss"], linestyle="--", label=f"limit {limit:.0f} ms")
+        axes.set_xscale("log", base=2)
+        ticks = [2**i for i in range(max(loads).bit_length())]
+        axes.set_xticks(ticks, [str(load) for load in ticks])
+        axes.minorticks_off()
+        axes.set(ylabel=f"{metric.upper()} p95, ms", ylim=(0, None))
+        key_above(axes, 2)
+    panels[-1].set_xlabel("requests in flight")
+    return to_svg(drawn, "Time to first token and time per output token at p95 by requests in flight")
+
+
+def stalls(verdict: Verdict, steps: Sequence[Step]) -> str:
+    """The largest gap of each request over the confirming windows' time, one window after another."""
+    drawn, (axes,) = figure()
+    lines = [(verdict.current, "current")]
+    if verdict.chosen != verdict.current:
+        lines.append((verdict.chosen, "chosen"))
+    for settings, role in lines:
+        points = _one_after_another(steps, settings)
+        if points:
+            axes.scatter(*zip(*points, strict=True), s=14, color=INK[role], label=role, clip_on=False)
+    if not axes.collections:
+        return ""
+    if (limit := verdict.limits.get("gap_max")) is not None:
+        axes.axhline(limit, color=INK["miss"], linestyle="--", label=f"limit {limit:.0f} ms")
+    axes.set(xlabel="seconds under load", ylabel="largest gap of a request, ms", xlim=(0, None), ylim=(0, None))
+    key_above(axes, 3)
+    return to_svg(drawn, "The largest gap between tokens of each request over time")
+
+
+def engine(verdict: Verdict, steps: Sequence[Step]) -> str:
+    """Slots with a request and the share of the KV cache in use, over the windows of the chosen settings."""
+    seen: list[tuple[float, int, float]] = []
+    offset = 0.0
+    for step in steps:
+        if step.settings == verdict.chosen and step.measurement.engine:
+            window = step.measurement.engine
+            seen += [(offset + s.at_s, s.slots_busy, 100 * s.kv_used / max(s.kv_cells, 1)) for s in window]
+            offset = seen[-1][0]
+    if not seen:
+        return ""
+    drawn, (slots, kv) = figure(panels=2, height=1.8)
+    times, busy, used = zip(*seen, strict=True)
+    slots.plot(times, busy, color=INK["chosen"], drawstyle="steps-post")
+    slots.set(ylabel="slots busy", ylim=(0, int(verdict.chosen["parallel"]) * 1.1))
+    slots.yaxis.set_major_locator(MaxNLocator(integer=True))
+    kv.plot(times, used, color=INK["chosen"])
+    kv.set(xlabel="seconds under load", ylabel="KV cache used, %", ylim=(0, None))
+    return to_svg(drawn, "Slots with a request and KV cache in use over time")
+
+
+def _one_after_another(steps: Sequence[Step], settings: Settings) -> list[tuple[float, float]]:
+    points: list[tuple[float, float]] = []
+    offset = 0.0
+    for step in steps:
+        if step.phase == "confirm" and step.settings == settings and step.measurement.stalls:
+            points += [(offset + at, gap) for at, gap in step.measurement.stalls]
+            offset = max(at for at, _ in points)
+    return points

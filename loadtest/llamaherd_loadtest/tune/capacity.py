@@ -1,0 +1,82 @@
+"""How much load the chosen settings carry within the limits: doubling, then bisection of the requests in flight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean
+
+from msgspec import Struct
+
+from llamaherd_loadtest.limits import Limit
+from llamaherd_loadtest.tune.beliefs import Judgement
+from llamaherd_loadtest.tune.evidence import MAX_ERROR_SHARE, Measurement
+
+_TRIES = 3  # windows for a load that one window leaves unresolved
+_FAR = 4  # times the slots: beyond it requests only wait
+
+
+class Capacity(Struct, frozen=True):
+    """The highest load that kept the limits and the lowest that did not, in requests in flight.
+
+    0 and None where there is no such load among those tried.
+    """
+
+    keeps: int
+    misses: int | None
+
+    def __str__(self) -> str:
+        if not self.keeps:
+            return "not even one request in flight keeps the limits"
+        beyond = f"{self.misses} do not" if self.misses else "more were not tried"
+        return f"{self.keeps} requests in flight keep the limits, {beyond}"
+
+
+def find_capacity(measure: Callable[[int], Judgement | None], slots: int) -> Capacity | None:
+    """Double the load from 1 to four times the `slots`, then bisect between what passed and what did not.
+
+    `measure` gives None when its time is up: what is known by then is the answer, None where that is nothing.
+    """
+    keeps, misses, load = 0, None, 1
+    while (judgement := measure(load)) is not None:
+        if judgement is Judgement.PASSES:
+            keeps = load
+        else:
+            misses = load
+        if misses is None and load >= _FAR * slots:
+            break
+        load = 2 * load if misses is None else (keeps + misses) // 2
+        if load in (keeps, 0):
+            break
+    return Capacity(keeps, misses) if keeps or misses else None
+
+
+def judge(windows: Sequence[Measurement], limits: Sequence[Limit], noise: Callable[[Limit], float]) -> Judgement:
+    """Do windows of one load keep the limits? `noise` is one window's standard deviation of a figure's logarithm."""
+    errors, requests = sum(m.errors for m in windows), sum(m.requests for m in windows)
+    if any(m.fault for m in windows) or errors > MAX_ERROR_SHARE * (errors + requests):
+        return Judgement.MISSES
+    worst = Judgement.PASSES
+    for limit in limits:
+        logs = [math.log(max(m.observed[limit.name], 1e-6) / limit.ms) for m in windows if limit.name in m.observed]
+        margin = noise(limit) / math.sqrt(max(len(logs), 1))
+        if logs and fmean(logs) - margin > 0:
+            return Judgement.MISSES
+        if logs and fmean(logs) + margin > 0:
+            worst = Judgement.UNRESOLVED
+    return worst
+
+
+def settle(
+    measure: Callable[[], Measurement | None], decide: Callable[[list[Measurement]], Judgement]
+) -> Judgement | None:
+    """Measure one load until it is decided, three windows at most; None where the time is up before the first."""
+    windows: list[Measurement] = []
+    for _ in range(_TRIES):
+        window = measure()
+        if window is None:
+            break
+        windows.append(window)
+        if decide(windows) is not Judgement.UNRESOLVED:
+            break
+    return decide(windows) if windows else None
