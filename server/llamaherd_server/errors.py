@@ -28,6 +28,16 @@ _ENGINE_STATUS: Mapping[ErrorCode, int] = {
     "internal": 500,
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_MESSAGES_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 # pydantic error types that this package raises itself; their messages name the field already.
 _OWN_KINDS = ("unknown_field", "unsupported")
 # An engine that died is back after a reload of the weights from the page cache.
@@ -79,8 +89,15 @@ class ApiError(HTTPException):
         kind = _TYPES.get(self.status_code) or ("server_error" if self.status_code >= 500 else "invalid_request_error")
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> Response:
-        return Response(msgspec.json.encode(self.body()), self.status_code, self.headers, "application/json")
+    def messages_body(self) -> dict[str, Any]:
+        """The same in the shape of Anthropic's API: https://docs.anthropic.com/en/api/errors"""
+        kind = _MESSAGES_TYPES.get(self.status_code, "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.detail}}
+
+    def response(self, path: str) -> Response:
+        """The answer to a request for `path`."""
+        body = self.messages_body() if path.startswith("/v1/messages") else self.body()
+        return Response(msgspec.json.encode(body), self.status_code, self.headers, "application/json")
 
 
 def nearest(name: str, known: Collection[str]) -> str:
@@ -114,16 +131,17 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
     if not isinstance(error, ApiError):
         message = f"{request.method} {request.url.path}: {error.detail}"
         error = ApiError(error.status_code, message, headers=error.headers)
-    return error.response()
+    return error.response(request.url.path)
 
 
-async def _on_engine_error(_: Request, error: EngineError) -> Response:
-    return ApiError.of_engine(error).response()
+async def _on_engine_error(request: Request, error: EngineError) -> Response:
+    return ApiError.of_engine(error).response(request.url.path)
 
 
-async def _on_half_a_character(_: Request, __: UnicodeEncodeError) -> Response:
+async def _on_half_a_character(request: Request, _: UnicodeEncodeError) -> Response:
     # JSON can spell half of a surrogate pair; what is not typed as text keeps it until it is encoded.
-    return ApiError(400, "a text in the body has an unpaired surrogate", code="invalid_value").response()
+    error = ApiError(400, "a text in the body has an unpaired surrogate", code="invalid_value")
+    return error.response(request.url.path)
 
 
 async def _on_client_gone(request: Request, _: ClientDisconnect) -> Response:
@@ -131,23 +149,26 @@ async def _on_client_gone(request: Request, _: ClientDisconnect) -> Response:
     return Response(status_code=499)  # nginx's number for it; nobody reads this
 
 
-async def _on_bug(_: Request, __: Exception) -> Response:
-    return ApiError(500, "internal error; the server's log has the details", code="internal").response()
+async def _on_bug(request: Request, _: Exception) -> Response:
+    return ApiError(500, "internal error; the server's log has the details", code="internal").response(request.url.path)
 
 
 async def _on_validation_error(request: Request, error: RequestValidationError) -> Response:
+    return _of_validation(error, request.headers.get("content-type", "none")).response(request.url.path)
+
+
+def _of_validation(error: RequestValidationError, sent: str) -> ApiError:
     first = error.errors()[0]
     kind = first["type"]
     param = ".".join(map(str, first["loc"][1:])) or None
     if kind == "json_invalid":
         message = f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][1]}"
-        return ApiError(400, message, code="invalid_json").response()
+        return ApiError(400, message, code="invalid_json")
     if isinstance(error.body, bytes):
-        sent = request.headers.get("content-type", "none")
         message = f"the body must be a JSON object sent with Content-Type: application/json, not {sent}"
-        return ApiError(400, message, code="invalid_content_type").response()
+        return ApiError(400, message, code="invalid_content_type")
     message = first["msg"].removeprefix("Value error, ")
     if kind in _OWN_KINDS:
         nested = f"{param}." if param and kind == "unknown_field" else ""
-        return ApiError(400, message, param=nested + first["ctx"]["param"], code=kind).response()
-    return ApiError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value").response()
+        return ApiError(400, message, param=nested + first["ctx"]["param"], code=kind)
+    return ApiError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value")

@@ -111,7 +111,7 @@ class Gate:
             scope["state"]["log"].key = key.name
             self._check_served(scope)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         with self._lifecycle.tracked():
             await self._app(scope, self._bounded(receive), send)

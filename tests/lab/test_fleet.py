@@ -18,7 +18,7 @@ import pytest
 from tests.lab.conftest import BIN, ROOT, Herd
 from tests.lab.load import Load, streaming
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(1800)]
 RUN_DIR = "/run/llamaherd-lab6"  # as the inventory says
 SLOTS = 2  # of each host
 STANDING = "LLAMAHERD_TEST_FLEET"  # the copied inventory of a fleet that stands already: for work on these tests
@@ -108,7 +108,6 @@ def better(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.fleet
 def test_nobody_notices_a_rolling_upgrade_and_the_way_back(fleet: Herd, better: Path) -> None:
     before = [fleet.sh(host, MODEL) for host in ("f1", "f2")]
     with streaming(fleet, rate=0.5) as load:
@@ -124,7 +123,6 @@ def test_nobody_notices_a_rolling_upgrade_and_the_way_back(fleet: Herd, better: 
     assert [fleet.sh(host, MODEL) for host in ("f1", "f2")] == before
 
 
-@pytest.mark.fleet
 @pytest.mark.parametrize(
     ("fault", "more", "says", "touched"),
     [
@@ -167,7 +165,6 @@ def spoil(model: Path) -> None:
         file.write(b"\xff" * (size - size // 2))
 
 
-@pytest.mark.fleet
 def test_the_next_run_takes_up_what_a_dead_controller_left(fleet: Herd, better: Path) -> None:
     command = [str(BIN / "ansible-playbook"), "-i", str(fleet.inventory), "playbooks/upgrade.yml", "-e", asked(better)]
     controller = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
@@ -186,7 +183,6 @@ def test_the_next_run_takes_up_what_a_dead_controller_left(fleet: Herd, better: 
     fleet.succeed("rollback.yml", "-e", "llamaherd_rollback=model")
 
 
-@pytest.mark.fleet
 def test_a_renewed_certificate_costs_no_stream(fleet: Herd) -> None:
     serial = "openssl x509 -noout -serial -in /etc/nginx/llamaherd/tls.crt"
     before = fleet.sh("e1", serial)
@@ -196,7 +192,6 @@ def test_a_renewed_certificate_costs_no_stream(fleet: Herd) -> None:
     assert fleet.sh("e1", serial) != before
 
 
-@pytest.mark.fleet
 def test_a_bad_variable_leaves_the_old_configuration_serving(fleet: Herd) -> None:
     before = fleet.sh("e1", "cat /etc/nginx/nginx.conf")
     with streaming(fleet, rate=1) as load:
@@ -207,7 +202,6 @@ def test_a_bad_variable_leaves_the_old_configuration_serving(fleet: Herd) -> Non
     assert fleet.sh("e1", "cat /etc/nginx/nginx.conf") == before
 
 
-@pytest.mark.fleet
 def test_hosts_come_and_go_by_the_inventory(fleet: Herd) -> None:
     hosts = fleet.inventory / "hosts.yml"
     before, two = logged(fleet), hosts.read_text()
@@ -225,7 +219,6 @@ def test_hosts_come_and_go_by_the_inventory(fleet: Herd) -> None:
 
 
 # The last one: f2 does not come back.
-@pytest.mark.fleet
 def test_a_host_without_power_costs_only_its_own_streams(fleet: Herd) -> None:
     pid = f"$(cat {RUN_DIR}/f2.pid)"
     with streaming(fleet, rate=1) as load:

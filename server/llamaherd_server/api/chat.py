@@ -34,7 +34,9 @@ class ChatRequest(GenerationFields):
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = Field(
         None, description="`required`, or one tool's name: enforced by grammar. Default: auto."
     )
-    parallel_tool_calls: bool | None = Field(None, description="False: at most one call. Default true.")
+    parallel_tool_calls: bool | None = Field(
+        None, description="False: at most one call. Default: as many as the model likes; one where it must call."
+    )
     reasoning_format: Literal["auto", "none", "deepseek"] | None = Field(
         None, description="`none`: reasoning stays in `content`. Default: it goes to `reasoning_content`."
     )
@@ -53,9 +55,7 @@ class ChatRequest(GenerationFields):
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
         return Conversation(
             messages=[message.for_template() for message in self.messages],
-            choice=choice_of(
-                [tool.tool() for tool in self.tools or ()], wanted, parallel=self.parallel_tool_calls is not False
-            ),
+            choice=choice_of([tool.tool() for tool in self.tools or ()], wanted, parallel=self.parallel_tool_calls),
             answer_schema=self.response_format.wanted() if self.response_format else None,
             variables={**(self.chat_template_kwargs or {}), **effort},
             split_reasoning=self.reasoning_format != "none",

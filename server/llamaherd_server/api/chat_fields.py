@@ -123,10 +123,13 @@ class NamedChoice(Body):
     function: NamedFunction
 
 
-def choice_of(tools: list[Tool], wanted: str | None, *, parallel: bool) -> Choice:
-    """The tools in play; `wanted`: none, auto, required, or a tool's name after an equals sign. Raises ApiError."""
+def choice_of(tools: list[Tool], wanted: str | None, *, parallel: bool | None) -> Choice:
+    """The tools in play; `wanted`: none, auto, required, or a tool's name after an equals sign. Raises ApiError.
+
+    `parallel` None: as many calls as the model likes, but one where it must call, as small models never stop there.
+    """
     if wanted in (None, "auto"):
-        return Choice(tools, parallel=parallel)
+        return Choice(tools, parallel=parallel is not False)
     if wanted == "none":
         return Choice(())
     name = (wanted or "").removeprefix("=")
@@ -134,7 +137,7 @@ def choice_of(tools: list[Tool], wanted: str | None, *, parallel: bool) -> Choic
     if not chosen:
         what = f"names {name!r}, which is none of the tools" if tools else f"{wanted.removeprefix('=')!r} needs tools"
         raise ApiError(400, f"tool_choice: {what}", param="tool_choice", code="invalid_value")
-    return Choice(chosen, must=True, parallel=parallel)
+    return Choice(chosen, must=True, parallel=bool(parallel))
 
 
 class JsonSchema(Body):

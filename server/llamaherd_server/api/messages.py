@@ -134,7 +134,9 @@ class ToolChoice(Body):
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = Field(None, description="With type `tool`: which one.")
-    disable_parallel_tool_use: bool = Field(False, description="True: at most one call.")
+    disable_parallel_tool_use: bool | None = Field(
+        None, description="True: at most one call. Default: as many as the model likes; one where it must call."
+    )
 
     def wanted(self) -> str:
         """As `choice_of` takes it."""
@@ -187,7 +189,11 @@ class CountRequest(Body):
             variables["enable_thinking"] = self.thinking.type != "disabled"
         return Conversation(
             messages=[*system, *(message for turn in self.messages for message in turn.for_template())],
-            choice=choice_of(tools, choice.wanted(), parallel=not choice.disable_parallel_tool_use),
+            choice=choice_of(
+                tools,
+                choice.wanted(),
+                parallel=None if choice.disable_parallel_tool_use is None else not choice.disable_parallel_tool_use,
+            ),
             answer_schema=config.format.json_schema if config.format else None,
             answer_field="output_config",
             variables=variables,

@@ -72,7 +72,7 @@ class MessagesShape:
 
     def error(self, error: ApiError) -> bytes:
         """The event that ends a stream which cannot go on."""
-        return event("error", error=error.body()["error"])
+        return event("error", error=error.messages_body()["error"])
 
     def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
         """The message in one object."""

@@ -170,7 +170,9 @@ class ResponsesRequest(SamplingFields):
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = Field(
         None, description="`required`, or one tool's name: enforced by grammar. Default: auto."
     )
-    parallel_tool_calls: bool | None = Field(None, description="False: at most one call. Default true.")
+    parallel_tool_calls: bool | None = Field(
+        None, description="False: at most one call. Default: as many as the model likes; one where it must call."
+    )
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables for the chat template.")
@@ -194,7 +196,7 @@ class ResponsesRequest(SamplingFields):
         effort = self.reasoning.effort if self.reasoning else None
         return Conversation(
             messages=[*system, *_turns(self.input)],
-            choice=choice_of(tools, wanted, parallel=self.parallel_tool_calls is not False),
+            choice=choice_of(tools, wanted, parallel=self.parallel_tool_calls),
             answer_schema=self.text.format.wanted() if self.text and self.text.format else None,
             answer_field="text",
             variables={**(self.chat_template_kwargs or {}), **({"reasoning_effort": effort} if effort else {})},

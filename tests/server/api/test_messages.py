@@ -109,11 +109,14 @@ async def test_errors_raise_what_the_client_expects(serve: Serve) -> None:
         raise EngineError("engine_crashed", "the engine died")
 
     async with serve(Double(script=broken), keys=None) as served:
-        with pytest.raises(anthropic.NotFoundError):
+        with pytest.raises(anthropic.NotFoundError) as missing:
             await client(served).messages.create(model="other", max_tokens=5, messages=HELLO)
         image: Any = [{"role": "user", "content": [{"type": "image", "source": {}}]}]
         with pytest.raises(anthropic.BadRequestError, match="'image' is not supported"):
             await client(served).messages.create(model="double", max_tokens=5, messages=image)
         body = {"model": "double", "max_tokens": 5, "messages": HELLO, "stream": True}
         reply: httpx.Response = await served.http.post("/v1/messages", json=body)
-    assert 'event: error\ndata: {"type":"error","error":{"message":"the engine died"' in reply.text
+    assert isinstance(missing.value.body, dict)
+    assert (missing.value.body["type"], missing.value.body["error"]["type"]) == ("error", "not_found_error")
+    died = '{"type":"error","error":{"type":"overloaded_error","message":"the engine died"}}'
+    assert reply.text.endswith(f"event: error\ndata: {died}\n\n")
