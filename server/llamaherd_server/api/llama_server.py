@@ -82,13 +82,13 @@ async def slots_of(request: Request) -> Response:
 
 @router.post("/completion", response_class=Response)
 async def completion(request: Request) -> Response:
-    """llama-server's own completion, as it is; on the embedded engine a 501."""
+    """llama-server's own completion, as it is; on the embedded engine a 404."""
     return await _passed_on(request, "/completion")
 
 
 @router.post("/infill", response_class=Response)
 async def infill(request: Request) -> Response:
-    """llama-server's fill in the middle, as it is; on the embedded engine a 501."""
+    """llama-server's fill in the middle, as it is; on the embedded engine a 404."""
     return await _passed_on(request, "/infill")
 
 
@@ -117,7 +117,7 @@ async def _passed_on(request: Request, path: str) -> Response:
             f"POST {path} is llama-server's own and {state.model_name!r} runs on the embedded engine: use "
             '/v1/completions, or set engine.kind = "llama-server"'
         )
-        raise ApiError(501, message, code="unsupported")
+        raise ApiError(404, message, code="unsupported")
     body = await _body(request)
     state.check_model(body.pop("model", None), request.state.key)
     streamed = bool(body.get("stream"))
