@@ -164,6 +164,7 @@ class ModelInfo(Struct, tag="model", kw_only=True):
     eot_token: str
     chat_template: str | None
     pooling: Pooling = "mean"  # of its embeddings; rank: it has scores for /v1/rerank instead
+    fim: tuple[str, str, str] | None = None  # what stands before a text, its suffix, and the middle to be filled in
     build: str  # llama.cpp's system info line
 
 

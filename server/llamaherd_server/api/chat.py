@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, model_validator
 
-from llamaherd_server.api.answer import answer, run_of
+from llamaherd_server.api.answer import answer, json_response, run_of
 from llamaherd_server.api.chat_fields import MOST_TOOLS, Message, NamedChoice, ResponseFormat, ToolField, choice_of
 from llamaherd_server.api.chat_shape import ChatShape
 from llamaherd_server.api.conversation import Conversation, prepare
@@ -80,3 +80,10 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     ]
     shape = ChatShape(Options.of(body, state.model_name), chat.reader, logprobs=body.logprobs)
     return await answer(request, run_of(request, requests, body.n), shape, stream=body.stream)
+
+
+@router.post("/apply-template", response_class=Response)
+async def apply_template(body: ChatRequest, request: Request) -> Response:
+    """The prompt that a chat becomes, without computing anything, as llama-server has it."""
+    chat = await prepare(state_of(request), body.conversation())
+    return json_response({"prompt": chat.prompt})

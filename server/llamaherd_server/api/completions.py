@@ -12,8 +12,8 @@ from llamaherd_server.api.completion_shape import CompletionShape
 from llamaherd_server.api.fields import GenerationFields
 from llamaherd_server.api.state import AppState, state_of
 from llamaherd_server.api.wire import Options
-from llamaherd_server.errors import unsupported
-from llamaherd_server.protocol import Generate
+from llamaherd_server.errors import ApiError, unsupported
+from llamaherd_server.protocol import Generate, ModelInfo
 
 router = APIRouter()
 
@@ -41,14 +41,14 @@ class CompletionRequest(GenerationFields):
         list[Any], BeforeValidator(as_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
     ] = Field(max_length=_MAX_PROMPTS, description="Text or token ids, one prompt or a list.")
     echo: bool = Field(False, description="True: the prompt goes before its completion. Not together with `logprobs`.")
-    suffix: str | None = Field(None, description="Not supported.")
+    suffix: str | None = Field(
+        None, max_length=2**20, description="What follows the completion; needs a model that fills in the middle."
+    )
     logprobs: int | None = Field(None, ge=0, le=20, description="Log probabilities of the tokens and so many others.")
     best_of: int | None = Field(None, description="Only equal to `n`.")
 
     @model_validator(mode="after")
     def _supported(self) -> Self:
-        if self.suffix:
-            raise unsupported("suffix", "suffix: filling in the middle is not supported: leave it out")
         if self.best_of not in (None, self.n):
             raise unsupported("best_of", f"best_of: only best_of = n ({self.n}) is supported")
         if self.echo and self.logprobs is not None:
@@ -64,7 +64,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     requests = [
         Generate(
             id=0,
-            prompt=prompt,
+            prompt=_with_suffix(state.model_info(), prompt, body.suffix),
             max_tokens=body.limit(),
             stop=body.stop or [],
             sampling=body.sampling(index),
@@ -78,6 +78,19 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     echo = await _echoes(state, body)
     shape = CompletionShape(options, logprobs=body.logprobs is not None, echo=echo)
     return await answer(request, run_of(request, requests, body.n), shape, stream=body.stream)
+
+
+def _with_suffix(model: ModelInfo, prompt: str | list[int], suffix: str | None) -> str | list[int]:
+    """The prompt in the form of models that fill in the middle: prefix, suffix, and what is between them comes last."""
+    if suffix is None:
+        return prompt
+    if model.fim is None:
+        message = "suffix: this model does not fill in the middle: its vocabulary has no tokens for that"
+        raise ApiError(400, message, param="suffix", code="unsupported")
+    if not isinstance(prompt, str):
+        raise ApiError(400, "suffix: only with prompts that are text", param="suffix", code="unsupported")
+    before, after, middle = model.fim
+    return f"{before}{prompt}{after}{suffix}{middle}"
 
 
 async def _echoes(state: AppState, body: CompletionRequest) -> list[str]:

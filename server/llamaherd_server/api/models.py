@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from llamaherd_server.api.state import AppState, state_of
+from llamaherd_server.chat.formats import thinking_of
 
 router = APIRouter()
 
@@ -23,6 +24,16 @@ async def model(name: str, request: Request) -> dict[str, Any]:
     return _describe(state_of(request).named(name))
 
 
+def _capabilities(state: AppState) -> list[str]:
+    """What the model is good for, in llama-server's words and a few more."""
+    info = state.model_info()
+    if info.pooling == "rank":
+        return ["rerank"]
+    chats = ["chat", "tools", *(["reasoning"] if thinking_of(info.chat_template or "") else [])]
+    media = ["multimodal"] if state.settings.model.mmproj else []
+    return ["completion", *chats, *(["infill"] if info.fim else []), *media, "embeddings"]
+
+
 def _describe(state: AppState) -> dict[str, Any]:
     status = state.engine.status()
     info = state.model_info()
@@ -32,6 +43,7 @@ def _describe(state: AppState) -> dict[str, Any]:
         "object": "model",
         "created": int(state.settings.model.path.stat().st_mtime),
         "owned_by": "llamaherd",
+        "capabilities": _capabilities(state),
         "meta": {
             "n_ctx": status.settings.ctx_per_slot,
             "n_ctx_train": info.n_ctx_train,

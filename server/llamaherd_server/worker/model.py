@@ -119,8 +119,15 @@ class Model:
             eot_token=self._special(lib.llama_vocab_eot(self.vocab)),
             chat_template=template.decode(errors="replace") if template else None,
             pooling=POOLING_NAMES[self.pooling],
+            fim=self._fim(),
             build=lib.llama_print_system_info().decode(errors="replace").strip(),
         )
+
+    def _fim(self) -> tuple[str, str, str] | None:
+        pre, suf, mid = (getattr(self.lib, f"llama_vocab_fim_{part}")(self.vocab) for part in ("pre", "suf", "mid"))
+        if min(pre, suf, mid) < 0:
+            return None
+        return self._special(pre), self._special(suf), self._special(mid)
 
     def _special(self, token: int) -> str:
         return self.piece(token, special=True).decode(errors="replace") if token >= 0 else ""

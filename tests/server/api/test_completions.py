@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from .conftest import Serve
-from .double import Double
+from .double import MODEL, Double
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,12 @@ async def test_tokenize_and_back(serve: Serve) -> None:
         tokens = (await served.http.post("/tokenize", json={"content": "ab", "add_special": True})).json()["tokens"]
         text = (await served.http.post("/detokenize", json={"tokens": tokens[1:]})).json()["content"]
     assert (tokens, text) == ([1, 97, 98], "ab")
+
+
+async def test_a_model_that_can_fills_in_the_middle(serve: Serve) -> None:
+    double = Double(model=msgspec.structs.replace(MODEL, fim=("<pre>", "<suf>", "<mid>")))
+    async with serve(double) as served:
+        await served.http.post("/v1/completions", json={"prompt": ["def f(", "x"], "suffix": "): pass"})
+        [model] = (await served.http.get("/v1/models")).json()["data"]
+    assert [one.prompt for one in double.seen] == ["<pre>def f(<suf>): pass<mid>", "<pre>x<suf>): pass<mid>"]
+    assert "infill" in model["capabilities"]

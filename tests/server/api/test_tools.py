@@ -98,6 +98,8 @@ async def test_a_call_that_must_come_is_a_grammar(serve: Serve, choice: Any, let
 async def test_templates_get_arguments_as_objects(serve: Serve) -> None:
     async with serve(double := saying("ok", template=TEMPLATE)) as served:
         await served.chat(messages=TURNS, tools=[WEATHER])
+        rendered = await served.http.post("/apply-template", json={"messages": TURNS, "tools": [WEATHER]})
+    assert rendered.json() == {"prompt": double.seen[0].prompt}
     assert double.seen[0].prompt == ("weather <tool_call> arguments|user:Well?|assistant:[Bern]|tool:Rain|")
 
 
