@@ -5,21 +5,28 @@ A mkdocs hook: https://www.mkdocs.org/user-guide/configuration/#hooks
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
+from fastapi import FastAPI
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+
+from llamaherd_server.app import create_app
+from llamaherd_server.engine.base import Engine, EngineStatus
+from llamaherd_server.protocol import EngineSettings, Stats
+from llamaherd_server.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that no file in docs/ holds."""
-    pages = {"index.md": index(), "variables.md": variables()}
+    pages = {"index.md": index(), "variables.md": variables(), "metrics.md": metrics(), "api.md": api()}
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
@@ -75,6 +82,63 @@ def code(value: object) -> str:
     """A default as one would write it in YAML, safe in a table."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
     return f"`{text}`".replace("|", "\\|")
+
+
+class _Engine:
+    """As much of an engine as metrics and routes ask for before the first request."""
+
+    def observe(self, listener: object) -> None:
+        """Nothing happens here."""
+
+    def status(self) -> EngineStatus:
+        numbers = dict.fromkeys(Stats.__struct_fields__, 0)
+        return EngineStatus("ready", None, EngineSettings(), Stats(**numbers), 0.0, 0, 0.0, None, None)
+
+
+def metrics() -> str:
+    """Every metric, as the server itself registers and describes it."""
+    lines = [
+        "# Metrics",
+        "",
+        "What `/metrics` tells, in Prometheus' text format. `llamacpp:` names are llama-server's own.",
+        "",
+    ]
+    lines += ["| name | type | what it is |", "| --- | --- | --- |"]
+    registry = application().state.llamaherd.serving.metrics.registry
+    for family in registry.collect():
+        suffix = "_total" if family.type == "counter" else ""
+        lines.append(f"| `{family.name}{suffix}` | {family.type} | {sentence(family.documentation)} |")
+    return "\n".join(lines)
+
+
+def api() -> str:
+    """Every route with its fields, from the OpenAPI document."""
+    document = application().openapi()
+    lines = [
+        "# API",
+        "",
+        "The same as `/docs` of a running server. Unknown fields are errors that name the nearest one.",
+        "",
+    ]
+    for path, methods in sorted(document["paths"].items()):
+        for method, operation in methods.items():
+            lines += [f"## {method.upper()} {path}", "", operation.get("description", ""), ""]
+            content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+            name = content.get("schema", {}).get("$ref", "").rpartition("/")[2]
+            if fields := document["components"]["schemas"].get(name, {}).get("properties"):
+                lines += ["| field | what the server does with it |", "| --- | --- |"]
+                lines += [
+                    f"| `{field}` | {sentence(schema.get('description', ''))} |" for field, schema in fields.items()
+                ]
+                lines.append("")
+    return "\n".join(lines)
+
+
+@functools.cache
+def application() -> FastAPI:
+    """The server's app, with an engine that computes nothing."""
+    settings = Settings.model_validate({"model": {"name": "model", "path": ROOT / "README.md"}})
+    return create_app(settings, cast(Engine, _Engine()))
 
 
 def sentence(text: str | list[str]) -> str:
