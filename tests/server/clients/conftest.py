@@ -9,7 +9,10 @@ import pytest
 
 from ..conftest import Server, running
 
-ENGINES: list[dict[str, Any]] = [{"kind": "embedded"}]
+ENGINES: list[dict[str, Any]] = [
+    {"kind": "embedded"},
+    {"kind": "llama-server", "extra_args": ["--embeddings", "--pooling", "mean"]},
+]
 TOOL: dict[str, Any] = {
     "name": "get_weather",
     "description": "The weather of a city.",
