@@ -86,7 +86,7 @@ async def _model_of(request: Request) -> str | None:
     if request.method == "POST":
         try:
             body = await request.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         name = body.get("model") if isinstance(body, dict) else None
     return name if isinstance(name, str) else None
