@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -57,6 +57,20 @@ class ErrorBody(BaseModel):
     """Every answer other than a 2xx. A 429 and a 503 come with Retry-After."""
 
     error: ErrorObject
+
+
+class MessagesErrorObject(BaseModel):
+    """What went wrong, in the words of Anthropic's API."""
+
+    type: str = Field(description="invalid_request_error, not_found_error, rate_limit_error, api_error …")
+    message: str
+
+
+class MessagesErrorBody(BaseModel):
+    """Every answer of Anthropic's routes other than a 2xx."""
+
+    type: Literal["error"]
+    error: MessagesErrorObject
 
 
 class ApiError(HTTPException):

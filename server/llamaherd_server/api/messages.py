@@ -17,9 +17,10 @@ from llamaherd_server.api.fields import Body, SamplingFields, Text
 from llamaherd_server.api.messages_shape import MessagesShape
 from llamaherd_server.api.state import state_of
 from llamaherd_server.chat.tools import Tool
-from llamaherd_server.errors import unsupported
+from llamaherd_server.errors import MessagesErrorBody, unsupported
 
 router = APIRouter()
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": MessagesErrorBody}, "5XX": {"model": MessagesErrorBody}}
 
 
 class CacheControl(Body):
@@ -210,7 +211,7 @@ class MessagesRequest(CountRequest, SamplingFields):
     service_tier: str | None = Field(None, description="Accepted and ignored.")
 
 
-@router.post("/v1/messages", response_class=Response)
+@router.post("/v1/messages", response_class=Response, responses=_ERRORS)
 async def messages(body: MessagesRequest, request: Request) -> Response:
     """Answer a conversation, in Anthropic's shape."""
     state = state_of(request)
@@ -221,7 +222,7 @@ async def messages(body: MessagesRequest, request: Request) -> Response:
     return await answer(request, run_of(request, [generation]), shape, stream=body.stream)
 
 
-@router.post("/v1/messages/count_tokens", response_class=Response)
+@router.post("/v1/messages/count_tokens", response_class=Response, responses=_ERRORS)
 async def count_tokens(body: CountRequest, request: Request) -> Response:
     """How many tokens a conversation has in the model's own chat format."""
     state = state_of(request)
