@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llamaherd_server.chat.reply import CallBegin, Content, Piece, Reasoning
+from llamaherd_server.chat.reply import CallBegin, Content, Parser, Piece, Reasoning
 
 Kind = Literal["text", "reasoning", "call"]
 
@@ -53,3 +53,11 @@ class Blocks:
             self.done.append(self.open)
             closed, self.open = self.open, None
             yield "close", closed, ""
+
+
+def blocks_of(text: str, parser: Parser) -> list[Block]:
+    """The blocks of a whole reply, read by a new `parser`."""
+    blocks = Blocks()
+    for _ in (*blocks.add([*parser.feed(text), *parser.finish()]), *blocks.close()):
+        pass
+    return blocks.done

@@ -7,7 +7,7 @@ import uuid
 from typing import Any
 
 from llamaherd_server.api.answer import Choice
-from llamaherd_server.api.blocks import Block, Blocks
+from llamaherd_server.api.blocks import Block, Blocks, blocks_of
 from llamaherd_server.api.wire import event
 from llamaherd_server.chat.formats import Reader
 from llamaherd_server.chat.reply import Piece
@@ -77,12 +77,10 @@ class MessagesShape:
     def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
         """The message in one object."""
         [choice] = choices
-        blocks, parser = Blocks(), self._reader.parser()
-        for _ in (*blocks.add([*parser.feed(choice.text), *parser.finish()]), *blocks.close()):
-            pass
+        blocks = blocks_of(choice.text, parser := self._reader.parser())
         return {
             **self._head,
-            "content": [_content(block) for block in blocks.done],
+            "content": [_content(block) for block in blocks],
             **_stop(choice.end, parser.calls),
             "usage": _usage(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens),
         }

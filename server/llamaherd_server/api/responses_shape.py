@@ -7,7 +7,7 @@ import uuid
 from typing import Any
 
 from llamaherd_server.api.answer import Choice
-from llamaherd_server.api.blocks import Block, Blocks
+from llamaherd_server.api.blocks import Block, Blocks, blocks_of
 from llamaherd_server.api.wire import event
 from llamaherd_server.chat.formats import Reader
 from llamaherd_server.chat.reply import Piece
@@ -95,10 +95,8 @@ class ResponsesShape:
     def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
         """The response in one object."""
         [choice] = choices
-        blocks, parser = Blocks(), self._reader.parser()
-        for _ in (*blocks.add([*parser.feed(choice.text), *parser.finish()]), *blocks.close()):
-            pass
-        return self._response("completed" if choice.end.reason == "stop" else "incomplete", blocks.done, usage)
+        blocks = blocks_of(choice.text, self._reader.parser())
+        return self._response("completed" if choice.end.reason == "stop" else "incomplete", blocks, usage)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         self._sequence += 1

@@ -7,6 +7,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from llamaherd_server.worker.text import overlap
+
 
 @dataclass(frozen=True, slots=True)
 class Content:
@@ -84,11 +86,11 @@ class Writer:
         self._begun = False
 
     def content(self, text: str) -> None:
-        stripped = (text if self._begun else text.lstrip()).rstrip()
-        if not stripped:
-            self._spaces += text if self._begun else ""
-            return
         body = text if self._begun else text.lstrip()
+        stripped = body.rstrip()
+        if not stripped:
+            self._spaces += body
+            return
         self.pieces.append(Content(self._spaces + stripped))
         self._spaces = body[len(stripped) :]
         self._begun = True
@@ -269,8 +271,3 @@ class Parser:
     def _drained(self) -> list[Piece]:
         pieces, self._writer.pieces = self._writer.pieces, []
         return pieces
-
-
-def overlap(text: str, marker: str) -> int:
-    """The length of the longest end of `text` that `marker` begins with."""
-    return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if marker.startswith(text[-n:])), 0)
