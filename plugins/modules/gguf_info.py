@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.gguf import (
+from ansible_collections.llamaherd.llamaherd.plugins.module_utils.gguf import (
     KV_BYTES,
     PADDING,
     GgufError,

@@ -94,7 +94,14 @@ def running(folder: Path, environment: dict[str, str] | None = None, **sections:
     """A server that is ready; what it logged is shown when it never becomes so."""
     config = write_config(folder, **sections)
     port = sections.get("http", {}).get("port") or int(config.read_text().split("port = ")[1].split()[0])
-    server = Server(f"http://127.0.0.1:{port}", spawn(config, **environment or {}), config.with_name("server.log"))
+    process = spawn(config, **environment or {})
+    with until_ready(Server(f"http://127.0.0.1:{port}", process, config.with_name("server.log"))) as server:
+        yield server
+
+
+@contextmanager
+def until_ready(server: Server) -> Iterator[Server]:
+    """The server once it is ready; its process is gone after the block."""
     try:
         _wait_ready(server)
         yield server

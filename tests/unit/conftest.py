@@ -25,7 +25,7 @@ def load(path: str, name: str) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def gguf() -> ModuleType:
-    return load("plugins/module_utils/gguf.py", "ansible.module_utils.gguf")
+    return load("plugins/module_utils/gguf.py", "ansible_collections.llamaherd.llamaherd.plugins.module_utils.gguf")
 
 
 @pytest.fixture(scope="session")
