@@ -1,0 +1,191 @@
+"""The image: built from containers/Containerfile over a Debian made here, and run as compose.yml runs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from configparser import RawConfigParser
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.lab.conftest import ROOT
+from tests.server.conftest import Server, free_port, required, until_ready
+
+CONTAINERS = ROOT / "containers"
+CACHE = Path.home() / ".cache/llamaherd"
+ROOTFS = CACHE / "containers/bookworm"
+STORE = [f"--root={CACHE / 'containers/storage'}", "--runroot=/run/llamaherd-containers", "--storage-driver=overlay"]
+BASE, IMAGE, NAME = "localhost/llamaherd-test-base", "localhost/llamaherd-test", "llamaherd-test"
+# The certificates that this machine trusts, where apt's own do not replace them.
+PIP_CONF = "[global]\ncert = /etc/ssl/builder.crt\n"
+
+
+def run(*command: str, cwd: Path = ROOT, check: bool = True) -> str:
+    """What the command says, both streams; fails the test when it fails."""
+    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    print(done.stdout[-5000:])
+    assert done.returncode == 0 or not check, f"{' '.join(command)}: {done.stdout[-2000:]}"
+    return done.stdout
+
+
+def base_image() -> None:
+    """A Debian from nothing but packages, for those who cannot pull one."""
+    if not (ROOTFS / "etc/pip.conf").exists():
+        shutil.rmtree(ROOTFS, ignore_errors=True)
+        ROOTFS.mkdir(parents=True)
+        run("debootstrap", "--variant=minbase", "bookworm", str(ROOTFS))
+        shutil.copy("/etc/ssl/certs/ca-certificates.crt", ROOTFS / "etc/ssl/builder.crt")
+        (ROOTFS / "etc/pip.conf").write_text(PIP_CONF)
+    if not run("buildah", *STORE, "images", "--quiet", BASE, check=False).strip().isalnum():
+        container = run("buildah", *STORE, "from", "scratch").strip()
+        run("buildah", *STORE, "add", container, str(ROOTFS), "/")
+        run("buildah", *STORE, "commit", "--rm", container, BASE)
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    """The image's name. Its layers stay in the cache: only what changed is built again."""
+    base_image()
+    ccache = CACHE / "hosts/ccache"
+    ccache.mkdir(parents=True, exist_ok=True)
+    # One CPU backend instead of thirteen: minutes less to compile.
+    arguments = [f"--build-arg=BASE={BASE}", "--build-arg=CMAKE_FLAGS=-DGGML_CPU_ALL_VARIANTS=OFF"]
+    run(
+        *("buildah", *STORE, "build", "--isolation=chroot", "--layers", "--format=docker", *arguments),
+        *(f"--volume={ccache}:/var/cache/ccache", "--tag", IMAGE, "--file", str(CONTAINERS / "Containerfile"), "."),
+    )
+    return IMAGE
+
+
+class Podman:
+    """podman in a mount namespace of its own.
+
+    There the unified hierarchy of hybrid control groups, which crun refuses, is out of sight.
+    """
+
+    def __init__(self) -> None:
+        hide = "umount /sys/fs/cgroup/unified 2>/dev/null; echo; exec sleep infinity"
+        self.namespace = subprocess.Popen(["unshare", "--mount", "sh", "-c", hide], stdout=subprocess.PIPE)
+        assert self.namespace.stdout is not None
+        self.namespace.stdout.readline()
+
+    def command(self, *arguments: str) -> list[str]:
+        return ["nsenter", "--mount", f"--target={self.namespace.pid}", "podman", *STORE, *arguments]
+
+    def __call__(self, *arguments: str, check: bool = True) -> str:
+        return run(*self.command(*arguments), check=check)
+
+
+@pytest.fixture(scope="module")
+def podman() -> Iterator[Podman]:
+    podman = Podman()
+    try:
+        yield podman
+    finally:
+        podman("rm", "--force", "--time=0", "--ignore", NAME, check=False)
+        podman("volume", "rm", "--force", NAME, check=False)
+        podman.namespace.kill()
+        podman.namespace.wait()
+
+
+def quadlet() -> RawConfigParser:
+    parser = RawConfigParser(strict=False)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read(CONTAINERS / "llamaherd.container")
+    return parser
+
+
+def compose() -> dict[str, Any]:
+    service: dict[str, Any] = yaml.safe_load((CONTAINERS / "compose.yml").read_text())["services"]["server"]
+    return service
+
+
+# As compose.yml says it, but for the bridge, whose firewall rules would stay; a kernel may refuse higher limits.
+HARDENED = ["--read-only", "--tmpfs=/tmp", "--cap-drop=all", "--security-opt=no-new-privileges", "--network=host"]
+HERE = ["--cgroups=disabled", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024", f"--volume={NAME}:/keys"]
+
+
+@pytest.fixture(scope="module")
+def key(podman: Podman, image: str) -> str:
+    """A key that the image's own command made in the volume."""
+    said = podman("run", "--rm", *HARDENED, *HERE, image, "keys", "--file=/keys/keys.toml", "add", "test")
+    return next(line for line in reversed(said.split()) if len(line) >= 40)
+
+
+@pytest.fixture(scope="module")
+def server(podman: Podman, image: str, key: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    model, port = Path(required("LLAMAHERD_TEST_MODEL")).resolve(), free_port()
+    settings = {"HTTP__HOST": "127.0.0.1", "HTTP__PORT": port, "ENGINE__PARALLEL": 1, "ENGINE__CTX_PER_SLOT": 512}
+    environment = [f"--env=LLAMAHERD_{name}={value}" for name, value in settings.items()]
+    mounts = [f"--volume={model}:/models/model.gguf:ro"]
+    log = tmp_path_factory.mktemp("container") / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            podman.command("run", "--name", NAME, *HARDENED, *HERE, *mounts, *environment, image),
+            stdout=output,
+            stderr=output,
+            # podman's timers for health checks need systemd; `podman healthcheck run` does not.
+            env={**os.environ, "DISABLE_HC_SYSTEMD": "true"},
+        )
+    with until_ready(Server(f"http://127.0.0.1:{port}", process, log)) as server:
+        yield server
+
+
+@pytest.mark.lab
+@pytest.mark.fleet
+@pytest.mark.timeout(3600)
+class TestImage:
+    def test_a_completion_with_the_key_and_none_without(self, server: Server, key: str) -> None:
+        asked = {"model": "model", "prompt": "The capital of France is", "max_tokens": 8}
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            assert client.post("/v1/completions", json=asked).status_code == 401
+            reply = client.post("/v1/completions", json=asked, headers={"Authorization": f"Bearer {key}"})
+        assert reply.json()["usage"]["completion_tokens"] > 0
+
+    def test_it_runs_without_root_capabilities_or_a_file_to_write(self, server: Server, podman: Podman) -> None:
+        status = podman("exec", NAME, "cat", "/proc/1/status")
+        assert re.search(r"^Uid:\s+10001\s+10001", status, re.MULTILINE)
+        assert re.search(r"^CapBnd:\s+0+$", status, re.MULTILINE)
+        assert re.search(r"^NoNewPrivs:\s+1$", status, re.MULTILINE)
+        for path in ("/opt/llamaherd/x", "/etc/llamaherd/x", "/models/x"):
+            assert "Read-only file system" in podman("exec", NAME, "touch", path, check=False)
+
+    def test_the_health_check_asks_the_server(self, server: Server, podman: Podman) -> None:
+        port = server.url.rpartition(":")[2]
+        (check,) = re.findall(r"^  CMD \[(.*)\]$", (CONTAINERS / "Containerfile").read_text(), re.MULTILINE)
+        python, flag, program = yaml.safe_load(f"[{check}]")
+        podman("exec", NAME, python, flag, program.replace("8080", port))
+        assert "refused" in podman("exec", NAME, python, flag, program.replace("8080", "1"), check=False)
+
+    def test_it_stops_in_order_when_told(self, server: Server, podman: Podman) -> None:
+        podman("stop", "--time=30", NAME)
+        assert server.process.wait(30) == 0
+
+
+def test_the_image_has_what_the_playbooks_have() -> None:
+    text = (CONTAINERS / "Containerfile").read_text()
+    defaults = yaml.safe_load((ROOT / "roles/common/defaults/main.yml").read_text())
+    assert f"ARG LLAMA_CPP_VERSION={defaults['llamaherd_llama_cpp_version']}\n" in text
+    assert f"ARG LLAMA_CPP_SHA256={defaults['llamaherd_llama_cpp_sha256']}\n" in text
+    role = yaml.safe_load((ROOT / "roles/llama_cpp/vars/main.yml").read_text())
+    flags = re.findall(r"-D\w+=\w+", role["_llama_cpp_flags"]) + role["_llama_cpp_travelling_flags"]
+    assert len(flags) > 8
+    assert [flag for flag in flags if flag not in text] == []
+    assert set(role["_llama_cpp_packages"]["Debian"]) <= set(text.split())
+
+
+def test_compose_and_the_quadlet_give_the_server_nothing_that_it_does_not_need() -> None:
+    service, container = compose(), quadlet()["Container"]
+    assert service["read_only"] is (container["ReadOnly"] == "true") is True
+    assert service["cap_drop"] == ["ALL"]
+    assert container["DropCapability"] == "all"
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert container["NoNewPrivileges"] == "true"
+    assert service["ports"] == [container["PublishPort"]] == ["127.0.0.1:8080:8080"]
