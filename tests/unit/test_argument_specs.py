@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from scripts import role_readmes
 from tests.unit.conftest import ROOT
 
 ROLES = sorted(path.parent.parent for path in ROOT.glob("roles/*/defaults/main.yml"))
@@ -45,3 +46,8 @@ def test_defaults_pass_the_check_that_users_values_must_pass(role: Path, check_v
     for name, value in defaults.items():
         if "{{" not in str(value):
             assert list(check_variables.mistakes(name, value, options(role)[name])) == []
+
+
+@pytest.mark.parametrize("role", role_readmes.roles(), ids=lambda role: role.name)
+def test_its_readme_tells_its_variables_as_they_are(role: Path) -> None:
+    assert (role / "README.md").read_text() == role_readmes.readme(role), "run: python -m scripts.role_readmes"
