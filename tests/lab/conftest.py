@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,3 +84,40 @@ def herd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield herd
     finally:
         herd.succeed("lab.yml", "-e", "llamaherd_lab_state=absent")
+
+
+@contextmanager
+def booted(folder: Path, *changes: tuple[str, str]) -> Iterator[Herd]:
+    """The hosts of inventory_fleet, after these changes to its text, with nothing on them; they go at the end."""
+    inventory = folder / "fleet"
+    shutil.copytree(Path(__file__).parent / "inventory_fleet", inventory)
+    hosts = inventory / "hosts.yml"
+    for old, new in changes:
+        hosts.write_text(hosts.read_text().replace(old, new))
+    fleet = Herd(inventory)
+    try:
+        fleet.succeed("lab.yml")
+        yield fleet
+    finally:
+        fleet.succeed("lab.yml", "-e", "llamaherd_lab_state=absent")
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
+    """e1 before f1 and f2, deployed; f3 is booted. A fleet that stands already serves for work on these tests."""
+    if standing := os.environ.get("LLAMAHERD_TEST_FLEET"):  # its copied inventory
+        yield Herd(Path(standing))
+        return
+    with booted(tmp_path_factory.mktemp("inventory")) as fleet:
+        fleet.succeed("deploy.yml")
+        yield fleet
+
+
+@pytest.fixture(scope="session")
+def better(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The lab's model in another quantisation."""
+    path = tmp_path_factory.mktemp("model") / "better.gguf"
+    quantize = Path(os.environ["LLAMAHERD_TEST_BIN_DIR"]) / "llama-quantize"
+    command = [str(quantize), "--allow-requantize", os.environ["LLAMAHERD_TEST_MODEL"], str(path), "Q4_0"]
+    subprocess.run(command, check=True, capture_output=True)
+    return path

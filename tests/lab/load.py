@@ -35,24 +35,23 @@ class Load:
 
 
 @contextmanager
-def streaming(herd: Herd, rate: float, max_tokens: int = 32) -> Iterator[Load]:
-    """Send `rate` requests a second through edge e1 for as long as the block lasts, however slow the answers are."""
+def streaming(
+    herd: Herd, rate: float, *, edge: str = "e1", model: str = "chat", max_tokens: int = 32, ca: Path | None = None
+) -> Iterator[Load]:
+    """Send `rate` requests a second through the edge for as long as the block lasts, however slow the answers are.
+
+    `ca` holds the certificates to trust, if not the lab's own CA.
+    """
     load, secrets = Load(), herd.inventory / ".secrets"
     with tempfile.TemporaryDirectory() as folder:
         samples = Path(folder) / "samples.jsonl"
         locust = [sys.executable, "-m", "locust", "--headless", "-f", "loadtest/locustfiles/chat_open.py", "--users=1"]
         options = [f"--rate={rate}", f"--max-tokens={max_tokens}", f"--samples={samples}", "--request-timeout=60"]
-        target = [f"--host=https://{herd.address('e1')}", f"--ca={secrets / 'ca.crt'}", "--model=chat"]
+        target = [f"--host=https://{herd.address(edge)}", f"--ca={ca or secrets / 'ca.crt'}", f"--model={model}"]
         target += [f"--key-file={secrets / 'keys/default'}", "--workload=tests/lab/brief.yml"]
         with (Path(folder) / "log").open("w") as log:
             running = subprocess.Popen(
-                [
-                    *locust,
-                    *options,
-                    *target,
-                    f"--key-file={secrets / 'keys/default'}",
-                    "--workload=tests/lab/brief.yml",
-                ],
+                [*locust, *options, *target],
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,

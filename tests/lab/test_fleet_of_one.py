@@ -1,0 +1,43 @@
+"""A host that is a fleet by itself serves on while it is upgraded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.lab.conftest import Herd
+from tests.lab.fleet import asked, digest
+from tests.lab.load import streaming
+
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.fleet,
+    pytest.mark.timeout(1800),
+    pytest.mark.parametrize("herd", ["bookworm"], indirect=True),
+]
+MODEL = "smollm2-135m-instruct"
+STATE = f"readlink /var/lib/llamaherd/models/{MODEL}.gguf; cat /etc/llamaherd/server.toml /etc/nginx/nginx.conf"
+LEFT = "ls /var/lib/llamaherd/upgrade /etc/llamaherd/beside.toml 2>&-; systemctl is-active llamaherd-server-beside"
+
+
+def test_nobody_notices_its_upgrade(herd: Herd, better: Path) -> None:
+    herd.succeed("deploy.yml")
+    with streaming(herd, rate=0.5, edge="t1", model=MODEL) as load:
+        herd.succeed("upgrade.yml", "-e", asked(better, MODEL))
+    assert load.failures == []
+    assert load.outcomes["ok"] >= 10
+    assert digest(better) in herd.sh("t1", STATE)
+    assert herd.sh("t1", f"{LEFT} || true") == "inactive\n"
+
+
+def test_nobody_notices_an_upgrade_that_fails(herd: Herd, better: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(better.read_bytes() + bytes(32))
+    before = herd.sh("t1", STATE)
+    with streaming(herd, rate=0.5, edge="t1", model=MODEL) as load:
+        run = herd.play("upgrade.yml", "-e", asked(model, MODEL, llamaherd_upgrade_least_speed=50))
+    assert "t1 serves what it served before, and the rollout stops: It is not slower than it may be" in run.output
+    assert load.failures == []
+    assert herd.sh("t1", STATE) == before
+    assert herd.sh("t1", f"{LEFT} || true") == "inactive\n"

@@ -1,0 +1,151 @@
+"""Model upgrades of a fleet that serves: users notice none, and one that fails leaves the fleet as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.conftest import BIN, ROOT, Herd
+from tests.lab.fleet import MODEL, asked, digest
+from tests.lab.load import streaming
+
+pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(1800)]
+NAMED = f"readlink {MODEL}"
+# All that an upgrade changes, and where rollback.yml would go.
+STATE = f"{NAMED} {MODEL}.previous /opt/llamaherd/*/current /opt/llamaherd/*/previous; cat /etc/llamaherd/server.toml"
+STARTS = "systemctl show -P InvocationID llamaherd-server"
+CRASHING_WORKER = Path(__file__).with_name("crashing_worker.py")
+DROP_IN = "/run/systemd/system/llamaherd-server.service.d"
+
+
+def all_have(fleet: Herd, model: Path) -> None:
+    """Both hosts serve it, in service, and nothing is kept of the upgrade."""
+    for host in ("f1", "f2"):
+        assert fleet.sh(host, NAMED) == f"{digest(model)}.gguf\n"
+        fleet.sh(host, f"grep -q {digest(model)} /proc/[0-9]*/maps")
+    assert all_in_service(fleet)
+    assert [fleet.sh(host, "ls -d /var/lib/llamaherd/upgrade || true") for host in ("f1", "f2")] == ["", ""]
+
+
+def all_in_service(fleet: Herd) -> bool:
+    active = [fleet.sh(host, "systemctl is-active llamaherd-server") for host in ("f1", "f2")]
+    return active == ["active\n"] * 2 and " down;" not in fleet.sh("e1", "cat /etc/nginx/nginx.conf")
+
+
+def test_nobody_notices_a_rolling_upgrade_and_the_way_back(fleet: Herd, better: Path) -> None:
+    before = [fleet.sh(host, NAMED) for host in ("f1", "f2")]
+    with streaming(fleet, rate=0.5) as load:
+        fleet.succeed("upgrade.yml", "-e", asked(better))
+    assert load.failures == []
+    assert load.outcomes["ok"] >= 20
+    all_have(fleet, better)
+    with streaming(fleet, rate=0.5) as load:
+        fleet.succeed("rollback.yml", "-e", "llamaherd_rollback=model")
+    assert load.failures == []
+    assert [fleet.sh(host, NAMED) for host in ("f1", "f2")] == before
+
+
+@contextmanager
+def crashing(fleet: Herd, model: Path) -> Iterator[None]:
+    """While this lasts, f1's engine aborts when it is to send the first token of `model`."""
+    environment = f"LLAMAHERD_TEST_WORKER=/opt/crashing_worker.py CRASHES_WITH={digest(model)}"
+    files = {"/opt/crashing_worker.py": CRASHING_WORKER.read_text()}
+    files[f"{DROP_IN}/crashing.conf"] = f"[Service]\nEnvironment={environment}\n"
+    for path, text in files.items():
+        fleet.sh("f1", f"mkdir -p {Path(path).parent} && cat >{path} <<'END'\n{text}\nEND")
+    fleet.sh("f1", "systemctl daemon-reload")
+    try:
+        yield
+    finally:
+        fleet.sh("f1", f"rm -r {DROP_IN} /opt/crashing_worker.py; systemctl daemon-reload")
+
+
+def refused(fleet: Herd, variables: str) -> str:
+    """Run an upgrade that must fail, under load that must not: afterwards all is as it was. Returns what was said."""
+    before = {host: fleet.sh(host, STATE) for host in ("f1", "f2")}
+    untouched = fleet.sh("f2", STARTS)
+    with streaming(fleet, rate=0.5) as load:
+        run = fleet.play("upgrade.yml", "-e", variables)
+    assert run.rc != 0
+    assert load.failures == []
+    assert {host: fleet.sh(host, STATE) for host in ("f1", "f2")} == before
+    assert fleet.sh("f2", STARTS) == untouched
+    assert all_in_service(fleet)
+    return run.output
+
+
+@pytest.mark.parametrize("fault", ["another sha256", "no GGUF", "too big"])
+def test_an_upgrade_that_cannot_work_touches_no_host(fleet: Herd, better: Path, tmp_path: Path, fault: str) -> None:
+    model = tmp_path / "model.gguf"
+    shutil.copy(better, model)
+    if fault == "no GGUF":
+        model.write_bytes(b"plain text")
+    variables: dict[str, Any] = json.loads(asked(model))
+    if fault == "another sha256":
+        variables["llamaherd_models"][0]["sha256"] = "0" * 64
+    if fault == "too big":
+        variables["llamaherd_settings"] = {"parallel": 64, "ctx_per_slot": 400000}
+    starts = fleet.sh("f1", STARTS)
+    output = refused(fleet, json.dumps(variables))
+    assert {"another sha256": "0" * 64, "no GGUF": "GGUF", "too big": "GiB"}[fault] in output
+    assert fleet.sh("f1", STARTS) == starts
+
+
+# The failing upgrade brings other settings too: they go back with the model.
+SETTINGS = {"parallel": 3, "ctx_per_slot": 512, "threads": 1, "threads_batch": 1}
+
+
+def test_a_host_that_is_slow_after_the_switch_goes_back_by_itself(fleet: Herd, better: Path) -> None:
+    output = refused(fleet, asked(better, llamaherd_upgrade_least_speed=50, llamaherd_settings=SETTINGS))
+    assert "f1 serves what it served before, and the rollout stops: It is not slower than it may be" in output
+
+
+def test_a_host_that_does_not_load_the_model_goes_back_by_itself(fleet: Herd, better: Path, tmp_path: Path) -> None:
+    """Its header is whole, so only the engine notices that half of the weights are missing."""
+    model = tmp_path / "model.gguf"
+    model.write_bytes(better.read_bytes()[: better.stat().st_size // 2])
+    output = refused(fleet, asked(model, llamaherd_settings=SETTINGS))
+    assert "f1 serves what it served before, and the rollout stops: Show why the server is not ready" in output
+
+
+def test_a_host_whose_engine_crashes_at_the_first_token_goes_back_by_itself(
+    fleet: Herd, better: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(better.read_bytes() + bytes(32))
+    with crashing(fleet, model):
+        output = refused(fleet, asked(model, llamaherd_settings=SETTINGS))
+    assert "f1 serves what it served before, and the rollout stops: It answers" in output
+    assert "SIGABRT" in output  # the journal
+
+
+@pytest.mark.parametrize("moment", ["the mark at the edge", "the switch"])
+def test_the_next_run_takes_up_what_a_dead_controller_left(fleet: Herd, better: Path, moment: str) -> None:
+    command = [str(BIN / "ansible-playbook"), "-i", str(fleet.inventory), "playbooks/upgrade.yml", "-e", asked(better)]
+    controller = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    with streaming(fleet, rate=0.5) as load:
+        while not has_come(fleet, better, moment):
+            assert controller.poll() is None
+            time.sleep(0.2)
+        os.killpg(controller.pid, signal.SIGKILL)
+        controller.wait()
+        fleet.succeed("upgrade.yml", "-e", asked(better))
+    assert load.failures == []
+    all_have(fleet, better)
+    fleet.succeed("rollback.yml", "-e", "llamaherd_rollback=model")
+
+
+def has_come(fleet: Herd, model: Path, moment: str) -> bool:
+    if moment == "the switch":
+        return fleet.sh("f1", NAMED) == f"{digest(model)}.gguf\n"
+    return " down;" in fleet.sh("e1", "cat /etc/nginx/nginx.conf")
