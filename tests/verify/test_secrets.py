@@ -30,7 +30,7 @@ def test_nginx_key_is_for_root_alone(host: Host, promised: dict[str, Any]) -> No
 
 
 def test_secrets_here_are_for_their_owner_alone(host: Host, promised: dict[str, Any]) -> None:
-    keys = list(Path(promised["keys_dir"]).iterdir()) + list(Path(promised["ca"]).parent.glob("**/*.key"))
+    keys = list(Path(promised["keys_dir"]).iterdir()) + list(Path(promised["keys_dir"]).parent.glob("**/*.key"))
     assert keys
     for key in keys:
         assert stat.S_IMODE(key.stat().st_mode) == 0o600, key
