@@ -1,0 +1,239 @@
+"""The edge: TLS from three sources, sessions that stay on a host, and changes that no stream notices.
+
+Its hosts run the server over the worker double that paces its tokens, so that streams outlast a deploy on any machine.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import mkdtemp
+
+import httpx
+import pytest
+
+from tests.lab.conftest import ROOT, Herd, booted
+from tests.lab.fleet import HOSTS, MODEL, join, logged, served_by
+from tests.lab.load import streaming
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+long = pytest.mark.fleet
+EDGE = ("deploy.yml", "--tags", "nginx", "--limit", "e1")
+TOKENS = 100  # a stream of 5 s
+STEP_MS = 50
+CACHE = Path.home() / ".cache/llamaherd/hosts"  # hosts have it as /var/cache/llamaherd
+UV = shutil.which("uv") or str(Path.home() / ".cache/llamaherd/tool/bin/uv")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """A folder with the server and the double for Debian 12's Python, by the path that all lab hosts see it under."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    folder = Path(mkdtemp(dir=CACHE))
+    try:
+        folder.chmod(0o755)
+        install = [UV, "pip", "install", "--quiet", "--no-deps", "--python-version=3.11", f"--target={folder}"]
+        subprocess.run([*install, "-r", "server/requirements.lock"], cwd=ROOT, check=True)
+        shutil.copytree(ROOT / "server/llamaherd_server", folder / "llamaherd_server")
+        shutil.copy(ROOT / "tests/server/paced_worker.py", folder)
+        yield f"/var/cache/llamaherd/{folder.name}"
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def fleet(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
+    """e1 before f1 and f2; f3 is ready to join them."""
+    same = (("trixie", "bookworm"), ("parallel: 2", "parallel: 16"))
+    with booted(tmp_path_factory.mktemp("inventory"), *same) as fleet:
+        for host in HOSTS:
+            fleet.sh(host, PREPARE.format(server=server, model=MODEL, step_ms=STEP_MS))
+        fleet.succeed("deploy.yml", "--tags", "config,nginx")
+        yield fleet
+
+
+# What deploy.yml finds in place of a build, a virtual environment and a model.
+PREPARE = """set -e
+useradd --system llamaherd
+mkdir -p /opt/llamaherd/server/paced $(dirname {model}) /etc/systemd/system/llamaherd-server.service.d
+touch {model}
+ln -s paced /opt/llamaherd/server/current
+cd /opt/llamaherd/server/paced
+python3 -m venv --without-pip venv
+echo {server} >venv/lib/python3.11/site-packages/server.pth
+printf '[Service]\\nEnvironment=LLAMAHERD_TEST_WORKER={server}/paced_worker.py PACED_STEP_MS={step_ms}\\n' \
+  >/etc/systemd/system/llamaherd-server.service.d/paced.conf
+"""
+
+
+def test_hosts_come_and_go_while_streams_run(fleet: Herd) -> None:
+    with streaming(fleet, rate=2, max_tokens=TOKENS) as load:
+        two = join(fleet)
+        fleet.succeed("deploy.yml", "--tags", "config,nginx")
+        three = logged(fleet)
+        (fleet.inventory / "hosts.yml").write_text(two)
+        fleet.succeed(*EDGE)
+    assert load.failures == []
+    assert load.outcomes["ok"] >= 20
+    assert served_by(fleet, three)["f3"] >= 1
+    gone = logged(fleet)
+    with streaming(fleet, rate=2, max_tokens=TOKENS):
+        pass
+    counts = served_by(fleet, gone)
+    assert counts["f3"] == 0
+    assert min(counts["f1"], counts["f2"]) >= 1
+
+
+@long
+def test_a_renewed_certificate_costs_no_stream(fleet: Herd) -> None:
+    before = certificate(fleet)
+    with streaming(fleet, rate=2, max_tokens=TOKENS) as load:
+        fleet.succeed("deploy.yml", "--tags", "nginx", "-e", '{"llamaherd_nginx_renew_days": 398}')
+    assert load.failures == []
+    assert certificate(fleet) != before
+
+
+def certificate(fleet: Herd) -> str:
+    """What the edge shows to a client, as PEM."""
+    return ssl.get_server_certificate((fleet.address("e1"), 443))
+
+
+@long
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        pytest.param({"llamaherd_nginx_max_body": "4x"}, "nginx keeps its old configuration", id="refused by nginx"),
+        pytest.param({"llamaherd_nginx_balance": "least_con"}, "llamaherd_nginx_balance", id="refused before"),
+        pytest.param({"llamaherd_nginx_tls": "provided"}, "is no file on the controller", id="no certificate"),
+    ],
+)
+def test_a_bad_variable_leaves_the_old_configuration_serving(
+    fleet: Herd, variables: Mapping[str, str], says: str
+) -> None:
+    state = "sha256sum /etc/nginx/nginx.conf; systemctl show -P ExecMainStartTimestamp nginx"
+    before = fleet.sh("e1", state)
+    with streaming(fleet, rate=2, max_tokens=TOKENS) as load:
+        run = fleet.play(*EDGE, "-e", json.dumps(variables))
+    assert run.rc != 0
+    assert says in run.output
+    assert load.failures == []
+    assert fleet.sh("e1", state) == before
+
+
+@pytest.fixture
+def as_before(fleet: Herd) -> Iterator[None]:
+    """Afterwards the edge is as the inventory says."""
+    yield
+    fleet.succeed(*EDGE)
+
+
+@long
+@pytest.mark.usefixtures("as_before")
+def test_prefix_keeps_each_session_on_one_host_while_it_serves(fleet: Herd) -> None:
+    fleet.succeed(*EDGE, "-e", "llamaherd_nginx_balance=prefix")
+    sessions = {f"s{n}": served_for(fleet, {"X-Session-ID": f"s{n}"}) for n in range(8)}
+    assert {len(hosts) for hosts in sessions.values()} == {1}
+    assert set.union(*sessions.values()) == {"f1", "f2"}
+    assert len(served_for(fleet, {})) == 1, "one key, one host"
+    drained = fleet.inventory / "host_vars/f1.yml"
+    drained.parent.mkdir(exist_ok=True)
+    drained.write_text("llamaherd_drained: true\n")
+    fleet.succeed(*EDGE, "-e", "llamaherd_nginx_balance=prefix")
+    drained.unlink()
+    assert {host for name in sessions for host in served_for(fleet, {"X-Session-ID": name})} == {"f2"}
+    fleet.succeed(*EDGE, "-e", "llamaherd_nginx_balance=prefix")
+    assert {name: served_for(fleet, {"X-Session-ID": name}) for name in sessions} == sessions
+
+
+def served_for(fleet: Herd, headers: Mapping[str, str]) -> set[str]:
+    """The hosts that answer six requests with these headers and the default key."""
+    before = logged(fleet)
+    with httpx.Client(verify=trusting(fleet.inventory / ".secrets/ca.crt")) as client:
+        for _ in range(6):
+            client.get(f"https://{fleet.address('e1')}/v1/models", headers=key(fleet) | headers).raise_for_status()
+    return {host for host, count in served_by(fleet, before).items() if count}
+
+
+def key(fleet: Herd) -> dict[str, str]:
+    return {"Authorization": f"Bearer {(fleet.inventory / '.secrets/keys/default').read_text().strip()}"}
+
+
+def trusting(ca: Path) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(ca))
+
+
+@long
+@pytest.mark.usefixtures("as_before")
+def test_a_provided_certificate_and_its_successor(fleet: Herd, tmp_path: Path) -> None:
+    first, second = (provide(fleet, tmp_path / name) for name in ("first", "second"))
+    trusted = tmp_path / "trusted.crt"
+    trusted.write_text((tmp_path / "first.crt").read_text() + (tmp_path / "second.crt").read_text())
+    fleet.succeed(*EDGE, "-e", json.dumps(first))
+    with streaming(fleet, rate=2, max_tokens=TOKENS, ca=trusted) as load:
+        assert certificate(fleet) == (tmp_path / "first.crt").read_text()
+        fleet.succeed(*EDGE, "-e", json.dumps(second))
+        assert certificate(fleet) == (tmp_path / "second.crt").read_text()
+    assert load.failures == []
+
+
+def provide(fleet: Herd, path: Path) -> dict[str, str]:
+    """A certificate for the edge's address that signs itself, path.crt with path.key, as variables."""
+    sign = f"{SELF_SIGNED} -addext subjectAltName=IP:{fleet.address('e1')} -out {path}.crt -keyout {path}.key"
+    subprocess.run(shlex.split(sign), check=True, capture_output=True)
+    files = {"llamaherd_nginx_certificate": f"{path}.crt", "llamaherd_nginx_certificate_key": f"{path}.key"}
+    return files | {"llamaherd_nginx_tls": "provided"}
+
+
+SELF_SIGNED = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 7 -subj /CN=edge"
+NAME = "edge.lab.example"
+ACME = {
+    "llamaherd_nginx_tls": "acme",
+    "llamaherd_nginx_names": [NAME],
+    "llamaherd_nginx_acme_directory": "https://127.0.0.1:14000/dir",
+}
+# An authority on the edge itself, whose certificate it trusts.
+PEBBLE = f"""set -e
+apt-get install -y -q pebble >/dev/null
+{SELF_SIGNED} -addext subjectAltName=IP:127.0.0.1 -out /tmp/pebble.crt -keyout /tmp/pebble.key
+cat /tmp/pebble.crt >>/etc/ssl/certs/ca-certificates.crt
+echo 127.0.0.1 {NAME} >>/etc/hosts
+echo '{{"pebble": {{"listenAddress": "127.0.0.1:14000", "managementListenAddress": "127.0.0.1:15000", "httpPort": 80,
+  "certificate": "/tmp/pebble.crt", "privateKey": "/tmp/pebble.key"}}}}' >/tmp/pebble.json
+systemd-run --quiet --unit=pebble --setenv=PEBBLE_VA_NOSLEEP=1 pebble -config /tmp/pebble.json
+until python3 -c '
+import ssl, urllib.request
+context = ssl.create_default_context(cafile="/tmp/pebble.crt")
+print(urllib.request.urlopen("https://127.0.0.1:15000/roots/0", context=context).read().decode())
+' 2>/dev/null; do sleep 0.2; done
+"""
+
+
+@long
+@pytest.mark.usefixtures("as_before")
+def test_acme_fetches_a_certificate_and_renews_it_under_a_stream(fleet: Herd, tmp_path: Path) -> None:
+    root = tmp_path / "root.crt"
+    root.write_text(fleet.sh("e1", PEBBLE))
+    fleet.succeed(*EDGE, "-e", json.dumps(ACME))
+    first = certificate(fleet)
+    assert fleet.succeed(*EDGE, "-e", json.dumps(ACME)).changed["e1"] == 0
+    assert fleet.sh("e1", "systemctl is-active certbot.timer") == "active\n"
+    body = {"model": "chat", "messages": [{"role": "user", "content": "Count."}], "max_tokens": 900, "stream": True}
+    client = httpx.Client(verify=trusting(root), headers=key(fleet) | {"Host": NAME}, timeout=60)
+    url, sni = f"https://{fleet.address('e1')}/v1", {"sni_hostname": NAME}
+    with client, client.stream("POST", f"{url}/chat/completions", json=body, extensions=sni) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        fleet.sh("e1", "certbot renew --quiet --force-renewal --no-random-sleep-on-renew")
+        assert certificate(fleet) != first
+        assert httpx.Client(verify=trusting(root)).get(f"{url}/models", headers=key(fleet), extensions=sni).is_success
+        renewed = time.monotonic_ns()
+        events = [line.removeprefix("data: ") for line in lines if line]
+    assert events[-1] == "[DONE]"
+    sent = [choice["delta"].get("content") for event in events[:-1] for choice in json.loads(event)["choices"]]
+    assert max(int(text) for text in sent if text) > renewed, "the stream ended before the renewal did"
