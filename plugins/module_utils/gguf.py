@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Union
 
 MAX_KEYS = 4096
 MAX_KEY_LENGTH = 1 << 16
@@ -19,7 +19,7 @@ MAX_STRING = 1 << 26
 MAX_LAYERS = 4096
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
-Value = str | int | float | bool | list[int]
+Value = Union[str, int, float, bool, list[int]]  # noqa: UP007  a host may run this with Python 3.9
 
 PADDING = 256
 # Bytes per element of a KV cache: block bytes / block length, from ggml's type traits.

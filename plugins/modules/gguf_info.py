@@ -7,7 +7,6 @@ one setting is lowered.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,11 +42,10 @@ def needs(path: Path, settings: Mapping[str, Any], memory_bytes: int) -> dict[st
 
     def largest(name: str, step: int) -> int:
         """The largest multiple of `step` up to the present value with which all of it fits; 0 if none does."""
-        return step * bisect.bisect_right(
-            range(1, settings[name] // step + 1),
-            memory_bytes,
-            key=lambda count: sum(parts(model, weights, {**settings, name: count * step}).values()),
-        )
+        for value in range(settings[name] // step * step, 0, -step):
+            if sum(parts(model, weights, {**settings, name: value}).values()) <= memory_bytes:
+                return value
+        return 0
 
     return {
         "architecture": model.architecture,

@@ -5,7 +5,7 @@ accelerator_reason, accelerator_memory_bytes (0 for cpu),
 gpus [{name, architecture, memory_bytes, driver}], cuda {driver, toolkit, nvcc}
 (the newest CUDA version that the driver knows, the version of the toolkit that is installed, and its nvcc; empty where
 there is none), listeners [{port, address, pid, command, unit}], free_bytes {path: bytes} for the `paths` given (of the
-nearest folder that exists).
+nearest folder that exists), python (the version, as `major.minor`, of the `python` given; empty where there is none).
 """
 
 from __future__ import annotations
@@ -137,7 +137,11 @@ def _read(path: str) -> str:
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={"paths": {"type": "list", "elements": "path", "default": []}}, supports_check_mode=True
+        argument_spec={
+            "paths": {"type": "list", "elements": "path", "default": []},
+            "python": {"type": "str", "required": True},
+        },
+        supports_check_mode=True,
     )
     facts = {
         "memory_bytes": memory_bytes(),
@@ -145,6 +149,7 @@ def main() -> None:
         **accelerator(),
         "gpus": gpus(),
         "cuda": cuda(),
+        "python": _version(r"Python (\d+\.\d+)", _output(module.params["python"], "--version")),
         "listeners": listeners(),
     }
     facts["free_bytes"] = {path: free_bytes(path) for path in module.params["paths"]}

@@ -1,0 +1,68 @@
+"""What the roles decide of hosts that are not at hand, and what they refuse there, from the facts of such hosts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.roles.conftest import HOSTS, Render, run_roles
+
+
+@pytest.mark.parametrize(
+    ("host", "accelerator", "service_manager", "flag", "python", "packages"),
+    [
+        ("debian12", "cpu", "systemd", "-DGGML_NATIVE=ON", "python3", {"ninja-build", "python3-venv", "nginx"}),
+        ("ubuntu2204", "cpu", "systemd", "-DGGML_NATIVE=ON", "python3.11", {"build-essential", "python3.11-venv"}),
+        ("ubuntu2404", "cpu", "systemd", "-DGGML_NATIVE=ON", "python3", {"ccache", "python3-venv"}),
+        ("rocky9", "cpu", "systemd", "-DGGML_NATIVE=ON", "python3.12", {"gcc-c++", "python3.12", "python3.12-pip"}),
+        ("alma9", "cpu", "systemd", "-DGGML_NATIVE=ON", "python3.12", {"ninja-build", "python3.12"}),
+        ("cuda", "cuda", "systemd", "-DCMAKE_CUDA_ARCHITECTURES=native", "python3.11", {"cmake"}),
+        ("macos", "metal", "launchd", "-DGGML_METAL_EMBED_LIBRARY=ON", "python3", {"ninja", "nginx"}),
+    ],
+)
+def test_what_is_decided_from_facts(
+    render: Render, host: str, accelerator: str, service_manager: str, flag: str, python: str, packages: set[str]
+) -> None:
+    decided = render(host).decided
+    assert (decided["accelerator"], decided["service_manager"]) == (accelerator, service_manager)
+    assert decided["python"] == python
+    assert flag in decided["flags"]
+    assert packages <= set(decided["packages"])
+
+
+def test_rhel_needs_no_package_from_outside(render: Render) -> None:
+    assert "ccache" not in render("rocky9").decided["packages"], "it is in EPEL alone"
+
+
+def test_a_bundle_has_a_pack_for_each_kind(render: Render) -> None:
+    kinds = {host: render(host).decided["bundle"] for host in ("debian12", "ubuntu2204", "alma9")}
+    assert kinds == {"debian12": "debian-12-x86_64", "ubuntu2204": "ubuntu-22-x86_64", "alma9": "almalinux-9-aarch64"}
+
+
+def changed(host: str, **own: Any) -> dict[str, Any]:
+    """The facts of `host`, with others of host_facts'."""
+    facts = HOSTS[host]
+    return {"facts": facts | {"llamaherd": facts["llamaherd"] | own}}
+
+
+@pytest.mark.parametrize(
+    ("host", "variables", "expected"),
+    [
+        ("rocky9", {"llamaherd_install_packages": False}, "no python3.12; install Python 3.11 or newer"),
+        ("rocky9", {"llamaherd_python": "/opt/python3.13"}, "set llamaherd_python to where it is"),
+        ("macos", changed("macos", python="3.9"), "python3 is Python 3.9, older than 3.11"),
+        ("debian12", {"llamaherd_accelerator": "cuda"}, "set llamaherd_accelerator to auto or cpu"),
+        ("cuda", changed("cuda", cuda={"driver": "", "toolkit": "", "nvcc": ""}), "no driver"),
+        ("debian12", {"llamaherd_bundle": "/nonexistent"}, "SHA256SUMS is missing"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    tmp_path: Path, host: str, variables: dict[str, Any], expected: str
+) -> None:
+    run = run_roles(tmp_path, host, variables)
+    errors = [line for line in run.stderr.splitlines() if line.startswith("[ERROR]")]
+    assert run.returncode != 0
+    assert len(errors) == 1
+    assert expected in errors[0]
