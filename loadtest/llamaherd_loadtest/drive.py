@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 
@@ -11,7 +12,7 @@ from msgspec import Struct
 
 from llamaherd_loadtest.client import ChatClient, Target, clock
 from llamaherd_loadtest.health import Health, HealthMonitor
-from llamaherd_loadtest.samples import Sample
+from llamaherd_loadtest.samples import CUT_OFF, Sample
 from llamaherd_loadtest.session import LoadSession, Share, Source
 from llamaherd_loadtest.users import ClosedLoopUser
 
@@ -64,20 +65,32 @@ def closed_loop(
 
 
 def open_loop(
-    client: ChatClient, source: Source, offsets: Iterator[float], *, total: int, warm_up_s: float = 0.0
+    client: ChatClient,
+    source: Source,
+    offsets: Iterator[float],
+    *,
+    total: int,
+    warm_up_s: float = 0.0,
+    drain_s: float | None = None,
 ) -> Run:
     """Send `total` requests at `offsets`, seconds from now, however slow the answers are, and wait for all of them.
 
     Requests of the first `warm_up_s` seconds are not counted; the window opens after them. Raises RunFailed where
-    requests only fail.
+    requests only fail, or where some are not answered `drain_s` seconds after the last was sent: what came back by
+    then is only the fast part.
     """
     session = LoadSession(client, source, lambda **_: None, Share(total=total))
     monitor, start = HealthMonitor(), clock()
-    session.dispatch(start, offsets, warm_up_s)
+    arrivals = list(itertools.islice(offsets, total))
+    dispatcher = gevent.spawn(session.dispatch, start, iter(arrivals), warm_up_s)
+    dispatcher.join(None if drain_s is None else arrivals[-1] + drain_s)
+    dispatcher.kill()
     end = clock()
     cpu, lag = monitor.stop()
     if session.hopeless.is_set():
         raise RunFailed(_last_error(session))
+    if late := sum(s.outcome == CUT_OFF for s in session.samples):
+        raise RunFailed(f"{late} of {total} requests were not answered {drain_s:g} s after the last was sent")
     return Run(session.samples, start + warm_up_s, end, Health(cpu=cpu, lag_p95_s=lag))
 
 

@@ -73,7 +73,9 @@ class SimulatedServer:
         figures = {"ttft_p95": figures["ttft_p95"] * share, "tpot_p95": figures["tpot_p95"] * min(share, 1.0)}
         return Measurement(
             took_s=OVERHEAD * window_s,
-            tokens_per_s=speed * math.exp(self._draw.gauss(0, self._noise)),
+            score=(measured := speed * math.exp(self._draw.gauss(0, self._noise))),
+            tokens_per_s=measured,
+            requests_per_s=measured / 100,
             requests=50,
             observed={k: v * math.exp(self._draw.gauss(0, 1.3 * self._noise)) for k, v in figures.items()},
         )

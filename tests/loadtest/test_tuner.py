@@ -64,6 +64,23 @@ def test_finds_the_best_settings_past_refusals_and_crashes(
     assert not any(outside in page for outside in ("<script", "<link", "@import", 'src="http', "url(http"))
 
 
+@pytest.mark.parametrize("load", ["2", "4/s"])
+def test_finds_the_lowest_latency_at_a_load(
+    start_double: Callable[..., Double], key_file: Path, tmp_path: Path, load: str
+) -> None:
+    double = start_double()
+    short = tmp_path / "short.yml"
+    short.write_text("{name: short, description: short, prompt: {median: 20}, output: {median: 20}}")
+    space = ["--space", "ubatch=128,512", "--objective", "tpot_p50", "--load", load, "--workload", str(short)]
+    done = run(double, key_file, tmp_path, *space, "--budget", "25s")
+    assert done.returncode == 0, done.stderr
+    found = verdict(tmp_path)
+    assert found["chosen"]["ubatch"] == 128
+    assert found["sentence"].startswith("Change ubatch 512 → 128: tpot_p50 -")
+    assert found["table"][0]["score"] > 1.3 * found["table"][1]["score"]
+    assert "tpot_p50, ms" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_search_restores_reports_and_resumes(
     start_double: Callable[..., Double], key_file: Path, tmp_path: Path, number: signal.Signals
@@ -90,6 +107,16 @@ def test_an_interrupted_search_restores_reports_and_resumes(
             again = [process.stdout.readline() for _ in range(2)]
             process.terminate()
         assert again == lines, "the first window is not measured again"
+
+
+def test_arrivals_beyond_what_settings_carry_are_a_fault_of_theirs(
+    start_double: Callable[..., Double], key_file: Path, tmp_path: Path
+) -> None:
+    double = start_double()
+    done = run(double, key_file, tmp_path, "--objective", "tpot_p50", "--load", "20/s", "--budget", "20s")
+    assert done.returncode == 0, done.stderr
+    sentence = verdict(tmp_path)["sentence"]
+    assert re.search(r"Keep .*: failed: \d+ of \d+ requests were not answered \S+ s after the last was sent", sentence)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from .simulated import CURRENT, SimulatedServer, search
 
 
 def step(number: int) -> Step:
-    return Step(number, "screen", CURRENT, Measurement(took_s=1.0, tokens_per_s=float(number)), 10.0)
+    return Step(number, "screen", CURRENT, Measurement(took_s=1.0, score=float(number)), 10.0)
 
 
 def test_candidates_hold_the_current_and_the_default_first_and_each_once() -> None:
@@ -44,7 +44,7 @@ def test_settings_read_well() -> None:
 
 
 def test_confirming_windows_alone_count_once_there_are_any() -> None:
-    lucky, sober = (Measurement(took_s=1.0, tokens_per_s=speed) for speed in (200.0, 100.0))
+    lucky, sober = (Measurement(took_s=1.0, score=speed) for speed in (200.0, 100.0))
     record = Record(CURRENT, screening=[lucky])
     assert record.windows == [lucky]
     record.confirming.append(sober)

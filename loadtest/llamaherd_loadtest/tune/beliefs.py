@@ -10,7 +10,7 @@ import numpy as np
 from msgspec import Struct
 
 from llamaherd_loadtest.limits import Limit
-from llamaherd_loadtest.tune.evidence import MAX_ERROR_SHARE, Record, limit_noise, speed_noise
+from llamaherd_loadtest.tune.evidence import MAX_ERROR_SHARE, Record, limit_noise, score_noise
 from llamaherd_loadtest.tune.surrogate import Array, Belief, Grid
 
 _CURIOSITY = 2.0  # how many standard deviations of hope a setting is given while searching
@@ -29,19 +29,19 @@ class Judgement(StrEnum):
 
 
 class Beliefs(Struct, frozen=True):
-    """Each setting's log throughput and, for each limit, the logarithm of its figure over the limit."""
+    """Each setting's log score and, for each limit, the logarithm of its figure over the limit."""
 
-    speed: Belief
+    score: Belief
     excess: list[tuple[Limit, Belief]]
 
     def next(self, ruled_out: Iterable[int]) -> int:
         """The setting that may turn out best."""
-        hope = self.speed.mean + _CURIOSITY * self.speed.sd - self._penalty(-_LENIENCY)
+        hope = self.score.mean + _CURIOSITY * self.score.sd - self._penalty(-_LENIENCY)
         return int(np.argmax(_without(hope, ruled_out)))
 
     def best(self, count: int, ruled_out: Iterable[int]) -> list[int]:
         """The `count` settings that look best, those that may miss a limit marked down."""
-        score = _without(self.speed.mean - self._penalty(_LENIENCY), ruled_out)
+        score = _without(self.score.mean - self._penalty(_LENIENCY), ruled_out)
         return [int(i) for i in np.argsort(-score)[:count] if math.isfinite(score[i])]
 
     def judge(self, row: int, record: Record) -> tuple[Judgement, str]:
@@ -65,14 +65,14 @@ class Beliefs(Struct, frozen=True):
 
     def _penalty(self, deviations: float) -> Array:
         excess = [np.maximum(0.0, b.mean + deviations * b.sd) for _, b in self.excess]
-        return _PENALTY * sum(excess, np.zeros_like(self.speed.mean))
+        return _PENALTY * sum(excess, np.zeros_like(self.score.mean))
 
 
 def believe(grid: Grid, records: Sequence[Record], limits: Sequence[Limit]) -> Beliefs:
     """Read all windows without a fault; `records` in the order of the grid, at least one of them measured."""
     rows = [(row, m) for row, record in enumerate(records) for m in record.all_windows if not m.fault]
-    speed = grid.believe(
-        [row for row, _ in rows], [math.log(max(m.tokens_per_s, 1e-9)) for _, m in rows], speed_noise(records).sigma
+    score = grid.believe(
+        [row for row, _ in rows], [math.log(max(m.score, 1e-9)) for _, m in rows], score_noise(records).sigma
     )
     excess = []
     for limit in limits:
@@ -81,7 +81,7 @@ def believe(grid: Grid, records: Sequence[Record], limits: Sequence[Limit]) -> B
         if not seen:
             continue  # no request has such a figure: one token has no TPOT
         excess.append((limit, grid.believe([row for row, _ in seen], logs, limit_noise(records, limit).sigma)))
-    return Beliefs(speed, excess)
+    return Beliefs(score, excess)
 
 
 def _without(score: Array, ruled_out: Iterable[int]) -> Array:

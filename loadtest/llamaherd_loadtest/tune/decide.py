@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from llamaherd_loadtest.tune.beliefs import Judgement
 from llamaherd_loadtest.tune.evidence import Noise, Record
+from llamaherd_loadtest.tune.objective import TOKENS, Objective
 from llamaherd_loadtest.tune.settings import LLAMA_CPP_DEFAULTS, key
 
 MIN_GAIN = math.log(1.02)  # smaller gains are not worth a change
@@ -17,10 +18,10 @@ _ERROR = 0.025  # the chance of a change for nothing, shared by all finalists
 
 
 class Contender(Struct, frozen=True):
-    """A setting that was confirmed: its record, its believed log throughput, and whether it keeps the limits."""
+    """A setting that was confirmed: its record, its believed log score, and whether it keeps the limits."""
 
     record: Record
-    log_speed: float
+    log_score: float
     judgement: Judgement
 
 
@@ -35,18 +36,15 @@ class Choice(Struct, frozen=True, kw_only=True):
 
 
 class _Comparison(Struct, frozen=True):
-    """A finalist beside the current settings, in logarithms of throughput; of confirming windows alone."""
+    """A finalist beside the current settings, in logarithms of the score; of confirming windows alone."""
 
     contender: Contender
     gain: float
     margin: float
 
-    def __str__(self) -> str:
-        return f"{math.expm1(self.gain):+.0%} ± {math.expm1(self.margin):.0%}"
 
-
-def choose(current: Contender, finalists: Sequence[Contender], noise: Noise) -> Choice:
-    """Choose among the confirmed finalists and the current settings, given the noise of throughput.
+def choose(current: Contender, finalists: Sequence[Contender], noise: Noise, objective: Objective = TOKENS) -> Choice:
+    """Choose among the confirmed finalists and the current settings, given the noise of the score.
 
     A finalist must keep every limit beyond the noise, and beat the current settings beyond it; where those miss a
     limit, keeping them is enough. Ties go to the larger context per slot, then to the fewer non-default settings.
@@ -57,9 +55,9 @@ def choose(current: Contender, finalists: Sequence[Contender], noise: Noise) -> 
     ]
     clear = [c for c in passing if rescue or c.gain - c.margin > MIN_GAIN]
     if not clear:
-        return Choice(record=current.record, change=False, reason=_why_keep(finalists, passing))
-    fastest = max(c.contender.log_speed for c in clear)
-    best = min((c for c in clear if fastest - c.contender.log_speed < _TIE), key=_preference)
+        return Choice(record=current.record, change=False, reason=_why_keep(finalists, passing, objective))
+    fastest = max(c.contender.log_score for c in clear)
+    best = min((c for c in clear if fastest - c.contender.log_score < _TIE), key=_preference)
     return Choice(
         record=best.contender.record,
         change=True,
@@ -72,7 +70,7 @@ def choose(current: Contender, finalists: Sequence[Contender], noise: Noise) -> 
 def _compare(contender: Contender, current: Contender, noise: Noise, confidence: float) -> _Comparison:
     ours, theirs = contender.record, current.record
     weight = 1 / len(ours.windows) + 1 / len(theirs.windows)
-    return _Comparison(contender, ours.log_speed - theirs.log_speed, noise.margin(confidence, weight))
+    return _Comparison(contender, ours.log_score - theirs.log_score, noise.margin(confidence, weight))
 
 
 def _preference(comparison: _Comparison) -> tuple[float, int, str]:
@@ -82,9 +80,11 @@ def _preference(comparison: _Comparison) -> tuple[float, int, str]:
     return -float(context), changed, key(settings)
 
 
-def _why_keep(finalists: Sequence[Contender], passing: Sequence[_Comparison]) -> str:
+def _why_keep(finalists: Sequence[Contender], passing: Sequence[_Comparison], objective: Objective) -> str:
     if not finalists:
         return "no other settings could be measured"
     if not passing:
         return "no other settings keep the limits beyond the noise"
-    return f"the best other settings measured {max(passing, key=lambda c: c.gain)}, which is no clear gain"
+    best = max(passing, key=lambda c: c.gain)
+    gain = objective.in_words(math.expm1(best.gain), math.expm1(best.margin))
+    return f"the best other settings measured {gain}, which is no clear gain"

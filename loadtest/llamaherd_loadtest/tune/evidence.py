@@ -16,15 +16,26 @@ from llamaherd_loadtest.limits import Limit
 from llamaherd_loadtest.tune.settings import Settings
 
 _PRIOR_WINDOWS = 4
-_PRIOR_SPEED_NOISE = 0.10
+_PRIOR_SCORE_NOISE = 0.10
 _PRIOR_LATENCY_NOISE = 0.15
 MAX_ERROR_SHARE = 0.01
 
 
 class Load(Struct, frozen=True):
-    """How a window is loaded: a closed loop of `concurrency` requests in flight, or as many as there are slots at 0."""
+    """How a window is loaded: by `rate` arrivals a second (Poisson, an open loop) where that is given, otherwise by a
+    closed loop of `concurrency` requests in flight, at 0 as many as there are slots."""
 
     concurrency: int = 0
+    rate: float = 0.0
+
+    def __str__(self) -> str:
+        if self.rate:
+            return f"{self.rate:g} requests a second, arriving at random"
+        return (
+            f"{self.concurrency} requests in flight"
+            if self.concurrency
+            else "as many requests in flight as it has slots"
+        )
 
 
 SLOTS = Load()
@@ -40,7 +51,9 @@ class EngineSample(Struct, frozen=True):
 
 
 class Measurement(Struct, kw_only=True):
-    """One window with one setting: output tokens per second, each limit's observed figure in ms, raw latencies in ms.
+    """One window with one setting: throughputs, each limit's observed figure in ms, raw latencies in ms.
+
+    `score` is what the search makes as large as it can: see Objective.
 
     `fault` says why its figures do not count: "not launched: …", "failed: …" or "invalid: …". `took_s` is all the time
     that it cost, the change of settings and the warm-up included. `stalls` are, for each request, the second of the
@@ -50,7 +63,9 @@ class Measurement(Struct, kw_only=True):
     took_s: float
     concurrency: int = 0
     fault: str = ""
+    score: float = 0.0
     tokens_per_s: float = 0.0
+    requests_per_s: float = 0.0
     requests: int = 0
     errors: int = 0
     observed: dict[str, float] = field(default_factory=dict)
@@ -89,9 +104,9 @@ class Record(Struct):
         return [m for m in self.confirming or self.screening if not m.fault]
 
     @property
-    def log_speed(self) -> float:
-        """Mean logarithm of the throughput."""
-        return fmean(math.log(max(m.tokens_per_s, 1e-9)) for m in self.windows)
+    def log_score(self) -> float:
+        """Mean logarithm of the score."""
+        return fmean(math.log(max(m.score, 1e-9)) for m in self.windows)
 
     @property
     def error_share(self) -> float:
@@ -116,9 +131,9 @@ class Noise(Struct, frozen=True):
         return student_t(confidence, self.freedom) * self.sigma * math.sqrt(weight)
 
 
-def speed_noise(records: Iterable[Record]) -> Noise:
-    """The noise of throughput."""
-    return _pooled(records, lambda m: m.tokens_per_s, _PRIOR_SPEED_NOISE)
+def score_noise(records: Iterable[Record]) -> Noise:
+    """The noise of the score."""
+    return _pooled(records, lambda m: m.score, _PRIOR_SCORE_NOISE)
 
 
 def limit_noise(records: Iterable[Record], limit: Limit) -> Noise:

@@ -13,6 +13,7 @@ from llamaherd_loadtest.client import ChatClient
 from llamaherd_loadtest.probe import ServerUnusable, calibrate
 from llamaherd_loadtest.report.write import write_report
 from llamaherd_loadtest.tune.applier import AdminApplier, Applier, EngineState, Refused
+from llamaherd_loadtest.tune.evidence import SLOTS
 from llamaherd_loadtest.tune.journal import Journal, ReplayBench
 from llamaherd_loadtest.tune.live import LiveBench
 from llamaherd_loadtest.tune.options import Options
@@ -47,10 +48,12 @@ def tune(options: Options) -> Verdict:
         workload=options.workload,
         calibration=calibrate(client, options.target, journal.seed),
         limits=options.limits,
+        objective=options.objective,
         samples_dir=options.out / "samples",
     )
     progress = Progress(launch)
-    capacity_s = _CAPACITY_SHARE * options.budget_s if options.limits and options.budget_s >= _CAPACITY_FROM_S else 0.0
+    climbs = options.limits and options.load == SLOTS and options.budget_s >= _CAPACITY_FROM_S
+    capacity_s = _CAPACITY_SHARE * options.budget_s if climbs else 0.0
 
     def on_step(step: Step) -> None:
         journal.record(step)
@@ -63,6 +66,8 @@ def tune(options: Options) -> Verdict:
         budget_s=options.budget_s - capacity_s,
         bench=ReplayBench(bench, journal.resumed),
         seed=journal.seed,
+        objective=options.objective,
+        load=options.load,
         on_step=on_step,
     )
     say(f"{len(launch)} settings to search, {len(pruned)} ruled out; windows of {search.window_s:.0f} s")
@@ -111,6 +116,8 @@ def _fingerprint(options: Options, found: EngineState, launch: list[Settings]) -
             found.build,
             msgspec.to_builtins(options.workload),
             msgspec.to_builtins(options.limits),
+            options.objective.name,
+            msgspec.to_builtins(options.load),
             options.budget_s,
             options.seed,
             launch,

@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from llamaherd_loadtest.arrivals import Arrivals
 from llamaherd_loadtest.client import ChatClient, Target, clock
-from llamaherd_loadtest.drive import Run, RunFailed, closed_loop
+from llamaherd_loadtest.drive import Run, RunFailed, closed_loop, open_loop
 from llamaherd_loadtest.limits import Limit, observe
 from llamaherd_loadtest.samples import OK, write_samples
 from llamaherd_loadtest.summary import counted, summarise
 from llamaherd_loadtest.tune.applier import Applier, Refused
 from llamaherd_loadtest.tune.evidence import SLOTS, EngineSample, Load, Measurement
+from llamaherd_loadtest.tune.objective import Objective
 from llamaherd_loadtest.tune.settings import Settings
 from llamaherd_loadtest.workload import Calibration, Prompts, Workload
 
 _ATTEMPTS = 2  # of a run that the client spoiled
+_WARM_UP = 0.2  # of an open loop's window
+_LEAST_ARRIVALS = 8
 
 
 class LiveBench:
-    """A closed loop with one client for each slot, unless told otherwise, so that no request waits for a slot."""
+    """Windows on a server. Where no load is given, each slot has one client, so that no request waits for a slot."""
 
     def __init__(
         self,
@@ -30,10 +34,12 @@ class LiveBench:
         workload: Workload,
         calibration: Calibration,
         limits: Sequence[Limit],
+        objective: Objective,
         samples_dir: Path,
     ) -> None:
         self._target, self._client, self._applier = target, client, applier
-        self._workload, self._calibration, self._limits = workload, calibration, limits
+        self._workload, self._calibration = workload, calibration
+        self._limits, self._objective = limits, objective
         self._samples_dir = samples_dir
 
     def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
@@ -44,7 +50,7 @@ class LiveBench:
         started = clock()
         try:
             self._applier.apply(settings)
-            measurement = self._load(load.concurrency or int(settings["parallel"]), window_s, seed)
+            measurement = self._load(load, int(settings["parallel"]), window_s, seed)
         except Refused as failure:
             measurement = self._fault(f"not launched: {failure}")
         except RunFailed as failure:
@@ -56,40 +62,56 @@ class LiveBench:
         self._applier.wait_ready()
         return Measurement(took_s=0.0, fault=why)
 
-    def _load(self, concurrency: int, window_s: float, seed: int) -> Measurement:
+    def _load(self, load: Load, slots: int, window_s: float, seed: int) -> Measurement:
+        concurrency = load.concurrency or slots
         for _ in range(_ATTEMPTS):
             prompts = Prompts(self._workload, model=self._target.model, seed=seed, calibration=self._calibration)
             watch = self._applier.watch()
             try:
-                run = closed_loop(
-                    self._target,
-                    self._client,
-                    prompts,
-                    concurrency=concurrency,
-                    window_s=window_s,
-                    warm_up_s=20 + 2 * window_s,
-                )
+                if load.rate:
+                    run = self._arrivals(load.rate, prompts, window_s, seed)
+                else:
+                    run = closed_loop(
+                        self._target,
+                        self._client,
+                        prompts,
+                        concurrency=concurrency,
+                        window_s=window_s,
+                        warm_up_s=20 + 2 * window_s,
+                    )
             finally:
                 engine = watch.stop()
             write_samples(self._samples_dir / f"{seed}.jsonl", run.samples)
             measurement = self._sum_up(run, engine)
-            measurement.concurrency = concurrency
+            measurement.concurrency = 0 if load.rate else concurrency
             if not measurement.fault:
                 break
         return measurement
+
+    def _arrivals(self, rate: float, prompts: Prompts, window_s: float, seed: int) -> Run:
+        """An open loop: a fifth of the window warms up, and what is in flight after it has as long as it was to end."""
+        warm_up_s = window_s * _WARM_UP
+        total = max(_LEAST_ARRIVALS, round(rate * (window_s + warm_up_s)))
+        offsets = Arrivals("poisson", rate, seed).offsets()
+        return open_loop(self._client, prompts, offsets, total=total, warm_up_s=warm_up_s, drain_s=window_s)
 
     def _sum_up(self, run: Run, engine: list[EngineSample]) -> Measurement:
         summary = summarise(run.samples, run.start, run.end, run.health)
         inside = counted(run.samples, run.start, run.end)
         ok = [s for s in inside if s.outcome == OK]
-        observed = {limit.name: observe(limit, inside) for limit in self._limits}
+        wanted = [*self._limits, *([self._objective.limit] if self._objective.limit else [])]
+        observed = {limit.name: observe(limit, inside) for limit in wanted}
         fault = f"invalid: {summary.fault}" if summary.fault else ""
         if not ok:
             fault = f"failed: no request ended within the window of {summary.window_s:.0f} s"
         return Measurement(
             took_s=0.0,
             fault=fault,
+            score=self._objective.score(
+                summary.output_tokens_per_s, summary.requests_per_s, observed.get(self._objective.name)
+            ),
             tokens_per_s=summary.output_tokens_per_s,
+            requests_per_s=summary.requests_per_s,
             requests=summary.requests,
             errors=sum(summary.errors.values()),
             observed={name: value for name, value in observed.items() if value is not None},

@@ -10,7 +10,9 @@ from pathlib import Path
 from msgspec import Struct
 
 from llamaherd_loadtest.client import Target
-from llamaherd_loadtest.limits import Limit, parse_limit
+from llamaherd_loadtest.limits import Limit, parse_limits
+from llamaherd_loadtest.tune.evidence import Load
+from llamaherd_loadtest.tune.objective import Objective, parse_load, parse_objective
 from llamaherd_loadtest.workload import Workload, load_workload, workload_names
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -24,6 +26,8 @@ class Options(Struct, frozen=True, kw_only=True):
     admin_key: str
     workload: Workload
     limits: list[Limit]
+    objective: Objective
+    load: Load
     space: list[str]
     budget_s: float
     seed: int | None
@@ -34,12 +38,15 @@ class Options(Struct, frozen=True, kw_only=True):
 def parse(arguments: Sequence[str]) -> Options:
     """Read the command line. Raises ValueError where a value makes no sense, SystemExit as argparse does."""
     args = _parser().parse_args(arguments)
+    load = parse_load(args.load)
     return Options(
         target=Target(url=args.url, model=args.model, key=_secret(args.key_file), ca=args.ca),
         admin_url=args.admin_url or args.url,
         admin_key=_secret(args.admin_key_file or args.key_file),
         workload=load_workload(args.workload),
-        limits=[parse_limit(text) for text in args.limit],
+        limits=[limit for text in args.limit for limit in parse_limits(text)],
+        objective=parse_objective(args.objective, load),
+        load=load,
         space=args.space,
         budget_s=_seconds(args.budget),
         seed=args.seed,
@@ -51,7 +58,7 @@ def parse(arguments: Sequence[str]) -> Options:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llamaherd_loadtest.tune",
-        description="Find the engine settings with the highest throughput within latency limits, by measuring.",
+        description="Find the engine settings with the highest throughput, or the lowest latency, by measuring.",
     )
     add = parser.add_argument
     add("--url", required=True, help="where to send the load, as clients would")
@@ -61,7 +68,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--admin-key-file", type=Path, help="file that holds an admin key; --key-file if not given")
     add("--model", required=True, help="the model's name")
     add("--workload", default="chat", help=f"a .yml file, or one of {', '.join(workload_names())}")
-    add("--limit", action="append", default=[], metavar="NAME=VALUE", help="such as ttft_p95=2s; may be repeated")
+    add(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="such as ttft_p95=2s or mlperf-llama2-70b; may be repeated",
+    )
+    add("--objective", default="tokens", help="the highest tokens or requests a second, or the lowest, say, e2e_p95")
+    add(
+        "--load",
+        default="",
+        metavar="N or R/s",
+        help="requests in flight, or arrivals a second; the slots if not given",
+    )
     add("--space", action="append", default=[], metavar="KNOB=V,V", help="values to try; may be repeated")
     add("--budget", default="15m", help="time for the whole search: 180s, 15m, 1h")
     add("--seed", type=int, help="of prompts and search order; a new one each time if not given")

@@ -16,7 +16,8 @@ from llamaherd_loadtest.limits import Limit
 from llamaherd_loadtest.tune.beliefs import Beliefs, Judgement, believe
 from llamaherd_loadtest.tune.capacity import Capacity, find_capacity, judge, settle
 from llamaherd_loadtest.tune.decide import Choice, Contender, choose
-from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement, Record, limit_noise, speed_noise
+from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement, Record, limit_noise, score_noise
+from llamaherd_loadtest.tune.objective import TOKENS, Objective
 from llamaherd_loadtest.tune.settings import Settings, label
 from llamaherd_loadtest.tune.surrogate import Grid
 
@@ -56,11 +57,16 @@ class Search:
         budget_s: float,
         bench: Bench,
         seed: int,
+        objective: Objective = TOKENS,
+        load: Load = SLOTS,
         on_step: Callable[[Step], None] = lambda _: None,
     ) -> None:
-        """The first of `candidates` are the current settings; the first `always` are never left out."""
+        """The first of `candidates` are the current settings; the first `always` are never left out.
+
+        All windows but those of `capacity` are under `load`.
+        """
         self.records = [Record(settings) for settings in candidates]
-        self.limits = limits
+        self.limits, self.objective, self.load = limits, objective, load
         self.spent_s = 0.0
         self.steps = 0
         self._grid = Grid(candidates)
@@ -116,10 +122,10 @@ class Search:
             return Choice(record=current, change=False, reason=current.fault or "there was no time to confirm another")
         beliefs = self.beliefs()
         contenders = [
-            Contender(self.records[row], float(beliefs.speed.mean[row]), beliefs.judge(row, self.records[row])[0])
+            Contender(self.records[row], float(beliefs.score.mean[row]), beliefs.judge(row, self.records[row])[0])
             for row in confirmed
         ]
-        choice = choose(contenders[0], contenders[1:], speed_noise(self.records))
+        choice = choose(contenders[0], contenders[1:], score_noise(self.records), self.objective)
         nearest = beliefs.nearest_miss(row for row, r in enumerate(self.records) if r.figures and not r.fault)
         if choice.change or nearest is None:
             return choice
@@ -141,10 +147,10 @@ class Search:
 
     def _measure(self, phase: Phase, row: int) -> None:
         record = self.records[row]
-        measurement = self._window(phase, record.settings, self._budget_s)
+        measurement = self._window(phase, record.settings, self._budget_s, self.load)
         (record.screening if phase == "screen" else record.confirming).append(measurement)
 
-    def _window(self, phase: Phase, settings: Settings, until_s: float, load: Load = SLOTS) -> Measurement:
+    def _window(self, phase: Phase, settings: Settings, until_s: float, load: Load) -> Measurement:
         self.steps += 1
         measurement = self._bench.measure(settings, self.window_s, self._seed * 1000 + self.steps, load)
         self.spent_s += measurement.took_s

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import geometric_mean
 
 from msgspec import Struct, field
 
 from llamaherd_loadtest.quantiles import estimate
 from llamaherd_loadtest.tune.beliefs import Judgement
 from llamaherd_loadtest.tune.decide import Choice
-from llamaherd_loadtest.tune.evidence import Record
+from llamaherd_loadtest.tune.evidence import SLOTS, Record
+from llamaherd_loadtest.tune.objective import Objective
 from llamaherd_loadtest.tune.search import Search
 from llamaherd_loadtest.tune.settings import Settings, difference, key, label
 from llamaherd_loadtest.tune.space import Pruned, knobs
@@ -19,10 +21,14 @@ SCHEMA = "llamaherd.verdict/1"
 
 
 class Row(Struct, kw_only=True):
-    """One setting. Latencies are milliseconds over all requests of its windows; `resolved`: enough for an interval."""
+    """One setting. Latencies are milliseconds over all requests of its windows; `resolved`: enough for an interval.
+
+    `score` is what the objective makes of it.
+    """
 
     label: str
     settings: Settings
+    score: float = 0.0
     output_tokens_per_s: float | None = None
     ttft_p95_ms: float | None = None
     tpot_p95_ms: float | None = None
@@ -44,6 +50,8 @@ class Verdict(Struct, kw_only=True):
     verdict: str
     sentence: str
     partial: bool = False
+    objective: str = "tokens"
+    load: str = str(SLOTS)
     capacity: str = ""
     current: Settings
     chosen: Settings
@@ -59,20 +67,22 @@ def make_verdict(search: Search, choice: Choice | None, pruned: Sequence[Pruned]
     chosen = choice.record.settings if choice else current
     return Verdict(
         verdict="change" if choice and choice.change else "keep",
-        sentence=_sentence(choice, current),
+        sentence=_sentence(choice, current, search.objective),
         partial=choice is None,
+        objective=search.objective.name,
+        load=str(search.load),
         current=current,
         chosen=chosen,
         table=_table(search, chosen, pruned),
     )
 
 
-def _sentence(choice: Choice | None, current: Settings) -> str:
+def _sentence(choice: Choice | None, current: Settings, objective: Objective) -> str:
     if choice is None:
         return f"Keep {label(current)}: the search was interrupted."
     if not choice.change:
         return f"Keep {label(current)}: {choice.reason}."
-    gain = f"{choice.gain:+.0%} ± {choice.margin:.0%} output tokens/s"
+    gain = objective.in_words(choice.gain, choice.margin)
     return f"Change {difference(current, choice.record.settings)}: {gain}, within all limits; {choice.reason}."
 
 
@@ -80,7 +90,7 @@ def _table(search: Search, chosen: Settings, pruned: Sequence[Pruned]) -> list[R
     """All settings that were measured, the confirmed first and then by throughput; then those never launched."""
     named = knobs([r.settings for r in search.records])
     rows = [_row(search, i, record, chosen, named) for i, record in enumerate(search.records) if record.all_windows]
-    rows.sort(key=lambda row: (not row.confirmed, -(row.output_tokens_per_s or 0)))
+    rows.sort(key=lambda row: (not row.confirmed, -row.score))
     return rows + [
         Row(label=label(p.settings, named), settings=p.settings, verdict=f"not launched: {p.why}") for p in pruned
     ]
@@ -93,7 +103,8 @@ def _row(search: Search, index: int, record: Record, chosen: Settings, named: tu
         return row
     ttft = sorted(v for m in record.windows for v in m.ttft_ms)
     tpot = sorted(v for m in record.windows for v in m.tpot_ms)
-    row.output_tokens_per_s = math.exp(record.log_speed)
+    row.output_tokens_per_s = geometric_mean(max(m.tokens_per_s, 1e-9) for m in record.windows)
+    row.score = math.exp(record.log_score)
     row.requests, row.errors = sum(m.requests for m in record.windows), sum(m.errors for m in record.windows)
     row.windows, row.confirmed = len(record.windows), bool(record.confirming)
     if ttft:

@@ -1,0 +1,64 @@
+"""What a search makes better: throughput at full slots, or a latency at a given load."""
+
+from __future__ import annotations
+
+import re
+
+from msgspec import Struct
+
+from llamaherd_loadtest.limits import METRICS, Limit, parse_limit
+from llamaherd_loadtest.tune.evidence import SLOTS, Load
+
+_THROUGHPUTS = {"tokens": "output tokens/s", "requests": "requests/s"}
+
+
+class Objective(Struct, frozen=True):
+    """A throughput, the higher the better; or the latency of `limit`, the lower the better."""
+
+    name: str = "tokens"
+    limit: Limit | None = None
+
+    def score(self, tokens_per_s: float, requests_per_s: float, latency_ms: float | None) -> float:
+        """More is better: a throughput, or 1000 over a latency in ms (0 where no request had one)."""
+        if self.limit is not None:
+            return 1000 / latency_ms if latency_ms else 0.0
+        return requests_per_s if self.name == "requests" else tokens_per_s
+
+    def in_words(self, gain: float, margin: float) -> str:
+        """A gain of the score and its half interval, both shares: "+12% ± 3% output tokens/s", "ttft_p95 -11% ± 3%"."""
+        if self.limit is None:
+            return f"{gain:+.0%} ± {margin:.0%} {_THROUGHPUTS[self.name]}"
+        return f"{self.name} {1 / (1 + gain) - 1:+.0%} ± {margin / (1 + gain):.0%}"
+
+
+TOKENS = Objective()
+
+
+def parse_objective(name: str, load: Load) -> Objective:
+    """Read `tokens`, `requests` or a latency such as `ttft_p95`. Raises ValueError, also where `load` cannot be."""
+    if name in _THROUGHPUTS:
+        if load.rate:
+            raise ValueError(
+                f"at a load of {load.rate:g}/s the throughput is given: search for a latency, such as e2e_p95"
+            )
+        return Objective(name)
+    try:
+        limit = parse_limit(f"{name}=1s")
+    except ValueError:
+        some = ", ".join(f"{metric}_p95" for metric in METRICS)
+        raise ValueError(
+            f"objective {name!r} is not understood: write tokens, requests, or a latency ({some} …)"
+        ) from None
+    if load == SLOTS:
+        raise ValueError(f"objective {name} needs a load: --load 4 (requests in flight) or --load 2/s (arrivals)")
+    return Objective(name, limit)
+
+
+def parse_load(text: str) -> Load:
+    """Read requests in flight (`4`) or arrivals (`2/s`); as many as there are slots where empty. Raises ValueError."""
+    if not text:
+        return SLOTS
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)/s|(\d+)", text.strip())
+    if match is None or not float(match[1] or match[2]):
+        raise ValueError(f"load {text!r} is not understood: write for example 4 (requests in flight) or 2/s (arrivals)")
+    return Load(rate=float(match[1])) if match[1] else Load(int(match[2]))
