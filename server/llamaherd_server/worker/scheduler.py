@@ -33,6 +33,7 @@ class Scheduler:
         self._events: list[Started | Delta | Finished | Failed] = []
         self._step = self._preemptions = self._cached = self._prompt = 0
         self._token_s = 0.0
+        self._prompts_turn = False
         self.attach(backend)
 
     @property
@@ -74,7 +75,7 @@ class Scheduler:
         self._kv = KvCache(backend)
 
     def step(self) -> Step:
-        """One turn: at most one new token for each running sequence, with split KV two for one that begins."""
+        """One turn: at most one new token for each running sequence."""
         watch = Stopwatch()
         self._step += 1
         self._admit()
@@ -131,14 +132,18 @@ class Scheduler:
         """What goes into each of the step's batches.
 
         Split KV computes sequences side by side only where their slots are neighbours and as far as all have tokens, so
-        each prompt goes alone there, and then every sequence's one token, without gaps.
+        there a step of prompts, each alone, takes turns with one of every sequence's one token, without gaps.
         """
         if self._backend.settings.kv_unified:
             yield lambda: [*self._decoding(), *self._prompts(beside=len(self._decoding()))]
-        else:
-            for share in self._prompts(beside=0):
-                yield partial(_unless_parked, share)
+            return
+        prompts = self._prompts(beside=0)
+        self._prompts_turn = bool(prompts) and not (self._prompts_turn and self._decoding())
+        if not self._prompts_turn:
             yield self._decoding
+            return
+        for share in prompts:
+            yield partial(_unless_parked, share)
 
     def _decoding(self) -> list[Share]:
         return [(sequence, 1) for sequence in self.running if sequence.decoding]

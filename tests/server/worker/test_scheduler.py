@@ -182,13 +182,26 @@ def test_with_split_kv_prompts_and_single_tokens_go_in_batches_of_their_own() ->
     context = FakeContext(EngineSettings(parallel=3, batch=64, ubatch=16, kv_unified=False), 100)
     scheduler = Scheduler(context)
     for number in range(3):
-        scheduler.add(sequence(number, [number] * 10, 5))
+        scheduler.add(sequence(number, [number] * 8, 5))
         scheduler.step()
+    begun = scheduler.step()
     for shares in context.batches:
         counts = {count for _, count in shares}
         assert counts == {1} or len(shares) == 1
-    # A prompt that is done decodes in the same step, so that the slots of a batch are neighbours.
+    # Whoever has a first token decodes in the next step, so that the slots of a batch are neighbours.
     assert [one.slot for one, _ in context.batches[-1]] == [0, 1, 2]
+    assert len([event for event in begun.events if isinstance(event, Delta)]) == 3
+
+
+def test_with_split_kv_a_first_token_does_not_wait_for_the_others_next_one() -> None:
+    context = FakeContext(EngineSettings(parallel=2, batch=64, ubatch=16, kv_unified=False), 100)
+    scheduler = Scheduler(context)
+    scheduler.add(sequence(1, [1] * 10, 9))
+    scheduler.step()
+    scheduler.step()
+    scheduler.add(sequence(2, [2] * 10, 9))
+    told = [[event.id for event in scheduler.step().events if isinstance(event, Delta)] for _ in range(2)]
+    assert told == [[2], [1, 2]]
 
 
 @pytest.mark.parametrize("unified", [True, False])
