@@ -1,11 +1,12 @@
 """host_facts: what the roles must know of a host beyond Ansible's own facts, in one call.
 
-Sets ansible_facts.llamaherd: memory_bytes, libc (name and version), accelerator (cpu, cuda or metal),
+Sets ansible_facts.llamaherd: memory_bytes, libc (name and version), accelerator (cpu, cuda, metal or rocm),
 accelerator_reason, accelerator_memory_bytes (0 for cpu),
 gpus [{name, architecture, memory_bytes, driver}], cuda {driver, toolkit, nvcc}
 (the newest CUDA version that the driver knows, the version of the toolkit that is installed, and its nvcc; empty where
-there is none), listeners [{port, address, pid, command, unit}], free_bytes {path: bytes} for the `paths` given (of the
-nearest folder that exists), python (the version, as `major.minor`, of the `python` given; empty where there is none).
+there is none), rocm {root, compiler} (empty likewise), listeners [{port, address, pid, command, unit}], free_bytes
+{path: bytes} for the `paths` given (of the nearest folder that exists), python (the version, as `major.minor`, of the
+`python` given; empty where there is none).
 """
 
 from __future__ import annotations
@@ -50,7 +51,14 @@ def accelerator() -> dict[str, Any]:
             "accelerator_reason": f"an NVIDIA device ({sorted(devices)[0]})",
             "accelerator_memory_bytes": sum(gpu["memory_bytes"] for gpu in gpus()),
         }
-    reason = "no NVIDIA device in /proc/driver/nvidia or /dev, and no Apple silicon"
+    if Path("/dev/kfd").exists() and rocm()["root"]:
+        memory = map(_read, map(str, Path("/sys/class/drm").glob("card*/device/mem_info_vram_total")))
+        return {
+            "accelerator": "rocm",
+            "accelerator_reason": "an AMD device (/dev/kfd) and ROCm",
+            "accelerator_memory_bytes": sum(map(int, memory)),
+        }
+    reason = "no NVIDIA device in /proc/driver/nvidia or /dev, no AMD device with ROCm, and no Apple silicon"
     return {"accelerator": "cpu", "accelerator_reason": reason, "accelerator_memory_bytes": 0}
 
 
@@ -75,6 +83,13 @@ def cuda() -> dict[str, str]:
         "toolkit": _version(r"release (\d+\.\d+)", _output(nvcc, "--version")) if nvcc else "",
         "nvcc": nvcc,
     }
+
+
+def rocm() -> dict[str, str]:
+    """Where ROCm is and its C++ compiler, as hipconfig tells them; empty where there is none."""
+    hipconfig = shutil.which("hipconfig") or "/opt/rocm/bin/hipconfig"
+    root, programs = _output(hipconfig, "--rocmpath").strip(), _output(hipconfig, "--hipclangpath").strip()
+    return {"root": root, "compiler": f"{programs}/clang++" if programs else ""}
 
 
 def _version(pattern: str, text: str) -> str:
@@ -149,6 +164,7 @@ def main() -> None:
         **accelerator(),
         "gpus": gpus(),
         "cuda": cuda(),
+        "rocm": rocm(),
         "python": _version(r"Python (\d+\.\d+)", _output(module.params["python"], "--version")),
         "listeners": listeners(),
     }

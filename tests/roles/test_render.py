@@ -7,7 +7,9 @@ import hashlib
 import json
 import plistlib
 import re
+import shutil
 import stat
+import subprocess
 import tomllib
 
 import pytest
@@ -83,15 +85,36 @@ def test_what_does_not_matter_to_a_build_is_the_same_release(render: Render, deb
     assert same.decided["build_key"] == debian.decided["build_key"]
 
 
-def test_the_units_sandbox_opens_for_nvidia_only(rendered: Rendered) -> None:
+DEVICES = {
+    "cuda": ["/dev/nvidiactl", "char-nvidia", "char-nvidia-frontend", "char-nvidia-uvm", "char-nvidia-caps"],
+    "rocm": ["char-kfd", "char-drm"],
+}
+
+
+def test_the_units_sandbox_opens_for_the_accelerator_only(rendered: Rendered) -> None:
     unit = rendered.text("llamaherd-server.service")
-    if rendered.decided["accelerator"] == "cuda":
-        for device in ("/dev/nvidiactl", "char-nvidia", "char-nvidia-frontend", "char-nvidia-uvm"):
-            assert f"DeviceAllow={device} rw\n" in unit
-    else:
-        assert "DeviceAllow" not in unit
-        assert "PrivateDevices=yes\n" in unit
-        assert "MemoryDenyWriteExecute=yes\n" in unit
+    devices = DEVICES.get(rendered.decided["accelerator"], [])
+    assert re.findall(r"^DeviceAllow=(\S+) rw$", unit, re.MULTILINE) == devices
+    for setting in ("PrivateDevices=yes\n", "MemoryDenyWriteExecute=yes\n"):
+        assert (setting in unit) == (not devices)
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd itself judges")
+@pytest.mark.parametrize(("host", "most"), [("debian12", 1.5), ("cuda", 2.5), ("rocm", 2.5)])
+def test_what_systemd_thinks_of_the_sandbox(render: Render, host: str, most: float) -> None:
+    unit = render(host).folder / "llamaherd-server.service"
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)]
+    verdict = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    exposure = re.search(r"exposure level for llamaherd-server\.service: (\d+\.\d+)", verdict)
+    assert exposure, verdict
+    assert 0 < float(exposure[1]) <= most
+
+
+def test_limits_reach_the_unit(render: Render) -> None:
+    limits = {"memory_max": "20G", "cpu_quota": "400%", "nice": 5}
+    unit = render("debian12", **{f"llamaherd_server_{name}": value for name, value in limits.items()})
+    text = unit.text("llamaherd-server.service")
+    assert all(line in text for line in ("MemoryMax=20G\n", "CPUQuota=400%\n", "Nice=5\n"))
 
 
 def test_stopping_waits_longer_than_draining(render: Render) -> None:
