@@ -101,13 +101,22 @@ def _keys_file(config: Path) -> Path:
 def _engine(settings: Settings) -> Engine:
     model, engine, heartbeat_s = settings.model, settings.engine, settings.limits.heartbeat_timeout_s
     if engine.kind == "embedded":
-        return EmbeddedEngine(model.path, model.gpu_layers, engine.settings, heartbeat_timeout_s=heartbeat_s)
+        return EmbeddedEngine(
+            model.path,
+            model.gpu_layers,
+            engine.settings,
+            chat_template=model.chat_template,
+            lora=model.adapters(),
+            heartbeat_timeout_s=heartbeat_s,
+        )
     return NativeEngine(
         engine.program(),
         model.path,
         model.gpu_layers,
         engine.settings,
         mmproj=model.mmproj,
+        chat_template=model.chat_template,
+        lora=model.adapters(),
         extra_args=engine.extra_args,
         heartbeat_timeout_s=heartbeat_s,
     )

@@ -74,12 +74,21 @@ class Sampling(Struct, frozen=True, kw_only=True):
     grammar: str | None = None  # GBNF with the root rule `root`
 
 
+class Adapter(Struct):
+    """A LoRA's GGUF, and how strongly it is applied."""
+
+    path: str
+    scale: float
+
+
 class WorkerConfig(Struct, kw_only=True):
-    """What a worker is started with, as JSON on its command line."""
+    """What a worker is started with, as JSON on its command line; `chat_template`: a file, before the GGUF's own."""
 
     path: str
     gpu_layers: int  # -1: all
     settings: EngineSettings
+    chat_template: str | None = None
+    lora: list[Adapter] = field(default_factory=list)
 
 
 class NativeConfig(Struct, kw_only=True):
@@ -90,6 +99,8 @@ class NativeConfig(Struct, kw_only=True):
     gpu_layers: int  # -1: all
     settings: EngineSettings
     mmproj: str | None = None
+    chat_template: str | None = None
+    lora: list[Adapter] = field(default_factory=list)
     extra_args: list[str] = field(default_factory=list)
 
 

@@ -21,7 +21,7 @@ from pydantic_settings import (
 from llamaherd_server.engine.flags import check_extra_args
 from llamaherd_server.engine_settings import merge
 from llamaherd_server.errors import nearest
-from llamaherd_server.protocol import EngineSettings
+from llamaherd_server.protocol import Adapter, EngineSettings
 
 
 class SettingsError(Exception):
@@ -69,14 +69,29 @@ ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
+class AdapterSettings(Section):
+    """A LoRA as GGUF, added to the weights `scale` times."""
+
+    path: ExistingFile
+    scale: float = 1.0
+
+
 class ModelSettings(Section):
-    """A model that is served. `gpu_layers` -1: all; `mmproj`: a multimodal projector, for llama-server."""
+    """A model that is served. `gpu_layers` -1: all; `mmproj`: a multimodal projector, for llama-server.
+
+    `chat_template`: a Jinja file that goes before the GGUF's own.
+    """
 
     name: ModelName
     aliases: list[ModelName] = []
     path: ExistingFile
     gpu_layers: int = Field(default=-1, ge=-1)
     mmproj: ExistingFile | None = None
+    chat_template: ExistingFile | None = None
+    lora: list[AdapterSettings] = []
+
+    def adapters(self) -> list[Adapter]:
+        return [Adapter(str(one.path), one.scale) for one in self.lora]
 
 
 class EngineSection(Section):

@@ -11,6 +11,7 @@ import shutil
 import stat
 import subprocess
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -150,6 +151,25 @@ def test_nginx_zones_are_in_http_and_streams_are_not_buffered(debian: Rendered) 
 def test_exempt_addresses_reach_nginx(render: Render) -> None:
     config = render("debian12", llamaherd_nginx_exempt=["10.20.0.0/16"]).text("nginx.conf")
     assert re.search(r"geo \$llamaherd_exempt \{\s+default 0;\s+10\.20\.0\.0/16 1;\s+\}", config)
+
+
+def test_what_is_a_models_own_reaches_the_server(render: Render, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages }}")
+    source = {"kind": "https", "url": "https://example.com/model.gguf"}
+    lora = {"name": "tone", "sha256": "b" * 64, "source": source, "scale": 0.5}
+    own = {"settings": {"ctx_per_slot": 1024}, "engine": "llama-server", "chat_template": str(template), "lora": [lora]}
+    model = {"name": "smollm2-135m-instruct", "sha256": "a" * 64, "source": source, **own}
+    found = render("debian12", llamaherd_models=[model], llamaherd_settings={"parallel": 2, "ctx_per_slot": 4096})
+    store = found.state_dir / "models"
+    expected = store / f"{hashlib.sha256(template.read_bytes()).hexdigest()[:12]}.jinja"
+    for path in (expected, store / f"{'b' * 64}.gguf"):
+        path.touch()
+    loaded = settings.load(found.folder / "server.toml")
+    assert loaded.engine.kind == "llama-server"
+    assert loaded.engine.settings == EngineSettings(parallel=2, ctx_per_slot=1024)
+    assert loaded.model.chat_template == expected
+    assert [(one.path, one.scale) for one in loaded.model.lora] == [(store / f"{'b' * 64}.gguf", 0.5)]
 
 
 def test_the_native_engine_is_one_variable(render: Render) -> None:

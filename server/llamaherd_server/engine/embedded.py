@@ -14,6 +14,7 @@ import msgspec
 from llamaherd_server.engine.base import EngineError, EngineStatus, Event
 from llamaherd_server.engine.supervisor import Supervisor
 from llamaherd_server.protocol import (
+    Adapter,
     Cancel,
     Delta,
     Detokenize,
@@ -67,11 +68,23 @@ class EmbeddedEngine:
     """Implements engine.base.Engine."""
 
     def __init__(
-        self, model_path: Path, gpu_layers: int, settings: EngineSettings, *, heartbeat_timeout_s: float = 120
+        self,
+        model_path: Path,
+        gpu_layers: int,
+        settings: EngineSettings,
+        *,
+        chat_template: Path | None = None,
+        lora: list[Adapter] | None = None,
+        heartbeat_timeout_s: float = 120,
     ) -> None:
-        self._path = model_path
-        self._gpu_layers = gpu_layers
         self._settings = settings
+        self._worker = WorkerConfig(
+            path=str(model_path),
+            gpu_layers=gpu_layers,
+            settings=settings,
+            chat_template=None if chat_template is None else str(chat_template),
+            lora=lora or [],
+        )
         self._model: ModelInfo | None = None
         self._stats: Stats | None = None
         self._load_s: float | None = None
@@ -163,9 +176,7 @@ class EmbeddedEngine:
     # --- questions and answers -----------------------------------------------------------------------------------
 
     def _config(self) -> bytes:
-        return msgspec.json.encode(
-            WorkerConfig(path=str(self._path), gpu_layers=self._gpu_layers, settings=self._settings)
-        )
+        return msgspec.json.encode(msgspec.structs.replace(self._worker, settings=self._settings))
 
     async def _answer(self, question: Question, kind: type[T]) -> T:
         call = self._ask(question)

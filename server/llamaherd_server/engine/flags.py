@@ -11,6 +11,7 @@ OWNED = frozenset(
     f"-{flag}"
     for line in (
         "m -model mu -model-url dr -docker-repo hf hfr -hf-repo hff -hf-file -models-dir -models-preset a -alias",
+        "-chat-template -chat-template-file -lora -lora-scaled",
         "mm -mmproj mmu -mmproj-url ngl -gpu-layers -n-gpu-layers fit -fit -offline",
         "-host -port -reuse-port -api-prefix -api-key -api-key-file -ssl-key-file -ssl-cert-file -threads-http",
         "c -ctx-size np -parallel b -batch-size ub -ubatch-size ctk -cache-type-k ctv -cache-type-v fa -flash-attn",
@@ -52,6 +53,10 @@ def flags(config: NativeConfig, socket: str) -> list[str]:
         arguments["--threads-batch"] = settings.threads_batch
     if config.mmproj:
         arguments["--mmproj"] = config.mmproj
+    if config.chat_template:
+        arguments["--chat-template-file"] = config.chat_template
+    if config.lora:
+        arguments["--lora-scaled"] = ",".join(f"{one.path}:{one.scale}" for one in config.lora)
     switches = ["--kv-unified" if settings.kv_unified else "--no-kv-unified", "--slots", "--no-ui", "--offline"]
     return [*(str(word) for pair in arguments.items() for word in pair), *switches, *config.extra_args]
 

@@ -21,6 +21,7 @@ from llamaherd_server.engine.base import EngineError, EngineStatus, Event
 from llamaherd_server.engine.native_process import NativeProcess
 from llamaherd_server.engine.supervisor import Supervisor
 from llamaherd_server.protocol import (
+    Adapter,
     Delta,
     Embed,
     Embedded,
@@ -56,6 +57,8 @@ class NativeEngine:
         settings: EngineSettings,
         *,
         mmproj: Path | None = None,
+        chat_template: Path | None = None,
+        lora: list[Adapter] | None = None,
         extra_args: list[str] | None = None,
         heartbeat_timeout_s: float = 120,
     ) -> None:
@@ -65,6 +68,8 @@ class NativeEngine:
             gpu_layers=gpu_layers,
             settings=settings,
             mmproj=None if mmproj is None else str(mmproj),
+            chat_template=None if chat_template is None else str(chat_template),
+            lora=lora or [],
             extra_args=extra_args or [],
         )
         self._heartbeat_timeout_s = heartbeat_timeout_s

@@ -125,6 +125,7 @@ def new_context(model: Model, settings: EngineSettings, **more: Any) -> Any:
     context = model.lib.llama_init_from_model(model.handle, params)
     if not context:
         raise DoesNotFit(f"llama.cpp cannot build this context: {model.log.last_error}")
+    model.adapt(context)
     return context
 
 

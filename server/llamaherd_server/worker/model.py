@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llamaherd_server.protocol import ModelInfo, Pooling
+from llamaherd_server.protocol import ModelInfo, Pooling, WorkerConfig
 from llamaherd_server.worker.lib import Log
 
 MAGIC = b"GGUF"
@@ -24,7 +24,8 @@ class ModelError(Exception):
 class Model:
     """A loaded GGUF. `progress` is told how much has been loaded, 0 to 1. Raises ModelError."""
 
-    def __init__(self, lib: Any, log: Log, path: str, gpu_layers: int, progress: Callable[[float], None]) -> None:
+    def __init__(self, lib: Any, log: Log, config: WorkerConfig, progress: Callable[[float], None]) -> None:
+        path, gpu_layers = config.path, config.gpu_layers
         check_magic(path)
         self.lib = lib
         self.log = log
@@ -47,6 +48,8 @@ class Model:
         self.n_pooled = int((lib.llama_model_n_cls_out if self.ranks else lib.llama_model_n_embd_out)(self.handle))
         self.attends_backwards = self.meta(f"{self.meta('general.architecture')}.attention.causal") != "false"
         self.on_gpu = gpu_layers != 0 and bool(lib.llama_supports_gpu_offload())
+        self._template = Path(config.chat_template).read_text() if config.chat_template else None
+        self._adapters = [(self._adapter(one.path), one.scale) for one in config.lora]
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         data = text.encode()
@@ -100,6 +103,21 @@ class Model:
         self.lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
         return buffer.value.decode(errors="replace")
 
+    def adapt(self, context: Any) -> None:
+        """Apply the LoRAs that the model was configured with to `context`; raises ModelError."""
+        count = len(self._adapters)
+        handles = (self.lib.llama_adapter_lora_p_ctypes * count)(*(handle for handle, _ in self._adapters))
+        scales = (ctypes.c_float * count)(*(scale for _, scale in self._adapters))
+        if count and self.lib.llama_set_adapters_lora(context, handles, count, scales) != 0:
+            raise ModelError(f"the LoRAs cannot be applied: {self.log.last_error or 'llama.cpp does not say why'}")
+
+    def _adapter(self, path: str) -> Any:
+        check_magic(path)
+        handle = self.lib.llama_adapter_lora_init(self.handle, path.encode())
+        if not handle:
+            raise ModelError(f"{path} is no LoRA for this model: {self.log.last_error or 'llama.cpp does not say why'}")
+        return handle
+
     def info(self) -> ModelInfo:
         lib, handle = self.lib, self.handle
         description = ctypes.create_string_buffer(256)
@@ -117,7 +135,7 @@ class Model:
             bos_token=self._special(lib.llama_vocab_bos(self.vocab)),
             eos_token=self._special(lib.llama_vocab_eos(self.vocab)),
             eot_token=self._special(lib.llama_vocab_eot(self.vocab)),
-            chat_template=template.decode(errors="replace") if template else None,
+            chat_template=self._template or (template.decode(errors="replace") if template else None),
             pooling=POOLING_NAMES[self.pooling],
             fim=self._fim(),
             build=lib.llama_print_system_info().decode(errors="replace").strip(),

@@ -29,7 +29,7 @@ class Service:
         log = Log(lib)
         lib.llama_backend_init()
         self._channel = channel
-        self._model = Model(lib, log, config.path, config.gpu_layers, lambda done: channel.send(Loading(done)))
+        self._model = Model(lib, log, config, lambda done: channel.send(Loading(done)))
         self._interrupt = Interrupt(lib, log)
         self._context = Context(self._model, config.settings, self._interrupt)
         self._context.warm_up()

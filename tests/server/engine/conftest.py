@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest_asyncio
 
@@ -19,10 +20,10 @@ SETTINGS = EngineSettings(parallel=4, ctx_per_slot=512, batch=512, ubatch=128, t
 
 @asynccontextmanager
 async def running(
-    settings: EngineSettings = SETTINGS, heartbeat_timeout_s: float = 120, path: Path | None = None
+    settings: EngineSettings = SETTINGS, heartbeat_timeout_s: float = 120, path: Path | None = None, **more: Any
 ) -> AsyncIterator[EmbeddedEngine]:
     path = path or Path(required("LLAMAHERD_TEST_MODEL"))
-    engine = EmbeddedEngine(path, -1, settings, heartbeat_timeout_s=heartbeat_timeout_s)
+    engine = EmbeddedEngine(path, -1, settings, heartbeat_timeout_s=heartbeat_timeout_s, **more)
     await engine.start()
     try:
         yield engine

@@ -13,6 +13,22 @@ N_CTX = 64
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(mark + one for mark in ("▁", "") for one in string.ascii_lowercase)]
 
 
+def write_lora(path: Path, weight: str, n_in: int, n_out: int) -> Path:
+    """A LoRA of rank 1, with random weights, of a llama's tensor `weight`."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 1.0)
+    random = np.random.default_rng(1)
+    writer.add_tensor(f"{weight}.lora_a", random.normal(0, 1, (1, n_in)).astype(np.float32))
+    writer.add_tensor(f"{weight}.lora_b", random.normal(0, 1, (n_out, 1)).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def write_encoder(path: Path, pooling: gguf.PoolingType) -> Path:
     """A BERT of a few thousand weights whose tokens are letters."""
     writer = gguf.GGUFWriter(path, "bert")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -23,10 +23,8 @@ SETTINGS = [
 ]
 
 
-def command(settings: EngineSettings, gpu_layers: int = -1, mmproj: str | None = None) -> list[str]:
-    return flags(
-        NativeConfig(binary="", path="m.gguf", gpu_layers=gpu_layers, settings=settings, mmproj=mmproj), "s.sock"
-    )
+def command(settings: EngineSettings, gpu_layers: int = -1, **more: Any) -> list[str]:
+    return flags(NativeConfig(binary="", path="m.gguf", gpu_layers=gpu_layers, settings=settings, **more), "s.sock")
 
 
 def binary() -> str:
