@@ -32,6 +32,17 @@ class Run:
         return [line for line in self.output.splitlines() if line.startswith("[ERROR]:")]
 
 
+# What a deployment left on a host; systemd forgets a unit that has gone in its own time.
+LEFT = """
+for _ in 1 2 3 4 5; do systemctl list-units --all --plain --no-legend 'llamaherd*' | grep -q . || break; sleep 1; done
+ls -d /opt/llamaherd /etc/llamaherd /var/lib/llamaherd /run/llamaherd* /etc/systemd/system/llamaherd* \\
+  /etc/systemd/system/*/llamaherd* /etc/nginx/*llamaherd* /etc/nginx/*/*llamaherd* /etc/cron*/*llamaherd* 2>/dev/null
+grep llamaherd /etc/passwd /etc/group
+systemctl list-units --all --plain --no-legend 'llamaherd*'
+true
+"""
+
+
 class Herd:
     """The hosts of one inventory."""
 
@@ -121,3 +132,21 @@ def better(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [str(quantize), "--allow-requantize", os.environ["LLAMAHERD_TEST_MODEL"], str(path), "Q4_0"]
     subprocess.run(command, check=True, capture_output=True)
     return path
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
+    """Two fresh hosts, `t1` and `t2`."""
+    inventory = tmp_path_factory.mktemp("inventory") / "lab"
+    shutil.copytree(Path(__file__).parent / "inventory", inventory)
+    hosts = inventory / "hosts.yml"
+    text = hosts.read_text()
+    second = "        t2:\n          ansible_host: 198.18.0.22\n          llamaherd_lab_release: bookworm\n"
+    text = text.replace("      vars:\n        ansible_user", second + "      vars:\n        ansible_user", 1)
+    hosts.write_text(text.replace("        t1:\n      vars:", "        t1:\n        t2:\n      vars:"))
+    herd = Herd(inventory)
+    try:
+        herd.succeed("lab.yml")
+        yield herd
+    finally:
+        herd.succeed("lab.yml", "-e", "llamaherd_lab_state=absent")

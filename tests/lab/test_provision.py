@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,24 +16,6 @@ ROOT = "/opt/llamaherd/llama.cpp"
 SERVED = "/tmp/served/b1/llama-b1-bin-ubuntu-x64.tar.gz"
 # One CPU backend instead of thirteen: minutes less to compile.
 SHARED = {"llamaherd_llama_cpp_strategy": "shared", "llamaherd_llama_cpp_cmake_flags": ["-DGGML_CPU_ALL_VARIANTS=OFF"]}
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
-    """Two fresh hosts, `t1` and `t2`."""
-    inventory = tmp_path_factory.mktemp("inventory") / "lab"
-    shutil.copytree(Path(__file__).parent / "inventory", inventory)
-    hosts = inventory / "hosts.yml"
-    text = hosts.read_text()
-    second = "        t2:\n          ansible_host: 198.18.0.22\n          llamaherd_lab_release: bookworm\n"
-    text = text.replace("      vars:\n        ansible_user", second + "      vars:\n        ansible_user", 1)
-    hosts.write_text(text.replace("        t1:\n      vars:", "        t1:\n        t2:\n      vars:"))
-    herd = Herd(inventory)
-    try:
-        herd.succeed("lab.yml")
-        yield herd
-    finally:
-        herd.succeed("lab.yml", "-e", "llamaherd_lab_state=absent")
 
 
 def bring(herd: Herd, variables: Mapping[str, object], *arguments: str) -> Run:

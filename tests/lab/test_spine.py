@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.lab.conftest import Herd
+from tests.lab.conftest import LEFT, Herd
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
 
@@ -171,12 +171,4 @@ def test_adopt_prints_an_inventory_from_a_llama_server_unit(herd: Herd, tmp_path
 
 def test_reset_leaves_nothing_behind(herd: Herd) -> None:
     herd.succeed("reset.yml", "-e", '{"skip_confirmation": true}')
-    left = herd.sh(
-        "t1",
-        # systemd forgets a unit that has gone in its own time
-        "for _ in 1 2 3 4 5; do systemctl list-units --all --plain --no-legend 'llamaherd*' | grep -q . || break; "
-        "sleep 1; done; ls -d /opt/llamaherd /etc/llamaherd /var/lib/llamaherd /etc/systemd/system/llamaherd* "
-        "/etc/nginx/*/*llamaherd* 2>/dev/null || true; grep llamaherd /etc/passwd /etc/group || true; "
-        "systemctl list-units --all --plain --no-legend 'llamaherd*'",
-    )
-    assert left.strip() == ""
+    assert herd.sh("t1", LEFT).strip() == ""
