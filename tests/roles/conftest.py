@@ -47,7 +47,8 @@ def run_roles(folder: Path, host: str, variables: dict[str, Any]) -> subprocess.
     out = folder / "out"
     for path in (out, folder / "state/models"):
         path.mkdir(parents=True, exist_ok=True)
-    (folder / "state/models/smollm2-135m-instruct.gguf").touch()
+    for name in ("smollm2-135m-instruct", *(one["name"] for one in variables.get("llamaherd_models", ()))):
+        (folder / f"state/models/{name}.gguf").touch()
     variables = {
         "facts": HOSTS[host],
         **variables,

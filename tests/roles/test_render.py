@@ -175,3 +175,25 @@ def test_what_is_a_models_own_reaches_the_server(render: Render, tmp_path: Path)
 def test_the_native_engine_is_one_variable(render: Render) -> None:
     loaded = settings.load(render("debian12", llamaherd_engine="llama-server").folder / "server.toml")
     assert loaded.engine.kind == "llama-server"
+
+
+def test_several_models_are_one_servers(render: Render) -> None:
+    source = {"kind": "file", "path": "/m.gguf"}
+    entries = [
+        {"name": "chat", "aliases": ["default"], "settings": {"parallel": 2}},
+        {"name": "see", "engine": "llama-server", "mmproj": "eye", "gpu_layers": 7, "memory_share": 0.25},
+        {"name": "find", "engine": "llama-server", "extra_args": ["--embeddings", "--pooling", "mean"]},
+        {"name": "eye"},
+    ]
+    found = render(
+        "debian12",
+        llamaherd_models=[{**one, "sha256": "0" * 64, "source": source} for one in entries],
+        llamaherd_more_models=["see", "find"],
+        llamaherd_settings={"parallel": 6, "batch": 256, "ubatch": 128},
+    )
+    chat, see, find = settings.load(found.folder / "server.toml").models
+    assert (chat.name, chat.aliases, chat.gpu_layers) == ("chat", ["default"], -1)
+    assert (chat.engine.kind, chat.engine.settings.parallel, chat.engine.settings.batch) == ("embedded", 2, 256)
+    assert (see.engine.kind, see.engine.settings.parallel, see.gpu_layers) == ("llama-server", 6, 7)
+    assert see.mmproj == found.state_dir / "models/eye.gguf"
+    assert find.engine.extra_args == ["--embeddings", "--pooling", "mean"]

@@ -73,3 +73,50 @@ def test_the_log_tells_how_many_layers_are_on_a_gpu(filters: ModuleType) -> None
 
 def test_a_table_aligns_its_columns(filters: ModuleType) -> None:
     assert filters.table([["host", "slots"], ["gpu1.internal", 4]]) == ["host           slots", "gpu1.internal  4"]
+
+
+def entry(name: str, **more: object) -> dict[str, object]:
+    return {"name": name, "sha256": "0" * 64, "source": {"kind": "file", "path": "/m.gguf"}, **more}
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        pytest.param([entry("a"), entry("b", aliases=["c"])], [], id="all well"),
+        pytest.param([entry("a"), entry("b", aliases=["a"])], ["the name a is given to two"], id="a name twice"),
+        pytest.param(
+            [entry("a", mmproj="p")], ["a: mmproj needs the engine", "does not list its mmproj p"], id="mmproj"
+        ),
+        pytest.param([entry("a", extra_args=["-x"])], ["a: extra_args needs the engine llama-server"], id="extra_args"),
+        pytest.param([entry("a", extra_args=["-x"], engine="llama-server")], [], id="llama-server takes extra_args"),
+        pytest.param([entry("a", memory_share=0)], ["a: memory_share is 0"], id="no memory"),
+        pytest.param(
+            [entry("a", memory_share=0.6), entry("b", memory_share=0.6)], ["ask for 1.2"], id="too much memory"
+        ),
+        pytest.param([entry("a", memory_share=1), entry("b")], ["nothing is left"], id="no memory left"),
+        pytest.param([entry("a", sha256="x")], ["a: sha256 is 'x'"], id="no sha256"),
+        pytest.param([entry("a", source={"kind": "hf", "repo": "o/n"})], ["kind hf needs file"], id="no file"),
+    ],
+)
+def test_models_that_cannot_be_served(
+    filters: ModuleType, entries: list[dict[str, object]], expected: list[str]
+) -> None:
+    found = filters.model_mistakes(entries, [one["name"] for one in entries], "embedded")
+    assert len(found) == len(expected)
+    for line, part in zip(found, expected, strict=True):
+        assert part in line
+
+
+def test_a_name_that_is_not_listed_is_told_with_those_that_are(filters: ModuleType) -> None:
+    assert filters.model_mistakes([entry("a"), entry("b")], ["a", "nope"], "embedded") == [
+        "model nope is to be served, but llamaherd_models does not list it; it has a, b"
+    ]
+
+
+def test_what_an_entry_leaves_out_is_shared(filters: ModuleType) -> None:
+    models = [entry("a", settings={"parallel": 2}), entry("b", engine="llama-server", memory_share=0.5), entry("c")]
+    shared = {"engine": "embedded", "settings": {"parallel": 4, "batch": 8}, "tuned": {"parallel": 3}}
+    a, b, c = filters.served_models(models, ["a", "b", "c"], shared)
+    assert [one["settings"]["parallel"] for one in (a, b, c)] == [3, 4, 4]
+    assert [one["engine"] for one in (a, b, c)] == ["embedded", "llama-server", "embedded"]
+    assert [one["memory_share"] for one in (a, b, c)] == [0.25, 0.5, 0.25]

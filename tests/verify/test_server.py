@@ -39,6 +39,7 @@ HARDENING = {
     "UMask": "0077",
 }
 CPU_ONLY = {"PrivateDevices": "yes", "MemoryDenyWriteExecute": "yes"}
+PROGRAMS = {"embedded": "llamaherd_server.worker", "llama-server": "/bin/llama-server"}
 QUESTION = {"role": "user", "content": "Count from one to twenty in words."}
 
 
@@ -74,7 +75,8 @@ def test_what_systemd_thinks_of_the_sandbox(host: Host, promised: dict[str, Any]
 
 def test_processes_run_as_the_servers_user(host: Host, promised: dict[str, Any]) -> None:
     processes = host.process.filter(user=promised["user"])
-    assert any("llamaherd_server.worker" in process.args for process in processes)
+    for engine in promised["engines"]:
+        assert any(PROGRAMS[engine] in process.args for process in processes), engine
 
 
 def test_a_key_is_required(client: Client) -> None:
@@ -82,6 +84,11 @@ def test_a_key_is_required(client: Client) -> None:
         answer = client.request("POST", "/v1/chat/completions", {"messages": [QUESTION]}, key=key)
         assert answer.status == 401
         assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+def test_all_models_are_listed(client: Client, promised: dict[str, Any]) -> None:
+    listed = client.request("GET", "/v1/models").json()["data"]
+    assert [model["id"] for model in listed] == promised["served"]
 
 
 def test_a_completion_streams(host: Host, client: Client, promised: dict[str, Any]) -> None:
