@@ -99,7 +99,8 @@ def _keys_file(config: Path) -> Path:
 
 
 def _engine(settings: Settings) -> Engine:
-    model, engine, heartbeat_s = settings.model, settings.engine, settings.limits.heartbeat_timeout_s
+    model, engine, limits = settings.model, settings.engine, settings.limits
+    timeouts = {"heartbeat_timeout_s": limits.heartbeat_timeout_s, "load_timeout_s": limits.load_timeout_s}
     if engine.kind == "embedded":
         return EmbeddedEngine(
             model.path,
@@ -107,7 +108,7 @@ def _engine(settings: Settings) -> Engine:
             engine.settings,
             chat_template=model.chat_template,
             lora=model.adapters(),
-            heartbeat_timeout_s=heartbeat_s,
+            **timeouts,
         )
     return NativeEngine(
         engine.program(),
@@ -118,7 +119,7 @@ def _engine(settings: Settings) -> Engine:
         chat_template=model.chat_template,
         lora=model.adapters(),
         extra_args=engine.extra_args,
-        heartbeat_timeout_s=heartbeat_s,
+        **timeouts,
     )
 
 

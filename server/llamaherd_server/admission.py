@@ -31,11 +31,16 @@ _SMOOTHING = 0.1
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """A place in the queue and then in the engine. `cost` is the expected prompt and completion length in tokens."""
+    """A place in the queue and then in the engine. `cost` is the expected prompt and completion length in tokens.
+
+    `slots` of the engine are taken and given back together: a request that held some while it waited for more could
+    wait for another that does the same.
+    """
 
     key: Key
     cost: float
     admitted: asyncio.Future[None]
+    slots: int = 1
     started_at: float = math.nan
 
 
@@ -83,15 +88,16 @@ class Admission:
         self.limit = parallel + max(1, parallel // 4)
         self._dispatch()
 
-    def enter(self, key: Key, costs: list[float]) -> list[Ticket]:
+    def enter(self, key: Key, costs: list[float], slots: int = 1) -> list[Ticket]:
         """Queue one request a cost, all or none; raises the 429 when they do not fit. Pair each with `leave`.
 
-        In a full queue the key that fills most of it makes room: its newest request gets the 429. A request that is
-        larger than the queue in tokens is let into an empty one.
+        Each takes so many `slots` at once, or as many as its key may have. In a full queue the key that fills most of
+        it makes room: its newest request gets the 429. A request that is larger than the queue in tokens is let into an
+        empty one.
         """
-        if len(costs) > self._max_generations:
+        if (generations := len(costs) * slots) > self._max_generations:
             message = (
-                f"{len(costs)} generations in one request (prompts x n): at most {self._max_generations} are served"
+                f"{generations} generations in one request (prompts x n): at most {self._max_generations} are served"
             )
             raise ApiError(400, message, param="n", code="invalid_value")
         flow = self._flows.setdefault(key.name, _Flow())
@@ -107,7 +113,7 @@ class Admission:
             flow.since = now
             flow.finish = max(flow.finish, self._virtual)
         loop = asyncio.get_running_loop()
-        tickets = [Ticket(key, cost, loop.create_future()) for cost in costs]
+        tickets = [Ticket(key, cost, loop.create_future(), slots) for cost in costs]
         flow.waiting.extend(tickets)
         flow.cost += asked
         self.queued += len(tickets)
@@ -132,8 +138,8 @@ class Admission:
                 flow.waiting.remove(ticket)
                 self._unqueue(flow, ticket)
             return
-        flow.running -= 1
-        self.running -= 1
+        flow.running -= ticket.slots
+        self.running -= ticket.slots
         flow.finish += (tokens - ticket.cost) / ticket.key.priority
         self._service_s += _SMOOTHING * (self._clock() - ticket.started_at - self._service_s)
         self._dispatch()
@@ -145,13 +151,17 @@ class Admission:
             if not flows:
                 return
             flow = min(flows, key=lambda flow: flow.finish - (now - flow.since) * AGEING_TOKENS_PER_S)
+            slots = min(flow.waiting[0].slots, self._most(flow, now))
+            if flow.running + slots > self._most(flow, now) or self.running + slots > self.limit:
+                return  # none goes before it, or it would wait for ever
             ticket = flow.waiting.popleft()
+            ticket.slots = slots
             self._unqueue(flow, ticket)
             self._virtual = max(self._virtual, flow.finish)
             flow.finish = max(flow.finish, self._virtual) + ticket.cost / ticket.key.priority
             flow.since = ticket.started_at = now
-            flow.running += 1
-            self.running += 1
+            flow.running += slots
+            self.running += slots
             if not ticket.admitted.done():  # a caller that has gone will leave in a moment
                 ticket.admitted.set_result(None)
 

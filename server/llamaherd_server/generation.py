@@ -121,7 +121,9 @@ class Run:
                         if isinstance(event, Finished):
                             outcome = event.reason
         except Exception as error:
-            told = _late(serving.limits, whole=whole.expired()) if isinstance(error, TimeoutError) else _told(error)
+            told = (
+                late_error(serving.limits, whole=whole.expired()) if isinstance(error, TimeoutError) else _told(error)
+            )
             outcome = (told.code if isinstance(told, ApiError) else None) or "internal"
             self._events.put_nowait((index, told))
         finally:
@@ -139,7 +141,7 @@ def _told(error: Exception) -> Exception:
     return ApiError.of_engine(error) if isinstance(error, EngineError) else error
 
 
-def _late(limits: LimitSettings, *, whole: bool) -> ApiError:
+def late_error(limits: LimitSettings, *, whole: bool) -> ApiError:
     """For the end of a request's time, as a `whole` or until its first token."""
     if whole:
         code, message = "request_timeout", f"the request took longer than {limits.request_timeout_s:g} s"

@@ -61,6 +61,7 @@ class Meter:
                 self._usage.cached_tokens += event.cached_tokens
         else:
             self._usage.completion_tokens += event.completion_tokens - self._tokens
+            self._tokens = 0  # what is passed on as it is may be several generations
             self._metrics.finished(self._by, event, now)
 
     def ended(self, outcome: str) -> None:

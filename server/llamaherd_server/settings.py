@@ -160,6 +160,8 @@ class LimitSettings(Section):
     max_generations: int = Field(default=128, ge=1)
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
     drain_timeout_s: float = Field(default=30, ge=0)
+    # How long an engine may take from its start until it has computed a first token.
+    load_timeout_s: float = Field(default=900, gt=0)
     # Above the slowest step, which is a whole batch of prompt on this host.
     heartbeat_timeout_s: float = Field(default=120, gt=0)
 

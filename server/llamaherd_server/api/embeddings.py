@@ -16,6 +16,7 @@ from llamaherd_server.api.completions import as_prompts
 from llamaherd_server.api.fields import Body
 from llamaherd_server.api.state import state_of
 from llamaherd_server.errors import ApiError
+from llamaherd_server.generation import late_error
 from llamaherd_server.meter import Usage
 from llamaherd_server.protocol import Embed, Embedded
 
@@ -75,8 +76,7 @@ async def compute(request: Request, question: Embed) -> Embedded:
         finally:
             serving.embeddings.leave(ticket, usage.prompt_tokens)
     except TimeoutError:
-        message = f"the request took longer than {serving.limits.request_timeout_s:g} s"
-        raise ApiError(504, message, code="request_timeout", headers={"X-Should-Retry": "false"}) from None
+        raise late_error(serving.limits, whole=True) from None
     finally:
         serving.quotas.leave(key, usage.prompt_tokens)
     return answer

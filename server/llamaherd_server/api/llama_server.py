@@ -23,6 +23,7 @@ from llamaherd_server.api.state import AppState, choose_model, state_of
 from llamaherd_server.engine.base import EngineError
 from llamaherd_server.engine.native import NativeEngine
 from llamaherd_server.errors import ApiError
+from llamaherd_server.generation import late_error
 from llamaherd_server.meter import Meter, Usage
 from llamaherd_server.protocol import Delta, Finished, Sampling, Started
 
@@ -121,14 +122,24 @@ async def _passed_on(request: Request, path: str) -> Response:
     body = await _body(request)
     state.check_model(body.pop("model", None), request.state.key)
     streamed = bool(body.get("stream"))
+    limits = state.serving.limits
+    until = asyncio.get_running_loop().time() + limits.request_timeout_s
     async with AsyncExitStack() as stack:
-        meter = await stack.enter_async_context(_admitted(request, state, body))
-        response = await unless_gone(request.receive, stack.enter_async_context(state.engine.asked(path, body)))
+        meter = await stack.enter_async_context(_admitted(request, state, body, until))
+        # a stream's head comes with its first event, that of a whole answer with the last token
+        first = asyncio.timeout(limits.first_token_timeout_s if streamed else None)
+        try:
+            async with asyncio.timeout_at(until), first:
+                response = await unless_gone(request.receive, stack.enter_async_context(state.engine.asked(path, body)))
+                if not streamed:
+                    await unless_gone(request.receive, response.aread())
+        except TimeoutError:
+            raise late_error(limits, whole=not first.expired()) from None
         if streamed:
-            return _Relay(response, meter, stack.pop_all(), state.serving.limits.request_timeout_s)
-        async with asyncio.timeout(state.serving.limits.request_timeout_s):
-            await unless_gone(request.receive, response.aread())
-        _count(meter, response.json().get("timings"))
+            return _Relay(response, meter, stack.pop_all(), until)
+        answers = response.json()  # a list where there were several prompts
+        for one in answers if isinstance(answers, list) else [answers]:
+            _count(meter, one.get("timings"))
         return Response(response.content, media_type="application/json")
 
 
@@ -156,8 +167,8 @@ def _urls(value: Any) -> list[str]:
 
 
 @asynccontextmanager
-async def _admitted(request: Request, state: AppState, body: dict[str, Any]) -> AsyncIterator[Meter]:
-    """A place among the running requests, within the key's limits; counted at the end."""
+async def _admitted(request: Request, state: AppState, body: dict[str, Any], until: float) -> AsyncIterator[Meter]:
+    """A place among the running requests before `until`, within the key's limits; counted at the end."""
     serving, key = state.serving, request.state.key
     usage = Usage()
     request.state.log.follow(usage)
@@ -166,19 +177,20 @@ async def _admitted(request: Request, state: AppState, body: dict[str, Any]) -> 
     outcome = "cancelled"
     serving.quotas.enter(key)
     try:
-        tickets = serving.admission.enter(key, [len(await request.body()) / _CHARS_PER_TOKEN] * _generations(body))
+        generations = _generations(body)
+        cost = generations * len(await request.body()) / _CHARS_PER_TOKEN
+        [ticket] = serving.admission.enter(key, [cost], slots=generations)
         try:
-            for ticket in tickets:
+            async with asyncio.timeout_at(until):
                 await unless_gone(request.receive, serving.admission.admitted(ticket))
             meter.admitted()
             yield meter
             outcome = "stop"
         finally:
-            for ticket in tickets:
-                serving.admission.leave(ticket, meter.computed // len(tickets))
+            serving.admission.leave(ticket, meter.computed)
             meter.ended(outcome)
     except TimeoutError:
-        raise _too_late(serving.limits.request_timeout_s) from None
+        raise late_error(serving.limits, whole=True) from None
     finally:
         serving.quotas.leave(key, usage.prompt_tokens + usage.completion_tokens)
 
@@ -212,27 +224,22 @@ def _count(meter: Meter, timings: dict[str, Any] | None) -> None:
     )
 
 
-def _too_late(seconds: float) -> ApiError:
-    message = f"the request took longer than {seconds:g} s"
-    return ApiError(504, message, code="request_timeout", headers={"X-Should-Retry": "false"})
-
-
 class _Relay(Response):
     """llama-server's events as they come; ends its work when the client has gone."""
 
-    def __init__(self, source: httpx.Response, meter: Meter, stack: AsyncExitStack, timeout_s: float) -> None:
+    def __init__(self, source: httpx.Response, meter: Meter, stack: AsyncExitStack, until: float) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]
         self._source = source
         self._meter = meter
         self._stack = stack
-        self._timeout_s = timeout_s
+        self._until = until
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            async with self._stack, asyncio.timeout(self._timeout_s):
+            async with self._stack, asyncio.timeout_at(self._until):
                 await unless_gone(receive, self._send_all(send))
         except ClientDisconnect:
             scope["state"]["log"].client_gone = True

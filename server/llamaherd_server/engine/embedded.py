@@ -76,6 +76,7 @@ class EmbeddedEngine:
         chat_template: Path | None = None,
         lora: list[Adapter] | None = None,
         heartbeat_timeout_s: float = 120,
+        load_timeout_s: float = 900,
     ) -> None:
         self._settings = settings
         self._worker = WorkerConfig(
@@ -91,7 +92,7 @@ class EmbeddedEngine:
         self._listener: Callable[[Stats], None] = lambda _: None
         self._ids = itertools.count(1)
         self._open: dict[int, _Call] = {}
-        self._supervisor = Supervisor(self._config, self, heartbeat_timeout_s)
+        self._supervisor = Supervisor(self._config, self, heartbeat_timeout_s, load_timeout_s=load_timeout_s)
 
     async def start(self) -> None:
         await self._supervisor.start()

@@ -11,6 +11,7 @@ import json
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import msgspec
 
 from llamaherd_server.engine.base import EngineError, EngineStatus, Event
 from llamaherd_server.engine.native_process import NativeProcess
+from llamaherd_server.engine.native_room import check_room
 from llamaherd_server.engine.supervisor import Supervisor
 from llamaherd_server.protocol import (
     Adapter,
@@ -61,6 +63,7 @@ class NativeEngine:
         lora: list[Adapter] | None = None,
         extra_args: list[str] | None = None,
         heartbeat_timeout_s: float = 120,
+        load_timeout_s: float = 900,
     ) -> None:
         self._native = NativeConfig(
             binary=str(binary),
@@ -73,6 +76,7 @@ class NativeEngine:
             extra_args=extra_args or [],
         )
         self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._load_timeout_s = load_timeout_s
         self._model: ModelInfo | None = None
         self._stats: Stats | None = None
         self._load_s: float | None = None
@@ -84,6 +88,10 @@ class NativeEngine:
         self._retuning = asyncio.Lock()
 
     async def start(self) -> None:
+        await check_room(self._native)
+        await self._begin()
+
+    async def _begin(self) -> None:
         await self._supervisor.start()
         if self._supervisor.state == "failed":
             raise EngineError("internal", self._supervisor.last_error or "llama-server did not start")
@@ -143,9 +151,12 @@ class NativeEngine:
     async def retune(self, settings: EngineSettings) -> EngineSettings:
         """Start the binary again with other flags; where it does not come up, with the old ones.
 
-        New requests wait. Running ones get RETUNE_DRAIN_S to finish, then they fail with `engine_crashed`.
+        New requests wait. Running ones get RETUNE_DRAIN_S to finish, then they fail with `engine_crashed`. What has no
+        room in memory is refused before anything ends.
         """
         old = self._native
+        new = msgspec.structs.replace(old, settings=settings)
+        await check_room(new, beside=old)
         async with self._retuning:
             try:
                 async with asyncio.timeout(RETUNE_DRAIN_S):
@@ -154,7 +165,7 @@ class NativeEngine:
             except TimeoutError:
                 pass
             try:
-                await self._restart(msgspec.structs.replace(old, settings=settings))
+                await self._restart(new)
             except EngineError as error:
                 await self._restart(old)
                 raise EngineError("does_not_fit", f"llama-server does not start with that: {error.message}") from None
@@ -237,14 +248,15 @@ class NativeEngine:
             self._process = NativeProcess()
             return self._process
 
-        return Supervisor(lambda: msgspec.json.encode(self._native), self, self._heartbeat_timeout_s, new_process)
+        config = partial(msgspec.json.encode, self._native)
+        return Supervisor(config, self, self._heartbeat_timeout_s, new_process, self._load_timeout_s)
 
     async def _restart(self, config: NativeConfig) -> None:
+        self._native = config
         old, self._supervisor = self._supervisor, self._new_supervisor()
         self._supervisor.restarts = old.restarts
         await old.stop()
-        self._native = config
-        await self.start()
+        await self._begin()
 
     def _tell(self) -> None:
         self._changed.set()

@@ -56,7 +56,8 @@ class Supervisor:
     """`config` is asked for the worker's configuration before each start.
 
     A worker that is ready speaks once a second, and after every step: one that is silent for `heartbeat_timeout_s` is
-    wedged. One that says why it cannot load its model, or that never became ready at all, is not started again.
+    wedged, as is one that is not ready after `load_timeout_s`. One that says why it cannot load its model, or a first
+    one that never became ready, is not started again.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Supervisor:
         listener: Listener,
         heartbeat_timeout_s: float,
         new_process: Callable[[], Process] = WorkerProcess,
+        load_timeout_s: float = 900,
     ) -> None:
         self.state: EngineState = "loading"
         self.restarts = 0
@@ -72,6 +74,7 @@ class Supervisor:
         self._config = config
         self._listener = listener
         self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._load_timeout_s = load_timeout_s
         self._new_process = new_process
         self._process: Process | None = None
         self._task: asyncio.Task[None] | None = None
@@ -135,12 +138,15 @@ class Supervisor:
     async def _run_one(self) -> float:
         """A worker's life; for how many seconds it was ready."""
         process = self._new_process()
+        load_until = time.monotonic() + self._load_timeout_s
         await process.start(self._config())
         self._process = process
         refusal = silence = None
         ready_at = None
         try:
-            while message := await process.receive(None if ready_at is None else self._heartbeat_timeout_s):
+            while message := await process.receive(
+                load_until - time.monotonic() if ready_at is None else self._heartbeat_timeout_s
+            ):
                 if isinstance(message, Ready):
                     ready_at = time.monotonic()
                     self.state = "ready"
@@ -151,7 +157,11 @@ class Supervisor:
                 elif not isinstance(message, Loading):
                     self._listener.on_message(message)
         except TimeoutError:
-            silence = f"the engine did not speak for {self._heartbeat_timeout_s:g} s and was killed"
+            silence = (
+                f"the engine was not ready after {self._load_timeout_s:g} s (limits.load_timeout_s) and was killed"
+                if ready_at is None
+                else f"the engine did not speak for {self._heartbeat_timeout_s:g} s and was killed"
+            )
             process.kill()
         end = await process.ended()
         self.last_error = refusal or silence or end

@@ -22,15 +22,22 @@ class ModelError(Exception):
 
 
 class Model:
-    """A loaded GGUF. `progress` is told how much has been loaded, 0 to 1. Raises ModelError."""
+    """A loaded GGUF. `progress` is told how much has been loaded, 0 to 1. Raises ModelError.
 
-    def __init__(self, lib: Any, log: Log, config: WorkerConfig, progress: Callable[[float], None]) -> None:
+    Without `weights` it knows everything of the model, computes nothing and takes next to no memory.
+    """
+
+    def __init__(
+        self, lib: Any, log: Log, config: WorkerConfig, progress: Callable[[float], None], *, weights: bool = True
+    ) -> None:
         path, gpu_layers = config.path, config.gpu_layers
         check_magic(path)
         self.lib = lib
         self.log = log
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
+        if not weights:
+            params.no_alloc, params.load_mode = True, lib.LLAMA_LOAD_MODE_NONE
         params.progress_callback = report = lib.llama_progress_callback(_every_step(progress))
         self.handle = lib.llama_model_load_from_file(path.encode(), params)
         del report  # it had to live as long as the load

@@ -221,3 +221,31 @@ async def test_a_caller_that_has_gone_leaves_no_slot_behind() -> None:
     await asyncio.gather(waiting, return_exceptions=True)
     admission.leave(gone, 0)
     assert (admission.running, admission.queued) == (1, 0)
+
+
+async def test_a_request_of_several_slots_gets_them_together_or_none() -> None:
+    admission = queue(parallel=4)  # and one that waits in the engine
+    [first] = admission.enter(key("a"), [1.0], slots=3)
+    [second] = admission.enter(key("a"), [1.0], slots=3)
+    [third] = admission.enter(key("a"), [1.0])
+    assert running([first, second, third]) == [first]
+    admission.leave(first, 1)
+    assert running([second, third]) == [second, third]
+    assert admission.running == 4
+
+
+async def test_a_request_of_more_slots_than_there_are_runs_alone() -> None:
+    admission = queue(parallel=2)
+    [small] = admission.enter(key("a"), [1.0])
+    [large] = admission.enter(key("a"), [1.0], slots=9)
+    assert running([large]) == []
+    admission.leave(small, 1)
+    assert running([large]) == [large]
+    admission.leave(large, 1)
+    assert admission.running == 0
+
+
+async def test_requests_of_several_slots_never_wait_for_each_other() -> None:
+    admission = queue(parallel=4)
+    tickets = [admission.enter(key(name), [1.0], slots=3)[0] for name in "abcabc"]
+    assert sorted(order(admission, tickets)) == sorted("abcabc")

@@ -99,6 +99,16 @@ def test_its_own_completion_is_passed_on_and_counted(http: httpx.Client) -> None
     assert counted(http.get("/metrics").text) - counted(before) == 8
 
 
+def test_more_prompts_than_there_are_slots_are_answered(http: httpx.Client) -> None:
+    before = http.get("/metrics").text
+    prompts = ["One", "Two", "Three", "Four", "Five", "Six"]
+    body = {"prompt": prompts, "n_predict": 2, "temperature": 0}
+    assert [one["index"] for one in http.post("/completion", json=body).json()] == [0, 1, 2, 3, 4, 5]
+    streamed = events(http.post("/completion", json={**body, "stream": True}))
+    assert {one["index"] for one in streamed} == {0, 1, 2, 3, 4, 5}
+    assert counted(http.get("/metrics").text) - counted(before) == 24
+
+
 def counted(page: str) -> float:
     return float(page.split("\nllamacpp:tokens_predicted_total ")[1].split("\n", maxsplit=1)[0])
 

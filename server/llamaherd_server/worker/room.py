@@ -1,0 +1,39 @@
+"""`python -m llamaherd_server.worker.room CONFIG [RUNNING]`: whether there is memory for a llama-server.
+
+Each is a NativeConfig as JSON; RUNNING is the process that ends first. Exits with REFUSED and the reason on standard
+output where there is none. The weights are only read about; a process of its own, for libllama may abort at a bad file.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import msgspec
+
+from llamaherd_server.protocol import NativeConfig, WorkerConfig
+from llamaherd_server.worker.lib import Log, load
+from llamaherd_server.worker.memory import DoesNotFit, check_fits, context_bytes
+from llamaherd_server.worker.model import Model, ModelError
+
+REFUSED = 3
+
+
+def main() -> int:
+    new, *running = (msgspec.json.decode(word, type=NativeConfig) for word in sys.argv[1:])
+    lib = load()
+    log = Log(lib)
+    lib.llama_backend_init()
+    try:
+        bare = WorkerConfig(path=new.path, gpu_layers=new.gpu_layers, settings=new.settings)
+        model = Model(lib, log, bare, lambda _: None, weights=False)
+        # Weights that are mapped count as available: they are file cache.
+        released = sum(context_bytes(model, one.settings) for one in running) - lib.llama_model_size(model.handle)
+        check_fits(model, new.settings, released=released)
+    except (ModelError, DoesNotFit) as error:
+        sys.stdout.write(str(error))
+        return REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
