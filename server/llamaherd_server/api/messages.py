@@ -85,9 +85,9 @@ Block = Annotated[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Fi
 
 
 class Turn(Body):
-    """One turn of a conversation."""
+    """One turn of a conversation; `system` stands where it is, if the model's template can."""
 
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: Annotated[list[Block], BeforeValidator(_blocks, json_schema_input_type=str | list[Block])] = Field(
         min_length=1, description="Text, or blocks of text, thinking, tool use and tool results."
     )
@@ -178,6 +178,7 @@ class CountRequest(Body):
     tool_choice: ToolChoice | None = Field(None, description="Default: auto.")
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    context_management: dict[str, Any] | None = Field(None, description="Accepted and ignored: nothing is cleared.")
 
     def conversation(self) -> Conversation:
         """What is to be rendered and how the answer must look; raises ApiError."""

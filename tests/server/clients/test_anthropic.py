@@ -54,6 +54,16 @@ def test_a_tools_result_is_taken(client: anthropic.Anthropic) -> None:
     assert taken > client.messages.count_tokens(model="smollm2", messages=ASK).input_tokens
 
 
+def test_what_claude_code_sends_is_taken(client: anthropic.Anthropic) -> None:
+    reminder: Any = {"role": "system", "content": "Be brief."}
+    kept = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+    fields: Any = {"model": "smollm2", "messages": [*ASK, reminder], "extra_body": {"context_management": kept}}
+    answer = client.messages.create(max_tokens=8, **fields)
+    taken = answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0)
+    assert taken == client.messages.count_tokens(**fields).input_tokens
+    assert taken > client.messages.count_tokens(model="smollm2", messages=ASK).input_tokens
+
+
 def test_errors_raise_what_the_sdk_has_for_them(client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError, match="smollm2"):
         client.messages.create(model="missing", max_tokens=8, messages=ASK)
