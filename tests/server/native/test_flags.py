@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from llamaherd_server.engine.flags import OWNED, check_extra_args, flags
-from llamaherd_server.protocol import EngineSettings, KvType, NativeConfig
+from llamaherd_server.protocol import Adapter, EngineSettings, KvType, NativeConfig
 
 from ..conftest import required
 
@@ -21,6 +21,9 @@ SETTINGS = [
     *(EngineSettings(kv_type_k=kind, kv_type_v=kind) for kind in get_args(KvType)),
     *(EngineSettings(flash_attention=use) for use in ("auto", "on", "off")),
 ]
+
+
+OWN = {"mmproj": "p.gguf", "chat_template": "chat.jinja", "lora": [Adapter("a.gguf", 0.5), Adapter("b.gguf", 1.0)]}
 
 
 def command(settings: EngineSettings, gpu_layers: int = -1, **more: Any) -> list[str]:
@@ -40,10 +43,11 @@ def names() -> list[list[str]]:
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("gpu_layers", [-1, 0, 7])
-def test_the_binary_takes_what_is_emitted(settings: EngineSettings, gpu_layers: int) -> None:
+def test_the_binary_takes_what_is_emitted(settings: EngineSettings, gpu_layers: int, tmp_path: Path) -> None:
     # arguments are read in order and --version ends it, after the ones before were checked
-    arguments = [*command(settings, gpu_layers, mmproj="p.gguf"), "--version"]
-    ended = subprocess.run([binary(), *arguments], capture_output=True, text=True, check=False)
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    arguments = [*command(settings, gpu_layers, **OWN), "--version"]
+    ended = subprocess.run([binary(), *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
 
 
@@ -53,7 +57,7 @@ def test_the_binary_refuses_what_it_does_not_know() -> None:
 
 
 def test_whatever_is_emitted_is_owned_by_all_its_names(names: list[list[str]]) -> None:
-    emitted = {word for settings in SETTINGS for word in command(settings, mmproj="p") if re.match("--?[a-z]", word)}
+    emitted = {word for settings in SETTINGS for word in command(settings, **OWN) if re.match("--?[a-z]", word)}
     assert emitted <= {name for line in names for name in line}
     for line in names:
         if emitted & {*line}:
