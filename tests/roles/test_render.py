@@ -197,3 +197,11 @@ def test_several_models_are_one_servers(render: Render) -> None:
     assert (see.engine.kind, see.engine.settings.parallel, see.gpu_layers) == ("llama-server", 6, 7)
     assert see.mmproj == found.state_dir / "models/eye.gguf"
     assert find.engine.extra_args == ["--embeddings", "--pooling", "mean"]
+
+
+def test_instances_are_balanced_over(render: Render) -> None:
+    more = {"name": "gpu1", "port": 8082, "devices": "1", "settings": {"parallel": 2}}
+    found = render("cuda", llamaherd_server_devices="0", llamaherd_instances=[more])
+    upstream = found.text("nginx.conf").split("upstream inference {")[1].split("}")[0]
+    assert re.findall(r"server (127\S+) ", upstream) == ["127.0.0.1:8080", "127.0.0.1:8082"]
+    assert "Environment=CUDA_VISIBLE_DEVICES=0\n" in found.text("llamaherd-server.service")

@@ -120,3 +120,16 @@ def test_what_an_entry_leaves_out_is_shared(filters: ModuleType) -> None:
     assert [one["settings"]["parallel"] for one in (a, b, c)] == [3, 4, 4]
     assert [one["engine"] for one in (a, b, c)] == ["embedded", "llama-server", "embedded"]
     assert [one["memory_share"] for one in (a, b, c)] == [0.25, 0.5, 0.25]
+
+
+def test_instances_that_cannot_run_beside_each_other(filters: ModuleType) -> None:
+    first, second = filters.server_instances([{"name": "gpu1", "port": 8081, "devices": "1"}], {"port": 8080})
+    assert (first["unit"], first["settings"], first["devices"]) == ("llamaherd-server", {}, "")
+    assert (second["unit"], second["devices"]) == ("llamaherd-server-gpu1", "1")
+    assert filters.instance_mistakes([first, second]) == []
+    both = filters.server_instances([{"name": "a b", "port": 8080}, {"name": "a b", "port": 9}], {"port": 8080})
+    name, again, unit, port = filters.instance_mistakes(both)
+    assert "'a b'" in name
+    assert again == name
+    assert "unit llamaherd-server-a b" in unit
+    assert "port 8080" in port

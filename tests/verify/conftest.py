@@ -18,7 +18,6 @@ from tests.verify.client import Client
 
 PROMISED = os.environ.get("LLAMAHERD_VERIFY")
 collect_ignore_glob = [] if PROMISED else ["test_*.py"]
-UNITS = ("llamaherd-server", "nginx")
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +46,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     host = getattr(item, "funcargs", {}).get("host")
     if report.when == "call" and report.failed and isinstance(host, Host):
-        for unit in UNITS:
+        for unit in (*item.funcargs["promised"]["units"], "nginx"):
             report.sections.append((f"journal of {unit}", journal(host, unit)))
     return report
 

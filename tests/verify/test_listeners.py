@@ -16,7 +16,7 @@ def test_only_nginx_listens_beyond_loopback(host: Host, promised: dict[str, Any]
     allowed = {("nginx.service", port) for port in promised["nginx_ports"]}
     for entry in beyond:
         who = (entry["unit"], entry["port"])
-        if entry["unit"] in ("nginx.service", "llamaherd-server.service"):
+        if entry["unit"] in ("nginx.service", *(f"{unit}.service" for unit in promised["units"])):
             assert who in allowed, f"{entry} listens beyond loopback"
         elif promised["exclusive"]:
             assert entry["command"] == "sshd", f"{entry} listens beyond loopback"

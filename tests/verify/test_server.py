@@ -10,7 +10,6 @@ from testinfra.host import Host
 
 from tests.verify.client import Client
 
-UNIT = "llamaherd-server"
 HARDENING = {
     "Type": "notify",
     "NotifyAccess": "main",
@@ -49,28 +48,28 @@ def _inference(promised: dict[str, Any]) -> None:
         pytest.skip("not an inference host")
 
 
-def test_the_unit_runs_now_and_at_boot(host: Host) -> None:
-    server = host.service(UNIT)
-    assert server.is_running
-    assert server.is_enabled
+def test_the_units_run_now_and_at_boot(host: Host, promised: dict[str, Any]) -> None:
+    for unit in promised["units"]:
+        assert host.service(unit).is_running, unit
+        assert host.service(unit).is_enabled, unit
 
 
-def test_the_unit_is_hardened(host: Host, promised: dict[str, Any]) -> None:
-    shown = host.check_output("systemctl show --all %s", UNIT)
-    properties = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
-    wanted = HARDENING | (CPU_ONLY if promised["accelerator"] == "cpu" else {}) | {"User": promised["user"]}
-    assert {name: properties[name] for name in wanted} == wanted
-    assert int(properties["WatchdogUSec"].removesuffix("s").removesuffix("min")) > 0
-    assert "ptrace" not in properties["SystemCallFilter"].split()
+def test_the_units_are_hardened(host: Host, promised: dict[str, Any]) -> None:
+    for unit in promised["units"]:
+        shown = host.check_output("systemctl show --all %s", unit)
+        properties = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+        wanted = HARDENING | (CPU_ONLY if promised["accelerator"] == "cpu" else {}) | {"User": promised["user"]}
+        assert {name: properties[name] for name in wanted} == wanted
+        assert int(properties["WatchdogUSec"].removesuffix("s").removesuffix("min")) > 0
+        assert "ptrace" not in properties["SystemCallFilter"].split()
 
 
-@pytest.mark.parametrize("unit", [UNIT, "nginx"])
-def test_what_systemd_thinks_of_the_sandbox(host: Host, promised: dict[str, Any], unit: str) -> None:
-    if unit == "nginx" and not promised["edge"]:
-        pytest.skip("not an edge host")
-    verdict = host.check_output("systemd-analyze security --no-pager %s", unit).splitlines()[-1]
-    exposure = float(verdict.split(":")[-2].split()[0]) if ":-" in verdict else float(verdict.split()[-2])
-    assert exposure <= promised["exposure"][unit], verdict
+def test_what_systemd_thinks_of_the_sandboxes(host: Host, promised: dict[str, Any]) -> None:
+    bounds = dict.fromkeys(promised["units"], promised["exposure"]["llamaherd-server"])
+    for unit, bound in (bounds | ({"nginx": promised["exposure"]["nginx"]} if promised["edge"] else {})).items():
+        verdict = host.check_output("systemd-analyze security --no-pager %s", unit).splitlines()[-1]
+        exposure = float(verdict.split(":")[-2].split()[0]) if ":-" in verdict else float(verdict.split()[-2])
+        assert exposure <= bound, f"{unit}: {verdict}"
 
 
 def test_processes_run_as_the_servers_user(host: Host, promised: dict[str, Any]) -> None:
@@ -105,10 +104,9 @@ def test_a_completion_streams(host: Host, client: Client, promised: dict[str, An
 
 
 def test_the_settings_in_force_are_the_inventorys(host: Host, promised: dict[str, Any]) -> None:
-    engine = promised["engine"]
-    assert engine["state"] == "ready"
-    assert engine["model"]["name"] == promised["model"]
-    wanted = {name: value for name, value in promised["settings"].items() if not name.startswith("threads")}
-    threads = {name: value for name, value in promised["settings"].items() if name.startswith("threads") and value}
-    in_force = engine["settings"]
-    assert {name: in_force[name] for name in wanted | threads} == wanted | threads
+    for engine, own in zip(promised["in_force"], promised["own_settings"], strict=True):
+        assert engine["state"] == "ready"
+        assert engine["model"]["name"] == promised["model"]
+        # no threads: decided on the host
+        wanted = {name: value for name, value in (promised["settings"] | own).items() if value or "threads" not in name}
+        assert {name: engine["settings"][name] for name in wanted} == wanted
