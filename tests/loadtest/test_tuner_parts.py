@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from llamaherd_loadtest.tune.beliefs import Beliefs
 from llamaherd_loadtest.tune.evidence import Measurement, Record
 from llamaherd_loadtest.tune.journal import Journal, ReplayBench, read_steps
 from llamaherd_loadtest.tune.search import Step
 from llamaherd_loadtest.tune.settings import difference, label
 from llamaherd_loadtest.tune.space import candidates, parse_space, prune
+from llamaherd_loadtest.tune.surrogate import Belief
 
-from .simulated import CURRENT, SimulatedServer, search
+from .simulated import CURRENT, LIMITS, SimulatedServer, search
 
 
 def step(number: int) -> Step:
@@ -41,6 +44,20 @@ def test_slots_smaller_than_the_workload_are_never_launched() -> None:
 def test_settings_read_well() -> None:
     assert label(CURRENT, ("kv_unified",)) == "parallel 4, batch 2048, ubatch 512, kv_unified on"
     assert difference(CURRENT, {**CURRENT, "parallel": 8, "kv_unified": False}) == "parallel 4 → 8, kv_unified on → off"
+
+
+def test_finalists_hold_what_to_fall_back_upon() -> None:
+    """Of the two fastest, alike, it is not known whether they keep the limit; the third is slower and keeps it."""
+    speed = Belief(np.array([1.0, 0.99, 0.7, 0.6]), np.diag([1e-6] * 4))
+    excess = Belief(
+        np.array([0.0, 0.0, -0.5, -0.5]), np.diag([1e-6] * 4) + 0.01 * np.array([[1, 1, 0, 0]] * 2 + [[0] * 4] * 2)
+    )
+    beliefs = Beliefs(speed, [(LIMITS[0], excess)])
+    dice = np.random.default_rng(1)
+    assert sorted(beliefs.best(2, set(), dice))[1] == 2
+    assert beliefs.best(2, {0, 1}, dice) == [2]
+    assert 2 in {beliefs.next(set(), dice) for _ in range(9)}
+    assert beliefs.worth(2) > beliefs.worth(1)
 
 
 def test_confirming_windows_alone_count_once_there_are_any() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
+from statistics import NormalDist
 
 import numpy as np
 from msgspec import Struct
@@ -13,11 +14,11 @@ from llamaherd_loadtest.limits import Limit
 from llamaherd_loadtest.tune.evidence import MAX_ERROR_SHARE, Record, limit_noise, score_noise
 from llamaherd_loadtest.tune.surrogate import Array, Belief, Grid
 
-_CURIOSITY = 2.0  # how many standard deviations of hope a setting is given while searching
-_LENIENCY = 0.5  # and how many against its limits: the best settings often lie close to one
-# A miss weighs more than the speed it may have bought, so misses sink; near ones stay above far ones.
-_PENALTY = 4.0
-_LIMIT_MARGIN = 0.8  # standard deviations from a limit that count as clear of it
+_DRAWS = 100
+_NEAR = 0.03  # how far below the best counts as being as good
+_MISS = 0.45  # what missing a limit costs, as a logarithm of the score
+_PENALTY = 4.0  # and, for each such logarithm of the miss, on top: near misses stay above far ones
+_LIMIT_MARGIN = 0.5  # standard deviations from a limit that count as clear of it
 
 
 class Judgement(StrEnum):
@@ -34,15 +35,49 @@ class Beliefs(Struct, frozen=True):
     score: Belief
     excess: list[tuple[Limit, Belief]]
 
-    def next(self, ruled_out: Iterable[int]) -> int:
-        """The setting that may turn out best."""
-        hope = self.score.mean + _CURIOSITY * self.score.sd - self._penalty(-_LENIENCY)
-        return int(np.argmax(_without(hope, ruled_out)))
+    def next(self, ruled_out: Iterable[int], dice: np.random.Generator) -> int:
+        """What to measure next: of the best and its closest rival, by draws of what may be true, the less well known.
 
-    def best(self, count: int, ruled_out: Iterable[int]) -> list[int]:
-        """The `count` settings that look best, those that may miss a limit marked down."""
-        score = _without(self.score.mean - self._penalty(_LENIENCY), ruled_out)
-        return [int(i) for i in np.argsort(-score)[:count] if math.isfinite(score[i])]
+        Top-two Thompson sampling (Russo, "Simple Bayesian Algorithms for Best-Arm Identification", 2016): looking
+        twice at a setting that is sure to be good tells less than looking once at what may beat it.
+        """
+        worth = self._worth(ruled_out, dice)
+        bests = np.argmax(worth, axis=1)
+        rivals = bests[bests != bests[0]]
+        return int(max((bests[0], *rivals[:1]), key=lambda row: worth[:, row].std()))
+
+    def best(self, count: int, ruled_out: Iterable[int], dice: np.random.Generator) -> list[int]:
+        """The `count` settings among which one is likeliest to be as good as the best: also what to fall back upon."""
+        worth = self._worth(ruled_out, dice)
+        good = (worth > worth.max(axis=1, keepdims=True) - _NEAR) & np.isfinite(worth)
+        rows: list[int] = []
+        left = np.ones(len(good), dtype=bool)  # draws in which none of the rows is good
+        while len(rows) < count:
+            hits = good[left].sum(axis=0) + good.mean(axis=0) / 2  # the mean decides between equals
+            hits[rows] = 0
+            if not hits.any():
+                break
+            rows.append(int(np.argmax(hits)))
+            left &= ~good[:, rows[-1]]
+        return rows
+
+    def worth(self, row: int) -> float:
+        """The expected log score of a setting, less what it costs where it misses a limit."""
+        value = float(self.score.mean[row])
+        for _, belief in self.excess:
+            mean, sd = float(belief.mean[row]), float(belief.sd[row])
+            missed = NormalDist().cdf(mean / sd)
+            value -= _MISS * missed + _PENALTY * (mean * missed + sd * NormalDist().pdf(mean / sd))
+        return value
+
+    def _worth(self, ruled_out: Iterable[int], dice: np.random.Generator) -> Array:
+        """Draws of what each setting may be worth, one a row; one that misses a limit sinks below the rest."""
+        worth = self.score.draw(_DRAWS, dice)
+        for _, belief in self.excess:
+            drawn = belief.draw(_DRAWS, dice)
+            worth -= np.where(drawn > 0, _MISS + _PENALTY * drawn, 0.0)
+        worth[:, list(ruled_out)] = -np.inf
+        return worth
 
     def judge(self, row: int, record: Record) -> tuple[Judgement, str]:
         """The worst judgement of a measured setting, and the limit's name (or "error_rate")."""
@@ -63,10 +98,6 @@ class Beliefs(Struct, frozen=True):
         excess, name, row = min(worst, default=(0.0, "", 0))
         return (row, name, math.expm1(excess)) if excess > 0 else None
 
-    def _penalty(self, deviations: float) -> Array:
-        excess = [np.maximum(0.0, b.mean + deviations * b.sd) for _, b in self.excess]
-        return _PENALTY * sum(excess, np.zeros_like(self.score.mean))
-
 
 def believe(grid: Grid, records: Sequence[Record], limits: Sequence[Limit]) -> Beliefs:
     """Read all windows without a fault; `records` in the order of the grid, at least one of them measured."""
@@ -82,9 +113,3 @@ def believe(grid: Grid, records: Sequence[Record], limits: Sequence[Limit]) -> B
             continue  # no request has such a figure: one token has no TPOT
         excess.append((limit, grid.believe([row for row, _ in seen], logs, limit_noise(records, limit).sigma)))
     return Beliefs(score, excess)
-
-
-def _without(score: Array, ruled_out: Iterable[int]) -> Array:
-    masked = score.copy()
-    masked[list(ruled_out)] = -np.inf
-    return masked

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
+import numpy as np
 from msgspec import Struct
 
 from llamaherd_loadtest.dice import seeded
@@ -24,7 +25,8 @@ from llamaherd_loadtest.tune.surrogate import Grid
 Phase = Literal["screen", "confirm", "load"]
 _CONFIRM_SHARE = 0.3
 _MIN_CONFIRM = 4  # windows (A B B A), where the budget leaves time for screening
-_RANDOM_SHARE = 0.25  # of the screening, before the windows' own evidence leads
+_CLEAR = 3  # times its margin: a gain that needs no more windows of the current settings
+_RANDOM_SHARE = 0.1  # of the screening, before the windows' own evidence leads
 _OVERHEAD = 0.4  # of a window, for changing settings and warming up; corrected by what measurements take
 _MAX_WINDOW_S = 30.0
 
@@ -97,23 +99,30 @@ class Search:
             if self.records[0].fault:
                 return
         while not self._over(until_s) and not self.records[0].fault:
-            self._measure("screen", self.beliefs().next(self._faulted()))
+            self._measure("screen", self.beliefs().next(self._faulted(), self._dice()))
 
     def _confirm(self, finalists: int) -> None:
         """Interleave as A B … B A with fresh prompts, so that a drift of the host hits all alike.
 
-        Each round is of the settings that look best by then: one that falls behind leaves its time to the next.
+        Each round is of the settings that look best by then: one that falls behind leaves its time to the next, and so
+        do the current ones once they are clearly beaten.
         """
         if self.records[0].fault:
             return
-        order = [0, *self._finalists(finalists)]
-        while len(order) > 1 and not self._over(self._budget_s, windows=len(order)):
+        order, forwards = [0, *self._finalists(finalists)], True
+        while order != [0] and not self._over(self._budget_s, windows=len(order)):
             for row in order:
                 self._measure("confirm", row)
-            order = [0, *self._finalists(finalists)][:: -1 if order[0] == 0 else 1]
+            choice = self._choose()
+            current = [] if choice.gain > _CLEAR * choice.margin > 0 else [0]
+            forwards = not forwards
+            order = [*current, *self._finalists(finalists)][:: 1 if forwards else -1]
 
     def _finalists(self, count: int) -> list[int]:
-        return self.beliefs().best(count, {0, *self._faulted(), *self._unmeasured()})
+        return self.beliefs().best(count, {0, *self._faulted(), *self._unmeasured()}, self._dice())
+
+    def _dice(self) -> np.random.Generator:
+        return np.random.default_rng([self._seed, self.steps])
 
     def _choose(self) -> Choice:
         current = self.records[0]
@@ -122,7 +131,7 @@ class Search:
             return Choice(record=current, change=False, reason=current.fault or "there was no time to confirm another")
         beliefs = self.beliefs()
         contenders = [
-            Contender(self.records[row], float(beliefs.score.mean[row]), beliefs.judge(row, self.records[row])[0])
+            Contender(self.records[row], beliefs.worth(row), beliefs.judge(row, self.records[row])[0])
             for row in confirmed
         ]
         choice = choose(contenders[0], contenders[1:], score_noise(self.records), self.objective)
