@@ -114,5 +114,5 @@ def test_the_report_is_legible_in_a_browser(browser: webdriver.Chrome, page: Pat
 
 
 def test_the_report_of_a_folder_without_a_verdict_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no readable verdict"):
+    with pytest.raises(ValueError, match="is no readable verdict"):
         write_report(tmp_path, tmp_path / "report.html")

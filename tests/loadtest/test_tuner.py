@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from llamaherd_loadtest.tune.options import parse
 
-from .conftest import Double
+from .conftest import KEY, Double
 
 
 def command(double: Double, key_file: Path, out: Path, *more: str) -> list[str]:
@@ -79,6 +80,36 @@ def test_finds_the_lowest_latency_at_a_load(
     assert found["sentence"].startswith("Change ubatch 512 → 128: tpot_p50 -")
     assert found["table"][0]["score"] > 1.3 * found["table"][1]["score"]
     assert "tpot_p50, ms" in (tmp_path / "report.html").read_text()
+
+
+def test_what_another_host_chose_is_compared_deployed_and_measured_again(
+    start_double: Callable[..., Double], key_file: Path, tmp_path: Path
+) -> None:
+    double = start_double()
+    row = {"label": "", "settings": {}, "verdict": ""}
+    elsewhere = {"verdict": "change", "sentence": "", "current": {}, "chosen": {"ubatch": 128}, "table": [row]}
+    (tmp_path / "elsewhere.json").write_text(json.dumps(elsewhere))
+    out = tmp_path / "out"
+    done = run(double, key_file, out, "--try", str(tmp_path / "elsewhere.json"), "--budget", "20s")
+    assert done.returncode == 0, done.stderr
+    assert "2 settings to search" in done.stdout
+    found = verdict(out)
+    assert (found["verdict"], found["chosen"]["ubatch"]) == ("change", 128)
+
+    early = run(double, key_file, out, "--in-service")
+    assert early.returncode == 2
+    assert "what is in force is not what was chosen: ubatch 512 → 128" in early.stderr
+    httpx.put(double.url + "/admin/engine", json=found["chosen"], headers={"Authorization": f"Bearer {KEY}"})
+    better = run(double, key_file, out, "--in-service")
+    assert better.returncode == 0, better.stderr
+    assert "in service, beside the settings before them: +" in better.stdout
+    assert verdict(out)["provenance"]["in_service"] in better.stdout
+    before = next(row for row in found["table"] if row["settings"] == found["current"])
+    before["score"] *= 10
+    (out / "verdict.json").write_text(json.dumps(found))
+    worse = run(double, key_file, out, "--in-service")
+    assert worse.returncode == 3
+    assert "beside the settings before them: -" in worse.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

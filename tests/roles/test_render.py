@@ -12,12 +12,14 @@ import stat
 import subprocess
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from llamaherd_server import auth, settings
 from llamaherd_server.protocol import EngineSettings
-from tests.roles.conftest import Render, Rendered
+from tests.roles.conftest import ROOT, Render, Rendered
 
 
 def test_the_server_accepts_its_settings(rendered: Rendered) -> None:
@@ -27,16 +29,35 @@ def test_the_server_accepts_its_settings(rendered: Rendered) -> None:
     assert found.model.path == rendered.state_dir / "models/smollm2-135m-instruct.gguf"
 
 
+def tuning(file: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """What playbooks/tune.yml writes, measured on another build."""
+    return {"measured_on": {"model": "m", "file": file, "build": "0-cpu"}, "settings": chosen, "provenance": {}}
+
+
+def model_file(name: str) -> str:
+    """The file of one of the models that the roles know: named after its content."""
+    defaults = yaml.safe_load((ROOT / "roles/common/defaults/main.yml").read_text())
+    return next(f"{model['sha256']}.gguf" for model in defaults["llamaherd_models"] if model["name"] == name)
+
+
 def test_tuned_settings_go_before_the_operators(render: Render) -> None:
     found = render(
         "debian12",
         llamaherd_settings={"parallel": 8, "ctx_per_slot": 4096},
-        llamaherd_tuned={"settings": {"parallel": 6, "flash_attention": "on"}, "provenance": {"date": "2026-01-01"}},
+        llamaherd_tuned=[
+            tuning("another-model.gguf", {"parallel": 7}),
+            tuning(model_file("smollm2-135m-instruct"), {"parallel": 6, "flash_attention": "on"}),
+        ],
         llamaherd_server_limits={"max_queue": 7},
     )
     loaded = settings.load(found.folder / "server.toml")
     assert loaded.engine.settings == EngineSettings(parallel=6, ctx_per_slot=4096, flash_attention="on")
     assert loaded.limits.max_queue == 7
+
+
+def test_settings_tuned_for_another_model_are_kept_and_not_used(render: Render) -> None:
+    found = render("debian12", llamaherd_tuned=[tuning("another-model.gguf", {"parallel": 7})])
+    assert settings.load(found.folder / "server.toml").engine.settings == EngineSettings()
 
 
 def test_the_host_gets_hashes_and_the_controller_keeps_keys(rendered: Rendered) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llamaherd_loadtest.report import charts
 from llamaherd_loadtest.tune.journal import read_steps
 from llamaherd_loadtest.tune.settings import difference
-from llamaherd_loadtest.tune.verdict import Verdict
+from llamaherd_loadtest.tune.verdict import read_verdict
 
 _pages = Environment(
     loader=PackageLoader("llamaherd_loadtest.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -22,10 +21,7 @@ def write_report(folder: Path, page: Path) -> None:
 
     Raises ValueError where the folder does not hold a finished or interrupted tuning job.
     """
-    try:
-        verdict = msgspec.json.decode((folder / "verdict.json").read_bytes(), type=Verdict)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ValueError(f"{folder} holds no readable verdict.json: {error}") from error
+    verdict = read_verdict(folder / "verdict.json")
     steps = read_steps(folder / "journal.jsonl")
     html = _pages.get_template("page.html.j2").render(
         verdict=verdict,

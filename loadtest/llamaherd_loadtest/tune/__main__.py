@@ -1,4 +1,7 @@
-"""`python -m llamaherd_loadtest.tune`. Exit status: 0 with a verdict, 2 for what makes a search impossible."""
+"""`python -m llamaherd_loadtest.tune`. Exit status: 0 with a verdict, 2 for what makes a search impossible.
+
+With --in-service 0 for settings that are better than those before them, and 3 for others.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import locust  # noqa: F401  # isort: skip
 import sys
 
 from llamaherd_loadtest.probe import ServerUnusable
+from llamaherd_loadtest.tune.in_service import measure_again
 from llamaherd_loadtest.tune.job import tune
 from llamaherd_loadtest.tune.options import parse
 from llamaherd_loadtest.tune.progress import say
@@ -18,6 +22,10 @@ def main() -> int:
     """Run one job from the command line."""
     try:
         options = parse(sys.argv[1:])
+        if options.in_service:
+            better, sentence = measure_again(options)
+            say(sentence)
+            return 0 if better else 3
         verdict = tune(options)
     except (ServerUnusable, ValueError, OSError) as error:
         sys.stderr.write(f"tune: {error}\n")

@@ -9,8 +9,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from llamaherd_loadtest.client import ChatClient
-from llamaherd_loadtest.probe import ServerUnusable, calibrate
+from llamaherd_loadtest.probe import ServerUnusable
 from llamaherd_loadtest.report.write import write_report
 from llamaherd_loadtest.tune.applier import AdminApplier, Applier, EngineState, Refused
 from llamaherd_loadtest.tune.evidence import SLOTS
@@ -22,7 +21,7 @@ from llamaherd_loadtest.tune.search import Search, Step
 from llamaherd_loadtest.tune.settings import Settings
 from llamaherd_loadtest.tune.signals import interruptible
 from llamaherd_loadtest.tune.space import DEFAULT_SPACE, Pruned, candidates, parse_space, prune
-from llamaherd_loadtest.tune.verdict import Verdict, make_verdict
+from llamaherd_loadtest.tune.verdict import Verdict, make_verdict, read_verdict, write_verdict
 
 _CAPACITY_SHARE = 0.2  # of the time budget
 _CAPACITY_FROM_S = 300.0  # below, all of it goes into the choice
@@ -37,20 +36,10 @@ def tune(options: Options) -> Verdict:
     applier = AdminApplier(options.admin_url, options.admin_key, options.target.ca)
     found = applier.state()
     always, launch, pruned = _divide(options, found.settings)
-    client = ChatClient(options.target)
-    (options.out / "samples").mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     seed = secrets.randbits(24) if options.seed is None else options.seed
     journal = Journal(options.out / "journal.jsonl", _fingerprint(options, found, launch), seed)
-    bench = LiveBench(
-        options.target,
-        client,
-        applier,
-        workload=options.workload,
-        calibration=calibrate(client, options.target, journal.seed),
-        limits=options.limits,
-        objective=options.objective,
-        samples_dir=options.out / "samples",
-    )
+    bench = LiveBench(options, applier, journal.seed)
     progress = Progress(launch)
     climbs = options.limits and options.load == SLOTS and options.budget_s >= _CAPACITY_FROM_S
     capacity_s = _CAPACITY_SHARE * options.budget_s if climbs else 0.0
@@ -91,7 +80,11 @@ def tune(options: Options) -> Verdict:
 def _divide(options: Options, current: Settings) -> tuple[int, list[Settings], list[Pruned]]:
     """How many settings are always measured; those to launch, the current first; those ruled out."""
     space = parse_space(options.space, current) or {k: v for k, v in DEFAULT_SPACE.items() if k in current}
-    launch, pruned = prune(candidates(current, space), options.workload.need)
+    if options.proposal:
+        tried = [current, {**current, **read_verdict(options.proposal).chosen}]
+    else:
+        tried = candidates(current, space)
+    launch, pruned = prune(tried, options.workload.need)
     if not launch or launch[0] != current:
         raise ValueError(f"the server's settings cannot serve workload {options.workload.name}: {pruned[0].why}")
     fixed = candidates(current, {})
@@ -144,6 +137,5 @@ def _provenance(options: Options, found: EngineState, search: Search, seed: int)
 
 
 def _write(options: Options, verdict: Verdict) -> None:
-    text = msgspec.json.format(msgspec.json.encode(verdict), indent=2)
-    (options.out / "verdict.json").write_bytes(text + b"\n")
+    write_verdict(options.out / "verdict.json", verdict)
     write_report(options.out, options.out / "report.html")

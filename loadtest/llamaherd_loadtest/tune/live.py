@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from llamaherd_loadtest.arrivals import Arrivals
-from llamaherd_loadtest.client import ChatClient, Target, clock
+from llamaherd_loadtest.client import ChatClient, clock
 from llamaherd_loadtest.drive import Run, RunFailed, closed_loop, open_loop
-from llamaherd_loadtest.limits import Limit, observe
+from llamaherd_loadtest.limits import observe
+from llamaherd_loadtest.probe import calibrate
 from llamaherd_loadtest.samples import OK, write_samples
 from llamaherd_loadtest.summary import counted, summarise
 from llamaherd_loadtest.tune.applier import Applier, Refused
 from llamaherd_loadtest.tune.evidence import SLOTS, EngineSample, Load, Measurement
-from llamaherd_loadtest.tune.objective import Objective
+from llamaherd_loadtest.tune.options import Options
 from llamaherd_loadtest.tune.settings import Settings
-from llamaherd_loadtest.workload import Calibration, Prompts, Workload
+from llamaherd_loadtest.workload import Prompts
 
 _ATTEMPTS = 2  # of a run that the client spoiled
 _WARM_UP = 0.2  # of an open loop's window
@@ -25,22 +23,13 @@ _LEAST_ARRIVALS = 8
 class LiveBench:
     """Windows on a server. Where no load is given, each slot has one client, so that no request waits for a slot."""
 
-    def __init__(
-        self,
-        target: Target,
-        client: ChatClient,
-        applier: Applier,
-        *,
-        workload: Workload,
-        calibration: Calibration,
-        limits: Sequence[Limit],
-        objective: Objective,
-        samples_dir: Path,
-    ) -> None:
-        self._target, self._client, self._applier = target, client, applier
-        self._workload, self._calibration = workload, calibration
-        self._limits, self._objective = limits, objective
-        self._samples_dir = samples_dir
+    def __init__(self, options: Options, applier: Applier, seed: int) -> None:
+        """Raises ServerUnusable where requests are not answered."""
+        self._target, self._client, self._applier = options.target, ChatClient(options.target), applier
+        self._workload, self._limits, self._objective = options.workload, options.limits, options.objective
+        self._calibration = calibrate(self._client, options.target, seed)
+        self._samples_dir = options.out / "samples"
+        self._samples_dir.mkdir(parents=True, exist_ok=True)
 
     def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
         """One window. Settings that are refused, or that kill the server, are a fault of theirs.

@@ -33,6 +33,8 @@ class Options(Struct, frozen=True, kw_only=True):
     seed: int | None
     out: Path
     command: str
+    proposal: Path | None
+    in_service: bool
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -52,6 +54,8 @@ def parse(arguments: Sequence[str]) -> Options:
         seed=args.seed,
         out=args.out,
         command="python -m llamaherd_loadtest.tune " + " ".join(arguments),
+        proposal=args.proposal,
+        in_service=args.in_service,
     )
 
 
@@ -83,6 +87,12 @@ def _parser() -> argparse.ArgumentParser:
         help="requests in flight, or arrivals a second; the slots if not given",
     )
     add("--space", action="append", default=[], metavar="KNOB=V,V", help="values to try; may be repeated")
+    add("--try", dest="proposal", type=Path, metavar="VERDICT.JSON", help="measure only what this one chose, elsewhere")
+    add(
+        "--in-service",
+        action="store_true",
+        help="measure what the verdict in --out chose once more, in force",
+    )
     add("--budget", default="15m", help="time for the whole search: 180s, 15m, 1h")
     add("--seed", type=int, help="of prompts and search order; a new one each time if not given")
     add("--out", type=Path, required=True, help="folder for verdict.json, report.html, journal.jsonl and samples")

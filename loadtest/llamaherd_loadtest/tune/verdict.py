@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import geometric_mean
 
+import msgspec
 from msgspec import Struct, field
 
 from llamaherd_loadtest.quantiles import estimate
@@ -59,6 +61,19 @@ class Verdict(Struct, kw_only=True):
     limits: dict[str, float] = field(default_factory=dict)
     workload: dict[str, object] = field(default_factory=dict)
     provenance: dict[str, object] = field(default_factory=dict)
+
+
+def read_verdict(path: Path) -> Verdict:
+    """Raises ValueError where `path` holds none."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Verdict)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ValueError(f"{path} is no readable verdict: {error}") from error
+
+
+def write_verdict(path: Path, verdict: Verdict) -> None:
+    """Write `verdict` as JSON. Raises OSError."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(verdict), indent=2) + b"\n")
 
 
 def make_verdict(search: Search, choice: Choice | None, pruned: Sequence[Pruned]) -> Verdict:

@@ -1,0 +1,64 @@
+"""Once more, in service: do the settings that a search chose do better, as deployed, than those before them did?"""
+
+from __future__ import annotations
+
+import math
+import secrets
+
+from llamaherd_loadtest.report.write import write_report
+from llamaherd_loadtest.tune.applier import AdminApplier
+from llamaherd_loadtest.tune.beliefs import Judgement
+from llamaherd_loadtest.tune.capacity import judge
+from llamaherd_loadtest.tune.evidence import Record, limit_noise, score_noise
+from llamaherd_loadtest.tune.live import LiveBench
+from llamaherd_loadtest.tune.options import Options
+from llamaherd_loadtest.tune.settings import Settings, difference
+from llamaherd_loadtest.tune.verdict import Row, read_verdict, write_verdict
+
+_WINDOWS = 3
+_WINDOW_S = 10.0  # where the search's were shorter
+_CONFIDENCE = 0.95
+
+
+class _InForce(AdminApplier):
+    """Changes nothing: what is measured is what was deployed."""
+
+    def apply(self, settings: Settings) -> None:
+        """Raises ValueError where other settings are in force."""
+        in_force = self.state().settings
+        if other := difference({name: in_force.get(name, "none") for name in settings}, settings):
+            raise ValueError(f"what is in force is not what was chosen: {other}")
+
+
+def measure_again(options: Options) -> tuple[bool, str]:
+    """Whether the settings in force are better than those that the verdict of `options.out` replaced, and a sentence.
+
+    Where those missed a limit it is enough to keep all. Writes the sentence into the verdict's provenance and the
+    report. Raises ValueError where other settings are in force than the verdict chose, and ServerUnusable.
+    """
+    path = options.out / "verdict.json"
+    verdict, applier = read_verdict(path), _InForce(options.admin_url, options.admin_key, options.target.ca)
+    applier.apply(verdict.chosen)
+    seed = secrets.randbits(24) if options.seed is None else options.seed
+    bench, record = LiveBench(options, applier, seed), Record(verdict.chosen)
+    window_s = max(_WINDOW_S, float(str(verdict.provenance.get("window_s", 0))))
+    for i in range(_WINDOWS):
+        record.confirming.append(bench.measure(verdict.chosen, window_s, seed + i, options.load))
+    better, sentence = _compare(options, record, next(r for r in verdict.table if r.settings == verdict.current))
+    verdict.provenance["in_service"] = sentence
+    write_verdict(path, verdict)
+    write_report(options.out, options.out / "report.html")
+    return better, sentence
+
+
+def _compare(options: Options, record: Record, before: Row) -> tuple[bool, str]:
+    if record.fault:
+        return False, f"in service: {record.fault}"
+    if judge(record.confirming, options.limits, lambda limit: limit_noise([record], limit).sigma) is Judgement.MISSES:
+        return False, "in service these settings miss a limit"
+    gain = record.log_score - math.log(before.score)
+    margin = score_noise([record]).margin(_CONFIDENCE, 1 / _WINDOWS + 1 / max(before.windows, 1))
+    words = options.objective.in_words(math.expm1(gain), math.expm1(margin))
+    if "misses" in before.verdict:
+        return True, f"in service these settings keep the limits; beside those before them: {words}"
+    return gain > 0, f"in service, beside the settings before them: {words}"
