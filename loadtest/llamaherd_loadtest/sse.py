@@ -42,6 +42,7 @@ class Choice(Struct):
 class ErrorBody(Struct):
     message: str = ""
     type: str | None = None
+    code: str | int | None = None
 
 
 class Chunk(Struct):

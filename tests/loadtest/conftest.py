@@ -28,7 +28,7 @@ class Double:
             [sys.executable, str(Path(__file__).with_name("double.py")), *arguments], stdout=subprocess.PIPE, text=True
         )
         assert self.process.stdout is not None
-        self.url = f"http{'s' if arguments else ''}://127.0.0.1:{int(self.process.stdout.readline())}"
+        self.url = f"http{'s' if '--cert' in arguments else ''}://127.0.0.1:{int(self.process.stdout.readline())}"
 
     def get(self, path: str) -> Any:
         return httpx.get(self.url + path, headers={"Authorization": f"Bearer {KEY}"}).json()

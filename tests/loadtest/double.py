@@ -51,8 +51,8 @@ class Engine:
 
 
 class Double:
-    def __init__(self) -> None:
-        self.engine = Engine()
+    def __init__(self, state: str) -> None:
+        self.engine, self.state = Engine(), state
         self.log: dict[int, dict[str, Any]] = {}
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -95,7 +95,13 @@ class Double:
         if refusal:
             return 400, {"error": {"message": refusal, "type": "invalid_request_error", "code": "does_not_fit"}}
         model = {"name": "engine", "path": "engine.gguf", "size_bytes": 1}
-        state = {"engine": "double", "state": "ready", "settings": self.engine.settings, "model": model, "build": "b1"}
+        state = {
+            "engine": "double",
+            "state": self.state,
+            "settings": self.engine.settings,
+            "model": model,
+            "build": "b1",
+        }
         return 200, state
 
     async def chat(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
@@ -232,12 +238,13 @@ SCENARIOS = {
 async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cert")
+    parser.add_argument("--state", default="ready")
     args = parser.parse_args()
     context = None
     if args.cert:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(args.cert)
-    server = await asyncio.start_server(Double().serve, "127.0.0.1", 0, ssl=context)
+    server = await asyncio.start_server(Double(args.state).serve, "127.0.0.1", 0, ssl=context)
     print(server.sockets[0].getsockname()[1], flush=True)
     async with server:
         await server.serve_forever()

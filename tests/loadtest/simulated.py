@@ -22,6 +22,7 @@ KNOBS: dict[str, list[Any]] = {
 GRID: list[Settings] = [
     {**CURRENT, **dict(zip(KNOBS, point, strict=True))} for point in itertools.product(*KNOBS.values())
 ]
+TOKENS = 100  # of an answer
 OVERHEAD = 1.4  # time that a window costs over its length
 GRID_S = len(GRID) * 6 * 30 * OVERHEAD  # what the full grid takes, six windows of 30 s for each setting
 
@@ -67,15 +68,17 @@ class SimulatedServer:
 
     def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
         if not self.fits(settings):
-            return Measurement(took_s=0.4 * window_s, fault="not launched: out of memory")
+            return Measurement(took_s=0.4 * window_s, fault="not launched: out of memory", does_not_fit=True)
         speed, figures = self.truth(settings)
         share = load.concurrency / int(settings["parallel"]) if load.concurrency else 1.0  # of the slots
+        if load.rate:
+            share = load.rate * TOKENS / speed
         figures = {"ttft_p95": figures["ttft_p95"] * share, "tpot_p95": figures["tpot_p95"] * min(share, 1.0)}
         return Measurement(
             took_s=OVERHEAD * window_s,
             score=(measured := speed * math.exp(self._draw.gauss(0, self._noise))),
             tokens_per_s=measured,
-            requests_per_s=measured / 100,
+            requests_per_s=measured / TOKENS,
             requests=50,
             observed={k: v * math.exp(self._draw.gauss(0, 1.3 * self._noise)) for k, v in figures.items()},
         )

@@ -48,8 +48,11 @@ def test_faults_are_measured_once_and_the_search_goes_on() -> None:
     tried = search(SimulatedServer(seed), CURRENT, budget_s=BUDGET_S, seed=seed)
     choice = tried.run()
     faults = [record for record in tried.records if record.fault]
-    assert faults
-    assert all(len(record.all_windows) == 1 for record in faults)
+    launched = [record for record in faults if record.all_windows]
+    assert launched
+    assert all(len(record.all_windows) == 1 for record in launched)
+    assert len(launched) < len(faults), "what needs no less memory is not launched"
+    assert not any(SimulatedServer(seed).fits(record.settings) for record in faults)
     assert not choice.record.fault
 
 

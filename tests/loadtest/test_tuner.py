@@ -192,6 +192,31 @@ def test_a_self_signed_server_needs_its_ca(
     assert "give its CA with --ca" in done.stderr
 
 
+def test_a_server_that_is_not_ready_is_not_loaded(
+    start_double: Callable[..., Double], key_file: Path, tmp_path: Path
+) -> None:
+    done = run(start_double("--state", "restarting"), key_file, tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "is restarting: wait until its /readyz answers 200" in done.stderr
+
+
+def test_no_room_for_what_is_measured_ends_the_search_and_restores_the_settings(
+    start_double: Callable[..., Double], key_file: Path, tmp_path: Path
+) -> None:
+    double = start_double()
+    before = in_force(double)
+    done = subprocess.run(
+        ["prlimit", "--fsize=6000", *command(double, key_file, tmp_path, "--space", "ubatch=128", "--budget", "15s")],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"tune: cannot write to {tmp_path}: File too large; make room there")
+    assert in_force(double) == before
+
+
 def test_a_workload_larger_than_the_context_is_refused(double: Double, key_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "long.yml"
     path.write_text("{name: long, description: long, prompt: {median: 4000}, output: {median: 100}}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
@@ -58,3 +59,5 @@ def test_a_search_measures_the_capacity_within_its_time() -> None:
     found = tried.capacity(chosen, 1200)
     assert found is not None and found.keeps >= 1
     assert tried.spent_s - before <= 1200
+    assert found.arrivals is Judgement.PASSES
+    assert re.search(r"; \S+ requests/s that arrive at random keep them$", str(found))

@@ -22,7 +22,7 @@ def latencies_by_load(verdict: Verdict, steps: Sequence[Step]) -> str:
     """
     at: dict[int, list[Measurement]] = defaultdict(list)
     climb = [s for s in steps if s.phase == "load"]
-    for step in climb or steps:
+    for step in climb or [s for s in steps if s.phase != "arrivals"]:
         if not step.measurement.fault:
             at[step.measurement.concurrency or int(step.settings["parallel"])].append(step.measurement)
     loads = sorted(at)

@@ -11,7 +11,7 @@ import requests
 from msgspec import Struct, field
 
 from llamaherd_loadtest.probe import ServerUnusable
-from llamaherd_loadtest.sse import Chunk
+from llamaherd_loadtest.sse import Chunk, ErrorBody
 from llamaherd_loadtest.tune.settings import Settings, Value, difference
 from llamaherd_loadtest.tune.watch import EngineWatch
 
@@ -38,7 +38,11 @@ class EngineState(Struct):
 
 
 class Refused(Exception):
-    """Settings did not come into force; the message is the server's."""
+    """Settings did not come into force; the message is the server's. `does_not_fit`: for want of memory."""
+
+    def __init__(self, message: str, *, does_not_fit: bool = False) -> None:
+        super().__init__(message)
+        self.does_not_fit = does_not_fit
 
 
 class Applier(Protocol):
@@ -85,7 +89,7 @@ class AdminApplier:
         except ServerUnusable as error:
             raise Refused(f"the server died when these settings were applied: {error}") from error
         if response.status_code != 200:
-            raise Refused(_error(response))
+            raise Refused(_error(response), does_not_fit=_code(response) == "does_not_fit")
         in_force = msgspec.json.decode(response.content, type=EngineState).settings
         kept = {k: in_force.get(k, "none") for k, v in settings.items() if in_force.get(k) != v and v != _AUTOMATIC}
         if kept:
@@ -124,6 +128,14 @@ class AdminApplier:
 def _innermost(error: BaseException) -> BaseException:
     """What the system said, without the libraries' wrappings."""
     return _innermost(error.__context__) if error.__context__ else error
+
+
+def _code(response: requests.Response) -> str | int | None:
+    try:
+        error = msgspec.json.decode(response.content, type=Chunk).error
+    except msgspec.MsgspecError:
+        return None
+    return error.code if isinstance(error, ErrorBody) else None
 
 
 def _error(response: requests.Response) -> str:

@@ -19,17 +19,24 @@ _FAR = 4  # times the slots: beyond it requests only wait
 class Capacity(Struct, frozen=True):
     """The highest load that kept the limits and the lowest that did not, in requests in flight.
 
-    0 and None where there is no such load among those tried.
+    0 and None where there is no such load among those tried. `arrivals` judges `rate` requests a second that arrive at
+    random (an open loop), most of what the highest load answered; None where there was no time for it.
     """
 
     keeps: int
     misses: int | None
+    rate: float = 0.0
+    arrivals: Judgement | None = None
 
     def __str__(self) -> str:
         if not self.keeps:
             return "not even one request in flight keeps the limits"
         beyond = f"{self.misses} do not" if self.misses else "more were not tried"
-        return f"{self.keeps} requests in flight keep the limits, {beyond}"
+        climbed = f"{self.keeps} requests in flight keep the limits, {beyond}"
+        if self.arrivals is None:
+            return climbed
+        verb = {"passes": "keep them", "misses": "do not", "unresolved": "are too close to tell"}[self.arrivals]
+        return f"{climbed}; {self.rate:.2g} requests/s that arrive at random {verb}"
 
 
 def find_capacity(measure: Callable[[int], Judgement | None], slots: int) -> Capacity | None:

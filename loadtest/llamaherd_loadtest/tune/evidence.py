@@ -55,7 +55,8 @@ class Measurement(Struct, kw_only=True):
 
     `score` is what the search makes as large as it can: see Objective.
 
-    `fault` says why its figures do not count: "not launched: …", "failed: …" or "invalid: …". `took_s` is all the time
+    `fault` says why its figures do not count: "not launched: …", "failed: …" or "invalid: …"; `does_not_fit` that the
+    server had not the memory. `took_s` is all the time
     that it cost, the change of settings and the warm-up included. `stalls` are, for each request, the second of the
     window at which it ended and its largest gap in ms.
     """
@@ -63,6 +64,7 @@ class Measurement(Struct, kw_only=True):
     took_s: float
     concurrency: int = 0
     fault: str = ""
+    does_not_fit: bool = False
     score: float = 0.0
     tokens_per_s: float = 0.0
     requests_per_s: float = 0.0
@@ -78,16 +80,17 @@ class Measurement(Struct, kw_only=True):
 
 
 class Record(Struct):
-    """All windows of one setting, by phase."""
+    """All windows of one setting, by phase; `ruled_out` says why it needs none."""
 
     settings: Settings
     screening: list[Measurement] = field(default_factory=list)
     confirming: list[Measurement] = field(default_factory=list)
+    ruled_out: str = ""
 
     @property
     def fault(self) -> str:
         """The first fault, if any: one is enough to rule settings out."""
-        return next((m.fault for m in self.all_windows if m.fault), "")
+        return next((m.fault for m in self.all_windows if m.fault), self.ruled_out)
 
     @property
     def all_windows(self) -> list[Measurement]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
@@ -35,6 +38,10 @@ def tune(options: Options) -> Verdict:
     """
     applier = AdminApplier(options.admin_url, options.admin_key, options.target.ca)
     found = applier.state()
+    if found.state != "ready":
+        raise ServerUnusable(
+            f"{options.admin_url} is {found.state}: wait until its /readyz answers 200, or read its log"
+        )
     always, launch, pruned = _divide(options, found.settings)
     options.out.mkdir(parents=True, exist_ok=True)
     seed = secrets.randbits(24) if options.seed is None else options.seed
@@ -62,7 +69,7 @@ def tune(options: Options) -> Verdict:
     say(f"{len(launch)} settings to search, {len(pruned)} ruled out; windows of {search.window_s:.0f} s")
     choice = capacity = None
     try:
-        with interruptible():
+        with _room(options.out), interruptible():
             choice = search.run()
             capacity = None if choice.record.fault else search.capacity(choice.record.settings, capacity_s)
     finally:
@@ -79,7 +86,9 @@ def tune(options: Options) -> Verdict:
 
 def _divide(options: Options, current: Settings) -> tuple[int, list[Settings], list[Pruned]]:
     """How many settings are always measured; those to launch, the current first; those ruled out."""
-    space = parse_space(options.space, current) or {k: v for k, v in DEFAULT_SPACE.items() if k in current}
+    space = parse_space(options.space, current, quality=options.quality) or {
+        k: v for k, v in DEFAULT_SPACE.items() if k in current
+    }
     if options.proposal:
         tried = [current, {**current, **read_verdict(options.proposal).chosen}]
     else:
@@ -89,6 +98,14 @@ def _divide(options: Options, current: Settings) -> tuple[int, list[Settings], l
         raise ValueError(f"the server's settings cannot serve workload {options.workload.name}: {pruned[0].why}")
     fixed = candidates(current, {})
     return sum(settings in fixed for settings in launch), launch, pruned
+
+
+@contextmanager
+def _room(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write to {out}: {error.strerror}; make room there, or give another --out") from error
 
 
 def _restore(applier: Applier, settings: Settings) -> None:
@@ -137,5 +154,6 @@ def _provenance(options: Options, found: EngineState, search: Search, seed: int)
 
 
 def _write(options: Options, verdict: Verdict) -> None:
-    write_verdict(options.out / "verdict.json", verdict)
-    write_report(options.out, options.out / "report.html")
+    with _room(options.out):
+        write_verdict(options.out / "verdict.json", verdict)
+        write_report(options.out, options.out / "report.html")

@@ -41,15 +41,15 @@ class LiveBench:
             self._applier.apply(settings)
             measurement = self._load(load, int(settings["parallel"]), window_s, seed)
         except Refused as failure:
-            measurement = self._fault(f"not launched: {failure}")
+            measurement = self._fault(f"not launched: {failure}", does_not_fit=failure.does_not_fit)
         except RunFailed as failure:
             measurement = self._fault(f"failed: {failure}")
         measurement.took_s = clock() - started
         return measurement
 
-    def _fault(self, why: str) -> Measurement:
+    def _fault(self, why: str, *, does_not_fit: bool = False) -> Measurement:
         self._applier.wait_ready()
-        return Measurement(took_s=0.0, fault=why)
+        return Measurement(took_s=0.0, fault=why, does_not_fit=does_not_fit)
 
     def _load(self, load: Load, slots: int, window_s: float, seed: int) -> Measurement:
         concurrency = load.concurrency or slots

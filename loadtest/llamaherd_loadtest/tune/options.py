@@ -29,6 +29,7 @@ class Options(Struct, frozen=True, kw_only=True):
     objective: Objective
     load: Load
     space: list[str]
+    quality: bool
     budget_s: float
     seed: int | None
     out: Path
@@ -50,6 +51,7 @@ def parse(arguments: Sequence[str]) -> Options:
         objective=parse_objective(args.objective, load),
         load=load,
         space=args.space,
+        quality=args.quality,
         budget_s=_seconds(args.budget),
         seed=args.seed,
         out=args.out,
@@ -87,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         help="requests in flight, or arrivals a second; the slots if not given",
     )
     add("--space", action="append", default=[], metavar="KNOB=V,V", help="values to try; may be repeated")
+    add("--quality", action="store_true", help="let --space have kv_type_k and kv_type_v, which change answers")
     add("--try", dest="proposal", type=Path, metavar="VERDICT.JSON", help="measure only what this one chose, elsewhere")
     add(
         "--in-service",

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 
 from llamaherd_loadtest.dice import seeded
 from llamaherd_loadtest.limits import Limit
@@ -20,13 +21,16 @@ from llamaherd_loadtest.tune.decide import Choice, Contender, choose
 from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement, Record, limit_noise, score_noise
 from llamaherd_loadtest.tune.objective import TOKENS, Objective
 from llamaherd_loadtest.tune.settings import Settings, label
+from llamaherd_loadtest.tune.space import needs_as_much
 from llamaherd_loadtest.tune.surrogate import Grid
 
-Phase = Literal["screen", "confirm", "load"]
+Phase = Literal["screen", "confirm", "load", "arrivals"]
 _CONFIRM_SHARE = 0.3
 _MIN_CONFIRM = 4  # windows (A B B A), where the budget leaves time for screening
 _CLEAR = 3  # times its margin: a gain that needs no more windows of the current settings
 _RANDOM_SHARE = 0.1  # of the screening, before the windows' own evidence leads
+_ARRIVALS_SHARE = 0.25  # of the time for the capacity
+_ARRIVALS_LOAD = 0.8  # of the capacity: more would only queue
 _OVERHEAD = 0.4  # of a window, for changing settings and warming up; corrected by what measurements take
 _MAX_WINDOW_S = 30.0
 
@@ -143,21 +147,43 @@ class Search:
         return Choice(record=current, change=False, reason=f"{reason} by {excess:.0%}")
 
     def capacity(self, settings: Settings, budget_s: float) -> Capacity | None:
-        """The load that `settings` carry within the limits, by windows that take `budget_s` seconds at most."""
-        until_s = self.spent_s + budget_s
+        """The load that `settings` carry within the limits, by windows that take `budget_s` seconds at most.
 
-        def window(load: int) -> Measurement | None:
-            return None if self._over(until_s) else self._window("load", settings, until_s, Load(load))
+        What they carry of requests that wait for each other's answers is then checked with some that do not.
+        """
+        until_s = self.spent_s + budget_s
+        climb_until_s = until_s - _ARRIVALS_SHARE * budget_s
+        answered: dict[int, float] = {}
 
         def decide(windows: list[Measurement]) -> Judgement:
             return judge(windows, self.limits, lambda limit: limit_noise(self.records, limit).sigma)
 
-        return find_capacity(lambda load: settle(lambda: window(load), decide), int(settings["parallel"]))
+        def climb(concurrency: int) -> Measurement | None:
+            if self._over(climb_until_s):
+                return None
+            window = self._window("load", settings, until_s, Load(concurrency))
+            answered[concurrency] = window.requests_per_s
+            return window
+
+        def arrive() -> Measurement | None:
+            return None if self._over(until_s) else self._window("arrivals", settings, until_s, Load(rate=rate))
+
+        found = find_capacity(lambda load: settle(lambda: climb(load), decide), int(settings["parallel"]))
+        if found is None or not found.keeps:
+            return found
+        rate = _ARRIVALS_LOAD * answered[found.keeps]
+        return replace(found, rate=rate, arrivals=settle(arrive, decide))
 
     def _measure(self, phase: Phase, row: int) -> None:
         record = self.records[row]
         measurement = self._window(phase, record.settings, self._budget_s, self.load)
         (record.screening if phase == "screen" else record.confirming).append(measurement)
+        if measurement.does_not_fit:
+            for other in self.records:
+                if not other.all_windows and needs_as_much(other.settings, record.settings):
+                    other.ruled_out = (
+                        f"not launched: needs no less memory than {label(record.settings)}, which does not fit"
+                    )
 
     def _window(self, phase: Phase, settings: Settings, until_s: float, load: Load) -> Measurement:
         self.steps += 1

@@ -20,6 +20,18 @@ class Pruned(Struct, frozen=True):
     why: str
 
 
+# Bytes of one element: ggml's blocks of 32 over their length.
+_ELEMENT_BYTES = {
+    "f32": 4.0,
+    "f16": 2.0,
+    "bf16": 2.0,
+    "q8_0": 34 / 32,
+    "q5_1": 24 / 32,
+    "q5_0": 22 / 32,
+    "q4_1": 20 / 32,
+    "q4_0": 18 / 32,
+}
+_QUALITY = ("kv_type_k", "kv_type_v")
 DEFAULT_SPACE: Space = {
     "parallel": [1, 2, 4, 8, 16],
     "ubatch": [128, 512],
@@ -27,8 +39,11 @@ DEFAULT_SPACE: Space = {
 }
 
 
-def parse_space(texts: Iterable[str], current: Settings) -> Space:
-    """Read `knob=value,value…`. Raises ValueError for a knob that the server does not have."""
+def parse_space(texts: Iterable[str], current: Settings, *, quality: bool = False) -> Space:
+    """Read `knob=value,value…`. Raises ValueError for a knob that the server does not have.
+
+    Knobs that change answers, not only their speed, are refused without `quality`.
+    """
     space: Space = {}
     for text in texts:
         knob, separator, values = text.partition("=")
@@ -36,6 +51,8 @@ def parse_space(texts: Iterable[str], current: Settings) -> Space:
             raise ValueError(f"space {text!r} is not understood: write for example parallel=1,2,4,8")
         if knob not in current:
             raise ValueError(f"the server has no setting {knob!r}: it has {', '.join(current)}")
+        if knob in _QUALITY and not quality:
+            raise ValueError(f"{knob} changes what the model answers, not only how fast: allow that with --quality")
         space[knob] = [_value(v) for v in values.split(",")]
     return space
 
@@ -57,6 +74,25 @@ def prune(settings: Sequence[Settings], need: int) -> tuple[list[Settings], list
 def knobs(all_settings: Sequence[Settings]) -> tuple[str, ...]:
     """The names in which settings differ."""
     return tuple(name for name in all_settings[0] if len({str(s.get(name)) for s in all_settings}) > 1)
+
+
+def needs_as_much(settings: Settings, other: Settings) -> bool:
+    """Whether `settings` need at least the memory that `other` need, on any model: KV cache and compute buffers.
+
+    KV bytes are cells x the bytes of their keys and values, times what only the model decides; compute buffers grow
+    with ubatch, and with the cells that one sequence may see.
+    """
+    if settings.get("flash_attention") != other.get("flash_attention"):
+        return False
+    mine, others = _memory(settings), _memory(other)
+    return all(one >= two for one, two in zip(mine, others, strict=True))
+
+
+def _memory(settings: Settings) -> tuple[float, ...]:
+    cells = float(settings.get("kv_cells") or 0) or float(settings["parallel"]) * float(settings.get("ctx_per_slot", 1))
+    keys, values = (cells * _ELEMENT_BYTES.get(str(settings.get(name)), 2.0) for name in _QUALITY)
+    seen = cells if settings.get("kv_unified") else float(settings.get("ctx_per_slot", 1))
+    return keys, values, seen, float(settings.get("ubatch", 1)), float(settings["parallel"])
 
 
 def _why_not(settings: Settings, need: int) -> str:

@@ -104,7 +104,11 @@ def _sentence(choice: Choice | None, current: Settings, objective: Objective) ->
 def _table(search: Search, chosen: Settings, pruned: Sequence[Pruned]) -> list[Row]:
     """All settings that were measured, the confirmed first and then by throughput; then those never launched."""
     named = knobs([r.settings for r in search.records])
-    rows = [_row(search, i, record, chosen, named) for i, record in enumerate(search.records) if record.all_windows]
+    rows = [
+        _row(search, i, record, chosen, named)
+        for i, record in enumerate(search.records)
+        if record.all_windows or record.ruled_out
+    ]
     rows.sort(key=lambda row: (not row.confirmed, -row.score))
     return rows + [
         Row(label=label(p.settings, named), settings=p.settings, verdict=f"not launched: {p.why}") for p in pruned
