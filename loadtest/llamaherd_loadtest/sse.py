@@ -91,7 +91,8 @@ def parse_line(line: bytes) -> Chunk | None:
     Raises `msgspec.DecodeError` where the payload is not the JSON of a chunk.
     """
     if line.startswith(b"data:"):
-        return END if line.startswith((b"data: [DONE]", b"data:[DONE]")) else _chunks.decode(line[5:])
+        payload = line[5:]
+        return END if len(payload) < 10 and payload.strip() == b"[DONE]" else _chunks.decode(payload)
     if line.startswith(b"error:"):  # llama-server's own form of an in-stream error
         return Chunk(error=_errors.decode(line[6:].strip()))
     return None

@@ -20,6 +20,7 @@ from llmd_benchmark_report.schema_v0_2 import BenchmarkReportV02
 from llamaherd_loadtest.arrivals import Arrivals
 from llamaherd_loadtest.samples import Sample, read_samples
 from llamaherd_loadtest.summary import json_schema
+from tests.server.conftest import Server
 
 from .conftest import KEY, Double
 from .double import CONTEXT, PREFILL_S
@@ -28,7 +29,7 @@ LOCUSTFILES = Path(__file__).parents[2] / "loadtest/locustfiles"
 
 
 def locust(
-    file: str, double: Double, key_file: Path, out: Path, *more: str, model: str = "engine"
+    file: str, double: Double | Server, key_file: Path, out: Path, *more: str, model: str = "engine"
 ) -> subprocess.CompletedProcess[str]:
     where = ["-f", file, "--host", double.url, "--key-file", str(key_file), "--model", model, "--headless"]
     written = {
