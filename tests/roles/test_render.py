@@ -200,7 +200,7 @@ def test_the_native_engine_is_one_variable(render: Render) -> None:
 
 def test_several_models_are_one_servers(render: Render) -> None:
     source = {"kind": "file", "path": "/m.gguf"}
-    entries = [
+    entries: list[dict[str, Any]] = [
         {"name": "chat", "aliases": ["default"], "settings": {"parallel": 2}},
         {"name": "see", "engine": "llama-server", "mmproj": "eye", "gpu_layers": 7, "memory_share": 0.25},
         {"name": "find", "engine": "llama-server", "extra_args": ["--embeddings", "--pooling", "mean"]},

@@ -44,9 +44,10 @@ def client(promised: dict[str, Any]) -> Client:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
-    host = getattr(item, "funcargs", {}).get("host")
+    used = getattr(item, "funcargs", {})
+    host = used.get("host")
     if report.when == "call" and report.failed and isinstance(host, Host):
-        for unit in (*item.funcargs["promised"]["units"], "nginx"):
+        for unit in (*used["promised"]["units"], "nginx"):
             report.sections.append((f"journal of {unit}", journal(host, unit)))
     return report
 

@@ -23,7 +23,11 @@ SETTINGS = [
 ]
 
 
-OWN = {"mmproj": "p.gguf", "chat_template": "chat.jinja", "lora": [Adapter("a.gguf", 0.5), Adapter("b.gguf", 1.0)]}
+OWN: dict[str, Any] = {
+    "mmproj": "p.gguf",
+    "chat_template": "chat.jinja",
+    "lora": [Adapter("a.gguf", 0.5), Adapter("b.gguf", 1.0)],
+}
 
 
 def command(settings: EngineSettings, gpu_layers: int = -1, **more: Any) -> list[str]:

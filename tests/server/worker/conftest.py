@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from llamaherd_server.protocol import EngineSettings, WorkerConfig
 from llamaherd_server.worker.lib import Log, load
 from llamaherd_server.worker.model import Model
 
@@ -14,4 +15,5 @@ from ..conftest import required
 def model() -> Model:
     lib = load()
     lib.llama_backend_init()
-    return Model(lib, Log(lib), required("LLAMAHERD_TEST_MODEL"), -1, lambda _: None)
+    config = WorkerConfig(path=required("LLAMAHERD_TEST_MODEL"), gpu_layers=-1, settings=EngineSettings())
+    return Model(lib, Log(lib), config, lambda _: None)
