@@ -63,7 +63,7 @@ def test_what_cannot_work_is_refused_in_one_line(
     tmp_path: Path, host: str, variables: dict[str, Any], expected: str
 ) -> None:
     run = run_roles(tmp_path, host, variables)
-    errors = [line for line in run.stderr.splitlines() if line.startswith("[ERROR]")]
+    errors = [line for line in run.stdout.splitlines() if line.startswith("[ERROR]")]
     assert run.returncode != 0
     assert len(errors) == 1
     assert expected in errors[0]
