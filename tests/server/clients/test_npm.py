@@ -70,7 +70,7 @@ def test_claude_code_answers(server: Server, tmp_path: Path) -> None:
     # The program itself, whether npm lets the package's script link it or not.
     claude = program("@anthropic-ai/claude-code@2.1.197", "@anthropic-ai/claude-code-*/claude")
     # Its own prompt and tools alone are 17,000 tokens, more than the test's model was trained for.
-    small = f"CLAUDE_CODE_MAX_OUTPUT_TOKENS=64 {claude} -p 'Say hello.' --tools '' --system-prompt 'Be brief.'"
-    said = say(f"{settings}\n{small}", tmp_path, server)
+    small = f"{claude} -p 'What is 2 + 2?' --tools '' --system-prompt 'Answer with one word.'"
+    said = say(f"{settings}\nCLAUDE_CODE_MAX_OUTPUT_TOKENS=1024 {small}", tmp_path, server)
     assert said
     assert "API Error" not in said
