@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-import httpx
 import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
@@ -126,21 +125,31 @@ async def _passed_on(request: Request, path: str) -> Response:
     until = asyncio.get_running_loop().time() + limits.request_timeout_s
     async with AsyncExitStack() as stack:
         meter = await stack.enter_async_context(_admitted(request, state, body, until))
-        # a stream's head comes with its first event, that of a whole answer with the last token
         first = asyncio.timeout(limits.first_token_timeout_s if streamed else None)
         try:
             async with asyncio.timeout_at(until), first:
                 response = await unless_gone(request.receive, stack.enter_async_context(state.engine.asked(path, body)))
-                if not streamed:
+                lines = response.aiter_lines()
+                if streamed:
+                    begun = await unless_gone(request.receive, _begun(lines))
+                else:
                     await unless_gone(request.receive, response.aread())
         except TimeoutError:
             raise late_error(limits, whole=not first.expired()) from None
         if streamed:
-            return _Relay(response, meter, stack.pop_all(), until)
+            return _Relay(begun, lines, meter, stack.pop_all(), until)
         answers = response.json()  # a list where there were several prompts
         for one in answers if isinstance(answers, list) else [answers]:
             _count(meter, one.get("timings"))
         return Response(response.content, media_type="application/json")
+
+
+async def _begun(lines: AsyncIterator[str]) -> str:
+    """The first event; before that llama-server sends comments, to keep the connection open."""
+    async for line in lines:
+        if line.startswith(("data: ", "error: ")):
+            return line
+    raise EngineError("engine_crashed", "the engine ended while it worked on this request")
 
 
 async def _body(request: Request) -> dict[str, Any]:
@@ -227,11 +236,14 @@ def _count(meter: Meter, timings: dict[str, Any] | None) -> None:
 class _Relay(Response):
     """llama-server's events as they come; ends its work when the client has gone."""
 
-    def __init__(self, source: httpx.Response, meter: Meter, stack: AsyncExitStack, until: float) -> None:
+    def __init__(
+        self, begun: str, lines: AsyncIterator[str], meter: Meter, stack: AsyncExitStack, until: float
+    ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]
-        self._source = source
+        self._begun = begun
+        self._lines = lines
         self._meter = meter
         self._stack = stack
         self._until = until
@@ -251,13 +263,17 @@ class _Relay(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_all(self, send: Send) -> None:
-        async for line in self._source.aiter_lines():
-            await _send(send, f"{line}\n".encode())
-            if line.startswith("data: {"):
-                if '"timings"' in line:
-                    _count(self._meter, json.loads(line[6:]).get("timings"))
-                else:
-                    self._meter.see(Delta(id=0, text="", n_tokens=1))
+        await self._send_line(send, self._begun)
+        async for line in self._lines:
+            await self._send_line(send, line)
+
+    async def _send_line(self, send: Send, line: str) -> None:
+        await _send(send, f"{line}\n".encode())
+        if line.startswith("data: {"):
+            if '"timings"' in line:
+                _count(self._meter, json.loads(line[6:]).get("timings"))
+            else:
+                self._meter.see(Delta(id=0, text="", n_tokens=1))
 
 
 def _error_event(error: ApiError) -> bytes:
