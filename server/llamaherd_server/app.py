@@ -99,7 +99,7 @@ def _serving(settings: Settings, engine: Engine, quotas: Quotas, metrics: Metric
     # Embeddings have a context of their own and need no slot: a queue of their own, as fair and as bounded.
     embedding = Admission(max_queue=limits.max_queue, timeout_s=limits.queue_timeout_s, parallel=_EMBEDDINGS_AT_ONCE)
     metrics.follow(settings.model.name, engine, admission)
-    return Serving(engine, admission, embedding, quotas, metrics, settings.model.name, limits)
+    return Serving(engine, admission, embedding, quotas, metrics, settings.model.name, limits, settings.log.texts)
 
 
 @asynccontextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -36,6 +36,15 @@ class Serving:
     metrics: Metrics
     model: str
     limits: LimitSettings
+    log_texts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What one generation was asked and answered, for the log of an operator who wants it."""
+
+    prompt: str | list[int]
+    output: list[str] = field(default_factory=list)
 
 
 class Run:
@@ -49,6 +58,7 @@ class Run:
     def __init__(self, serving: Serving, key: Key, requests: list[Generate], *, n: int, arrived: float) -> None:
         """`arrived`: the perf_counter reading when the HTTP request came."""
         self.usage = Usage()
+        self.texts = [Text(request.prompt) for request in requests] if serving.log_texts else []
         self._arrived = arrived
         self._serving = serving
         self._key = key
@@ -116,6 +126,8 @@ class Run:
                     async for event in events:
                         if isinstance(event, Delta):
                             first.reschedule(None)
+                            if self.texts:
+                                self.texts[index].output.append(event.text)
                         meter.see(event)
                         self._events.put_nowait((index, event))
                         if isinstance(event, Finished):

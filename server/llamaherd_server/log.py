@@ -1,4 +1,7 @@
-"""Structured logs on stderr: JSON for the journal, readable lines on a terminal. Never prompts, outputs or keys."""
+"""Structured logs on stderr: JSON for the journal, readable lines on a terminal.
+
+Never keys; prompts and outputs only where log.texts asks for them.
+"""
 
 from __future__ import annotations
 

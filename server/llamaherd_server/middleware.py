@@ -9,6 +9,7 @@ import math
 import re
 import time
 import uuid
+from collections.abc import Sequence
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaherd_server.auth import ANONYMOUS, Key, KeyStore
 from llamaherd_server.errors import ApiError
+from llamaherd_server.generation import Text
 from llamaherd_server.lifecycle import Lifecycle
 from llamaherd_server.meter import Usage
 from llamaherd_server.metrics import Metrics
@@ -39,10 +41,12 @@ class RequestLog:
         self.key: str | None = None
         self.client_gone = False
         self._usage: Usage | None = None
+        self._texts: Sequence[Text] = ()
 
-    def follow(self, usage: Usage) -> None:
-        """Tell this usage, as it stands at the end of the request."""
+    def follow(self, usage: Usage, texts: Sequence[Text] = ()) -> None:
+        """Tell this usage, and these texts, as they stand at the end of the request."""
         self._usage = usage
+        self._texts = texts
 
     def fields(self) -> dict[str, object]:
         fields: dict[str, object] = {"request_id": self.request_id, "key": self.key}
@@ -56,6 +60,9 @@ class RequestLog:
                 "queued_ms": _milliseconds(usage.queued_s),
                 "ttft_ms": _milliseconds(usage.ttft_s),
             }
+        if self._texts:
+            fields["prompts"] = [text.prompt for text in self._texts]
+            fields["outputs"] = ["".join(text.output) for text in self._texts]
         return fields
 
 

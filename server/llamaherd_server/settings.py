@@ -166,6 +166,12 @@ class LimitSettings(Section):
     heartbeat_timeout_s: float = Field(default=120, gt=0)
 
 
+class LogSettings(Section):
+    """What the log may hold. `texts`: prompts and outputs, which are the users' own; not of what is passed on."""
+
+    texts: bool = False
+
+
 class Settings(BaseSettings):
     """All of server.toml. With [[models]], `model` and `engine` are the first one's; with [model], it is the list."""
 
@@ -179,6 +185,7 @@ class Settings(BaseSettings):
     engine: EngineSection = EngineSection()
     models: list[ServedModel] = Field(min_length=1)
     limits: LimitSettings = LimitSettings()
+    log: LogSettings = LogSettings()
 
     @model_validator(mode="before")
     @classmethod

@@ -62,7 +62,7 @@ async def answer(request: Request, run: Run, shape: Shape, *, stream: bool) -> R
     """Start the run and answer with it; errors before the first token's slot are raised as ApiError."""
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(run)
-        request.state.log.follow(run.usage)
+        request.state.log.follow(run.usage, run.texts)
         await unless_gone(request.receive, run.first())
         if stream:
             return EventStream(run, shape, stack.pop_all())

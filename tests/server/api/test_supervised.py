@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from llamaherd_server.keyfile import add
 
@@ -97,3 +98,17 @@ def test_the_log_has_one_line_a_request_and_nothing_of_what_was_said(tmp_path: P
         "path": "/v1/chat/completions",
     }
     assert 0 < lines[1]["ttft_ms"] < lines[1]["ms"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_log_has_what_was_said_where_the_operator_asks(tmp_path: Path, stream: bool) -> None:
+    with running(tmp_path, paced(step_ms=1), log={"texts": True}) as server:
+        body = {"prompt": [PROMPT, "two"], "max_tokens": 3, "stream": stream}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body)
+        assert server.terminate() == 0
+    events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")] if stream else [answer.text]
+    said = ["", ""]
+    for choice in (choice for event in events for choice in json.loads(event)["choices"]):
+        said[choice["index"]] += choice["text"]
+    [line] = [line for line in map(json.loads, server.log.read_text().splitlines()) if line["event"] == "request"]
+    assert (line["prompts"], line["outputs"]) == ([PROMPT, "two"], said)
