@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
-from statistics import NormalDist
 
 import numpy as np
 from msgspec import Struct
@@ -15,10 +14,10 @@ from llamaherd_loadtest.tune.evidence import MAX_ERROR_SHARE, Record, limit_nois
 from llamaherd_loadtest.tune.surrogate import Array, Belief, Grid
 
 _DRAWS = 100
-_NEAR = 0.03  # how far below the best counts as being as good
 _MISS = 0.45  # what missing a limit costs, as a logarithm of the score
 _PENALTY = 4.0  # and, for each such logarithm of the miss, on top: near misses stay above far ones
-_LIMIT_MARGIN = 0.5  # standard deviations from a limit that count as clear of it
+_LENIENCY = 0.5  # how many standard deviations a finalist may come nearer to a limit for nothing
+_LIMIT_MARGIN = 0.55  # standard deviations from a limit that count as clear of it
 
 
 class Judgement(StrEnum):
@@ -36,39 +35,22 @@ class Beliefs(Struct, frozen=True):
     excess: list[tuple[Limit, Belief]]
 
     def next(self, ruled_out: Iterable[int], dice: np.random.Generator) -> int:
-        """What to measure next: of the best and its closest rival, by draws of what may be true, the less well known.
+        """What to measure next: of the two that are most often best in draws of what may be true, the less well known.
 
-        Top-two Thompson sampling (Russo, "Simple Bayesian Algorithms for Best-Arm Identification", 2016): looking
+        After top-two Thompson sampling (Russo, "Simple Bayesian Algorithms for Best-Arm Identification", 2016): looking
         twice at a setting that is sure to be good tells less than looking once at what may beat it.
         """
         worth = self._worth(ruled_out, dice)
-        bests = np.argmax(worth, axis=1)
-        rivals = bests[bests != bests[0]]
-        return int(max((bests[0], *rivals[:1]), key=lambda row: worth[:, row].std()))
+        rows, times = np.unique(np.argmax(worth, axis=1), return_counts=True)
+        top_two = rows[np.argsort(-times, kind="stable")][:2]
+        return int(max(top_two, key=lambda row: worth[:, row].std()))
 
-    def best(self, count: int, ruled_out: Iterable[int], dice: np.random.Generator) -> list[int]:
-        """The `count` settings among which one is likeliest to be as good as the best: also what to fall back upon."""
-        worth = self._worth(ruled_out, dice)
-        good = (worth > worth.max(axis=1, keepdims=True) - _NEAR) & np.isfinite(worth)
-        rows: list[int] = []
-        left = np.ones(len(good), dtype=bool)  # draws in which none of the rows is good
-        while len(rows) < count:
-            hits = good[left].sum(axis=0) + good.mean(axis=0) / 2  # the mean decides between equals
-            hits[rows] = 0
-            if not hits.any():
-                break
-            rows.append(int(np.argmax(hits)))
-            left &= ~good[:, rows[-1]]
-        return rows
-
-    def worth(self, row: int) -> float:
-        """The expected log score of a setting, less what it costs where it misses a limit."""
-        value = float(self.score.mean[row])
-        for _, belief in self.excess:
-            mean, sd = float(belief.mean[row]), float(belief.sd[row])
-            missed = NormalDist().cdf(mean / sd)
-            value -= _MISS * missed + _PENALTY * (mean * missed + sd * NormalDist().pdf(mean / sd))
-        return value
+    def best(self, count: int, ruled_out: Iterable[int]) -> list[int]:
+        """The `count` settings that look best, those that may miss a limit marked down."""
+        excess = [np.maximum(0.0, b.mean + _LENIENCY * b.sd) for _, b in self.excess]
+        score = self.score.mean - _PENALTY * sum(excess, np.zeros_like(self.score.mean))
+        score[list(ruled_out)] = -np.inf
+        return [int(i) for i in np.argsort(-score)[:count] if math.isfinite(score[i])]
 
     def _worth(self, ruled_out: Iterable[int], dice: np.random.Generator) -> Array:
         """Draws of what each setting may be worth, one a row; one that misses a limit sinks below the rest."""

@@ -28,7 +28,7 @@ Phase = Literal["screen", "confirm", "load", "arrivals"]
 _CONFIRM_SHARE = 0.3
 _MIN_CONFIRM = 4  # windows (A B B A), where the budget leaves time for screening
 _CLEAR = 3  # times its margin: a gain that needs no more windows of the current settings
-_RANDOM_SHARE = 0.1  # of the screening, before the windows' own evidence leads
+_RANDOM_SHARE = 0.25  # of the screening, before the windows' own evidence leads
 _ARRIVALS_SHARE = 0.25  # of the time for the capacity
 _ARRIVALS_LOAD = 0.8  # of the capacity: more would only queue
 _OVERHEAD = 0.4  # of a window, for changing settings and warming up; corrected by what measurements take
@@ -123,7 +123,7 @@ class Search:
             order = [*current, *self._finalists(finalists)][:: 1 if forwards else -1]
 
     def _finalists(self, count: int) -> list[int]:
-        return self.beliefs().best(count, {0, *self._faulted(), *self._unmeasured()}, self._dice())
+        return self.beliefs().best(count, {0, *self._faulted(), *self._unmeasured()})
 
     def _dice(self) -> np.random.Generator:
         return np.random.default_rng([self._seed, self.steps])
@@ -135,7 +135,7 @@ class Search:
             return Choice(record=current, change=False, reason=current.fault or "there was no time to confirm another")
         beliefs = self.beliefs()
         contenders = [
-            Contender(self.records[row], beliefs.worth(row), beliefs.judge(row, self.records[row])[0])
+            Contender(self.records[row], float(beliefs.score.mean[row]), beliefs.judge(row, self.records[row])[0])
             for row in confirmed
         ]
         choice = choose(contenders[0], contenders[1:], score_noise(self.records), self.objective)
