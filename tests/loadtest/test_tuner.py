@@ -44,7 +44,7 @@ def test_finds_the_best_settings_past_refusals_and_crashes(
     before = in_force(double)
     space = ["--space", "parallel=4,8,16,64", "--space", "ubatch=128"]
     limits = ["--limit", "ttft_p95=2s", "--limit", "tpot_p95=500ms"]
-    done = run(double, key_file, tmp_path, *space, *limits, "--budget", "25s")
+    done = run(double, key_file, tmp_path, *space, *limits, "--budget", "45s")
     assert done.returncode == 0, done.stderr
     found = verdict(tmp_path)
     assert found["verdict"] == "change"
@@ -59,7 +59,7 @@ def test_finds_the_best_settings_past_refusals_and_crashes(
     assert "does not fit" in rows["parallel 64, batch 2048, ubatch 128"]["verdict"]
     assert found["limits"] == {"ttft_p95": 2000, "tpot_p95": 500}
     assert found["provenance"]["model"]["name"] == "engine"
-    assert found["provenance"]["spent_s"] <= 25
+    assert found["provenance"]["spent_s"] <= 45
     page = (tmp_path / "report.html").read_text()
     assert found["sentence"] in page and page.count("<svg") == 6
     assert not any(outside in page for outside in ("<script", "<link", "@import", 'src="http', "url(http"))

@@ -35,15 +35,15 @@ class Beliefs(Struct, frozen=True):
     excess: list[tuple[Limit, Belief]]
 
     def next(self, ruled_out: Iterable[int], dice: np.random.Generator) -> int:
-        """What to measure next: of the two that are most often best in draws of what may be true, the less well known.
+        """What to measure next: of the best and a rival, by two draws of what may be true, the less well known.
 
-        After top-two Thompson sampling (Russo, "Simple Bayesian Algorithms for Best-Arm Identification", 2016): looking
+        Top-two Thompson sampling (Russo, "Simple Bayesian Algorithms for Best-Arm Identification", 2016): looking
         twice at a setting that is sure to be good tells less than looking once at what may beat it.
         """
         worth = self._worth(ruled_out, dice)
-        rows, times = np.unique(np.argmax(worth, axis=1), return_counts=True)
-        top_two = rows[np.argsort(-times, kind="stable")][:2]
-        return int(max(top_two, key=lambda row: worth[:, row].std()))
+        bests = np.argmax(worth, axis=1)
+        rivals = bests[bests != bests[0]]
+        return int(max((bests[0], *rivals[:1]), key=lambda row: worth[:, row].std()))
 
     def best(self, count: int, ruled_out: Iterable[int]) -> list[int]:
         """The `count` settings that look best, those that may miss a limit marked down."""
