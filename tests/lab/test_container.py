@@ -180,7 +180,8 @@ def test_the_image_has_what_the_playbooks_have() -> None:
     flags = re.findall(r"-D\w+=\w+", role["_llama_cpp_flags"]) + role["_llama_cpp_travelling_flags"]
     assert len(flags) > 8
     assert [flag for flag in flags if flag not in text] == []
-    assert set(role["_llama_cpp_packages"]["Debian"]) <= set(text.split())
+    packages = yaml.safe_load((ROOT / "roles/common/vars/main.yml").read_text())["_common_packages_for"]
+    assert set(packages["compiling"]["Debian"]) <= set(text.split())
 
 
 def test_compose_and_the_quadlet_give_the_server_nothing_that_it_does_not_need() -> None:
