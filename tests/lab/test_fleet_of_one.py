@@ -24,7 +24,7 @@ LEFT = "ls /var/lib/llamaherd/upgrade /etc/llamaherd/beside.toml 2>&-; systemctl
 def test_nobody_notices_its_upgrade(herd: Herd, better: Path) -> None:
     herd.succeed("deploy.yml")
     with streaming(herd, rate=0.5, edge="t1", model=MODEL) as load:
-        herd.succeed("upgrade.yml", "-e", asked(better, MODEL))
+        herd.succeed("upgrade.yml", "-e", asked(better, MODEL, llamaherd_upgrade_blue_green=True))
     assert load.failures == []
     assert load.outcomes["ok"] >= 10
     assert digest(better) in herd.sh("t1", STATE)
@@ -36,7 +36,7 @@ def test_nobody_notices_an_upgrade_that_fails(herd: Herd, better: Path, tmp_path
     model.write_bytes(better.read_bytes() + bytes(32))
     before = herd.sh("t1", STATE)
     with streaming(herd, rate=0.5, edge="t1", model=MODEL) as load:
-        run = herd.play("upgrade.yml", "-e", asked(model, MODEL, llamaherd_upgrade_least_speed=50))
+        run = herd.play("upgrade.yml", "-e", asked(model, MODEL, llamaherd_upgrade_blue_green=True, llamaherd_upgrade_least_speed=50))
     assert "t1 serves what it served before, and the rollout stops: It is not slower than it may be" in run.output
     assert load.failures == []
     assert herd.sh("t1", STATE) == before
