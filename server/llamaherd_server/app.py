@@ -23,6 +23,7 @@ from llamaherd_server.api import (
     ops,
     rerank,
     responses,
+    status_page,
     tokenize,
 )
 from llamaherd_server.api.state import AppState, choose_model
@@ -72,6 +73,7 @@ def create_app(settings: Settings, *engines: Engine) -> FastAPI:
         models.router,
         tokenize.router,
         ops.router,
+        status_page.router,
         llama_server.router,
     ):
         app.include_router(router, responses=told, dependencies=[Depends(choose_model), *_DOCUMENTED])

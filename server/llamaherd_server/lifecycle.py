@@ -41,6 +41,7 @@ class Lifecycle:
         self._totals = totals
         self._keys = keys
         self._told = (time.monotonic(), 0)  # when the status was last told, and the tokens until then
+        self.tokens_per_s = 0.0  # of the last second
         self._notifier = Notifier()
         self.draining = False
         self._in_flight = 0
@@ -148,8 +149,8 @@ class Lifecycle:
         unready = [str(status.state) for status in statuses if status.state != "ready"]
         state = "draining" if self.draining else (unready or ["ready"])[0]
         (before, tokens), self._told = self._told, (time.monotonic(), self._totals.streamed)
-        rate = (self._totals.streamed - tokens) / max(1e-3, self._told[0] - before)
-        return f"{state}: {busy} of {slots} slots busy, {queued} requests queued, {rate:.0f} tokens/s"
+        self.tokens_per_s = (self._totals.streamed - tokens) / max(1e-3, self._told[0] - before)
+        return f"{state}: {busy} of {slots} slots busy, {queued} requests queued, {self.tokens_per_s:.0f} tokens/s"
 
     def _fail(self, message: str) -> None:
         log.error("engine failed", error=message)

@@ -28,8 +28,10 @@ log = structlog.get_logger()
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Probes and the documentation tell nothing that a key protects.
 _OPEN = frozenset({"/livez", "/readyz", "/health", "/docs", "/openapi.json"})
+# What tells who looks from this machine how the server does, without a key.
+_LOCAL = frozenset({"/", "/metrics"})
 # What machines ask for all the time is not worth a line.
-_QUIET = _OPEN | {"/metrics"}
+_QUIET = _OPEN | _LOCAL
 
 
 class RequestLog:
@@ -127,7 +129,7 @@ class Gate:
         headers = Headers(scope=scope)
         local = is_loopback(scope["client"][0]) and "x-forwarded-for" not in headers
         path = scope["path"]
-        if path == "/metrics" and local:
+        if path in _LOCAL and local:
             return ANONYMOUS
         if self._keys is None:
             if path.startswith("/admin") and not local:
@@ -147,7 +149,7 @@ class Gate:
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdecimal() and int(length) > self._max_body_bytes:
             raise self._too_large()
-        api = not scope["path"].startswith(("/admin", "/metrics"))
+        api = scope["path"] not in _LOCAL and not scope["path"].startswith("/admin")
         if api and (refusal := self._lifecycle.refusal()):
             raise refusal
 

@@ -36,7 +36,11 @@ def test_nobody_notices_an_upgrade_that_fails(herd: Herd, better: Path, tmp_path
     model.write_bytes(better.read_bytes() + bytes(32))
     before = herd.sh("t1", STATE)
     with streaming(herd, rate=0.5, edge="t1", model=MODEL) as load:
-        run = herd.play("upgrade.yml", "-e", asked(model, MODEL, llamaherd_upgrade_blue_green=True, llamaherd_upgrade_least_speed=50))
+        run = herd.play(
+            "upgrade.yml",
+            "-e",
+            asked(model, MODEL, llamaherd_upgrade_blue_green=True, llamaherd_upgrade_least_speed=50),
+        )
     assert "t1 serves what it served before, and the rollout stops: It is not slower than it may be" in run.output
     assert load.failures == []
     assert herd.sh("t1", STATE) == before
