@@ -104,7 +104,7 @@ def test_nginx_balances_over_them_and_goes_on_with_one(herd: Herd) -> None:
 
 def test_an_instance_that_is_no_longer_listed_is_removed(herd: Herd) -> None:
     herd.succeed("deploy.yml", *variables(llamaherd_settings=SMALL))
-    assert "two" not in herd.sh("t1", "ls /etc/systemd/system /etc/llamaherd; systemctl list-units 'llamaherd*'")
+    assert "server-two" not in herd.sh("t1", "ls /etc/systemd/system /etc/llamaherd; systemctl list-units 'llamaherd*'")
     assert len([line for line in programs(herd) if "-m llamaherd_server " in line]) == 1
 
 
