@@ -53,7 +53,8 @@ class ChatClient:
                 target.url,
                 concurrency=POOL,
                 connection_timeout=min(10.0, target.timeout_s),
-                network_timeout=target.timeout_s,
+                # Requests have a deadline as a whole: one a read would double what an event costs.
+                network_timeout=None,
                 ssl_options={"ca_certs": str(target.ca)} if target.ca else {},
             )
         except (OSError, ssl.SSLError) as error:
@@ -61,8 +62,13 @@ class ChatClient:
 
     def call(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """(status, body) of a GET of `path`, or of a POST where `body` is given. Raises OSError where there is none."""
+        late = TimeoutError(f"no answer to {path} after {self._timeout_s:g} s")
+        method = "POST" if body else "GET"
         try:
-            with self._http.request("POST" if body else "GET", path, body=body or b"", headers=self._headers) as answer:
+            with (
+                gevent.Timeout(self._timeout_s, late),
+                self._http.request(method, path, body=body or b"", headers=self._headers) as answer,
+            ):
                 return answer.status_code, answer.read()
         except HTTPParseError as error:
             raise OSError(str(error)) from error
