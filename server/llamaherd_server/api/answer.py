@@ -31,9 +31,16 @@ class Choice:
     """One finished generation."""
 
     index: int
-    text: str
-    logprobs: list[TokenLogprob]
+    deltas: list[Delta]
     end: Finished
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas)
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        return [token for delta in self.deltas for token in delta.logprobs or ()]
 
 
 class Shape(Protocol):
@@ -114,15 +121,13 @@ class EventStream(Response):
 
 
 async def _collected(run: Run) -> list[Choice]:
-    texts: defaultdict[int, list[str]] = defaultdict(list)
-    logprobs: defaultdict[int, list[TokenLogprob]] = defaultdict(list)
+    deltas: defaultdict[int, list[Delta]] = defaultdict(list)
     choices: dict[int, Choice] = {}
     async for index, event in run.events():
         if isinstance(event, Delta):
-            texts[index].append(event.text)
-            logprobs[index] += event.logprobs or ()
+            deltas[index].append(event)
         elif isinstance(event, Finished):
-            choices[index] = Choice(index, "".join(texts[index]), logprobs[index], event)
+            choices[index] = Choice(index, deltas[index], event)
     return [choices[index] for index in sorted(choices)]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from llamaherd_server.chat.reply import CallBegin, Content, Parser, Piece, Reasoning
+from llamaherd_server.protocol import Delta
 
 Kind = Literal["text", "reasoning", "call"]
 
@@ -28,9 +30,12 @@ class Blocks:
 
     done: list[Block] = field(default_factory=list)
     open: Block | None = None
+    reasoning_tokens: int = 0
 
-    def add(self, pieces: Iterable[Piece]) -> Iterator[tuple[Literal["open", "more", "close"], Block, str]]:
-        """What happens to which block, and the text that came."""
+    def add(
+        self, pieces: Iterable[Piece], n_tokens: int = 0
+    ) -> Iterator[tuple[Literal["open", "more", "close"], Block, str]]:
+        """What happens to which block, and the text that came of so many tokens, which count as the last one's."""
         for piece in pieces:
             if isinstance(piece, CallBegin):
                 yield from self.close()
@@ -46,6 +51,8 @@ class Blocks:
                 yield "open", self.open, ""
             self.open.text += piece.text
             yield "more", self.open, piece.text
+        if self.open is not None and self.open.kind == "reasoning":
+            self.reasoning_tokens += n_tokens
 
     def close(self) -> Iterator[tuple[Literal["close"], Block, str]]:
         """The end of the block that is open, if one is."""
@@ -55,9 +62,11 @@ class Blocks:
             yield "close", closed, ""
 
 
-def blocks_of(text: str, parser: Parser) -> list[Block]:
+def blocks_of(deltas: Iterable[Delta], parser: Parser) -> Blocks:
     """The blocks of a whole reply, read by a new `parser`."""
     blocks = Blocks()
-    for _ in (*blocks.add([*parser.feed(text), *parser.finish()]), *blocks.close()):
-        pass
-    return blocks.done
+    for delta in deltas:
+        deque(blocks.add(parser.feed(delta.text), delta.n_tokens), maxlen=0)
+    deque(blocks.add(parser.finish()), maxlen=0)
+    deque(blocks.close(), maxlen=0)
+    return blocks

@@ -77,7 +77,7 @@ class MessagesShape:
     def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
         """The message in one object."""
         [choice] = choices
-        blocks = blocks_of(choice.text, parser := self._reader.parser())
+        blocks = blocks_of(choice.deltas, parser := self._reader.parser()).done
         return {
             **self._head,
             "content": [_content(block) for block in blocks],

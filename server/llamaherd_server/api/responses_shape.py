@@ -44,19 +44,19 @@ class ResponsesShape:
         """The events that tell what came."""
         del index
         if isinstance(happened, Started):
-            response = self._response("in_progress", [], None)
+            response = self._response("in_progress", Blocks(), None)
             return self._event("response.created", response=response) + self._event(
                 "response.in_progress", response=response
             )
         if isinstance(happened, Delta):
-            return self._told(self._parser.feed(happened.text))
+            return self._told(self._parser.feed(happened.text), happened.n_tokens)
         self._reason = happened.reason
         rest = self._told(self._parser.finish())
         return rest + b"".join(self._closed(block) for _, block, _ in self._blocks.close())
 
-    def _told(self, pieces: list[Piece]) -> bytes:
+    def _told(self, pieces: list[Piece], n_tokens: int = 0) -> bytes:
         events = b""
-        for what, block, text in self._blocks.add(pieces):
+        for what, block, text in self._blocks.add(pieces, n_tokens):
             if what == "open":
                 events += self._opened(block)
             elif what == "more":
@@ -85,7 +85,7 @@ class ResponsesShape:
     def end(self, usage: Usage) -> bytes:
         """The event with the whole response."""
         status = "completed" if self._reason == "stop" else "incomplete"
-        return self._event(f"response.{status}", response=self._response(status, self._blocks.done, usage))
+        return self._event(f"response.{status}", response=self._response(status, self._blocks, usage))
 
     def error(self, error: ApiError) -> bytes:
         """The event that ends a stream which cannot go on."""
@@ -95,20 +95,20 @@ class ResponsesShape:
     def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
         """The response in one object."""
         [choice] = choices
-        blocks = blocks_of(choice.text, self._reader.parser())
+        blocks = blocks_of(choice.deltas, self._reader.parser())
         return self._response("completed" if choice.end.reason == "stop" else "incomplete", blocks, usage)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         self._sequence += 1
         return event(kind, sequence_number=self._sequence - 1, **fields)
 
-    def _response(self, status: str, blocks: list[Block], usage: Usage | None) -> dict[str, Any]:
+    def _response(self, status: str, blocks: Blocks, usage: Usage | None) -> dict[str, Any]:
         return {
             **self._head,
             "status": status,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "output": [self._item(block, "completed") for block in blocks],
-            "usage": None if usage is None else _usage(usage),
+            "output": [self._item(block, "completed") for block in blocks.done],
+            "usage": None if usage is None else _usage(usage, blocks.reasoning_tokens),
         }
 
     def _item_id(self, block: Block) -> str:
@@ -144,11 +144,11 @@ def _part(kind: str, text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def _usage(usage: Usage, reasoning_tokens: int) -> dict[str, Any]:
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }

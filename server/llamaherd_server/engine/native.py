@@ -204,7 +204,7 @@ class NativeEngine:
             return response.json()
 
     async def _sent(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
-        """The head of the answer, which comes when a slot has begun with it; until then a process may be lost."""
+        """The head of the answer; until it has come, the process may be lost and another one be asked."""
         for _ in range(LIVES):
             process = await self._serving()
             request = process.http.build_request(method, path, json=body)

@@ -6,6 +6,7 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types.responses import Response
 
 from .conftest import Serve, Served
 from .double import Double
@@ -55,10 +56,25 @@ async def test_a_stream_with_reasoning_text_and_a_call(serve: Serve) -> None:
     assert {"response.reasoning_text.delta", "response.output_text.delta", "response.content_part.done"} <= kinds
     assert [item.type for item in response.output] == ["reasoning", "message", "function_call"]
     assert response.output_text == "Wait."
+    assert reasoning_tokens(response) == 1
     call: Any = response.output[2]
     assert (call.name, call.arguments, call.status) == ("weather", '{"city": "Bern"}', "completed")
     arguments = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
     assert "".join(arguments) == '{"city": "Bern"}'
+
+
+def reasoning_tokens(response: Response) -> int:
+    assert response.usage
+    return response.usage.output_tokens_details.reasoning_tokens
+
+
+async def test_a_whole_response_counts_its_reasoning_too(serve: Serve) -> None:
+    double = saying("Hm. ", "Hm.", "</think>", "Wait.", template=TEMPLATE)
+    thinking = {"chat_template_kwargs": {"enable_thinking": True}}
+    async with serve(double) as served:
+        response = await client(served).responses.create(model="double", input="Hello", extra_body=thinking)
+    assert response.output_text == "Wait."
+    assert reasoning_tokens(response) == 3  # with its end mark
 
 
 async def test_items_of_an_earlier_response_are_turns(serve: Serve) -> None:
