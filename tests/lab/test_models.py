@@ -10,7 +10,11 @@ import yaml
 from tests.lab.conftest import ROOT, Herd
 from tests.lab.test_engine_llama_server import client, programs, variables
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.timeout(1800),
+    pytest.mark.parametrize("herd", ["trixie"], indirect=True),  # test_spine.py has the other Debian
+]
 
 SMALL = {"parallel": 2, "ctx_per_slot": 1024, "batch": 256, "ubatch": 128}
 

@@ -225,4 +225,8 @@ def test_instances_are_balanced_over(render: Render) -> None:
     found = render("cuda", llamaherd_server_devices="0", llamaherd_instances=[more])
     upstream = found.text("nginx.conf").split("upstream inference {")[1].split("}")[0]
     assert re.findall(r"server (127\S+) ", upstream) == ["127.0.0.1:8080", "127.0.0.1:8082"]
-    assert "Environment=CUDA_VISIBLE_DEVICES=0\n" in found.text("llamaherd-server.service")
+
+
+@pytest.mark.parametrize(("host", "name"), [("cuda", "CUDA_VISIBLE_DEVICES"), ("rocm", "HIP_VISIBLE_DEVICES")])
+def test_a_server_sees_its_gpus_only(render: Render, host: str, name: str) -> None:
+    assert f"Environment={name}=0,1\n" in render(host, llamaherd_server_devices="0,1").text("llamaherd-server.service")
