@@ -43,12 +43,17 @@ Render = Callable[..., Rendered]
 
 
 def run_roles(folder: Path, host: str, variables: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    """The checks and the templates of deploy's roles, for `host` of HOSTS with more `variables` in the inventory."""
+    """The checks and the templates of the roles, for `host` of HOSTS with more `variables` in the inventory.
+
+    `groups` among them: other groups than the one host in inference and edge.
+    """
     out = folder / "out"
     for path in (out, folder / "state/models"):
         path.mkdir(parents=True, exist_ok=True)
     for name in ("smollm2-135m-instruct", *(one["name"] for one in variables.get("llamaherd_models", ()))):
         (folder / f"state/models/{name}.gguf").touch()
+    variables = dict(variables)
+    groups = {"inference": {"hosts": {host: None}}, "edge": {"hosts": {host: None}}} | variables.pop("groups", {})
     variables = {
         "facts": HOSTS[host],
         **variables,
@@ -59,13 +64,9 @@ def run_roles(folder: Path, host: str, variables: dict[str, Any]) -> subprocess.
         "llamaherd_secrets_dir": str(folder / "secrets"),
     }
     inventory = folder / "hosts.yml"
-    inventory.write_text(
-        yaml.safe_dump(
-            {"all": {"vars": variables}, "inference": {"hosts": {host: None}}, "edge": {"hosts": {host: None}}}
-        )
-    )
+    inventory.write_text(yaml.safe_dump({"all": {"vars": variables}} | groups))
     return subprocess.run(
-        [str(PLAYBOOK), "-i", str(inventory), "tests/roles/render.yml", "--tags", "render"],
+        [str(PLAYBOOK), "-i", str(inventory), "tests/roles/render.yml", "--tags", "render", "--limit", host],
         cwd=ROOT,
         capture_output=True,
         text=True,

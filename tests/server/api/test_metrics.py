@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-from pathlib import Path
 
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.monitoring.prometheus import tool
 
 from .conftest import Serve
 from .double import Double
@@ -39,26 +38,9 @@ async def test_counts_by_key_and_model_and_keeps_llama_servers_names(serve: Serv
     assert "made/up" not in page
 
 
-def promtool() -> str:
-    """Debian's, unpacked into the cache where it is not installed: its package would start a service."""
-    cache = Path.home() / ".cache/llamaherd/prometheus"
-    found = shutil.which("promtool", path=f"{cache}/usr/bin") or shutil.which("promtool")
-    if found:
-        return found
-    cache.mkdir(parents=True, exist_ok=True)
-    fetched = subprocess.run(
-        ["apt-get", "download", "-qq", "prometheus"], cwd=cache, capture_output=True, text=True, check=False
-    )
-    for package in cache.glob("prometheus_*.deb"):
-        subprocess.run(["dpkg-deb", "-x", package, cache], check=True)
-        package.unlink()
-        return str(cache / "usr/bin/promtool")
-    pytest.fail(f"no promtool: install Debian's package prometheus; apt-get download says: {fetched.stderr}")
-
-
 def checked(page: bytes) -> tuple[int, list[str]]:
     """promtool's exit code and lines."""
-    done = subprocess.run([promtool(), "check", "metrics"], input=page, capture_output=True, check=False)
+    done = subprocess.run([tool("promtool"), "check", "metrics"], input=page, capture_output=True, check=False)
     return done.returncode, (done.stdout + done.stderr).decode().splitlines()
 
 
