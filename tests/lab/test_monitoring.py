@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.lab,
     pytest.mark.fleet,
     pytest.mark.timeout(1800),
-    pytest.mark.parametrize("herd", ["bookworm"], indirect=True),
+    pytest.mark.parametrize("herd", ["bookworm", "trixie"], indirect=True, ids=["debian12", "debian13"]),
 ]
 MODEL = "smollm2-135m-instruct"
 ASK = """
