@@ -35,7 +35,7 @@ class Run:
 # What a deployment left on a host; systemd forgets a unit that has gone in its own time.
 LEFT = """
 for _ in 1 2 3 4 5; do systemctl list-units --all --plain --no-legend 'llamaherd*' | grep -q . || break; sleep 1; done
-ls -d /root/.cache/pip /opt/llamaherd /etc/llamaherd /var/lib/llamaherd /run/llamaherd* \\
+ls -d /root/.cache/pip /opt/llamaherd /etc/llamaherd /var/lib/llamaherd* /var/lib/private/llamaherd* /run/llamaherd* \\
   /etc/systemd/system/llamaherd* /etc/systemd/system/*/llamaherd* /etc/nginx/*llamaherd* /etc/nginx/*/*llamaherd* \\
   /etc/cron*/*llamaherd* /etc/prometheus/llamaherd /var/lib/prometheus/llamaherd 2>/dev/null
 grep llamaherd /etc/passwd /etc/group

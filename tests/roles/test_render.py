@@ -122,12 +122,20 @@ def test_the_units_sandbox_opens_for_the_accelerator_only(rendered: Rendered) ->
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd itself judges")
-@pytest.mark.parametrize(("host", "most"), [("debian12", 1.5), ("cuda", 2.5), ("rocm", 2.5)])
-def test_what_systemd_thinks_of_the_sandbox(render: Render, host: str, most: float) -> None:
-    unit = render(host).folder / "llamaherd-server.service"
+@pytest.mark.parametrize(
+    ("host", "name", "most"),
+    [
+        ("debian12", "llamaherd-server", 1.5),
+        ("cuda", "llamaherd-server", 2.5),
+        ("rocm", "llamaherd-server", 2.5),
+        ("debian12", "llamaherd-open-webui", 1.5),
+    ],
+)
+def test_what_systemd_thinks_of_the_sandbox(render: Render, host: str, name: str, most: float) -> None:
+    unit = render(host).folder / f"{name}.service"
     command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)]
     verdict = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-    exposure = re.search(r"exposure level for llamaherd-server\.service: (\d+\.\d+)", verdict)
+    exposure = re.search(rf"exposure level for {name}\.service: (\d+\.\d+)", verdict)
     assert exposure, verdict
     assert 0 < float(exposure[1]) <= most
 
