@@ -39,6 +39,8 @@ def chat(browser: webdriver.Chrome, url: str, password: str) -> None:
     browser.get(f"{url}/auth")
     wait.until(wait_for.element_to_be_clickable((By.ID, "email"))).send_keys("admin@localhost")
     browser.find_element(By.ID, "password").send_keys(password, Keys.ENTER)
+    # What is new in this version, as everybody sees it once.
+    wait.until(wait_for.element_to_be_clickable((By.XPATH, "//*[@role='dialog']//button[last()]"))).click()
     box = wait.until(wait_for.element_to_be_clickable((By.ID, "chat-input")))
     box.send_keys("Count from one to five.", Keys.ENTER)
     answered = (By.CSS_SELECTOR, ".chat-assistant p")

@@ -56,6 +56,7 @@ def test_the_inventory_has_the_last_word_on_its_settings(render: Render) -> None
     )
     assert found["ENABLE_TAGS_GENERATION"] == "true"
     assert found["USE_SLIM_DOCKER"] == "true"
+    assert json.loads(found["DEFAULT_MODEL_METADATA"]) == {"capabilities": {"builtin_tools": False}}
 
 
 def test_offline_is_held_by_systemd_too(render: Render, chat: Rendered) -> None:
