@@ -38,6 +38,26 @@ def test_verify(herd: Herd) -> None:
 
 
 @pytest.mark.parametrize(
+    "cut_off",
+    [
+        "touch /etc/llamaherd/server.toml",
+        "touch /etc/systemd/system/llamaherd-server.service",
+        "cd /opt/llamaherd/server && ln -sfn $(readlink current) current",
+        "cd /var/lib/llamaherd/models && for link in *instruct.gguf; do ln -sfn $(readlink $link) $link; done",
+    ],
+    ids=["settings", "unit", "release", "model"],
+)
+def test_a_change_whose_restart_never_came_is_made_up_for(herd: Herd, cut_off: str) -> None:
+    """A play that is cut off between the two leaves what it wrote, newer than the process that should have read it."""
+    herd.sh("t1", cut_off)
+    since = "systemctl show -P ExecMainStartTimestampMonotonic llamaherd-server"
+    before = herd.sh("t1", since)
+    herd.succeed("deploy.yml", "--tags", "config")
+    assert herd.sh("t1", since) != before
+    assert herd.succeed("deploy.yml", "--tags", "config").changed["t1"] == 0
+
+
+@pytest.mark.parametrize(
     ("variables", "expected"),
     [
         pytest.param({"llamaherd_accelerator": "cdua"}, "cdua", id="unknown accelerator"),
