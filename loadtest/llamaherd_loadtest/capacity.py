@@ -2,6 +2,8 @@
 
     python -m llamaherd_loadtest.capacity --profile profile.json --users 200 --think 20 --limit ttft_p95=2s
 
+With --hosts in place of --users it says how many users so many hosts serve. llamaherd_loadtest.profile measures a host.
+
 A host is `parallel` slots before a queue, first come first served. Its requests share it as they did when it was
 measured: with n slots busy each makes a token every TPOT(n) seconds; prompts are read one at a time. The edge gives a
 request to the host with the fewest (least_conn). Users ask, read, think for an exponentially distributed time and ask
@@ -138,9 +140,7 @@ def hosts_needed(profile: Profile, users: int, think_s: float, work: Work, limit
     """The fewest hosts with which all limits hold. Raises ValueError where a host for each user is not enough."""
 
     def enough(hosts: int) -> bool:
-        samples = simulate(profile, hosts, users, think_s, work, requests=max(2000, 20 * users))
-        seen = [(limit, observe(limit, [s for s in samples if not s.warmup])) for limit in limits]
-        return all(value is not None and value <= limit.ms for limit, value in seen)
+        return within(limits, simulate(profile, hosts, users, think_s, work, requests=_requests(users)))
 
     most = 1
     while not enough(most):
@@ -148,6 +148,30 @@ def hosts_needed(profile: Profile, users: int, think_s: float, work: Work, limit
             raise ValueError("even a host for each user misses the limits: more hosts make no request faster")
         most *= 2
     return bisect_left(range(1, most), True, lo=most // 2, key=enough) + 1
+
+
+def users_served(profile: Profile, hosts: int, think_s: float, work: Work, limits: list[Limit]) -> int:
+    """The most users with whom all limits hold. Raises ValueError where a lone one misses them."""
+
+    def too_many(users: int) -> bool:
+        return not within(limits, simulate(profile, hosts, users, think_s, work, requests=_requests(users)))
+
+    most = 1
+    while not too_many(most):
+        most *= 2
+    if most == 1:
+        raise ValueError("even a lone user misses the limits: more hosts make no request faster")
+    return bisect_left(range(most), True, lo=most // 2, key=too_many) - 1
+
+
+def within(limits: list[Limit], samples: list[Sample]) -> bool:
+    """Whether these requests, less those marked as warm-up, keep all limits."""
+    seen = [(limit, observe(limit, [s for s in samples if not s.warmup])) for limit in limits]
+    return all(value is not None and value <= limit.ms for limit, value in seen)
+
+
+def _requests(users: int) -> int:
+    return max(2000, 20 * users)
 
 
 def of_workload(workload: Workload) -> Work:
@@ -159,11 +183,13 @@ def of_workload(workload: Workload) -> Work:
 
 
 def main() -> None:
-    """Print the number of hosts; exits with one line on stderr for input that makes no sense."""
+    """Print the number of hosts, or of users; exits with one line on stderr for input that makes no sense."""
     parser = argparse.ArgumentParser(prog="python -m llamaherd_loadtest.capacity", description=__doc__)
     add = parser.add_argument
     add("--profile", type=Path, required=True, help="JSON: parallel, prompt_tokens_per_s, tpot_s {busy slots: seconds}")
-    add("--users", type=int, required=True)
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--users", type=int, help="how many hosts do these need?")
+    asked.add_argument("--hosts", type=int, help="how many users do these serve?")
     add("--think", type=float, required=True, help="seconds between an answer's end and the next question, on average")
     add("--workload", default="chat", help="its name or a .yml file")
     add("--limit", action="append", required=True, help="such as ttft_p95=2s; may be given again")
@@ -171,10 +197,13 @@ def main() -> None:
     try:
         profile = msgspec.json.decode(args.profile.read_bytes(), type=Profile)
         limits, work = [parse_limit(text) for text in args.limit], of_workload(load_workload(args.workload))
-        hosts = hosts_needed(profile, args.users, args.think, work, limits)
+        if args.users:
+            answer = hosts_needed(profile, args.users, args.think, work, limits)
+        else:
+            answer = users_served(profile, args.hosts, args.think, work, limits)
     except (OSError, ValueError, msgspec.MsgspecError) as error:
         sys.exit(f"llamaherd_loadtest.capacity: {error}")
-    sys.stdout.write(f"{hosts}\n")
+    sys.stdout.write(f"{answer}\n")
 
 
 if __name__ == "__main__":

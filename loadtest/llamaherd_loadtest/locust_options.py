@@ -43,3 +43,5 @@ def add_options(parser: Any, *, open_loop: bool = False) -> None:
         file("--trace", help="replay a recorded trace: Mooncake's .jsonl, Azure's or BurstGPT's .csv")
         add("--trace-speed", type=float, default=1.0, help="2: replay it in half the time")
         add("--warm-up", type=float, default=0.0, help="seconds at the start that are not counted")
+    else:
+        add("--think", type=float, default=0.0, help="seconds before each question, on average")

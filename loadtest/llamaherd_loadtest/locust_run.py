@@ -186,6 +186,8 @@ class LocustRun:
         warmed = session.warmed if self._full_at else 0
         if self._open_loop:
             users, warmed, start = 0, 0, self._opens_at
+        elif self._environment.parsed_options.think:  # fewer requests are in flight than there are users
+            users, warmed = 0, 0
         elif self._environment.shape_class is not None:  # the load is meant to change: all of it counts
             users, warmed, start = 0, 0, min((s.sent for s in session.samples), default=self._stopped_at)
         return Part(

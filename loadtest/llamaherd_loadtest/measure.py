@@ -17,33 +17,43 @@ from llamaherd_loadtest.workload import Prompts, load_workload, workload_names
 
 def main() -> None:
     """Print a Summary; exits with one line on stderr where there is nothing to sum up."""
-    parser = argparse.ArgumentParser(prog="python -m llamaherd_loadtest.measure", description=__doc__)
+    parser = options("llamaherd_loadtest.measure", __doc__)
+    parser.add_argument("--concurrency", type=int, required=True, help="requests in flight, best the server's parallel")
+    args = parser.parse_args()
+    try:
+        summary = measure(target(args), args.workload, args.concurrency, args.window)
+    except (ServerUnusable, RunFailed, ValueError) as error:
+        sys.exit(f"llamaherd_loadtest.measure: {error}")
+    sys.stdout.write(msgspec.json.encode(summary).decode() + "\n")
+
+
+def options(module: str, description: str | None) -> argparse.ArgumentParser:
+    """The options of every program that measures: where the server is, what it is asked, and for how long."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     add = parser.add_argument
     add("--url", required=True, help="where to send the load")
     add("--ca", type=Path, help="certificate of the server's CA")
     add("--key-file", type=Path, help="file that holds the API key")
     add("--model", default="", help="the model's name")
     add("--workload", default="chat", help=f"{', '.join(workload_names())}, or a .yml file")
-    add("--concurrency", type=int, required=True, help="requests in flight, best the server's parallel")
     add("--window", type=float, default=10.0, help="seconds (default: %(default)s)")
-    args = parser.parse_args()
+    return parser
+
+
+def target(args: argparse.Namespace) -> Target:
+    """Where those options say that the server is."""
     key = args.key_file.read_text(encoding="utf-8").strip() if args.key_file else ""
-    try:
-        target = Target(url=args.url, model=args.model, key=key, ca=args.ca)
-        summary = measure(target, args.workload, args.concurrency, args.window)
-    except (ServerUnusable, RunFailed, ValueError) as error:
-        sys.exit(f"llamaherd_loadtest.measure: {error}")
-    sys.stdout.write(msgspec.json.encode(summary).decode() + "\n")
+    return Target(url=args.url, model=args.model, key=key, ca=args.ca)
 
 
-def measure(target: Target, workload: str, concurrency: int, window_s: float, seed: int = 0) -> Summary:
+def measure(server: Target, workload: str, concurrency: int, window_s: float, seed: int = 0) -> Summary:
     """A closed loop of `concurrency` for `window_s` seconds. Raises ServerUnusable, RunFailed, ValueError."""
-    client = ChatClient(target)
+    client = ChatClient(server)
     try:
-        calibration = calibrate(client, target, seed)
-        prompts = Prompts(load_workload(workload), model=target.model, seed=seed, calibration=calibration)
+        calibration = calibrate(client, server, seed)
+        prompts = Prompts(load_workload(workload), model=server.model, seed=seed, calibration=calibration)
         warm_up_s = 20 + 2 * window_s
-        run = closed_loop(target, client, prompts, concurrency=concurrency, window_s=window_s, warm_up_s=warm_up_s)
+        run = closed_loop(server, client, prompts, concurrency=concurrency, window_s=window_s, warm_up_s=warm_up_s)
     finally:
         client.close()
     return summarise(run.samples, run.start, run.end, run.health)

@@ -8,12 +8,18 @@ up. A shape can be put beside it: -f loadtest/locustfiles/chat.py,loadtest/locus
 
 from __future__ import annotations
 
+import random
+
 from llamaherd_loadtest.locust_run import measure
 from llamaherd_loadtest.users import ClosedLoopUser
 
 
 class ChatUser(ClosedLoopUser):
-    """One client that reads each answer to its end before it asks again."""
+    """One client that reads each answer to its end, and thinks, before it asks again."""
+
+    def wait_time(self) -> float:
+        think_s: float = self.environment.parsed_options.think
+        return random.expovariate(1 / think_s) if think_s else 0.0
 
 
 measure(ChatUser)

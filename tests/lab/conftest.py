@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+CACHE = Path.home() / ".cache/llamaherd/hosts"  # hosts have it as /var/cache/llamaherd
+UV = shutil.which("uv") or str(Path.home() / ".cache/llamaherd/tool/bin/uv")
 RECAP = re.compile(r"^(\S+)\s+: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
 
 
@@ -112,6 +115,22 @@ def booted(folder: Path, *changes: tuple[str, str]) -> Iterator[Herd]:
         yield fleet
     finally:
         fleet.succeed("lab.yml", "-e", "llamaherd_lab_state=absent")
+
+
+@pytest.fixture(scope="session")
+def paced_server() -> Iterator[str]:
+    """A folder with the server and the double for Debian 12's Python, by the path that all lab hosts see it under."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    folder = Path(mkdtemp(dir=CACHE))
+    try:
+        folder.chmod(0o755)
+        install = [UV, "pip", "install", "--quiet", "--no-deps", "--python-version=3.11", f"--target={folder}"]
+        subprocess.run([*install, "-r", "server/requirements.lock"], cwd=ROOT, check=True)
+        shutil.copytree(ROOT / "server/llamaherd_server", folder / "llamaherd_server")
+        shutil.copy(ROOT / "tests/server/paced_worker.py", folder)
+        yield f"/var/cache/llamaherd/{folder.name}"
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

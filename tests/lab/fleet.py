@@ -4,12 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from tests.lab.conftest import Herd
+from tests.lab.conftest import Herd, booted
 
 HOSTS = ("f1", "f2", "f3")
 MODEL = "/var/lib/llamaherd/models/chat.gguf"
+EDGE = ("deploy.yml", "--tags", "nginx", "--limit", "e1")
+
+
+@contextmanager
+def paced(
+    folder: Path, server: str, *, parallel: int, hosts: Sequence[str] = ("f1", "f2"), **environment: float
+) -> Iterator[Herd]:
+    """e1 before `hosts`, all on Debian 12, over the double that paces its tokens as `environment` says.
+
+    Those that are left out are ready to join them.
+    """
+    with booted(folder, ("trixie", "bookworm"), ("parallel: 2", f"parallel: {parallel}")) as fleet:
+        variables = " ".join(f"{name}={value}" for name, value in environment.items())
+        for host in HOSTS:
+            fleet.sh(host, PREPARE.format(server=server, model=MODEL, environment=variables))
+        serving(fleet, hosts)
+        fleet.succeed("deploy.yml", "--tags", "config,nginx")
+        yield fleet
+
+
+# What deploy.yml finds in place of a build, a virtual environment and a model.
+PREPARE = """set -e
+useradd --system llamaherd
+mkdir -p /opt/llamaherd/server/paced $(dirname {model}) /etc/systemd/system/llamaherd-server.service.d
+touch {model}
+ln -s paced /opt/llamaherd/server/current
+cd /opt/llamaherd/server/paced
+python3 -m venv --without-pip venv
+echo {server} >venv/lib/python3.11/site-packages/server.pth
+printf '[Service]\\nEnvironment=LLAMAHERD_TEST_WORKER={server}/paced_worker.py {environment}\\n' \
+  >/etc/systemd/system/llamaherd-server.service.d/paced.conf
+"""
 
 
 def served_by(fleet: Herd, since: int) -> dict[str, int]:
@@ -24,10 +59,16 @@ def logged(fleet: Herd) -> int:
 
 def join(fleet: Herd) -> str:
     """Put f3 beside f1 and f2 in the inventory; returns the inventory's text from before."""
-    hosts = fleet.inventory / "hosts.yml"
-    two = hosts.read_text()
-    hosts.write_text(two.replace("        f2:\n      vars:\n", "        f2:\n        f3:\n      vars:\n"))
-    return two
+    return serving(fleet, HOSTS)
+
+
+def serving(fleet: Herd, hosts: Sequence[str]) -> str:
+    """Let these alone be the hosts for inference in the inventory; returns its text from before."""
+    path = fleet.inventory / "hosts.yml"
+    before = path.read_text()
+    listed = "".join(f"        {host}:\n" for host in hosts)
+    path.write_text(re.sub(r"(    inference:\n      hosts:\n)(        \w+:\n)+", rf"\g<1>{listed}", before))
+    return before
 
 
 def digest(model: Path) -> str:

@@ -34,6 +34,19 @@ class Load:
         return [sample for sample in self.samples if sample.outcome not in (OK, CUT_OFF)]
 
 
+LOCUST = (sys.executable, "-m", "locust", "--headless", "-f")
+
+
+def target(herd: Herd, edge: str = "e1", ca: Path | None = None) -> list[str]:
+    """The edge's address, and options with the CA and the key."""
+    secrets = herd.inventory / ".secrets"
+    return [
+        f"https://{herd.address(edge)}",
+        f"--ca={ca or secrets / 'ca.crt'}",
+        f"--key-file={secrets / 'keys/default'}",
+    ]
+
+
 @contextmanager
 def streaming(
     herd: Herd, rate: float, *, edge: str = "e1", model: str = "chat", max_tokens: int = 32, ca: Path | None = None
@@ -42,16 +55,14 @@ def streaming(
 
     `ca` holds the certificates to trust, if not the lab's own CA.
     """
-    load, secrets = Load(), herd.inventory / ".secrets"
+    load = Load()
     with tempfile.TemporaryDirectory() as folder:
         samples = Path(folder) / "samples.jsonl"
-        locust = [sys.executable, "-m", "locust", "--headless", "-f", "loadtest/locustfiles/chat_open.py", "--users=1"]
-        options = [f"--rate={rate}", f"--max-tokens={max_tokens}", f"--samples={samples}", "--request-timeout=60"]
-        target = [f"--host=https://{herd.address(edge)}", f"--ca={ca or secrets / 'ca.crt'}", f"--model={model}"]
-        target += [f"--key-file={secrets / 'keys/default'}", "--workload=tests/lab/brief.yml"]
+        options = ["--users=1", f"--rate={rate}", f"--max-tokens={max_tokens}", f"--samples={samples}"]
+        options += ["--request-timeout=60", "--workload=tests/lab/brief.yml", f"--model={model}"]
         with (Path(folder) / "log").open("w") as log:
             running = subprocess.Popen(
-                [*locust, *options, *target],
+                [*LOCUST, "loadtest/locustfiles/chat_open.py", *options, "--host", *target(herd, edge, ca)],
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,
@@ -70,3 +81,18 @@ def streaming(
         assert samples.exists(), (Path(folder) / "log").read_text()
         load.samples = [sample for sample in read_samples(samples) if not sample.warmup]
     print(load.outcomes)
+
+
+def thinking(herd: Herd, users: int, think_s: float, workload: Path, *, settle_s: int, window_s: int) -> list[Sample]:
+    """What `users` got who ask, read and think, of requests sent in the window after the load had settled."""
+    with tempfile.TemporaryDirectory() as folder:
+        samples = Path(folder) / "samples.jsonl"
+        # Spread over their first pause, as the simulation's are.
+        options = [f"--users={users}", f"--spawn-rate={users / think_s}", f"--think={think_s}", f"--samples={samples}"]
+        options += [f"--workload={workload}", f"--run-time={settle_s + window_s}", "--model=chat"]
+        command = [*LOCUST, "loadtest/locustfiles/chat.py", *options, "--host", *target(herd)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert samples.exists(), done.stderr
+        found = list(read_samples(samples))
+    since = min(sample.sent for sample in found) + settle_s
+    return [sample for sample in found if sample.sent >= since and sample.outcome != CUT_OFF]

@@ -7,69 +7,29 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import ssl
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from tempfile import mkdtemp
 
 import httpx
 import pytest
 
-from tests.lab.conftest import ROOT, Herd, booted
-from tests.lab.fleet import HOSTS, MODEL, join, logged, served_by
+from tests.lab.conftest import Herd
+from tests.lab.fleet import EDGE, join, logged, paced, served_by
 from tests.lab.load import streaming
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 long = pytest.mark.fleet
-EDGE = ("deploy.yml", "--tags", "nginx", "--limit", "e1")
 TOKENS = 100  # a stream of 5 s
-STEP_MS = 50
-CACHE = Path.home() / ".cache/llamaherd/hosts"  # hosts have it as /var/cache/llamaherd
-UV = shutil.which("uv") or str(Path.home() / ".cache/llamaherd/tool/bin/uv")
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """A folder with the server and the double for Debian 12's Python, by the path that all lab hosts see it under."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    folder = Path(mkdtemp(dir=CACHE))
-    try:
-        folder.chmod(0o755)
-        install = [UV, "pip", "install", "--quiet", "--no-deps", "--python-version=3.11", f"--target={folder}"]
-        subprocess.run([*install, "-r", "server/requirements.lock"], cwd=ROOT, check=True)
-        shutil.copytree(ROOT / "server/llamaherd_server", folder / "llamaherd_server")
-        shutil.copy(ROOT / "tests/server/paced_worker.py", folder)
-        yield f"/var/cache/llamaherd/{folder.name}"
-    finally:
-        shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def fleet(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
+def fleet(paced_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
     """e1 before f1 and f2; f3 is ready to join them."""
-    same = (("trixie", "bookworm"), ("parallel: 2", "parallel: 16"))
-    with booted(tmp_path_factory.mktemp("inventory"), *same) as fleet:
-        for host in HOSTS:
-            fleet.sh(host, PREPARE.format(server=server, model=MODEL, step_ms=STEP_MS))
-        fleet.succeed("deploy.yml", "--tags", "config,nginx")
+    with paced(tmp_path_factory.mktemp("inventory"), paced_server, parallel=16, PACED_STEP_MS=50) as fleet:
         yield fleet
-
-
-# What deploy.yml finds in place of a build, a virtual environment and a model.
-PREPARE = """set -e
-useradd --system llamaherd
-mkdir -p /opt/llamaherd/server/paced $(dirname {model}) /etc/systemd/system/llamaherd-server.service.d
-touch {model}
-ln -s paced /opt/llamaherd/server/current
-cd /opt/llamaherd/server/paced
-python3 -m venv --without-pip venv
-echo {server} >venv/lib/python3.11/site-packages/server.pth
-printf '[Service]\\nEnvironment=LLAMAHERD_TEST_WORKER={server}/paced_worker.py PACED_STEP_MS={step_ms}\\n' \
-  >/etc/systemd/system/llamaherd-server.service.d/paced.conf
-"""
 
 
 def test_hosts_come_and_go_while_streams_run(fleet: Herd) -> None:

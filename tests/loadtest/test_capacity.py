@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from llamaherd_loadtest.capacity import Profile, hosts_needed, simulate
+from llamaherd_loadtest.capacity import Profile, hosts_needed, simulate, users_served
 from llamaherd_loadtest.limits import parse_limit
 
 
@@ -52,6 +52,15 @@ def test_more_users_need_more_hosts_and_one_fewer_misses_the_limit() -> None:
     assert needed[0] == 1
 
 
+def test_as_many_users_are_served_as_need_that_many_hosts() -> None:
+    limits = [parse_limit("ttft_p95=1s")]
+    users = users_served(PROFILE, 2, 10.0, fixed, limits)
+    needed = [hosts_needed(PROFILE, count, 10.0, fixed, limits) for count in (users, users + 1)]
+    assert needed == [2, 3]
+
+
 def test_limits_that_no_fleet_can_keep_are_an_error() -> None:
     with pytest.raises(ValueError, match="more hosts make no request faster"):
         hosts_needed(PROFILE, 10, 10.0, fixed, [parse_limit("ttft_p95=50ms")])
+    with pytest.raises(ValueError, match="more hosts make no request faster"):
+        users_served(PROFILE, 10, 10.0, fixed, [parse_limit("ttft_p95=50ms")])

@@ -4,10 +4,11 @@ Only the model is doubled: the process, its socket, the protocol, the supervisor
 ones. A server whose environment has LLAMAHERD_TEST_WORKER=<this file> starts it in the place of its worker, and so do
 tests, benchmarks and fleets of lab hosts that shall not compute. It needs nothing but llamaherd_server's package.
 
-Every step lasts PACED_STEP_MS (20) and gives each running sequence one token; a prompt is read at PACED_PREFILL (5000)
-tokens/s, four characters a token, before its first token; a completion without max_tokens has PACED_TOKENS (64). There
-are as many slots as the engine's settings say. A token's text is a space and the CLOCK_MONOTONIC reading, in
-nanoseconds, at which its step was sent, so that a client on the same machine can tell what the front end adds.
+Every step lasts PACED_STEP_MS (20), and PACED_SLOT_MS (0) more for each running sequence, and gives each one token; a
+prompt is read at PACED_PREFILL (5000) tokens/s, four characters a token, before its first token; a completion without
+max_tokens has PACED_TOKENS (64). There are as many slots as the engine's settings say. A token's text is a space and
+the CLOCK_MONOTONIC reading, in nanoseconds, at which its step was sent, so that a client on the same machine can tell
+what the front end adds.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from llamaherd_server.protocol import (
 from llamaherd_server.worker.channel import Channel, Closed
 
 STEP_S = float(os.environ.get("PACED_STEP_MS", "20")) / 1000
+SLOT_S = float(os.environ.get("PACED_SLOT_MS", "0")) / 1000
 PREFILL = float(os.environ.get("PACED_PREFILL", "5000"))
 TOKENS = int(os.environ.get("PACED_TOKENS", "64"))
 HEARTBEAT_S = 1.0
@@ -103,8 +105,12 @@ class Paced:
     def run(self) -> None:
         while True:
             idle = not (self._running or self._waiting or self._failed)
-            self._listen(time.monotonic() + (HEARTBEAT_S if idle else STEP_S), first_only=idle)
+            self._listen(time.monotonic() + (HEARTBEAT_S if idle else self._pace), first_only=idle)
             self._channel.send(self._advance())
+
+    @property
+    def _pace(self) -> float:
+        return STEP_S + SLOT_S * len(self._running)
 
     def _listen(self, until: float, *, first_only: bool) -> None:
         """Take messages until the step is over; an idle worker's step ends when something comes."""
@@ -158,7 +164,7 @@ class Paced:
         events, self._failed = self._failed, []
         while self._waiting and len(self._running) < self._settings.parallel:
             sequence = self._waiting.popleft()
-            sequence.ready = max(now - STEP_S, sequence.arrived) + sequence.n_prompt / PREFILL
+            sequence.ready = max(now - self._pace, sequence.arrived) + sequence.n_prompt / PREFILL
             self._running[sequence.request.id] = sequence
             events.append(Started(sequence.request.id, sequence.n_prompt, 0))
         busy = len(self._running)
@@ -203,7 +209,7 @@ class Paced:
             kv_used=used,
             kv_size=self._settings.parallel * self._settings.ctx_per_slot,
             batch_tokens=n_tokens,
-            decode_s=STEP_S if n_tokens else 0.0,
+            decode_s=self._pace if n_tokens else 0.0,
             sample_s=0.0,
             overhead_s=0.0,
             preemptions=0,

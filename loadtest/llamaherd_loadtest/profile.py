@@ -1,0 +1,44 @@
+"""Measures one host for the capacity simulation: `python -m llamaherd_loadtest.profile --url … --parallel 8`."""
+
+from __future__ import annotations
+
+import sys
+from itertools import takewhile
+
+import msgspec
+
+from llamaherd_loadtest.capacity import Profile
+from llamaherd_loadtest.client import Target
+from llamaherd_loadtest.drive import RunFailed
+from llamaherd_loadtest.measure import measure, options, target
+from llamaherd_loadtest.probe import ServerUnusable
+
+
+def main() -> None:
+    """Print a Profile; exits with one line on stderr where there is nothing to make it of."""
+    parser = options("llamaherd_loadtest.profile", __doc__)
+    parser.add_argument("--parallel", type=int, required=True, help="the host's slots")
+    args = parser.parse_args()
+    try:
+        profile = measured(target(args), args.workload, args.parallel, args.window)
+    except (ServerUnusable, RunFailed, ValueError) as error:
+        sys.exit(f"llamaherd_loadtest.profile: {error}")
+    sys.stdout.write(msgspec.json.encode(profile).decode() + "\n")
+
+
+def measured(server: Target, workload: str, parallel: int, window_s: float) -> Profile:
+    """Closed loops of 1, 2, 4 … and `parallel` requests. A request alone waits for its prompt and nothing else.
+
+    Raises ServerUnusable, RunFailed, ValueError.
+    """
+    below = takewhile(lambda busy: busy < parallel, (1 << n for n in range(16)))
+    runs = {busy: measure(server, workload, busy, window_s) for busy in (*below, parallel)}
+    tpot_s = {busy: run.tpot.mean / 1000 for busy, run in runs.items() if run.tpot}
+    alone = runs[1]
+    if not (alone.prompt_tokens and alone.ttft and tpot_s):
+        raise ValueError(f"no answer of {server.url} was long enough to measure")
+    return Profile(parallel, 1000 * alone.prompt_tokens.mean / alone.ttft.mean, tpot_s)
+
+
+if __name__ == "__main__":
+    main()
