@@ -228,6 +228,29 @@ def test_several_models_are_one_servers(render: Render) -> None:
     assert find.engine.extra_args == ["--embeddings", "--pooling", "mean"]
 
 
+def test_an_upgrade_brings_all_models_and_what_is_their_own(render: Render, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    source = {"kind": "file", "path": "/m.gguf"}
+    lora = {"name": "tone", "sha256": "c" * 64, "source": source}
+    names = ("chat", "see", "eye", "unused")
+    models = [{"name": name, "sha256": f"{number}" * 64, "source": source} for number, name in enumerate(names)]
+    models[1] |= {"engine": "llama-server", "mmproj": "eye", "lora": [lora], "chat_template": str(template)}
+    found = []
+    for text in ("{{ messages }}", "{{ messages[0] }}"):
+        template.write_text(text)
+        version = {"llamaherd_environment": {"TEMPLATE": text}}  # a render of its own
+        found.append(render("debian12", llamaherd_models=models, llamaherd_more_models=["see"], **version))
+    decided = found[0].decided
+    links = {Path(link).name: target for link, target in decided["upgrade"][2:]}
+    assert links == {f"{name}.gguf": f"{number}" * 64 + ".gguf" for number, name in enumerate(names[:3])}
+    assert [Path(link).parent.name for link, _ in decided["upgrade"][:2]] == ["llama.cpp", "server"]
+    assert decided["upgrade"][0][1] == decided["build_key"]
+    assert decided["upgrade_settings"] == found[0].text("server.toml"), "as deploy writes them"
+    assert f"{'c' * 64}.gguf" in decided["upgrade_settings"]
+    other = found[1].decided["upgrade_settings"].replace(str(found[1].folder.parent), str(found[0].folder.parent))
+    assert other != decided["upgrade_settings"], "another chat template"
+
+
 def test_instances_are_balanced_over(render: Render) -> None:
     more = {"name": "gpu1", "port": 8082, "devices": "1", "settings": {"parallel": 2}}
     found = render("cuda", llamaherd_server_devices="0", llamaherd_instances=[more])
