@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 from tests.lab.conftest import ROOT
+from tests.roles.conftest import Rendered, run_roles
+from tests.roles.test_container import command
 from tests.server.conftest import Server, free_port, required, until_ready
 
 CONTAINERS = ROOT / "containers"
@@ -109,6 +111,14 @@ def compose() -> dict[str, Any]:
     return service
 
 
+def render_container(folder: Path, image: str, variables: dict[str, Any]) -> Rendered:
+    """What a host gets whose server is to be a container of `image`."""
+    variables = {"llamaherd_server_runtime": "container", "llamaherd_server_image": image, **variables}
+    run = run_roles(folder, "debian12", variables)
+    assert run.returncode == 0, run.stdout
+    return Rendered(folder / "out", folder / "state", folder / "secrets")
+
+
 # As compose.yml says it, but for the bridge, whose firewall rules would stay; a kernel may refuse higher limits.
 HARDENED = ["--read-only", "--tmpfs=/tmp", "--cap-drop=all", "--security-opt=no-new-privileges", "--network=host"]
 HERE = ["--cgroups=disabled", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024", f"--volume={NAME}:/keys"]
@@ -169,6 +179,30 @@ class TestImage:
     def test_it_stops_in_order_when_told(self, server: Server, podman: Podman) -> None:
         podman("stop", "--time=30", NAME)
         assert server.process.wait(30) == 0
+
+    def test_what_the_roles_unit_runs_serves_with_the_inventorys_settings(
+        self, podman: Podman, image: str, tmp_path: Path
+    ) -> None:
+        port = free_port()
+        settings = {"llamaherd_server_port": port, "llamaherd_settings": {"parallel": 1, "ctx_per_slot": 512}}
+        rendered = render_container(tmp_path, image, settings)
+        shutil.copy(required("LLAMAHERD_TEST_MODEL"), rendered.state_dir / "models/smollm2-135m-instruct.gguf")
+        for path in (rendered.folder, *rendered.folder.iterdir(), *rendered.state_dir.glob("models/*")):
+            path.chmod(path.stat().st_mode | 0o055)
+        program, *words = command(rendered)
+        # What needs a unit around it, or a user that this machine has not.
+        words = [word for word in words if not word.startswith(("--cgroups", "--sdnotify", "--log-driver", "--ulimit"))]
+        words = [f"--name={NAME}" if word.startswith("--name") else word for word in words]
+        words = ["--user=10001:10001" if word.startswith("--user") else word for word in words]
+        limits = [word for word in HERE if not word.startswith("--volume")]
+        log = tmp_path / "server.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(podman.command("run", *limits, *words[1:]), stdout=output, stderr=output)
+        key = (rendered.secrets_dir / "keys/admin").read_text().strip()
+        with until_ready(Server(f"http://127.0.0.1:{port}", process, log)) as server:
+            reply = httpx.get(f"{server.url}/admin/engine", headers={"Authorization": f"Bearer {key}"})
+            podman("stop", "--time=30", NAME)
+        assert (reply.json()["settings"]["parallel"], reply.json()["settings"]["ctx_per_slot"]) == (1, 512)
 
 
 def test_the_image_has_what_the_playbooks_have() -> None:
