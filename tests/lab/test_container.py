@@ -189,7 +189,7 @@ class TestImage:
         shutil.copy(required("LLAMAHERD_TEST_MODEL"), rendered.state_dir / "models/smollm2-135m-instruct.gguf")
         for path in (rendered.folder, *rendered.folder.iterdir(), *rendered.state_dir.glob("models/*")):
             path.chmod(path.stat().st_mode | 0o055)
-        program, *words = command(rendered)
+        _program, *words = command(rendered)
         # What needs a unit around it, or a user that this machine has not.
         words = [word for word in words if not word.startswith(("--cgroups", "--sdnotify", "--log-driver", "--ulimit"))]
         words = [f"--name={NAME}" if word.startswith("--name") else word for word in words]
