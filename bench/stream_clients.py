@@ -61,7 +61,7 @@ def guidellm(url: str, key: str, streams: int, tokens: int) -> float:
 
         async def one() -> int:
             response: Any = None
-            async for response, _ in backend.resolve(  # noqa: B007
+            async for response, _ in backend.resolve(  # noqa: B007 (the last one counts)
                 GenerationRequest(columns={"text_column": [PROMPT]}), RequestInfo()
             ):
                 pass

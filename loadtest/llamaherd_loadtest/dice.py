@@ -7,4 +7,4 @@ import random
 
 def seeded(*parts: int | str) -> random.Random:
     """A generator that gives the same for the same parts."""
-    return random.Random("/".join(map(str, parts)))  # noqa: S311
+    return random.Random("/".join(map(str, parts)))  # noqa: S311 (no secret)

@@ -19,7 +19,7 @@ MAX_STRING = 1 << 26
 MAX_LAYERS = 4096
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
-Value = Union[str, int, float, bool, list[int]]  # noqa: UP007  a host may run this with Python 3.9
+Value = Union[str, int, float, bool, list[int]]  # noqa: UP007 (a host may run this with Python 3.9)
 
 PADDING = 256
 # Bytes per element of a KV cache: block bytes / block length, from ggml's type traits.

@@ -48,7 +48,7 @@ def rules() -> str:
     """The rules with the role's defaults, by the marks of the task that writes them."""
     [task] = [task for task in yaml.safe_load((ROLE / "tasks/config.yml").read_text()) if "rules" in task["name"]]
     marks: dict[str, Any] = {name: value for name, value in task[TEMPLATE].items() if name.endswith("_string")}
-    environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined, **marks)  # noqa: S701
+    environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined, **marks)  # noqa: S701 (no HTML)
     template = environment.from_string((ROLE / "templates/rules.yml.j2").read_text())
     return template.render(yaml.safe_load((ROLE / "defaults/main.yml").read_text()), ansible_managed="rules")
 

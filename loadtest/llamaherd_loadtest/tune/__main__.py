@@ -6,7 +6,7 @@ With --in-service 0 for settings that are better than those before them, and 3 f
 from __future__ import annotations
 
 # Locust patches the standard library for gevent; that has to come before anything imports it.
-import locust  # noqa: F401  # isort: skip
+import locust  # noqa: F401 (for its patches)  # isort: skip
 
 import sys
 
