@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,40 @@ def _file_mistakes(model: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def rpc_mistakes(own: Mapping[str, Any], group: Sequence[str], inference: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Why a host cannot compute with others over llama.cpp's RPC backend, one line each.
+
+    `own` has its name (host), address, workers, engines and instances; `group` is the group rpc, `inference` are the
+    variables of all hosts for inference. A worker serves one connection after the other: a second host would wait.
+    """
+    host, workers, found = own["host"], own["workers"], []
+    if not _is_private(own["address"]):
+        found.append(
+            f"llamaherd_rpc_address of {host} is {own['address']!r}, no IPv4 address of a private network; the RPC "
+            "backend encrypts nothing and asks for no key: name the host's address in a network of its own"
+        )
+    if strangers := [name for name in workers if name not in group]:
+        found.append(f"llamaherd_rpc_workers has {', '.join(strangers)}, not in the group rpc; put each worker into it")
+    if workers and list(own["engines"]).count("llama-server") != 1:
+        found.append("llamaherd_rpc_workers needs one model on the engine llama-server: set llamaherd_engine")
+    if workers and own["instances"] > 1:
+        found.append("llamaherd_rpc_workers needs a host with one instance: leave llamaherd_instances empty")
+    asking = [(one["inventory_hostname"], one.get("llamaherd_rpc_workers", ())) for one in inference]
+    for name in dict.fromkeys((*workers, host)):
+        users = [user for user, asked in asking if name in asked]
+        if len(users) > 1:
+            found.append(f"{name} is an RPC worker of {' and '.join(users)}: it can work for one of them only")
+    return found
+
+
+def _is_private(address: str) -> bool:
+    try:
+        found = ipaddress.IPv4Address(address)
+    except ValueError:
+        return False
+    return not (found.is_global or found.is_unspecified or found.is_multicast)
+
+
 def gpu_layers(log: str) -> int:
     """How many layers llama.cpp's log says that it put on an accelerator; 0 where it says nothing of it."""
     found = re.findall(r"offloaded (\d+)/\d+ layers to GPU", log)
@@ -223,6 +258,7 @@ class FilterModule:
             "gib": gib,
             "shell_split": shell_split,
             "cuda_mistakes": cuda_mistakes,
+            "rpc_mistakes": rpc_mistakes,
             "gpu_layers": gpu_layers,
             "table": table,
         }

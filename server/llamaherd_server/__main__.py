@@ -118,6 +118,7 @@ def _engine(settings: Settings) -> Engine:
         mmproj=model.mmproj,
         chat_template=model.chat_template,
         lora=model.adapters(),
+        rpc=engine.rpc,
         extra_args=engine.extra_args,
         **timeouts,
     )

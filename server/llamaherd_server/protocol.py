@@ -101,6 +101,7 @@ class NativeConfig(Struct, kw_only=True):
     mmproj: str | None = None
     chat_template: str | None = None
     lora: list[Adapter] = field(default_factory=list)
+    rpc: list[str] = field(default_factory=list)  # host:port
     extra_args: list[str] = field(default_factory=list)
 
 

@@ -103,6 +103,8 @@ class EngineSection(Section):
     # llama-server alone: its program, left out: that of the build whose libraries are used; and more of its flags.
     binary: ExistingFile | None = None
     extra_args: list[str] = []
+    # llama-server alone: rpc-servers, host:port, whose devices are used like its own.
+    rpc: list[Annotated[str, Field(pattern=r"^[\w.-]+:\d+$")]] = []
     settings: EngineSettings = EngineSettings()
 
     @model_validator(mode="before")
@@ -114,8 +116,8 @@ class EngineSection(Section):
 
     @model_validator(mode="after")
     def _only_with_llama_server(self) -> Self:
-        if self.kind == "embedded" and (self.binary or self.extra_args):
-            raise ValueError('binary and extra_args are for kind = "llama-server"')
+        if self.kind == "embedded" and (self.binary or self.extra_args or self.rpc):
+            raise ValueError('binary, extra_args and rpc are for kind = "llama-server"')
         check_extra_args(self.extra_args)
         return self
 
@@ -130,7 +132,7 @@ class EngineSection(Section):
         return found
 
 
-_ENGINE_OWN = ("kind", "binary", "extra_args")
+_ENGINE_OWN = ("kind", "binary", "extra_args", "rpc")
 
 
 class ServedModel(ModelSettings):

@@ -48,6 +48,14 @@ def changed(host: str, **own: Any) -> dict[str, Any]:
     return {"facts": facts | {"llamaherd": facts["llamaherd"] | own}}
 
 
+RPC = {
+    "groups": {"rpc": {"hosts": {"debian12": None}}},
+    "llamaherd_rpc_workers": ["debian12"],
+    "llamaherd_rpc_address": "10.0.0.2",
+    "llamaherd_engine": "llama-server",
+}
+
+
 @pytest.mark.parametrize(
     ("host", "variables", "expected"),
     [
@@ -57,6 +65,9 @@ def changed(host: str, **own: Any) -> dict[str, Any]:
         ("debian12", {"llamaherd_accelerator": "cuda"}, "set llamaherd_accelerator to auto or cpu"),
         ("cuda", changed("cuda", cuda={"driver": "", "toolkit": "", "nvcc": ""}), "no driver"),
         ("debian12", {"llamaherd_bundle": "/nonexistent"}, "SHA256SUMS is missing"),
+        ("debian12", RPC | {"llamaherd_rpc_address": "8.8.8.8"}, "'8.8.8.8', no IPv4 address of a private network"),
+        ("debian12", RPC | {"llamaherd_engine": "embedded"}, "set llamaherd_engine"),
+        ("debian12", RPC | {"llamaherd_rpc_workers": ["other"]}, "has other, not in the group rpc"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(

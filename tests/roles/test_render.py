@@ -128,6 +128,9 @@ def test_the_units_sandbox_opens_for_the_accelerator_only(rendered: Rendered) ->
         ("debian12", "llamaherd-server", 1.5),
         ("cuda", "llamaherd-server", 2.5),
         ("rocm", "llamaherd-server", 2.5),
+        ("debian12", "llamaherd-rpc", 1.5),
+        ("cuda", "llamaherd-rpc", 2.5),
+        ("rocm", "llamaherd-rpc", 2.5),
         ("debian12", "llamaherd-open-webui", 1.5),
     ],
 )
@@ -233,7 +236,9 @@ def test_an_upgrade_brings_all_models_and_what_is_their_own(render: Render, tmp_
     source = {"kind": "file", "path": "/m.gguf"}
     lora = {"name": "tone", "sha256": "c" * 64, "source": source}
     names = ("chat", "see", "eye", "unused")
-    models = [{"name": name, "sha256": f"{number}" * 64, "source": source} for number, name in enumerate(names)]
+    models: list[dict[str, Any]] = [
+        {"name": name, "sha256": f"{number}" * 64, "source": source} for number, name in enumerate(names)
+    ]
     models[1] |= {"engine": "llama-server", "mmproj": "eye", "lora": [lora], "chat_template": str(template)}
     found = []
     for text in ("{{ messages }}", "{{ messages[0] }}"):
@@ -241,14 +246,36 @@ def test_an_upgrade_brings_all_models_and_what_is_their_own(render: Render, tmp_
         version = {"llamaherd_environment": {"TEMPLATE": text}}  # a render of its own
         found.append(render("debian12", llamaherd_models=models, llamaherd_more_models=["see"], **version))
     decided = found[0].decided
-    links = {Path(link).name: target for link, target in decided["upgrade"][2:]}
+    links = {Path(link).name: target for link, target in decided["upgrade"]}
     assert links == {f"{name}.gguf": f"{number}" * 64 + ".gguf" for number, name in enumerate(names[:3])}
-    assert [Path(link).parent.name for link, _ in decided["upgrade"][:2]] == ["llama.cpp", "server"]
-    assert decided["upgrade"][0][1] == decided["build_key"]
     assert decided["upgrade_settings"] == found[0].text("server.toml"), "as deploy writes them"
     assert f"{'c' * 64}.gguf" in decided["upgrade_settings"]
     other = found[1].decided["upgrade_settings"].replace(str(found[1].folder.parent), str(found[0].folder.parent))
     assert other != decided["upgrade_settings"], "another chat template"
+
+
+ALLOWED = re.compile(r"^IPAddressAllow=(\S+)$", re.MULTILINE)
+
+
+def test_a_model_is_spread_over_workers(render: Render, debian: Rendered) -> None:
+    worker = {"hosts": {"w1": {"llamaherd_rpc_address": "10.0.0.3", "llamaherd_rpc_port": 50053}}}
+    own = {"llamaherd_rpc_workers": ["w1"], "llamaherd_rpc_address": "10.0.0.2", "llamaherd_engine": "llama-server"}
+    found = render("debian12", groups={"rpc": worker}, **own)
+    assert settings.load(found.folder / "server.toml").engine.rpc == ["10.0.0.3:50053"]
+    assert "-DGGML_RPC=ON" in found.decided["flags"]
+    assert "-DGGML_RPC=ON" not in debian.decided["flags"]
+    assert ALLOWED.findall(found.text("llamaherd-server.service")) == ["localhost", "10.0.0.3"]
+
+
+def test_a_worker_lets_in_who_names_it(render: Render) -> None:
+    names = {"llamaherd_rpc_workers": ["debian12"], "llamaherd_rpc_address": "10.0.0.2"}
+    groups = {"inference": {"hosts": {"big": names, "other": None}}, "rpc": {"hosts": {"debian12": None}}}
+    found = render("debian12", groups=groups, llamaherd_rpc_address="10.0.0.3")
+    unit = found.text("llamaherd-rpc.service")
+    assert "/bin/ggml-rpc-server --host 10.0.0.3 --port 50052\n" in unit
+    assert "IPAddressDeny=any\n" in unit
+    assert ALLOWED.findall(unit) == ["10.0.0.2"]
+    assert "-DGGML_RPC=ON" in found.decided["flags"]
 
 
 def test_instances_are_balanced_over(render: Render) -> None:

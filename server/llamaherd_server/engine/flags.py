@@ -12,7 +12,7 @@ OWNED = frozenset(
     for line in (
         "m -model mu -model-url dr -docker-repo hf hfr -hf-repo hff -hf-file -models-dir -models-preset a -alias",
         "-chat-template -chat-template-file -lora -lora-scaled",
-        "mm -mmproj mmu -mmproj-url ngl -gpu-layers -n-gpu-layers fit -fit -offline",
+        "-rpc mm -mmproj mmu -mmproj-url ngl -gpu-layers -n-gpu-layers fit -fit -offline",
         "-host -port -reuse-port -api-prefix -api-key -api-key-file -ssl-key-file -ssl-cert-file -threads-http",
         "c -ctx-size np -parallel b -batch-size ub -ubatch-size ctk -cache-type-k ctv -cache-type-v fa -flash-attn",
         "kvu -kv-unified no-kvu -no-kv-unified -kv-unified-per-slot t -threads tb -threads-batch",
@@ -28,6 +28,8 @@ def flags(config: NativeConfig, socket: str) -> list[str]:
     settings = config.settings
     context = settings.parallel * settings.ctx_per_slot
     arguments = {
+        # before all that names devices: these become some
+        **({"--rpc": ",".join(config.rpc)} if config.rpc else {}),
         "--host": socket,
         "--model": config.path,
         "--gpu-layers": "all" if config.gpu_layers < 0 else config.gpu_layers,

@@ -61,6 +61,7 @@ class NativeEngine:
         mmproj: Path | None = None,
         chat_template: Path | None = None,
         lora: list[Adapter] | None = None,
+        rpc: list[str] | None = None,
         extra_args: list[str] | None = None,
         heartbeat_timeout_s: float = 120,
         load_timeout_s: float = 900,
@@ -73,6 +74,7 @@ class NativeEngine:
             mmproj=None if mmproj is None else str(mmproj),
             chat_template=None if chat_template is None else str(chat_template),
             lora=lora or [],
+            rpc=rpc or [],
             extra_args=extra_args or [],
         )
         self._heartbeat_timeout_s = heartbeat_timeout_s

@@ -23,9 +23,10 @@ _TIMEOUT_S = 60.0
 async def check_room(config: NativeConfig, beside: NativeConfig | None = None) -> None:
     """Raises EngineError with the numbers where there is too little memory, once the process of `beside` has ended.
 
-    Prebuilt archives of llama.cpp come without the binding that reads a model: there nothing is asked.
+    Prebuilt archives of llama.cpp come without the binding that reads a model: there nothing is asked, nor where other
+    hosts hold a part of it.
     """
-    if importlib.util.find_spec("llama_cpp") is None:
+    if config.rpc or importlib.util.find_spec("llama_cpp") is None:
         return
     configs = [msgspec.json.encode(one).decode() for one in (config, beside) if one]
     process = await asyncio.create_subprocess_exec(
