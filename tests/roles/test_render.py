@@ -107,6 +107,23 @@ def test_what_does_not_matter_to_a_build_is_the_same_release(render: Render, deb
     assert same.decided["build_key"] == debian.decided["build_key"]
 
 
+@pytest.mark.parametrize(
+    ("started", "found"), [("2020-01-01 00:00:00.5 UTC", True), ("2100-01-01", False), ("", False)]
+)
+def test_a_server_that_is_older_than_its_files_is_found(
+    debian: Rendered, tmp_path: Path, started: str, found: bool
+) -> None:
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(f"#!/bin/sh\necho '{started}'\n")
+    systemctl.chmod(0o755)
+    command = ["sh", "-c", debian.decided["newer_files"]]
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    newer = subprocess.run(command, capture_output=True, text=True, check=True, env=path).stdout.split()
+    expected = {debian.folder / "server.toml", debian.state_dir / "models/smollm2-135m-instruct.gguf"}
+    assert set(map(Path, newer)) & expected == (expected if found else set())
+    assert found or not newer
+
+
 DEVICES = {
     "cuda": ["/dev/nvidiactl", "char-nvidia", "char-nvidia-frontend", "char-nvidia-uvm", "char-nvidia-caps"],
     "rocm": ["char-kfd", "char-drm"],
