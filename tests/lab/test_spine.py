@@ -37,15 +37,19 @@ def test_verify(herd: Herd) -> None:
     herd.succeed("verify.yml")
 
 
+AGAIN = 'again() { for link; do ln -sfn "$(readlink "$link")" "$link"; done; }'
+
+
 @pytest.mark.parametrize(
     "cut_off",
     [
-        "touch /etc/llamaherd/server.toml",
-        "touch /etc/systemd/system/llamaherd-server.service",
-        "cd /opt/llamaherd/server && ln -sfn $(readlink current) current",
-        "cd /var/lib/llamaherd/models && for link in *instruct.gguf; do ln -sfn $(readlink $link) $link; done",
+        pytest.param("touch /etc/llamaherd/server.toml", id="settings"),
+        pytest.param("touch /etc/systemd/system/llamaherd-server.service", id="unit", marks=pytest.mark.fleet),
+        pytest.param(f"{AGAIN}; cd /opt/llamaherd/server && again current", id="release", marks=pytest.mark.fleet),
+        pytest.param(
+            f"{AGAIN}; cd /var/lib/llamaherd/models && again *instruct.gguf", id="model", marks=pytest.mark.fleet
+        ),
     ],
-    ids=["settings", "unit", "release", "model"],
 )
 def test_a_change_whose_restart_never_came_is_made_up_for(herd: Herd, cut_off: str) -> None:
     """A play that is cut off between the two leaves what it wrote, newer than the process that should have read it."""
