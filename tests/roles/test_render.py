@@ -138,6 +138,11 @@ def test_the_units_sandbox_opens_for_the_accelerator_only(rendered: Rendered) ->
         assert (setting in unit) == (not devices)
 
 
+def test_a_server_on_loopback_reaches_nothing_else(debian: Rendered) -> None:
+    unit = debian.text("llamaherd-server.service").splitlines()
+    assert {"SystemCallErrorNumber=EPERM", "IPAddressDeny=any", "IPAddressAllow=localhost"} <= set(unit)
+
+
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd itself judges")
 @pytest.mark.parametrize(
     ("host", "name", "most"),
