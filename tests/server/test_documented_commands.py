@@ -22,6 +22,7 @@ RULES: list[tuple[str, str]] = [
     (r"ansible-playbook ", "play"),
     (r"make( |$)", "make"),
     (r"curl ", "curl"),
+    (r"python -m llamaherd_loadtest\.profile ", "elsewhere: tests/lab/test_capacity.py"),
     (r"python -m llamaherd_loadtest\.", "loadtest"),
     (r"(podman (build|run)|docker compose) .*cuda|nvidia-ctk ", "elsewhere: needs an NVIDIA card"),
     (r"podman ", "elsewhere: tests/lab/test_container.py"),
