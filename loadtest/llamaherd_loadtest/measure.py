@@ -56,7 +56,10 @@ def measure(server: Target, workload: str, concurrency: int, window_s: float, se
         run = closed_loop(server, client, prompts, concurrency=concurrency, window_s=window_s, warm_up_s=warm_up_s)
     finally:
         client.close()
-    return summarise(run.samples, run.start, run.end, run.health)
+    summary = summarise(run.samples, run.start, run.end, run.health)
+    if summary.ttft is None:
+        raise RunFailed(f"no answer began within the window of {window_s:g} s: measure for longer")
+    return summary
 
 
 if __name__ == "__main__":

@@ -79,5 +79,5 @@ def asked(model: Path, name: str = "chat", **more: object) -> str:
     """Variables that put `model` under the name that clients know, and measure for seconds only."""
     entry = {"name": name, "sha256": digest(model), "source": {"kind": "file", "path": str(model)}}
     # Lab hosts share two cores with whatever else runs: the gate must not stop an upgrade for that.
-    gate = {"llamaherd_upgrade_window_s": 3, "llamaherd_upgrade_least_speed": 0.1}
+    gate = {"llamaherd_upgrade_window_s": 8, "llamaherd_upgrade_least_speed": 0.1}
     return json.dumps({"llamaherd_models": [entry]} | gate | more)
