@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -19,12 +20,17 @@ def main() -> None:
     """Print a Summary; exits with one line on stderr where there is nothing to sum up."""
     parser = options("llamaherd_loadtest.measure", __doc__)
     parser.add_argument("--concurrency", type=int, required=True, help="requests in flight, best the server's parallel")
+    tell(parser, lambda args: measure(target(args), args.workload, args.concurrency, args.window))
+
+
+def tell(parser: argparse.ArgumentParser, measured: Callable[[argparse.Namespace], msgspec.Struct]) -> None:
+    """Print what `measured` returns for the command line as JSON, or exit with one line on stderr."""
     args = parser.parse_args()
     try:
-        summary = measure(target(args), args.workload, args.concurrency, args.window)
+        found = measured(args)
     except (ServerUnusable, RunFailed, ValueError) as error:
-        sys.exit(f"llamaherd_loadtest.measure: {error}")
-    sys.stdout.write(msgspec.json.encode(summary).decode() + "\n")
+        sys.exit(f"{parser.prog.removeprefix('python -m ')}: {error}")
+    sys.stdout.write(msgspec.json.encode(found).decode() + "\n")
 
 
 def options(module: str, description: str | None) -> argparse.ArgumentParser:

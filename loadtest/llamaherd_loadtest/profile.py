@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import takewhile
-
-import msgspec
 
 from llamaherd_loadtest.capacity import Profile
 from llamaherd_loadtest.client import Target
-from llamaherd_loadtest.drive import RunFailed
-from llamaherd_loadtest.measure import measure, options, target
-from llamaherd_loadtest.probe import ServerUnusable
+from llamaherd_loadtest.measure import measure, options, target, tell
 
 
 def main() -> None:
     """Print a Profile; exits with one line on stderr where there is nothing to make it of."""
     parser = options("llamaherd_loadtest.profile", __doc__)
     parser.add_argument("--parallel", type=int, required=True, help="the host's slots")
-    args = parser.parse_args()
-    try:
-        profile = measured(target(args), args.workload, args.parallel, args.window)
-    except (ServerUnusable, RunFailed, ValueError) as error:
-        sys.exit(f"llamaherd_loadtest.profile: {error}")
-    sys.stdout.write(msgspec.json.encode(profile).decode() + "\n")
+    tell(parser, lambda args: measured(target(args), args.workload, args.parallel, args.window))
 
 
 def measured(server: Target, workload: str, parallel: int, window_s: float) -> Profile:

@@ -18,7 +18,7 @@ import jinja2
 import pytest
 import yaml
 
-from tests.server.conftest import START_S, free_port
+from tests.server.conftest import START_S, free_port, wait_ready
 
 ROLE = Path(__file__).resolve().parents[2] / "roles/monitoring"
 TEMPLATE = "ansible.builtin.template"
@@ -72,23 +72,11 @@ def scraping(folder: Path, target: str) -> Iterator[Query]:
     with (folder / "prometheus.log").open("wb") as log:
         process = subprocess.Popen([*command, f"--web.listen-address={url.removeprefix('http://')}"], stderr=log)
     try:
-        _wait_ready(url, process, folder / "prometheus.log")
+        wait_ready("Prometheus", f"{url}/-/ready", process, folder / "prometheus.log")
         yield lambda query: samples(httpx.post(f"{url}/api/v1/query", data={"query": query}).text)
     finally:
         process.terminate()
         process.wait(START_S)
-
-
-def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/-/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
-    pytest.fail(f"Prometheus did not become ready; its log:\n{log.read_text()}")
 
 
 def samples(answer: str) -> list[dict[str, Any]]:

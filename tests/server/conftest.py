@@ -103,7 +103,7 @@ def running(folder: Path, environment: dict[str, str] | None = None, **sections:
 def until_ready(server: Server) -> Iterator[Server]:
     """The server once it is ready; its process is gone after the block."""
     try:
-        _wait_ready(server)
+        wait_ready("the server", f"{server.url}/readyz", server.process, server.log)
         yield server
     finally:
         if server.process.poll() is None:
@@ -124,13 +124,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield started
 
 
-def _wait_ready(server: Server) -> None:
+def wait_ready(what: str, url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until `url` answers with 200; a process that ends before, or takes too long, fails the test with its log."""
     deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and server.process.poll() is None:
+    while time.monotonic() < deadline and process.poll() is None:
         try:
-            if httpx.get(f"{server.url}/readyz").status_code == 200:
+            if httpx.get(url).status_code == 200:
                 return
         except httpx.TransportError:
             pass
         time.sleep(0.05)
-    pytest.fail(f"the server did not become ready; its log:\n{server.log.read_text()}")
+    pytest.fail(f"{what} did not become ready; its log:\n{log.read_text()}")
