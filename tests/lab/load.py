@@ -49,17 +49,24 @@ def target(herd: Herd, edge: str = "e1", ca: Path | None = None) -> list[str]:
 
 @contextmanager
 def streaming(
-    herd: Herd, rate: float, *, edge: str = "e1", model: str = "chat", max_tokens: int = 32, ca: Path | None = None
+    herd: Herd,
+    rate: float,
+    *,
+    edge: str = "e1",
+    model: str = "chat",
+    max_tokens: int = 32,
+    ca: Path | None = None,
+    patience_s: int = 60,
 ) -> Iterator[Load]:
     """Send `rate` requests a second through the edge for as long as the block lasts, however slow the answers are.
 
-    `ca` holds the certificates to trust, if not the lab's own CA.
+    Each may take `patience_s`. `ca` holds the certificates to trust, if not the lab's own CA.
     """
     load = Load()
     with tempfile.TemporaryDirectory() as folder:
         samples = Path(folder) / "samples.jsonl"
         options = ["--users=1", f"--rate={rate}", f"--max-tokens={max_tokens}", f"--samples={samples}"]
-        options += ["--request-timeout=60", "--workload=tests/lab/brief.yml", f"--model={model}"]
+        options += [f"--request-timeout={patience_s}", "--workload=tests/lab/brief.yml", f"--model={model}"]
         with (Path(folder) / "log").open("w") as log:
             running = subprocess.Popen(
                 [*LOCUST, "loadtest/locustfiles/chat_open.py", *options, "--host", *target(herd, edge, ca)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -18,19 +19,20 @@ pytestmark = [
 ]
 MODEL = "smollm2-135m-instruct"
 STATE = f"readlink /var/lib/llamaherd/models/{MODEL}.gguf; cat /etc/llamaherd/server.toml /etc/nginx/nginx.conf"
-LEFT = "ls /var/lib/llamaherd/upgrade /etc/llamaherd/beside.toml 2>&-; systemctl is-active llamaherd-server-beside"
+LEFT = """ls /var/lib/llamaherd/upgrade /etc/llamaherd/beside.toml /run/llamaherd-held 2>&-
+systemctl is-active llamaherd-server-beside llamaherd-hold.socket"""
 
 
 def test_nobody_notices_its_upgrade(herd: Herd, better: Path) -> None:
     herd.succeed("deploy.yml")
     # While it is measured, two engines share this machine's two cores.
-    asking = asked(better, MODEL, llamaherd_upgrade_blue_green=True, llamaherd_upgrade_least_speed=0.01)
+    asking = asked(better, MODEL, llamaherd_upgrade_least_speed=0.01)
     with streaming(herd, rate=0.5, edge="t1", model=MODEL) as load:
         herd.succeed("upgrade.yml", "-e", asking)
     assert load.failures == []
     assert load.outcomes["ok"] >= 10
     assert digest(better) in herd.sh("t1", STATE)
-    assert herd.sh("t1", f"{LEFT} || true") == "inactive\n"
+    assert herd.sh("t1", f"{LEFT} || true").split() == ["inactive", "inactive"]
 
 
 def test_nobody_notices_an_upgrade_that_fails(herd: Herd, better: Path, tmp_path: Path) -> None:
@@ -38,12 +40,21 @@ def test_nobody_notices_an_upgrade_that_fails(herd: Herd, better: Path, tmp_path
     model.write_bytes(better.read_bytes() + bytes(32))
     before = herd.sh("t1", STATE)
     with streaming(herd, rate=0.5, edge="t1", model=MODEL) as load:
-        run = herd.play(
-            "upgrade.yml",
-            "-e",
-            asked(model, MODEL, llamaherd_upgrade_blue_green=True, llamaherd_upgrade_least_speed=50),
-        )
+        run = herd.play("upgrade.yml", "-e", asked(model, MODEL, llamaherd_upgrade_least_speed=50))
     assert "t1 serves what it served before, and the rollout stops: It is not slower than it may be" in run.output
     assert load.failures == []
     assert herd.sh("t1", STATE) == before
-    assert herd.sh("t1", f"{LEFT} || true") == "inactive\n"
+    assert herd.sh("t1", f"{LEFT} || true").split() == ["inactive", "inactive"]
+
+
+def test_requests_wait_where_there_is_no_room_beside(herd: Herd, better: Path) -> None:
+    older = herd.sh("t1", STATE)
+    asking = asked(better, MODEL, llamaherd_upgrade_blue_green=False, llamaherd_settings={"parallel": 6})
+    with streaming(herd, rate=0.3, edge="t1", model=MODEL, patience_s=280) as load:
+        herd.succeed("upgrade.yml", "-e", asking)
+        time.sleep(20)  # for those that waited to be answered
+    assert load.failures == []
+    assert load.outcomes["ok"] >= 10
+    assert max(sample.e2e_ms for sample in load.samples if sample.e2e_ms) > 10_000
+    assert herd.sh("t1", STATE) != older
+    assert herd.sh("t1", f"{LEFT} || true").split() == ["inactive", "inactive"]
