@@ -8,7 +8,8 @@ from typing import Any
 from llamaherd_loadtest.arrivals import PROCESSES
 
 FILES = ("ca", "key_file", "workload", "samples", "summary", "benchmark_report", "trace")
-"""The options that name files; only the command line sets them."""
+"""The options that name files; only the command line sets them, a worker's own before the master's."""
+DEFAULT_WORKLOAD = "chat"
 
 
 def add_options(parser: Any, *, open_loop: bool = False) -> None:
@@ -23,7 +24,7 @@ def add_options(parser: Any, *, open_loop: bool = False) -> None:
     add(
         "--workload",
         env_var="LLAMAHERD_WORKLOAD",
-        default="chat",
+        default=DEFAULT_WORKLOAD,
         include_in_web_ui=False,
         help="its name, a .yml file, a .jsonl file of request bodies, or a .json file in ShareGPT's format",
     )

@@ -24,7 +24,7 @@ from llamaherd_loadtest.benchmark_report import to_benchmark_report
 from llamaherd_loadtest.client import clock
 from llamaherd_loadtest.gathered import Gathered, Part, gather
 from llamaherd_loadtest.health import HealthMonitor
-from llamaherd_loadtest.locust_options import FILES, add_options
+from llamaherd_loadtest.locust_options import DEFAULT_WORKLOAD, FILES, add_options
 from llamaherd_loadtest.opening import Opening, Probed
 from llamaherd_loadtest.probe import ServerUnusable
 from llamaherd_loadtest.samples import write_samples
@@ -71,7 +71,11 @@ class LocustRun:
         """Listen to the other processes."""
         self._environment, self._runner, self._host = environment, runner, environment.host
         options = vars(environment.parsed_options)
-        self._files = {} if isinstance(runner, WorkerRunner) else {name: options.get(name, "") for name in FILES}
+        self._files = {name: options.get(name, "") for name in FILES}
+        if isinstance(
+            runner, WorkerRunner
+        ):  # on another host files lie elsewhere; what it was not told, the master tells
+            self._files = {name: file for name, file in self._files.items() if file not in ("", DEFAULT_WORKLOAD)}
         # Timers count from the loop's last look at the clock: before the imports, seconds ago. --run-time is one.
         gevent.get_hub().loop.update_now()
         if isinstance(runner, WorkerRunner):

@@ -173,6 +173,40 @@ def test_a_closed_loop_of_workers_shares_the_requests_out(double: Double, key_fi
     assert sorted(s.index for s in samples_of(tmp_path) if s.warmup) == [-4, -3, -2, -1]
 
 
+def test_workers_on_other_hosts_have_files_of_their_own(double: Double, key_file: Path, tmp_path: Path) -> None:
+    """As there, the master's (here relative) paths name nothing where the workers run."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    for folder in ("there", "one", "two"):
+        (tmp_path / folder).mkdir()
+    workload = LOCUSTFILES.parent / "llamaherd_loadtest/workloads/summarise.yml"
+    (tmp_path / "there/key").write_text(KEY)
+    (tmp_path / "there/workload.yml").write_text(workload.read_text())
+    where = ["--worker", "--master-host=127.0.0.1", f"--master-port={port}", f"--host={double.url}"]
+    files = ["--key-file=key", "--workload=workload.yml"]
+    worker = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILES / "chat.py"), *where, *files]
+    more = ["-u", "4", "-r", "4", "--requests", "12", "--max-tokens", "4"]
+    more += ["--workload", os.path.relpath(workload, LOCUSTFILES)]
+    key = Path(os.path.relpath(key_file, LOCUSTFILES))
+    master = ["--master", "--master-bind-host=127.0.0.1", f"--master-bind-port={port}", "--expect-workers=2"]
+    workers = [subprocess.Popen(worker, cwd=tmp_path / "there", stderr=subprocess.DEVNULL) for _ in range(2)]
+    try:
+        two = locust("chat.py", double, key, tmp_path / "two", *more, *master, model="paced")
+        assert two.returncode == 0, two.stderr
+        assert [process.wait(20) for process in workers] == [0, 0]
+    finally:
+        for process in workers:
+            process.kill()
+            process.wait()
+    assert locust("chat.py", double, key, tmp_path / "one", *more, model="paced").returncode == 0
+    sent = [
+        sorted((s.index, s.prompt_tokens, s.tokens) for s in samples_of(tmp_path / name) if not s.warmup)
+        for name in ("one", "two")
+    ]
+    assert sent[0] == sent[1]
+    assert [index for index, *_ in sent[0]] == list(range(12))
+
+
 def test_conversations_of_an_agent_grow_by_the_answers(start_double: Any, key_file: Path, tmp_path: Path) -> None:
     double = start_double()
     more = ["-u", "2", "-r", "2", "--requests", "4", "--workload", "agent", "--max-tokens", "3"]
