@@ -310,3 +310,34 @@ def test_instances_are_balanced_over(render: Render) -> None:
 @pytest.mark.parametrize(("host", "name"), [("cuda", "CUDA_VISIBLE_DEVICES"), ("rocm", "HIP_VISIBLE_DEVICES")])
 def test_a_server_sees_its_gpus_only(render: Render, host: str, name: str) -> None:
     assert f"Environment={name}=0,1\n" in render(host, llamaherd_server_devices="0,1").text("llamaherd-server.service")
+
+
+def test_kv_types_are_tried_only_where_that_was_said(render: Render, debian: Rendered) -> None:
+    space = {"llamaherd_loadgen_space": ["kv_type_k=f16,q8_0"]}
+    assert "--quality" not in debian.decided["tuner"]
+    opened = render("debian12", llamaherd_loadgen_quality=True, **space).decided["tuner"]
+    assert opened[-2:] == ["--space=kv_type_k=f16,q8_0", "--quality"]
+
+
+def test_hosts_of_loadgen_but_the_controller_are_workers(render: Render) -> None:
+    hosts = {"load1": None, "here": {"ansible_connection": "local"}, "load2": None}
+    one = render("debian12", groups={"loadgen": {"hosts": {"here": hosts["here"]}}}).decided
+    assert one["workers"] == []
+    more = {"llamaherd_loadgen_processes": 3, "llamaherd_loadgen_workload": "tests/lab/brief.yml"}
+    decided = render("debian12", groups={"loadgen": {"hosts": hosts}}, **more).decided
+    assert decided["workers"] == ["load1", "load2"]
+    assert {"--master-bind-host=127.0.0.1", "--master-bind-port=4444", "--expect-workers=6"} <= set(decided["master"])
+    run = "/opt/llamaherd/loadgen/run"
+    said = {
+        f"--workload={run}/brief.yml",
+        f"--ca={run}/ca.crt",
+        f"--key-file={run}/key",
+        "--processes=3",
+        "--master-port=4444",
+    }
+    assert said <= set(decided["worker"])
+    assert {key: Path(file).name for key, file in decided["worker_files"].items()} == {
+        f"{run}/key": "default",
+        f"{run}/ca.crt": "ca.crt",
+        f"{run}/brief.yml": "brief.yml",
+    }
