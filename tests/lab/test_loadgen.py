@@ -44,8 +44,9 @@ def requests_of(herd: Herd) -> list[tuple[int, int | None]]:
 def test_workers_send_what_the_controller_alone_does(loaded: Herd) -> None:
     together = requests_of(loaded)
     assert [index for index, _ in together] == list(range(24))
-    sources = loaded.sh("e1", "cut -d' ' -f1 /var/log/nginx/access.log | sort -u")
-    assert {loaded.address(worker) for worker in WORKERS} <= set(sources.split())
+    log = [json.loads(line) for line in loaded.sh("e1", "cat /var/log/nginx/access.log").splitlines()]
+    chats = {line["client"] for line in log if line["request"] == "POST /v1/chat/completions"}
+    assert {loaded.address(worker) for worker in WORKERS} <= chats
     hosts = loaded.inventory / "hosts.yml"
     distributed = hosts.read_text()
     hosts.write_text(distributed.replace(ON_WORKERS, CONTROLLER))
