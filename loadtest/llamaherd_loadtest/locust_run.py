@@ -71,11 +71,9 @@ class LocustRun:
         """Listen to the other processes."""
         self._environment, self._runner, self._host = environment, runner, environment.host
         options = vars(environment.parsed_options)
-        self._files = {name: options.get(name, "") for name in FILES}
-        if isinstance(
-            runner, WorkerRunner
-        ):  # on another host files lie elsewhere; what it was not told, the master tells
-            self._files = {name: file for name, file in self._files.items() if file not in ("", DEFAULT_WORKLOAD)}
+        # On another host files lie elsewhere; what a worker was not told, the master tells.
+        untold = ("", DEFAULT_WORKLOAD) if isinstance(runner, WorkerRunner) else ()
+        self._files = {name: options.get(name, "") for name in FILES if options.get(name, "") not in untold}
         # Timers count from the loop's last look at the clock: before the imports, seconds ago. --run-time is one.
         gevent.get_hub().loop.update_now()
         if isinstance(runner, WorkerRunner):
