@@ -20,7 +20,8 @@ CONTROLLER = """        localhost:
           ansible_connection: local
           ansible_python_interpreter: "{{ ansible_playbook_python }}"
 """
-ON_WORKERS = "        f2:\n        f3:\n"
+# The lab's own plays need this machine by name.
+ON_WORKERS = f"        f2:\n        f3:\n    controller:\n      hosts:\n{CONTROLLER}"
 
 
 @pytest.fixture(scope="module")
