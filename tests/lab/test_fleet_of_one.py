@@ -55,6 +55,6 @@ def test_requests_wait_where_there_is_no_room_beside(herd: Herd, better: Path) -
         time.sleep(20)  # for those that waited to be answered
     assert load.failures == []
     assert load.outcomes["ok"] >= 10
-    assert max(sample.e2e_ms for sample in load.samples if sample.e2e_ms) > 10_000
+    assert max(sample.ttft or 0 for sample in load.samples) > 10
     assert herd.sh("t1", STATE) != older
     assert herd.sh("t1", f"{LEFT} || true").split() == ["inactive", "inactive"]
