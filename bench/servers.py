@@ -66,19 +66,27 @@ def ours(flags: Flags, config_lines: str = "", environment: Mapping[str, str] | 
 
 
 @contextmanager
-def llama_server(flags: Flags, *more: str, model: str | None = None) -> Iterator[Running]:
+def llama_server(flags: Flags | None, *more: str, model: str | None = None) -> Iterator[Running]:
+    """Without `flags` by its own defaults."""
     port = _free_port()
+    context = [] if flags is None else _flags(flags)
     command = [
         str(Path(os.environ["LLAMAHERD_TEST_BIN_DIR"]) / "llama-server"),
         *("--model", model or _model(), "--port", str(port), "--alias", "bench"),
-        *("--parallel", str(flags.parallel), "--ctx-size", str(flags.parallel * flags.ctx_per_slot)),
-        "--kv-unified" if flags.unified else "--no-kv-unified",
-        *("--batch-size", str(flags.batch), "--ubatch-size", str(flags.ubatch)),
-        *("--threads", str(flags.threads), "--threads-batch", str(flags.threads)),
+        *context,
         *more,
     ]
     with _process(command, port, "/health") as running:
         yield running
+
+
+def _flags(flags: Flags) -> list[str]:
+    return [
+        *("--parallel", str(flags.parallel), "--ctx-size", str(flags.parallel * flags.ctx_per_slot)),
+        "--kv-unified" if flags.unified else "--no-kv-unified",
+        *("--batch-size", str(flags.batch), "--ubatch-size", str(flags.ubatch)),
+        *("--threads", str(flags.threads), "--threads-batch", str(flags.threads)),
+    ]
 
 
 @contextmanager

@@ -109,12 +109,7 @@ def run_scenario(name: str, scenario: Scenario) -> dict[str, Metric]:
                 flags = Flags(scenario.flags.parallel, scenario.flags.ctx_per_slot, unified)
                 figures = measure(start, flags, scenario, seed=number)
                 rounds.setdefault(variant, []).append(figures)
-                print(
-                    f"{name} round {number + 1}/{ROUNDS} {variant:<22}"
-                    f"{figures['output_tokens_per_s']:7.1f} tokens/s  TTFT p95 {figures['ttft_p95_ms']:7.0f} ms  "
-                    f"ITL p95 {figures['itl_p95_ms']:5.0f} ms  largest gap {figures['max_gap_ms']:6.0f} ms",
-                    flush=True,
-                )
+                tell(f"{name} round {number + 1}/{ROUNDS} {variant:<22}", figures)
     best = {product: better_layout(rounds, product) for product in PRODUCTS}
     return {
         key: metric(
@@ -122,6 +117,14 @@ def run_scenario(name: str, scenario: Scenario) -> dict[str, Metric]:
         )
         for key in best["ours"][0]
     }
+
+
+def tell(what: str, figures: Figures) -> None:
+    print(
+        f"{what}{figures['output_tokens_per_s']:7.1f} tokens/s  TTFT p95 {figures['ttft_p95_ms']:7.0f} ms  "
+        f"ITL p95 {figures['itl_p95_ms']:5.0f} ms  largest gap {figures['max_gap_ms']:6.0f} ms",
+        flush=True,
+    )
 
 
 def measure(
