@@ -92,7 +92,7 @@ class _Engine:
 
     def status(self) -> EngineStatus:
         numbers = dict.fromkeys(Stats.__struct_fields__, 0)
-        return EngineStatus("ready", None, EngineSettings(), Stats(**numbers), 0.0, 0, 0.0, None, None)
+        return EngineStatus("embedded", "ready", None, EngineSettings(), Stats(**numbers), 0.0, 0, 0.0, None, None)
 
 
 def metrics() -> str:
@@ -138,7 +138,7 @@ def api() -> str:
 def application() -> FastAPI:
     """The server's app, with an engine that computes nothing."""
     settings = Settings.model_validate({"model": {"name": "model", "path": ROOT / "README.md"}})
-    return create_app(settings, cast(Engine, _Engine()))
+    return create_app(settings, lambda _: cast(Engine, _Engine()))
 
 
 def sentence(text: str | list[str]) -> str:

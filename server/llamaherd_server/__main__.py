@@ -56,7 +56,7 @@ def main() -> None:
             keyfile.run(arguments, arguments.file or _keys_file(arguments.config))
             return
         settings = load(arguments.config)
-        app = create_app(settings, *(_engine(one) for one in settings.each()))
+        app = create_app(settings, _engine)
     except (SettingsError, KeysError) as error:
         sys.stderr.write(f"llamaherd-server: {error}\n")
         sys.exit(os.EX_CONFIG)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -30,6 +30,7 @@ from llamaherd_server.api.state import AppState, choose_model
 from llamaherd_server.auth import KeyStore
 from llamaherd_server.chat.sandbox import Sandbox
 from llamaherd_server.engine.base import Engine
+from llamaherd_server.engine.switch import Switch
 from llamaherd_server.generation import Serving
 from llamaherd_server.lifecycle import Lifecycle
 from llamaherd_server.metrics import Metrics
@@ -46,15 +47,15 @@ _DOCUMENTED = [
 ]
 
 
-def create_app(settings: Settings, *engines: Engine) -> FastAPI:
-    """The app that serves an engine for each of the settings' models; its lifespan starts and stops them.
+def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAPI:
+    """The app that serves an engine of `make` for each of the settings' models; its lifespan starts and stops them.
 
-    Raises KeysError when the keys cannot be read.
+    Raises KeysError when the keys cannot be read, and what `make` raises.
     """
     keys = KeyStore(settings.auth.keys_file) if settings.auth.keys_file else None
     limits = settings.limits
     metrics, quotas, sandbox = Metrics(), Quotas(), Sandbox()
-    servings = [_serving(one, engine, quotas, metrics) for one, engine in zip(settings.each(), engines, strict=True)]
+    servings = [_serving(one, Switch(one, make), quotas, metrics) for one in settings.each()]
     lifecycle = Lifecycle(servings, limits, metrics.totals, keys)
     states: dict[str, AppState] = {}
     for one, serving in zip(settings.each(), servings, strict=True):
@@ -88,7 +89,7 @@ def create_app(settings: Settings, *engines: Engine) -> FastAPI:
     return app
 
 
-def _serving(settings: Settings, engine: Engine, quotas: Quotas, metrics: Metrics) -> Serving:
+def _serving(settings: Settings, engine: Switch, quotas: Quotas, metrics: Metrics) -> Serving:
     """One model's queues before its engine."""
     limits = settings.limits
     admission = Admission(

@@ -11,7 +11,8 @@ from typing import Self
 
 from llamaherd_server.admission import Admission, Ticket
 from llamaherd_server.auth import Key
-from llamaherd_server.engine.base import Engine, EngineError, Event
+from llamaherd_server.engine.base import EngineError, Event
+from llamaherd_server.engine.switch import Switch
 from llamaherd_server.errors import ApiError
 from llamaherd_server.meter import Meter, Usage
 from llamaherd_server.metrics import Metrics
@@ -29,7 +30,7 @@ _CHARS_PER_TOKEN = 4
 class Serving:
     """What a generation needs of the server."""
 
-    engine: Engine
+    engine: Switch
     admission: Admission
     embeddings: Admission  # to the context for embeddings
     quotas: Quotas

@@ -10,6 +10,7 @@ from typing import Literal
 
 from msgspec import Struct, field
 
+EngineKind = Literal["embedded", "llama-server"]
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 FinishReason = Literal["stop", "length"]
 Pooling = Literal["mean", "cls", "last", "rank"]

@@ -9,8 +9,9 @@ import ipaddress
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
+import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
@@ -21,7 +22,7 @@ from pydantic_settings import (
 from llamaherd_server.engine.flags import check_extra_args
 from llamaherd_server.engine_settings import merge
 from llamaherd_server.errors import nearest
-from llamaherd_server.protocol import Adapter, EngineSettings
+from llamaherd_server.protocol import Adapter, EngineKind, EngineSettings
 
 
 class SettingsError(Exception):
@@ -99,7 +100,7 @@ class EngineSection(Section):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    kind: Literal["embedded", "llama-server"] = "embedded"
+    kind: EngineKind = "embedded"
     # llama-server alone: its program, left out: that of the build whose libraries are used; and more of its flags.
     binary: ExistingFile | None = None
     extra_args: list[str] = []
@@ -213,6 +214,16 @@ class Settings(BaseSettings):
     def each(self) -> list[Settings]:
         """The same settings once for every model, each as if there were no other."""
         return [self.model_copy(update={"model": one, "engine": one.engine, "models": [one]}) for one in self.models]
+
+    def with_engine(self, kind: EngineKind, settings: EngineSettings) -> Settings:
+        """The same for one model on that engine; raises SettingsError where what is set beside it is the other's."""
+        own = {name: getattr(self.engine, name) for name in _ENGINE_OWN}
+        table = {**dict(self.models[0]), "engine": {**own, "kind": kind, **msgspec.to_builtins(settings)}}
+        try:
+            one = ServedModel.model_validate(table)
+        except ValidationError as error:
+            raise SettingsError("; ".join(map(_line, error.errors()))) from None
+        return self.model_copy(update={"model": one, "engine": one.engine, "models": [one]})
 
     @model_validator(mode="after")
     def _closed_beyond_loopback(self) -> Settings:

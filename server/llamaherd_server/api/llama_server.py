@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from llamaherd_server.api.answer import json_response, unless_gone
 from llamaherd_server.api.state import AppState, choose_model, state_of
-from llamaherd_server.engine.base import EngineError
+from llamaherd_server.engine.base import Engine, EngineError, EngineStatus
 from llamaherd_server.engine.native import NativeEngine
 from llamaherd_server.errors import ApiError
 from llamaherd_server.generation import late_error
@@ -56,8 +56,9 @@ async def props(request: Request) -> Response:
         "build_info": info.build,
         "is_sleeping": False,
     }
-    if isinstance(state.engine, NativeEngine):
-        known = await state.engine.get("/props")
+    async with state.engine.using() as engine:
+        if isinstance(engine, NativeEngine):
+            known = await engine.get("/props")
     return json_response({**known, "model_alias": state.model_name})
 
 
@@ -65,19 +66,18 @@ async def props(request: Request) -> Response:
 async def slots_of(request: Request) -> Response:
     """Which slots are busy. Never a prompt or an output. `?fail_on_no_slot=1`: a 503 when none is free."""
     state = state_of(request)
-    if isinstance(state.engine, NativeEngine):
-        slots = await state.engine.get("/slots")
-        told = [{name: slot[name] for name in _SLOT_FIELDS if name in slot} for slot in slots]
-    else:
-        status = state.engine.status()
-        busy = status.stats.slots_busy if status.stats else 0
-        told = [
-            {"id": slot, "n_ctx": status.settings.ctx_per_slot, "speculative": False, "is_processing": slot < busy}
-            for slot in range(status.settings.parallel)
-        ]
+    async with state.engine.using() as engine:
+        slots = await engine.get("/slots") if isinstance(engine, NativeEngine) else _slots(engine.status())
+    told = [{name: slot[name] for name in _SLOT_FIELDS if name in slot} for slot in slots]
     if request.query_params.get("fail_on_no_slot") and all(slot["is_processing"] for slot in told):
         raise ApiError(503, "no slot is free", code="no_slot", retry_after=1)
     return json_response(told)
+
+
+def _slots(status: EngineStatus) -> list[dict[str, Any]]:
+    busy = status.stats.slots_busy if status.stats else 0
+    known = {"n_ctx": status.settings.ctx_per_slot, "speculative": False}
+    return [{"id": slot, **known, "is_processing": slot < busy} for slot in range(status.settings.parallel)]
 
 
 @router.post("/completion", response_class=Response)
@@ -102,7 +102,7 @@ class MediaRoute(APIRoute):
             body = await request.body()
             if any(kind in body for kind in _MEDIA):
                 await choose_model(request)
-                if isinstance(state_of(request).engine, NativeEngine):
+                if isinstance(state_of(request).engine.in_force, NativeEngine):
                     return await _passed_on(request, "/v1/chat/completions")
             return await endpoint(request)
 
@@ -112,12 +112,7 @@ class MediaRoute(APIRoute):
 async def _passed_on(request: Request, path: str) -> Response:
     """Queue the request as any other and give it to llama-server; raises ApiError."""
     state = state_of(request)
-    if not isinstance(state.engine, NativeEngine):
-        message = (
-            f"POST {path} is llama-server's own and {state.model_name!r} runs on the embedded engine: use "
-            '/v1/completions, or set engine.kind = "llama-server"'
-        )
-        raise ApiError(404, message, code="unsupported")
+    _native(state.engine.in_force, path)
     body = await _body(request)
     state.check_model(body.pop("model", None), request.state.key)
     streamed = bool(body.get("stream"))
@@ -128,7 +123,9 @@ async def _passed_on(request: Request, path: str) -> Response:
         first = asyncio.timeout(limits.first_token_timeout_s if streamed else None)
         try:
             async with asyncio.timeout_at(until), first:
-                response = await unless_gone(request.receive, stack.enter_async_context(state.engine.asked(path, body)))
+                engine = await unless_gone(request.receive, stack.enter_async_context(state.engine.using()))
+                asked = _native(engine, path).asked(path, body)
+                response = await unless_gone(request.receive, stack.enter_async_context(asked))
                 lines = response.aiter_lines()
                 if streamed:
                     begun = await unless_gone(request.receive, _begun(lines))
@@ -142,6 +139,16 @@ async def _passed_on(request: Request, path: str) -> Response:
         for one in answers if isinstance(answers, list) else [answers]:
             _count(meter, one.get("timings"))
         return Response(response.content, media_type="application/json")
+
+
+def _native(engine: Engine, path: str) -> NativeEngine:
+    if isinstance(engine, NativeEngine):
+        return engine
+    message = (
+        f"POST {path} is llama-server's own and the model runs on the embedded engine: use /v1/completions, or set "
+        'engine.kind = "llama-server"'
+    )
+    raise ApiError(404, message, code="unsupported")
 
 
 async def _begun(lines: AsyncIterator[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from fastapi import APIRouter, Request, Response
@@ -12,7 +12,7 @@ from llamaherd_server.api.answer import json_response
 from llamaherd_server.api.state import AppState, state_of
 from llamaherd_server.engine_settings import merge
 from llamaherd_server.errors import ApiError
-from llamaherd_server.protocol import EngineSettings
+from llamaherd_server.protocol import EngineKind, EngineSettings
 
 router = APIRouter()
 
@@ -38,6 +38,7 @@ def _settings_body() -> dict[str, Any]:
     for name, field in schema["properties"].items():
         field["description"] = _SETTINGS[name]
         del field["default"]
+    schema["properties"]["engine"] = {"enum": list(get_args(EngineKind)), "description": "What computes."}
     return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
 
 
@@ -75,13 +76,22 @@ async def engine(request: Request) -> Response:
 
 @router.put("/admin/engine", openapi_extra=_settings_body())
 async def retune(body: dict[str, Any], request: Request) -> Response:
-    """Put other settings in force, any subset, without reloading the weights; the old ones stay if these do not fit."""
+    """Put other settings in force, any subset, without reloading the weights; the old ones stay if these do not fit.
+
+    Another `engine` does load them again; requests that are queued wait for it.
+    """
     state = state_of(request)
+    settings = {name: value for name, value in body.items() if name != "engine"}
     try:
-        wanted = merge(state.engine.status().settings, body)
+        kind = msgspec.convert(body.get("engine", state.engine.status().kind), EngineKind)
+        wanted = merge(state.engine.status().settings, settings)
+    except msgspec.ValidationError:
+        kinds = " or ".join(map(repr, get_args(EngineKind)))
+        message = f"engine {body['engine']!r} is not known: set {kinds}"
+        raise ApiError(400, message, param="engine", code="invalid_value") from None
     except ValueError as error:
         raise ApiError(400, str(error), code="invalid_value") from None
-    in_force = await state.engine.retune(wanted)
+    in_force = await state.engine.retune(wanted, kind)
     state.serving.admission.set_parallel(in_force.parallel)
     return json_response(_describe(state))
 
@@ -89,7 +99,7 @@ async def retune(body: dict[str, Any], request: Request) -> Response:
 def _describe(state: AppState) -> dict[str, Any]:
     status = state.engine.status()
     return {
-        "engine": state.settings.engine.kind,
+        "engine": status.kind,
         "state": status.state,
         "model": {
             "name": state.model_name,

@@ -9,7 +9,7 @@ from fastapi import Request
 
 from llamaherd_server.auth import Key
 from llamaherd_server.chat.sandbox import Sandbox
-from llamaherd_server.engine.base import Engine
+from llamaherd_server.engine.switch import Switch
 from llamaherd_server.errors import ApiError
 from llamaherd_server.generation import Serving
 from llamaherd_server.lifecycle import Lifecycle
@@ -28,7 +28,7 @@ class AppState:
     models: dict[str, AppState] = field(repr=False)
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Switch:
         return self.serving.engine
 
     @property

@@ -60,7 +60,7 @@ def _row(model: AppState) -> str:
     waiting = model.serving.admission.queued + (stats.waiting if stats else 0)
     cells = (
         model.model_name,
-        model.settings.engine.kind,
+        status.kind,
         status.state,
         f"{stats.slots_busy if stats else 0} of {status.settings.parallel}",
         str(waiting),

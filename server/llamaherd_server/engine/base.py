@@ -10,6 +10,7 @@ from llamaherd_server.protocol import (
     Delta,
     Embed,
     Embedded,
+    EngineKind,
     EngineSettings,
     ErrorCode,
     Finished,
@@ -37,6 +38,7 @@ class EngineError(Exception):
 class EngineStatus:
     """A snapshot for /readyz, /metrics and /admin/engine. `heartbeat_age_s` is the time since the worker last spoke."""
 
+    kind: EngineKind
     state: EngineState
     model: ModelInfo | None
     settings: EngineSettings

@@ -106,6 +106,7 @@ class EmbeddedEngine:
     def status(self) -> EngineStatus:
         supervisor = self._supervisor
         return EngineStatus(
+            kind="embedded",
             state=supervisor.state,
             model=self._model,
             settings=self._settings,

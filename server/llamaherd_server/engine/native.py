@@ -106,6 +106,7 @@ class NativeEngine:
         supervisor = self._supervisor
         stopped = supervisor.state == "stopped"
         return EngineStatus(
+            kind="llama-server",
             state="restarting" if self._retuning.locked() and not stopped else supervisor.state,
             model=self._model,
             settings=self._native.settings,

@@ -36,12 +36,13 @@ CHECKS = [
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     engine = {"parallel": 8, "ctx_per_slot": 64, "batch": 64, "ubatch": 64}
-    with running(tmp_path_factory.mktemp("contract"), paced(step_ms=1, tokens=1), engine=engine) as server:
+    environment = paced(step_ms=1, tokens=1) | {"LLAMA_CPP_LIB_PATH": "/nowhere/lib"}  # no llama-server to switch to
+    with running(tmp_path_factory.mktemp("contract"), environment, engine=engine) as server:
         yield server.url
 
 
 # The document does not depend on the model: any file will do for its path.
-app = create_app(Settings.model_validate({"model": {"name": "smollm2", "path": __file__}}), Double())
+app = create_app(Settings.model_validate({"model": {"name": "smollm2", "path": __file__}}), lambda _: Double())
 schema = schemathesis.openapi.from_dict(app.openapi())
 
 

@@ -56,7 +56,7 @@ def serve(tmp_path: Path) -> Serve:
         if keys is not None:
             (tmp_path / "keys.toml").write_text(keys)
             table["auth"] = {"keys_file": tmp_path / "keys.toml"}
-        app = create_app(Settings.model_validate(table), double)
+        app = create_app(Settings.model_validate(table), lambda _: double)
         listener = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=5))
         state: AppState = app.state.llamaherd

@@ -12,6 +12,7 @@ from llamaherd_server.protocol import (
     Delta,
     Embed,
     Embedded,
+    EngineKind,
     EngineSettings,
     Finished,
     Generate,
@@ -44,6 +45,7 @@ class Double:
     tokens: int = 3
     pace_s: float = 0.0
     model: ModelInfo = MODEL
+    kind: EngineKind = "embedded"
     state: EngineState = "ready"
     settings: EngineSettings = field(default_factory=EngineSettings)
     heartbeat_age_s: float = 0.0
@@ -67,6 +69,7 @@ class Double:
 
     def status(self) -> EngineStatus:
         return EngineStatus(
+            kind=self.kind,
             state=self.state,
             model=self.model,
             settings=self.settings,

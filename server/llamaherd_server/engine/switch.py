@@ -1,0 +1,140 @@
+"""The engine in force of a model, and how it gives way to one of the other kind while requests wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
+
+from llamaherd_server.engine.base import Engine, EngineError, EngineStatus, Event
+from llamaherd_server.engine.native import RETUNE_DRAIN_S
+from llamaherd_server.protocol import Embed, Embedded, EngineKind, EngineSettings, Generate, ModelInfo, Stats
+from llamaherd_server.settings import Settings, SettingsError
+
+
+class Switch:
+    """Implements engine.base.Engine by the engine `in_force`, which `make` makes of the settings."""
+
+    def __init__(self, settings: Settings, make: Callable[[Settings], Engine]) -> None:
+        """Raises what `make` raises."""
+        self._settings = settings
+        self._make = make
+        self.in_force = make(settings)
+        self._listener: Callable[[Stats], None] = lambda _: None
+        self._model: ModelInfo | None = None
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._open = asyncio.Event()  # clear while one engine gives way to another
+        self._open.set()
+        self._changing = asyncio.Lock()
+        self._stopped = False
+
+    async def start(self) -> None:
+        await self.in_force.start()
+
+    async def stop(self) -> None:
+        self._stopped = True
+        self._open.set()
+        await self.in_force.stop()
+
+    def status(self) -> EngineStatus:
+        status = self.in_force.status()
+        return status if self._open.is_set() else replace(status, state="restarting", model=self._model)
+
+    def observe(self, listener: Callable[[Stats], None]) -> None:
+        self._listener = listener
+        self.in_force.observe(listener)
+
+    async def generate(self, request: Generate) -> AsyncGenerator[Event, None]:
+        begun = False
+        while True:
+            try:
+                async with self.using() as engine, aclosing(engine.generate(request)) as events:
+                    async for event in events:
+                        begun = True
+                        yield event
+                return
+            except _SwitchedAway:
+                if begun:
+                    raise
+
+    async def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        async with self.using() as engine:
+            return await engine.tokenize(text, add_special=add_special, parse_special=parse_special)
+
+    async def detokenize(self, tokens: list[int]) -> str:
+        async with self.using() as engine:
+            return await engine.detokenize(tokens)
+
+    async def embed(self, question: Embed) -> Embedded:
+        async with self.using() as engine:
+            return await engine.embed(question)
+
+    @asynccontextmanager
+    async def using(self) -> AsyncIterator[Engine]:
+        """The engine in force, once there is one. A switch waits for the block to end, RETUNE_DRAIN_S at most."""
+        await self._open.wait()
+        engine = self.in_force
+        self._running += 1
+        self._idle.clear()
+        try:
+            yield engine
+        except EngineError as error:
+            switched = engine is not self.in_force or not self._open.is_set()
+            if switched and error.code in ("engine_stopped", "engine_crashed"):
+                raise _SwitchedAway from None
+            raise
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    async def retune(self, settings: EngineSettings, kind: EngineKind | None = None) -> EngineSettings:
+        """Put other settings in force, on an engine of that `kind`; raises EngineError and keeps the old ones.
+
+        Where that is another kind, new requests wait, and running ones get RETUNE_DRAIN_S to finish, then they fail
+        with `engine_crashed`.
+        """
+        async with self._changing:
+            before = self.in_force.status()
+            if kind in (None, before.kind):
+                return await self.in_force.retune(settings)
+            if before.state != "ready":
+                raise EngineError("engine_stopped", f"the engine is {before.state}: switch it once it is ready")
+            try:
+                former = self._make(self._settings.with_engine(before.kind, before.settings))
+                other = self._make(self._settings.with_engine(kind, settings))
+            except SettingsError as error:
+                raise EngineError(
+                    "invalid_value", f"this model cannot go to engine {kind!r}: {error}", "engine"
+                ) from None
+            self._model = before.model
+            self._open.clear()
+            try:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._idle.wait(), RETUNE_DRAIN_S)
+                await self._put(other)
+            except (EngineError, OSError) as error:
+                await self._put(former)
+                raise EngineError("does_not_fit", f"{kind} does not start with that: {error}") from None
+            finally:
+                self._open.set()
+            return self.in_force.status().settings
+
+    async def _put(self, engine: Engine) -> None:
+        """End the engine in force and start this one in its place; raises what starting it raises."""
+        await self.in_force.stop()
+        if self._stopped:
+            raise EngineError("engine_stopped", "the server is stopping")
+        self.in_force = engine
+        engine.observe(self._listener)
+        await engine.start()
+
+
+class _SwitchedAway(EngineError):
+    """For a request whose engine was ended under it."""
+
+    def __init__(self) -> None:
+        super().__init__("engine_crashed", "the engine ended while it worked on this request")
