@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +44,20 @@ def shell_split(line: str) -> list[str]:
 def served_models(models: Sequence[Mapping[str, Any]], names: Sequence[str], shared: Mapping[str, Any]) -> list[Any]:
     """The entries of `models` with these `names`: engine, settings and memory_share are there in full.
 
-    `shared` has what an entry leaves out: engine, settings; and tuned, which goes before the first one's own settings.
+    `shared` has what an entry leaves out: engine, settings; and tuned, which goes before the first one's own settings
+    and, where it has an engine, its engine.
     Memory that no entry asks a share of is divided equally among those that ask none.
     """
     found = [next(model for model in models if model["name"] == name) for name in names]
     asked = [model["memory_share"] for model in found if "memory_share" in model]
     rest = (1 - sum(asked)) / max(1, len(found) - len(asked))
-    return [
-        {
-            **model,
-            "engine": model.get("engine", shared["engine"]),
-            "settings": {**shared["settings"], **model.get("settings", {}), **({} if number else shared["tuned"])},
-            "memory_share": model.get("memory_share", rest),
-        }
-        for number, model in enumerate(found)
-    ]
+    served = []
+    for model, tuned in zip_longest(found, [shared["tuned"]], fillvalue={}):
+        settings = {**shared["settings"], **model.get("settings", {}), **tuned}
+        engine = settings.pop("engine", model.get("engine", shared["engine"]))
+        share = model.get("memory_share", rest)
+        served.append({**model, "engine": engine, "settings": settings, "memory_share": share})
+    return served
 
 
 def server_instances(more: Sequence[Mapping[str, Any]], first: Mapping[str, Any]) -> list[Any]:
@@ -101,8 +101,18 @@ _SOURCES = {
 }
 
 
-def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str], engine: str) -> list[str]:
-    """Why a host cannot serve the models of these `names`, one line each; `engine` is theirs who name none."""
+def engine_mistakes(served: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the `served_models` ask for that their engine does not do, one line each."""
+    return [
+        f"model {model['name']}: {key} needs the engine llama-server; set it where embedded is from, tuned.yml too"
+        for model in served
+        for key in ("mmproj", "extra_args")
+        if model.get(key) and model["engine"] == "embedded"
+    ]
+
+
+def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """Why a host cannot serve the models of these `names`, one line each."""
     listed = {model["name"]: model for model in models}
     found = [
         f"model {name} is to be served, but llamaherd_models does not list it; it has {', '.join(listed)}"
@@ -118,12 +128,6 @@ def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str], en
     ]
     for model in served:
         mmproj = model.get("mmproj")
-        if model.get("engine", engine) == "embedded":
-            found += [
-                f"model {model['name']}: {key} needs the engine llama-server"
-                for key in ("mmproj", "extra_args")
-                if model.get(key)
-            ]
         if mmproj and mmproj not in listed:
             found.append(f"model {model['name']}: llamaherd_models does not list its mmproj {mmproj}")
         if not 0 < model.get("memory_share", 1) <= 1:
@@ -253,6 +257,7 @@ class FilterModule:
             "served_models": served_models,
             "model_file": model_file,
             "model_mistakes": model_mistakes,
+            "engine_mistakes": engine_mistakes,
             "server_instances": server_instances,
             "instance_mistakes": instance_mistakes,
             "gib": gib,

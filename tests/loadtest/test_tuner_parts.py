@@ -55,11 +55,14 @@ def test_what_needs_no_less_memory_is_known_without_the_model() -> None:
     assert not needs_as_much({**f16, "parallel": 8, "ubatch": 256}, f16)
     assert not needs_as_much({**f16, "parallel": 6, "kv_type_k": "q8_0"}, f16)
     assert needs_as_much({**f16, "parallel": 8, "kv_type_k": "q8_0"}, f16)
+    embedded, other = {**f16, "engine": "embedded"}, {**f16, "engine": "llama-server"}
+    assert not needs_as_much(other, embedded) and needs_as_much(other, other)
     assert not needs_as_much({**f16, "kv_unified": False}, f16) and needs_as_much(f16, {**f16, "kv_unified": False})
 
 
 def test_settings_read_well() -> None:
     assert label(CURRENT, ("kv_unified",)) == "parallel 4, batch 2048, ubatch 512, kv_unified on"
+    assert label({**CURRENT, "engine": "llama-server"}, ("engine",)).endswith(", engine llama-server")
     assert difference(CURRENT, {**CURRENT, "parallel": 8, "kv_unified": False}) == "parallel 4 → 8, kv_unified on → off"
 
 

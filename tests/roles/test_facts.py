@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.roles.conftest import HOSTS, Render, run_roles
+from tests.roles.test_render import model_file, tuning
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,9 @@ RPC = {
     "llamaherd_engine": "llama-server",
 }
 
+RELEASE = {"llamaherd_llama_cpp_method": "release", "llamaherd_engine": "llama-server"}
+EMBEDDED = [tuning(model_file("smollm2-135m-instruct"), {"engine": "embedded"})]
+
 
 @pytest.mark.parametrize(
     ("host", "variables", "expected"),
@@ -67,6 +71,8 @@ RPC = {
         ("debian12", {"llamaherd_bundle": "/nonexistent"}, "SHA256SUMS is missing"),
         ("debian12", RPC | {"llamaherd_rpc_address": "8.8.8.8"}, "'8.8.8.8', no IPv4 address of a private network"),
         ("debian12", RPC | {"llamaherd_engine": "embedded"}, "set llamaherd_engine"),
+        ("debian12", RPC | {"llamaherd_tuned": EMBEDDED}, "set llamaherd_engine"),
+        ("debian12", RELEASE | {"llamaherd_tuned": EMBEDDED}, "an engine in tuned.yml goes before"),
         ("debian12", RPC | {"llamaherd_rpc_workers": ["other"]}, "has other, not in the group rpc"),
     ],
 )

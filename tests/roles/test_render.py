@@ -55,6 +55,13 @@ def test_tuned_settings_go_before_the_operators(render: Render) -> None:
     assert loaded.limits.max_queue == 7
 
 
+def test_a_tuned_engine_goes_before_the_operators(render: Render) -> None:
+    chosen = {"engine": "llama-server", "parallel": 6}
+    found = render("debian12", llamaherd_tuned=[tuning(model_file("smollm2-135m-instruct"), chosen)])
+    loaded = settings.load(found.folder / "server.toml")
+    assert (loaded.engine.kind, loaded.engine.settings) == ("llama-server", EngineSettings(parallel=6))
+
+
 def test_settings_tuned_for_another_model_are_kept_and_not_used(render: Render) -> None:
     found = render("debian12", llamaherd_tuned=[tuning("another-model.gguf", {"parallel": 7})])
     assert settings.load(found.folder / "server.toml").engine.settings == EngineSettings()

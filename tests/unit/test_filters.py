@@ -84,11 +84,7 @@ def entry(name: str, **more: object) -> dict[str, object]:
     [
         pytest.param([entry("a"), entry("b", aliases=["c"])], [], id="all well"),
         pytest.param([entry("a"), entry("b", aliases=["a"])], ["the name a is given to two"], id="a name twice"),
-        pytest.param(
-            [entry("a", mmproj="p")], ["a: mmproj needs the engine", "does not list its mmproj p"], id="mmproj"
-        ),
-        pytest.param([entry("a", extra_args=["-x"])], ["a: extra_args needs the engine llama-server"], id="extra_args"),
-        pytest.param([entry("a", extra_args=["-x"], engine="llama-server")], [], id="llama-server takes extra_args"),
+        pytest.param([entry("a", mmproj="p")], ["does not list its mmproj p"], id="mmproj"),
         pytest.param([entry("a", memory_share=0)], ["a: memory_share is 0"], id="no memory"),
         pytest.param(
             [entry("a", memory_share=0.6), entry("b", memory_share=0.6)], ["ask for 1.2"], id="too much memory"
@@ -101,14 +97,14 @@ def entry(name: str, **more: object) -> dict[str, object]:
 def test_models_that_cannot_be_served(
     filters: ModuleType, entries: list[dict[str, object]], expected: list[str]
 ) -> None:
-    found = filters.model_mistakes(entries, [one["name"] for one in entries], "embedded")
+    found = filters.model_mistakes(entries, [one["name"] for one in entries])
     assert len(found) == len(expected)
     for line, part in zip(found, expected, strict=True):
         assert part in line
 
 
 def test_a_name_that_is_not_listed_is_told_with_those_that_are(filters: ModuleType) -> None:
-    assert filters.model_mistakes([entry("a"), entry("b")], ["a", "nope"], "embedded") == [
+    assert filters.model_mistakes([entry("a"), entry("b")], ["a", "nope"]) == [
         "model nope is to be served, but llamaherd_models does not list it; it has a, b"
     ]
 
@@ -120,6 +116,19 @@ def test_what_an_entry_leaves_out_is_shared(filters: ModuleType) -> None:
     assert [one["settings"]["parallel"] for one in (a, b, c)] == [3, 4, 4]
     assert [one["engine"] for one in (a, b, c)] == ["embedded", "llama-server", "embedded"]
     assert [one["memory_share"] for one in (a, b, c)] == [0.25, 0.5, 0.25]
+
+
+def test_a_tuned_engine_is_the_first_models_and_no_setting(filters: ModuleType) -> None:
+    models = [entry("a", engine="embedded"), entry("b", extra_args=["-x"])]
+    shared = {"engine": "embedded", "settings": {"parallel": 4}, "tuned": {"engine": "llama-server", "parallel": 3}}
+    a, b = filters.served_models(models, ["a", "b"], shared)
+    assert (a["engine"], a["settings"], b["engine"], b["settings"]) == (
+        *("llama-server", {"parallel": 3}),
+        *("embedded", {"parallel": 4}),
+    )
+    [mistake] = filters.engine_mistakes([a, b])
+    assert "b: extra_args needs the engine llama-server" in mistake
+    assert "a: mmproj needs" in filters.engine_mistakes([a | {"engine": "embedded", "mmproj": "p"}])[0]
 
 
 def test_instances_that_cannot_run_beside_each_other(filters: ModuleType) -> None:

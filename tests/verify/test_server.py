@@ -119,7 +119,7 @@ def test_a_completion_streams(host: Host, client: Client, promised: dict[str, An
 def test_the_settings_in_force_are_the_inventorys(host: Host, promised: dict[str, Any]) -> None:
     for engine, own in zip(promised["in_force"], promised["own_settings"], strict=True):
         assert engine["state"] == "ready"
-        assert engine["model"]["name"] == promised["model"]
+        assert (engine["model"]["name"], engine["engine"]) == (promised["model"], promised["engine"])
         # no threads: decided on the host
         wanted = {name: value for name, value in (promised["settings"] | own).items() if value or "threads" not in name}
         assert {name: engine["settings"][name] for name in wanted} == wanted

@@ -16,6 +16,7 @@ from llamaherd_loadtest.tune.settings import Settings, Value, difference
 from llamaherd_loadtest.tune.watch import EngineWatch
 
 _APPLY_TIMEOUT_S = 180.0
+_SWITCH_TIMEOUT_S = 960.0  # another engine loads the weights again
 _RECOVERY_S = 90.0
 _AUTOMATIC: Value = 0  # thread counts of 0 are resolved by the server, and come back as what it chose
 
@@ -27,7 +28,7 @@ class ModelInfo(Struct):
 
 
 class EngineState(Struct):
-    """What GET /admin/engine says."""
+    """What GET /admin/engine says. Its engine is one of the settings too: PUT takes them together."""
 
     engine: str
     state: str
@@ -35,6 +36,9 @@ class EngineState(Struct):
     model: ModelInfo = field(default_factory=ModelInfo)
     build: str = ""
     restarts: int = 0
+
+    def __post_init__(self) -> None:
+        self.settings["engine"] = self.engine
 
 
 class Refused(Exception):
@@ -84,8 +88,9 @@ class AdminApplier:
 
     def apply(self, settings: Settings) -> None:
         """Put settings in force and check that they are. Raises Refused; the server then keeps its old ones."""
+        timeout_s = _SWITCH_TIMEOUT_S if "engine" in settings else _APPLY_TIMEOUT_S
         try:
-            response = self._request("PUT", timeout_s=_APPLY_TIMEOUT_S, body=msgspec.json.encode(dict(settings)))
+            response = self._request("PUT", timeout_s=timeout_s, body=msgspec.json.encode(dict(settings)))
         except ServerUnusable as error:
             raise Refused(f"the server died when these settings were applied: {error}") from error
         if response.status_code != 200:

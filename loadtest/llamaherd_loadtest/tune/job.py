@@ -73,7 +73,7 @@ def tune(options: Options) -> Verdict:
             choice = search.run()
             capacity = None if choice.record.fault else search.capacity(choice.record.settings, capacity_s)
     finally:
-        _restore(applier, found.settings)
+        _restore(applier, launch[0])
         verdict = make_verdict(search, choice, pruned)
         verdict.capacity = str(capacity or "")
         verdict.limits = {limit.name: limit.ms for limit in options.limits}
@@ -84,15 +84,17 @@ def tune(options: Options) -> Verdict:
     return verdict
 
 
-def _divide(options: Options, current: Settings) -> tuple[int, list[Settings], list[Pruned]]:
-    """How many settings are always measured; those to launch, the current first; those ruled out."""
-    space = parse_space(options.space, current, quality=options.quality) or {
-        k: v for k, v in DEFAULT_SPACE.items() if k in current
+def _divide(options: Options, found: Settings) -> tuple[int, list[Settings], list[Pruned]]:
+    """How many settings are always measured; those to launch, the current first; those ruled out.
+
+    The engine is among them where it is searched or proposed; otherwise it stays what the operator says.
+    """
+    space = parse_space(options.space, found, quality=options.quality) or {
+        k: v for k, v in DEFAULT_SPACE.items() if k in found
     }
-    if options.proposal:
-        tried = [current, {**current, **read_verdict(options.proposal).chosen}]
-    else:
-        tried = candidates(current, space)
+    proposed = read_verdict(options.proposal).chosen if options.proposal else {}
+    current = {k: v for k, v in found.items() if k != "engine" or k in {*space, *proposed}}
+    tried = [current, {**current, **proposed}] if options.proposal else candidates(current, space)
     launch, pruned = prune(tried, options.workload.need)
     if not launch or launch[0] != current:
         raise ValueError(f"the server's settings cannot serve workload {options.workload.name}: {pruned[0].why}")

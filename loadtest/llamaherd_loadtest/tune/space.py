@@ -82,7 +82,7 @@ def needs_as_much(settings: Settings, other: Settings) -> bool:
     KV bytes are cells x the bytes of their keys and values, times what only the model decides; compute buffers grow
     with ubatch, and with the cells that one sequence may see.
     """
-    if settings.get("flash_attention") != other.get("flash_attention"):
+    if any(settings.get(name) != other.get(name) for name in ("engine", "flash_attention")):
         return False
     mine, others = _memory(settings), _memory(other)
     return all(one >= two for one, two in zip(mine, others, strict=True))
