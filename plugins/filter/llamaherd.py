@@ -8,7 +8,6 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +51,8 @@ def served_models(models: Sequence[Mapping[str, Any]], names: Sequence[str], sha
     asked = [model["memory_share"] for model in found if "memory_share" in model]
     rest = (1 - sum(asked)) / max(1, len(found) - len(asked))
     served = []
-    for model, tuned in zip_longest(found, [shared["tuned"]], fillvalue={}):
-        settings = {**shared["settings"], **model.get("settings", {}), **tuned}
+    for number, model in enumerate(found):
+        settings = {**shared["settings"], **model.get("settings", {}), **({} if number else shared["tuned"])}
         engine = settings.pop("engine", model.get("engine", shared["engine"]))
         share = model.get("memory_share", rest)
         served.append({**model, "engine": engine, "settings": settings, "memory_share": share})

@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
 from pathlib import Path
+
+import httpx
 
 from tests.server.conftest import running
 
 from .test_locust import locust, samples_of, summary_of
+
+
+def test_a_search_over_both_engines_measures_each_and_puts_the_first_back(tmp_path: Path) -> None:
+    short = tmp_path / "short.yml"
+    short.write_text("{name: short, description: short, prompt: {median: 20}, output: {median: 8}}")
+    with running(tmp_path) as server:
+        before = httpx.get(f"{server.url}/admin/engine").json()
+        tune = ["--url", server.url, "--model", "smollm2", "--workload", str(short), "--out", str(tmp_path / "out")]
+        space = ["--space", "engine=embedded,llama-server", "--space", "parallel=2", "--budget", "40s", "--seed", "1"]
+        done = subprocess.run(
+            [sys.executable, "-m", "llamaherd_loadtest.tune", *tune, *space],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        after = httpx.get(f"{server.url}/admin/engine").json()
+    verdict = json.loads((tmp_path / "out" / "verdict.json").read_text())
+    assert (after["engine"], after["settings"]) == ("embedded", before["settings"])
+    assert verdict["current"] == {**before["settings"], "engine": "embedded"}
+    assert verdict["chosen"]["engine"] in ("embedded", "llama-server")
+    measured = {row["settings"]["engine"] for row in verdict["table"] if row["windows"]}
+    assert measured == {"embedded", "llama-server"}
+    assert any(row["label"].endswith("engine llama-server") for row in verdict["table"])
 
 
 def test_an_agents_turns_with_tools_are_served_and_their_prefix_is_cached(key_file: Path, tmp_path: Path) -> None:
