@@ -69,3 +69,27 @@ def test_an_unknown_section_in_the_environment_is_named(
     monkeypatch.setenv("LLAMAHERD_LIMIT__MAX_QUEUE", "1")
     with pytest.raises(SettingsError, match=r"unknown section limit: did you mean 'limits'\?"):
         load(written(tmp_path, model))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('mmproj = "{}/m.gguf"\n[engine]\nkind = "llama-server"', 'mmproj needs kind = "llama-server"'),
+        ('[engine]\nkind = "llama-server"\nrpc = ["w1:50052"]', "binary, extra_args and rpc are for"),
+        ('[engine]\nkind = "llama-server"\nbinary = "{}/m.gguf"', "binary, extra_args and rpc are for"),
+    ],
+)
+def test_what_is_llama_servers_alone_does_not_go_to_the_embedded_engine(
+    tmp_path: Path, model: str, text: str, message: str
+) -> None:
+    settings = load(written(tmp_path, model + text.format(tmp_path)))
+    with pytest.raises(SettingsError, match=message):
+        settings.with_engine("embedded", settings.engine.settings)
+
+
+def test_another_engine_keeps_the_rest(tmp_path: Path, model: str) -> None:
+    adapter = f'aliases = ["n"]\nlora = [{{path = "{tmp_path}/m.gguf", scale = 0.5}}]\n'
+    [settings] = load(written(tmp_path, f"{model}{adapter}[engine]\nparallel = 7\n")).each()
+    other = settings.with_engine("llama-server", settings.engine.settings)
+    assert (other.engine.kind, other.engine.settings.parallel) == ("llama-server", 7)
+    assert other.with_engine("embedded", settings.engine.settings) == settings
