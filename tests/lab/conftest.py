@@ -35,14 +35,14 @@ class Run:
         return [line for line in self.output.splitlines() if line.startswith("[ERROR]:")]
 
 
-# What a deployment left on a host; systemd forgets a unit that has gone in its own time.
+# What a deployment left on a host. Lab hosts share one tree of cgroups: systemd keeps the name of a unit that has gone while a
+# unit of that name runs on another host.
 LEFT = """
-for _ in 1 2 3 4 5; do systemctl list-units --all --plain --no-legend 'llamaherd*' | grep -q . || break; sleep 1; done
 ls -d /root/.cache/pip /opt/llamaherd /etc/llamaherd /var/lib/llamaherd* /var/lib/private/llamaherd* /run/llamaherd* \\
   /etc/systemd/system/llamaherd* /etc/systemd/system/*/llamaherd* /etc/nginx/*llamaherd* /etc/nginx/*/*llamaherd* \\
   /etc/cron*/*llamaherd* /etc/prometheus/llamaherd /var/lib/prometheus/llamaherd 2>/dev/null
 grep llamaherd /etc/passwd /etc/group
-systemctl list-units --all --plain --no-legend 'llamaherd*'
+systemctl list-units --all --plain --no-legend 'llamaherd*' | grep -v ' not-found  *inactive '
 true
 """
 

@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.parametrize("herd", ["bookworm"], indirect=True),
 ]
+PATIENCE_S = 280  # two engines may share two cores with whatever else runs
 MODEL = "smollm2-135m-instruct"
 STATE = f"readlink /var/lib/llamaherd/models/{MODEL}.gguf; cat /etc/llamaherd/server.toml /etc/nginx/nginx.conf"
 LEFT = """ls /var/lib/llamaherd/upgrade /etc/llamaherd/beside.toml /run/llamaherd-held 2>&-
@@ -27,7 +28,7 @@ def test_nobody_notices_its_upgrade(herd: Herd, better: Path) -> None:
     herd.succeed("deploy.yml")
     # While it is measured, two engines share this machine's two cores.
     asking = asked(better, MODEL, llamaherd_upgrade_least_speed=0.01)
-    with streaming(herd, rate=0.5, edge="t1", model=MODEL) as load:
+    with streaming(herd, rate=0.5, edge="t1", model=MODEL, patience_s=PATIENCE_S) as load:
         herd.succeed("upgrade.yml", "-e", asking)
     assert load.failures == []
     assert load.outcomes["ok"] >= 10
@@ -39,7 +40,7 @@ def test_nobody_notices_an_upgrade_that_fails(herd: Herd, better: Path, tmp_path
     model = tmp_path / "model.gguf"
     model.write_bytes(better.read_bytes() + bytes(32))
     before = herd.sh("t1", STATE)
-    with streaming(herd, rate=0.5, edge="t1", model=MODEL) as load:
+    with streaming(herd, rate=0.5, edge="t1", model=MODEL, patience_s=PATIENCE_S) as load:
         run = herd.play("upgrade.yml", "-e", asked(model, MODEL, llamaherd_upgrade_least_speed=50))
     assert "t1 serves what it served before, and the rollout stops: It is not slower than it may be" in run.output
     assert load.failures == []
@@ -50,7 +51,7 @@ def test_nobody_notices_an_upgrade_that_fails(herd: Herd, better: Path, tmp_path
 def test_requests_wait_where_there_is_no_room_beside(herd: Herd, better: Path) -> None:
     older = herd.sh("t1", STATE)
     asking = asked(better, MODEL, llamaherd_upgrade_blue_green=False, llamaherd_settings={"parallel": 6})
-    with streaming(herd, rate=0.3, edge="t1", model=MODEL, patience_s=280) as load:
+    with streaming(herd, rate=0.3, edge="t1", model=MODEL, patience_s=PATIENCE_S) as load:
         herd.succeed("upgrade.yml", "-e", asking)
         time.sleep(20)  # for those that waited to be answered
     assert load.failures == []
