@@ -35,8 +35,8 @@ class Run:
         return [line for line in self.output.splitlines() if line.startswith("[ERROR]:")]
 
 
-# What a deployment left on a host. Lab hosts share one tree of cgroups: systemd keeps the name of a unit that has gone while a
-# unit of that name runs on another host.
+# What a deployment left on a host. Lab hosts share one tree of cgroups: systemd keeps the name of a unit that has gone
+# while a unit of that name runs on another host.
 LEFT = """
 ls -d /root/.cache/pip /opt/llamaherd /etc/llamaherd /var/lib/llamaherd* /var/lib/private/llamaherd* /run/llamaherd* \\
   /etc/systemd/system/llamaherd* /etc/systemd/system/*/llamaherd* /etc/nginx/*llamaherd* /etc/nginx/*/*llamaherd* \\

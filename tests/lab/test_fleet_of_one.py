@@ -59,3 +59,8 @@ def test_requests_wait_where_there_is_no_room_beside(herd: Herd, better: Path) -
     assert max(sample.ttft or 0 for sample in load.samples) > 10
     assert herd.sh("t1", STATE) != older
     assert herd.sh("t1", f"{LEFT} || true").split() == ["inactive", "inactive"]
+    with streaming(herd, rate=0.3, edge="t1", model=MODEL, patience_s=PATIENCE_S) as load:
+        herd.succeed("rollback.yml", "-e", "llamaherd_rollback=model")
+        time.sleep(10)
+    assert load.failures == []
+    assert digest(better) not in herd.sh("t1", STATE)
