@@ -7,9 +7,13 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+import structlog
+
 from llamaherd_server.engine.base import EngineState
 from llamaherd_server.engine.process import WorkerProcess
 from llamaherd_server.protocol import Failed, FromWorker, Loading, Ready
+
+log = structlog.get_logger()
 
 MAX_FAILURES_IN_A_ROW = 5
 FIRST_BACKOFF_S = 0.5
@@ -167,4 +171,6 @@ class Supervisor:
         self.last_error = refusal or silence or end
         if refusal:
             self.state = "failed"
+        else:
+            log.warning("engine ended", error=self.last_error)
         return 0.0 if ready_at is None else time.monotonic() - ready_at

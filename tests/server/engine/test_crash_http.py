@@ -57,6 +57,7 @@ async def test_running_streams_end_with_an_error_queued_ones_are_served(tmp_path
             ends = Counter(await asyncio.gather(*streams))
             watching.cancel()
             assert (await client.get("/readyz")).status_code == 200
+        assert f"the engine ended with signal {number.name}" in server.log.read_text()
     assert set(ends) == {"done", "engine_crashed"}
     assert 1 <= ends["engine_crashed"] <= PARALLEL
     assert set(seen["/livez"]) == set(seen["/metrics"]) == {200}
