@@ -84,15 +84,14 @@ class Herd:
         return found.group(1)
 
 
-@pytest.fixture(
-    scope="module", params=["bookworm", pytest.param("trixie", marks=pytest.mark.fleet)], ids=["debian12", "debian13"]
-)
-def herd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
-    """One fresh host `t1`."""
-    inventory = tmp_path_factory.mktemp("inventory") / "lab"
-    shutil.copytree(Path(__file__).parent / "inventory", inventory)
+@contextmanager
+def booted(folder: Path, *changes: tuple[str, str], of: str = "inventory_fleet") -> Iterator[Herd]:
+    """The hosts of this inventory, after these changes to its text, with nothing on them; they go at the end."""
+    inventory = folder / "lab"
+    shutil.copytree(Path(__file__).parent / of, inventory)
     hosts = inventory / "hosts.yml"
-    hosts.write_text(hosts.read_text().replace("bookworm", request.param))
+    for old, new in changes:
+        hosts.write_text(hosts.read_text().replace(old, new))
     herd = Herd(inventory)
     try:
         herd.succeed("lab.yml")
@@ -101,20 +100,23 @@ def herd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         herd.succeed("lab.yml", "-e", "llamaherd_lab_state=absent")
 
 
-@contextmanager
-def booted(folder: Path, *changes: tuple[str, str]) -> Iterator[Herd]:
-    """The hosts of inventory_fleet, after these changes to its text, with nothing on them; they go at the end."""
-    inventory = folder / "fleet"
-    shutil.copytree(Path(__file__).parent / "inventory_fleet", inventory)
-    hosts = inventory / "hosts.yml"
-    for old, new in changes:
-        hosts.write_text(hosts.read_text().replace(old, new))
-    fleet = Herd(inventory)
-    try:
-        fleet.succeed("lab.yml")
-        yield fleet
-    finally:
-        fleet.succeed("lab.yml", "-e", "llamaherd_lab_state=absent")
+@pytest.fixture(
+    scope="module", params=["bookworm", pytest.param("trixie", marks=pytest.mark.fleet)], ids=["debian12", "debian13"]
+)
+def herd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
+    """One fresh host `t1`."""
+    with booted(tmp_path_factory.mktemp("inventory"), ("bookworm", request.param), of="inventory") as herd:
+        yield herd
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
+    """Two fresh hosts, `t1` and `t2`."""
+    second = "        t2:\n          ansible_host: 198.18.0.22\n          llamaherd_lab_release: bookworm\n"
+    listed = ("      vars:\n        ansible_user", f"{second}      vars:\n        ansible_user")
+    serving = ("        t1:\n      vars:", "        t1:\n        t2:\n      vars:")
+    with booted(tmp_path_factory.mktemp("inventory"), listed, serving, of="inventory") as pair:
+        yield pair
 
 
 @pytest.fixture(scope="session")
@@ -152,21 +154,3 @@ def better(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [str(quantize), "--allow-requantize", os.environ["LLAMAHERD_TEST_MODEL"], str(path), "Q4_0"]
     subprocess.run(command, check=True, capture_output=True)
     return path
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
-    """Two fresh hosts, `t1` and `t2`."""
-    inventory = tmp_path_factory.mktemp("inventory") / "lab"
-    shutil.copytree(Path(__file__).parent / "inventory", inventory)
-    hosts = inventory / "hosts.yml"
-    text = hosts.read_text()
-    second = "        t2:\n          ansible_host: 198.18.0.22\n          llamaherd_lab_release: bookworm\n"
-    text = text.replace("      vars:\n        ansible_user", second + "      vars:\n        ansible_user", 1)
-    hosts.write_text(text.replace("        t1:\n      vars:", "        t1:\n        t2:\n      vars:"))
-    herd = Herd(inventory)
-    try:
-        herd.succeed("lab.yml")
-        yield herd
-    finally:
-        herd.succeed("lab.yml", "-e", "llamaherd_lab_state=absent")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.lab.conftest import BIN, ROOT, Herd
-from tests.lab.fleet import MODEL, asked, digest
+from tests.lab.fleet import EDGE, MODEL, asked, digest, serving
 from tests.lab.load import streaming
 
 pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(1800)]
@@ -149,3 +149,18 @@ def has_come(fleet: Herd, model: Path, moment: str) -> bool:
     if moment == "the switch":
         return fleet.sh("f1", NAMED) == f"{digest(model)}.gguf\n"
     return " down;" in fleet.sh("e1", "cat /etc/nginx/nginx.conf")
+
+
+def test_a_host_alone_behind_an_edge_of_its_own_holds_its_requests(fleet: Herd, better: Path) -> None:
+    two = serving(fleet, ["f1"])
+    try:
+        fleet.succeed(*EDGE)
+        with streaming(fleet, rate=0.3, patience_s=280) as load:
+            fleet.succeed("upgrade.yml", "-e", asked(better, llamaherd_upgrade_blue_green=False))
+            time.sleep(20)  # for those that waited to be answered
+        assert fleet.sh("f1", NAMED) == f"{digest(better)}.gguf\n"
+    finally:
+        (fleet.inventory / "hosts.yml").write_text(two)
+        fleet.succeed("deploy.yml")
+    assert load.failures == []
+    assert max(sample.ttft or 0 for sample in load.samples) > 5

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
-from tests.lab.conftest import Herd
+from tests.lab.conftest import booted
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 PID_FILE = Path("/run/llamaherd-lab/t1.pid")
 
 
 def test_a_labs_end_ends_what_a_killed_host_left_running(tmp_path: Path) -> None:
-    inventory = tmp_path / "lab"
-    shutil.copytree(Path(__file__).parent / "inventory", inventory)
-    herd = Herd(inventory)
-    try:
-        herd.succeed("lab.yml")
+    with booted(tmp_path, of="inventory"):
         os.kill(int(PID_FILE.read_text()), signal.SIGKILL)
         assert rooted_in("t1")
-    finally:
-        herd.succeed("lab.yml", "-e", "llamaherd_lab_state=absent")
     assert rooted_in("t1") == []
 
 
