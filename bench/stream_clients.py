@@ -1,16 +1,18 @@
 """One product's streaming client at work: `python stream_clients.py PRODUCT URL KEY STREAMS TOKENS`.
 
 Runs under the product's own Python. STREAMS requests of TOKENS events each are read at once; prints the CPU that this
-process spent on them, microseconds an event, the requests included. A first request warms up what is made once.
+process spent on them, microseconds an event: from the prompt to the record of the request, as the product's own load
+generator makes it. A first round warms up what is made once, connections among it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import os
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 PROMPT = "river stone market winter engine garden signal copper"
@@ -22,22 +24,28 @@ def main() -> None:
 
 
 def ours(url: str, key: str, streams: int, tokens: int) -> float:
+    """A load session, as Locust's users run it, and its samples as JSON."""
     import gevent
 
-    from llamaherd_loadtest.client import ChatClient, Target, clock
-    from llamaherd_loadtest.samples import Sample
+    from llamaherd_loadtest.client import ChatClient, Target
+    from llamaherd_loadtest.samples import write_samples
     from llamaherd_loadtest.session import LoadSession
     from llamaherd_loadtest.workload import Calibration, Lengths, Prompts, Workload
 
     client = ChatClient(Target(url=url, key=key))
     workload = Workload(name="bench", description="", prompt=Lengths(8), output=Lengths(tokens))
     prompts = Prompts(workload, model="paced", seed=1, calibration=Calibration(1.0, 0.0))
-    session = LoadSession(client, prompts, lambda **_: None)
-    client.stream(prompts.request(0), Sample(index=0, scheduled=clock()))
+
+    def all_at_once() -> list[int]:
+        session = LoadSession(client, prompts, lambda **_: None)
+        gevent.joinall([gevent.spawn(session.send) for _ in range(streams)])
+        write_samples(Path(os.devnull), session.samples)
+        return [sample.events for sample in session.samples]
+
+    all_at_once()
     started = time.process_time()
-    gevent.joinall([gevent.spawn(session.send) for _ in range(streams)])
-    spent = time.process_time() - started
-    return _per_event(spent, [sample.events for sample in session.samples], tokens)
+    events = all_at_once()
+    return _per_event(time.process_time() - started, events, tokens)
 
 
 def guidellm(url: str, key: str, streams: int, tokens: int) -> float:
@@ -73,29 +81,53 @@ def guidellm(url: str, key: str, streams: int, tokens: int) -> float:
 
 
 def aiperf(url: str, key: str, streams: int, tokens: int) -> float:
-    """Its aiohttp client, and its decoding of the events, which in its own runs is another process's work."""
-    from aiperf.transports.aiohttp_client import AioHttpClient
+    """What its worker does with a request, on the same loop and without garbage collection: the record goes to another
+    process as JSON (the socket is left out), and its responses are parsed."""
+    import gc
 
-    body = {"model": "paced", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": tokens, "stream": True}
-    headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Authorization": f"Bearer {key}"}
+    import uvloop
+    from aiperf.common.enums import CreditPhase, ModelSelectionStrategy
+    from aiperf.common.messages import InferenceResultsMessage
+    from aiperf.common.models import ModelEndpointInfo, RequestInfo, Text, Turn
+    from aiperf.common.models.model_endpoint_info import EndpointInfo, ModelInfo, ModelListInfo
+    from aiperf.workers.inference_client import InferenceClient
+
+    models = ModelListInfo(
+        models=[ModelInfo(name="paced")], model_selection_strategy=ModelSelectionStrategy.ROUND_ROBIN
+    )
+    endpoint = EndpointInfo(type="chat", base_urls=[url], streaming=True, api_key=key, use_legacy_max_tokens=True)
+    where = ModelEndpointInfo(models=models, endpoint=endpoint)
 
     async def run() -> float:
-        client = AioHttpClient()
+        client = InferenceClient(where, "worker")
+        await client.initialize()
 
         async def one() -> int:
-            record = await client.post_request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
-            decoded = [message.get_json() for message in record.responses]
-            return sum(
-                bool(event and event["choices"] and event["choices"][0]["delta"].get("content")) for event in decoded
+            request = RequestInfo(
+                model_endpoint=where,
+                credit_num=0,
+                credit_phase=CreditPhase.PROFILING,
+                x_request_id="request",
+                x_correlation_id="session",
+                conversation_id="conversation",
+                turn_index=0,
+                turns=[Turn(role="user", texts=[Text(contents=[PROMPT])], max_tokens=tokens)],
             )
+            record = await client.send_request(request)
+            InferenceResultsMessage(service_id="worker", record=record).to_json_bytes()
+            responses, _ = client.endpoint.process_responses(record, capture_assistant_turn=False)
+            return sum(bool(response.data and response.data.get_text()) for response in responses)
 
         return await _measure(one, streams, tokens)
 
-    return asyncio.run(run())
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    return uvloop.run(run())
 
 
 async def _measure(one: Callable[[], Awaitable[int]], streams: int, tokens: int) -> float:
-    await one()
+    await asyncio.gather(*(one() for _ in range(streams)))
     started = time.process_time()
     events = await asyncio.gather(*(one() for _ in range(streams)))
     return _per_event(time.process_time() - started, events, tokens)

@@ -1,7 +1,7 @@
-"""A streaming chat client that stamps each event when it arrives.
+"""A streaming chat client on gevent that tells when each event arrived.
 
-It stands on geventhttpclient, the library under Locust's FastHttpUser, but reads lines from the response itself:
-`FastHttpSession.iter_lines` waits for 1024-byte blocks, which shows up as late first tokens.
+It stands on the parser and the pool of geventhttpclient, the library under Locust's FastHttpUser, and reads answers
+itself (see `answer`): `FastHttpSession.iter_lines` waits for 1024-byte blocks, which shows up as late first tokens.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import errno
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import gevent
 import msgspec
-from geventhttpclient import HTTPClient
-from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError, HTTPSocketPoolResponse
+from geventhttpclient.connectionpool import ConnectionPool, SSLConnectionPool
+from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
+from geventhttpclient.url import URL
 from msgspec import Struct
 
+from llamaherd_loadtest.answer import Answer, Pieces
 from llamaherd_loadtest.samples import CLIENT, Sample
 from llamaherd_loadtest.sse import END, Chunk, parse_line
 
@@ -43,39 +46,30 @@ class ChatClient:
     """Streams chat completions over kept-alive connections; one client serves all greenlets of a process."""
 
     def __init__(self, target: Target) -> None:
-        """Raises ValueError for a URL or a CA file that cannot be used."""
+        """Raises ValueError for a URL, a key or a CA file that cannot be used."""
         self._timeout_s = target.timeout_s
-        self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-        if target.key:
-            self._headers["Authorization"] = f"Bearer {target.key}"
+        if not (target.key.isascii() and target.key.isprintable()):
+            raise ValueError("the API key has characters that no header can carry: it is one line of printable ASCII")
+        headers = [f"Host: {URL(target.url).netloc}", "Content-Type: application/json", "Accept: text/event-stream"]
+        self._head = "\r\n".join(headers + [f"Authorization: Bearer {target.key}"] * bool(target.key))
         try:
-            self._http = HTTPClient.from_url(
-                target.url,
-                concurrency=POOL,
-                connection_timeout=min(10.0, target.timeout_s),
-                # Requests have a deadline as a whole: one a read would double what an event costs.
-                network_timeout=None,
-                ssl_options={"ca_certs": str(target.ca)} if target.ca else {},
-            )
+            self._pool = _pool(target)
         except (OSError, ssl.SSLError) as error:
             raise ValueError(f"cannot use CA file {target.ca}: {error}") from error
 
     def call(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """(status, body) of a GET of `path`, or of a POST where `body` is given. Raises OSError where there is none."""
         late = TimeoutError(f"no answer to {path} after {self._timeout_s:g} s")
-        method = "POST" if body else "GET"
         try:
-            with (
-                gevent.Timeout(self._timeout_s, late),
-                self._http.request(method, path, body=body or b"", headers=self._headers) as answer,
-            ):
-                return answer.status_code, answer.read()
+            with gevent.Timeout(self._timeout_s, late):
+                answer = self._ask("POST" if body else "GET", path, body or b"")
         except HTTPParseError as error:
             raise OSError(str(error)) from error
+        return answer.status_code, answer.body()
 
     def close(self) -> None:
         """Close the idle connections."""
-        self._http.close()
+        self._pool.close()
 
     def stream(self, body: bytes, sample: Sample, text: list[str] | None = None) -> None:
         """Send `body` and fill `sample` as the answer arrives; failures become its `outcome`, never exceptions.
@@ -83,9 +77,13 @@ class ChatClient:
         The answer's text is put into `text` where that is given.
         """
         sample.sent = clock()
+        noted = _Noted(sample, text)
         try:
-            with gevent.Timeout(self._timeout_s), self._post(body) as response:
-                _read(response, sample, text)
+            with gevent.Timeout(self._timeout_s):
+                answer = self._ask("POST", PATH, body, noted.take)
+            noted.finish(answer)
+        except _StreamError as error:
+            sample.outcome, sample.detail = "stream_error", str(error)
         except (gevent.Timeout, TimeoutError):
             sample.outcome, sample.detail = "timeout", f"no end after {self._timeout_s:g} s"
         except (msgspec.MsgspecError, HTTPParseError) as error:
@@ -97,63 +95,93 @@ class ChatClient:
             sample.detail = str(error)
         sample.end = clock()
 
-    def _post(self, body: bytes) -> HTTPSocketPoolResponse:
+    def _ask(self, method: str, path: str, body: bytes, take: Callable[[Pieces], None] | None = None) -> Answer:
+        head = f"{method} {path} HTTP/1.1\r\n{self._head}\r\nContent-Length: {len(body)}\r\n\r\n"
+        request = head.encode() + body
         try:
-            return self._http.request("POST", PATH, body=body, headers=self._headers)
+            return self._exchange(request, take)
         except HTTPConnectionClosed:  # a kept-alive connection that the server closed just as we took it
-            return self._http.request("POST", PATH, body=body, headers=self._headers)
+            return self._exchange(request, take)
+
+    def _exchange(self, request: bytes, take: Callable[[Pieces], None] | None) -> Answer:
+        connection = self._pool.get_socket()
+        connection.settimeout(None)  # requests have a deadline as a whole, not for each read
+        answer = Answer(connection, take)
+        try:
+            with suppress(BrokenPipeError, ConnectionResetError):  # who does not read to the end may have answered
+                connection.sendall(request)
+            answer.wait()
+        finally:
+            done = self._pool.release_socket if answer.should_close() else self._pool.return_socket
+            done(connection)
+        return answer
 
 
-def _read(response: HTTPSocketPoolResponse, sample: Sample, text: list[str] | None) -> None:
-    if response.status_code != 200:
-        sample.outcome, sample.detail = f"http {response.status_code}", _error_text(response.read())
-        return
-    finished, last = False, None
-    for line in _lines(response):
-        now = clock()
-        chunk = parse_line(line)
-        if chunk is None:
-            continue
-        if chunk is END:
-            finished = True
-        elif chunk.error is not None:
-            sample.outcome, sample.detail = "stream_error", chunk.error_message
+def _pool(target: Target) -> ConnectionPool:
+    url = URL(target.url)
+    secure = url.scheme == "https"
+    where = url.host, url.port or (443 if secure else 80), url.host, url.port or 0
+    timeout_s = min(10.0, target.timeout_s)
+    if secure:
+        trusted = {"ca_certs": str(target.ca)} if target.ca else {}
+        return SSLConnectionPool(*where, ssl_options=trusted, size=POOL, connection_timeout=timeout_s)
+    return ConnectionPool(*where, size=POOL, connection_timeout=timeout_s)
+
+
+class _StreamError(Exception):
+    """The server told of an error within the stream."""
+
+
+class _Noted:
+    """Notes into a sample what the events of its answer say."""
+
+    def __init__(self, sample: Sample, text: list[str] | None) -> None:
+        self._sample, self._text = sample, text
+        self._rest = bytearray()
+        self._last: Chunk | None = None
+
+    def take(self, pieces: Pieces) -> None:
+        """Raises _StreamError, and msgspec.DecodeError where an event is not a chunk's JSON."""
+        for arrival, piece in pieces:
+            lines = (self._rest + piece).split(b"\n")
+            self._rest = lines.pop()
+            for line in lines:
+                if line and (chunk := parse_line(line)) is not None:
+                    self._note(chunk, arrival)
+
+    def finish(self, answer: Answer) -> None:
+        """The answer is over: was it whole?"""
+        sample = self._sample
+        if answer.status_code != 200:
+            sample.outcome, sample.detail = f"http {answer.status_code}", _error_text(answer.body())
             return
-        else:
-            _note(chunk, now, sample)
-            if text is not None:
-                text.append(chunk.text)
-            last = chunk if chunk.choices else last
-    if not finished and not (last and last.finished):
-        sample.outcome, sample.detail = "truncated", "the stream ended without a finish reason"
-    elif sample.first is None:
-        sample.outcome, sample.detail = "empty", "the answer had no text"
+        self.take([(clock(), bytearray(b"\n"))])  # a last line may lack its end
+        if self._last is None or not (self._last is END or self._last.finished):
+            sample.outcome, sample.detail = "truncated", "the stream ended without a finish reason"
+        elif sample.first is None:
+            sample.outcome, sample.detail = "empty", "the answer had no text"
 
-
-def _lines(response: HTTPSocketPoolResponse) -> Iterator[bytes]:
-    """The stream's lines, an event's together when its blank line has arrived: half the calls of reading one by one."""
-    first = response.readline(b"\n")
-    yield first
-    end = b"\r\n\r\n" if first.endswith(b"\r\n") else b"\n\n"
-    while event := response.readline(end):
-        yield from event.splitlines()
-    yield from response.read().splitlines()  # what a stream that was cut short leaves
-
-
-def _note(chunk: Chunk, now: float, sample: Sample) -> None:
-    if chunk.has_text:
-        if sample.last is None:
-            sample.first = now
-        else:
-            sample.gaps.append(now - sample.last)
-        sample.last = now
-    if chunk.usage is not None:
-        sample.prompt_tokens = chunk.usage.prompt_tokens
-        sample.completion_tokens = chunk.usage.completion_tokens
-        if chunk.usage.prompt_tokens_details is not None:
-            sample.cached_tokens = chunk.usage.prompt_tokens_details.cached_tokens
-    if chunk.timings is not None and chunk.timings.prompt_ms is not None:
-        sample.prefill = chunk.timings.prompt_ms / 1000
+    def _note(self, chunk: Chunk, arrival: float) -> None:
+        sample = self._sample
+        if chunk.choices or chunk is END:
+            self._last = chunk
+        if chunk.has_text:
+            if sample.last is None:
+                sample.first = arrival
+            else:
+                sample.gaps.append(arrival - sample.last)
+            sample.last = arrival
+            if self._text is not None:
+                self._text.append(chunk.text)
+        if chunk.error is not None:
+            raise _StreamError(chunk.error_message)
+        if chunk.usage is not None:
+            sample.prompt_tokens = chunk.usage.prompt_tokens
+            sample.completion_tokens = chunk.usage.completion_tokens
+            if chunk.usage.prompt_tokens_details is not None:
+                sample.cached_tokens = chunk.usage.prompt_tokens_details.cached_tokens
+        if chunk.timings is not None and chunk.timings.prompt_ms is not None:
+            sample.prefill = chunk.timings.prompt_ms / 1000
 
 
 def _error_text(body: bytes) -> str:

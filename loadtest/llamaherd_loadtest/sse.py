@@ -9,11 +9,11 @@ import msgspec
 from msgspec import Struct, field
 
 
-class PromptDetails(Struct):
+class PromptDetails(Struct, gc=False):
     cached_tokens: int | None = None
 
 
-class Usage(Struct):
+class Usage(Struct, gc=False):
     """Token counts as the server's own tokenizer gives them."""
 
     prompt_tokens: int = 0
@@ -21,31 +21,31 @@ class Usage(Struct):
     prompt_tokens_details: PromptDetails | None = None
 
 
-class Timings(Struct):
+class Timings(Struct, gc=False):
     """llama-server's account of one request, in its last chunk."""
 
     prompt_ms: float | None = None
 
 
-class Delta(Struct):
+class Delta(Struct, gc=False):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: list[msgspec.Raw] | None = None
 
 
-class Choice(Struct):
+class Choice(Struct, gc=False):
     delta: Delta = field(default_factory=Delta)
     finish_reason: str | None = None
 
 
-class ErrorBody(Struct):
+class ErrorBody(Struct, gc=False):
     message: str = ""
     type: str | None = None
     code: str | int | None = None
 
 
-class Chunk(Struct):
+class Chunk(Struct, gc=False):
     """One `data:` event. A role-only delta carries no text and does not count as a first token."""
 
     choices: list[Choice] = field(default_factory=list)
@@ -85,7 +85,7 @@ _chunks = msgspec.json.Decoder(Chunk)
 _errors = msgspec.json.Decoder(ErrorBody)
 
 
-def parse_line(line: bytes) -> Chunk | None:
+def parse_line(line: bytes | bytearray) -> Chunk | None:
     """Decode one line of the stream; None for comments, event names and the blank lines between events.
 
     Raises `msgspec.DecodeError` where the payload is not the JSON of a chunk.

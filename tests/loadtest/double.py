@@ -24,6 +24,14 @@ DEFAULT = {"parallel": 4, "batch": 2048, "ubatch": 512, "ctx_per_slot": 2048, "k
 TOKENS = 20
 CONTEXT = 2048
 PREFILL_S = 0.03
+# What llama-server repeats in each event.
+ANSWER = {
+    "created": 1764000000,
+    "id": "chatcmpl-1Zk8bUBYp6cTnQ2sWf5oDvR3xGhJmLaE",
+    "model": "double",
+    "system_fingerprint": "b7000-0123abcd",
+    "object": "chat.completion.chunk",
+}
 
 
 class Engine:
@@ -161,7 +169,7 @@ class Double:
 
 def event(delta: dict[str, str], finish: str | None = None) -> bytes:
     choice = {"index": 0, "delta": delta, "finish_reason": finish}
-    return b"data: " + json.dumps({"choices": [choice]}, ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + json.dumps({"choices": [choice], **ANSWER}, ensure_ascii=False).encode() + b"\n\n"
 
 
 def send(writer: asyncio.StreamWriter, data: bytes) -> None:

@@ -136,6 +136,12 @@ def test_unusable_servers_are_named(double: Double, target: dict[str, Any], mess
         calibrate(ChatClient(where), where, seed=1)
 
 
+@pytest.mark.parametrize("key", ["two\nlines", "schl\u00fcssel"])
+def test_a_key_that_no_header_can_carry_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match="one line of printable ASCII"):
+        ChatClient(Target(url="http://127.0.0.1", key=key))
+
+
 def test_calibration_reads_the_servers_tokenizer(double: Double) -> None:
     where = Target(url=double.url, key=KEY, model="engine")
     calibration = calibrate(ChatClient(where), where, seed=1)
