@@ -19,7 +19,7 @@ from llmd_benchmark_report.schema_v0_2 import BenchmarkReportV02
 
 from llamaherd_loadtest.arrivals import Arrivals
 from llamaherd_loadtest.samples import Sample, read_samples
-from llamaherd_loadtest.summary import json_schema
+from llamaherd_loadtest.summary import distribution, json_schema
 from tests.server.conftest import Server
 
 from .conftest import KEY, Double
@@ -159,10 +159,17 @@ def test_workers_together_measure_what_one_process_does(double: Double, key_file
     assert offsets[0] == pytest.approx(offsets[1], abs=0.01), "both kept one schedule, whoever sent"
     first, second = summary_of(tmp_path / "one"), summary_of(tmp_path / "two")
     assert (first["requests"], first["errors"], first["cut_off"]) == (second["requests"], {}, 0) == (48, {}, 0)
-    for metric in ("tpot", "itl"):
-        assert first[metric]["count"] == second[metric]["count"]
-        medians = [run[metric]["quantiles"][0]["value"] for run in (first, second)]
-        assert medians[0] == pytest.approx(medians[1], rel=0.1), "the double paces them alike"
+    for run, samples in ((first, one), (second, two)):
+        of_all: dict[str, list[float | None]] = {
+            "tpot": [s.tpot for s in samples],
+            "itl": [gap for s in samples for gap in s.gaps],
+        }
+        for metric, values in of_all.items():
+            merged = [quantile["value"] for quantile in run[metric]["quantiles"]]
+            together = distribution(values)
+            assert together is not None
+            assert merged == pytest.approx([quantile.value for quantile in together.quantiles])
+    assert [first[metric]["count"] for metric in of_all] == [second[metric]["count"] for metric in of_all]
 
 
 def test_a_closed_loop_of_workers_shares_the_requests_out(double: Double, key_file: Path, tmp_path: Path) -> None:
