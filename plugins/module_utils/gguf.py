@@ -1,7 +1,8 @@
 """Reading a GGUF header with strict bounds, and the memory that a model needs with given settings.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The file is untrusted: every length is checked
-against what is left of it before anything is allocated, and arrays (a vocabulary has 10^5 entries) are skipped.
+against what is left of it before anything is allocated, arrays (a vocabulary has 10^5 entries) are skipped, and all of
+it ends where no header of a real model is that long, so that neither time nor memory is the file's to choose.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Union
 
+MAX_HEADER = 1 << 26
 MAX_KEYS = 4096
 MAX_KEY_LENGTH = 1 << 16
 MAX_STRING = 1 << 26
@@ -45,14 +47,19 @@ class _Reader:
         self.size = size
 
     def take(self, length: int, what: str) -> bytes:
-        if length > self.size - self.file.tell():
-            raise GgufError(f"{what} needs {length} bytes at {self.file.tell()}, the file has {self.size}: truncated?")
+        self._see_room(length, what)
         return self.file.read(length)
 
     def skip(self, length: int, what: str) -> None:
-        if length > self.size - self.file.tell():
-            raise GgufError(f"{what} needs {length} bytes at {self.file.tell()}, the file has {self.size}: truncated?")
+        self._see_room(length, what)
         self.file.seek(length, os.SEEK_CUR)
+
+    def _see_room(self, length: int, what: str) -> None:
+        end = self.file.tell() + length
+        if end > self.size:
+            raise GgufError(f"{what} needs {length} bytes at {end - length}, the file has {self.size}: truncated?")
+        if end > MAX_HEADER:
+            raise GgufError(f"{what} ends at byte {end}, a header has at most the {MAX_HEADER} we accept")
 
     def number(self, form: str, what: str) -> int | float | bool:
         value: int | float | bool = struct.unpack(form, self.take(struct.calcsize(form), what))[0]
@@ -150,6 +157,8 @@ def shape(header: dict[str, Value]) -> Shape:
         raise GgufError(f"{architecture}.block_count is {n_layers}, more than the {MAX_LAYERS} we accept")
     per_layer = header.get(f"{architecture}.attention.head_count_kv", n_heads)
     kv_heads = per_layer if isinstance(per_layer, list) else [count("attention.head_count_kv", n_heads)] * n_layers
+    if len(kv_heads) != n_layers or min(kv_heads) < 0:
+        raise GgufError(f"{architecture}.attention.head_count_kv is {kv_heads[:9]} for {n_layers} layers")
     vocabulary = header.get("tokenizer.ggml.tokens.length", header.get(f"{architecture}.vocab_size", 0))
     return Shape(
         architecture=architecture,
@@ -157,7 +166,7 @@ def shape(header: dict[str, Value]) -> Shape:
         n_embd=n_embd,
         n_heads=n_heads,
         n_ff=count("feed_forward_length", 4 * n_embd),
-        n_vocab=int(vocabulary) if isinstance(vocabulary, int) else 0,
+        n_vocab=max(0, vocabulary) if isinstance(vocabulary, int) else 0,
         kv_heads=kv_heads,
         key_length=count("attention.key_length", n_embd // n_heads),
         value_length=count("attention.value_length", n_embd // n_heads),

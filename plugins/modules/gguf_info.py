@@ -42,10 +42,14 @@ def needs(path: Path, settings: Mapping[str, Any], memory_bytes: int) -> dict[st
 
     def largest(name: str, step: int) -> int:
         """The largest multiple of `step` up to the present value with which all of it fits; 0 if none does."""
-        for value in range(settings[name] // step * step, 0, -step):
-            if sum(parts(model, weights, {**settings, name: value}).values()) <= memory_bytes:
-                return value
-        return 0
+        fits, end = 0, settings[name] // step + 1
+        while end - fits > 1:
+            middle = (fits + end) // 2
+            if sum(parts(model, weights, {**settings, name: middle * step}).values()) <= memory_bytes:
+                fits = middle
+            else:
+                end = middle
+        return fits * step
 
     return {
         "architecture": model.architecture,

@@ -134,6 +134,11 @@ def test_what_does_not_fit_is_told_with_what_would(gguf_info: ModuleType, model:
     assert gguf_info.needs(model, SETTINGS | shorter, memory)["needed_bytes"] <= memory
 
 
+def test_absurd_settings_are_told_as_fast_as_others(gguf_info: ModuleType, model: Path) -> None:
+    absurd = gguf_info.needs(model, SETTINGS | {"parallel": 10**15, "ctx_per_slot": 10**15}, 1024 * MIB)
+    assert (absurd["largest_parallel"], absurd["largest_ctx_per_slot"]) == (0, 0)
+
+
 def test_a_small_header_is_read(gguf: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "small.gguf"
     path.write_bytes(SMALL)
@@ -172,11 +177,40 @@ def test_a_bad_file_is_one_clear_error(gguf: ModuleType, tmp_path: Path, content
 
 
 @pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(struct.pack("<IIQ", 9, 8, 2**24), id="empty strings"),
+        pytest.param(struct.pack("<IQ", 8, 2**26), id="one long string"),
+        pytest.param(struct.pack("<IIQ", 9, 10, 2**26), id="long array"),
+    ],
+)
+def test_no_file_is_large_enough_for_an_endless_header(
+    gguf: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: bytes
+) -> None:
+    path = tmp_path / "endless.gguf"
+    path.write_bytes(file(text("k") + value, 1))
+    os.truncate(path, 2**40)  # of zeros, which take no room
+    monkeypatch.setattr(gguf, "MAX_HEADER", 2**20)
+    with pytest.raises(gguf.GgufError, match="at most the 1048576"):
+        gguf.read_header(path)
+
+
+@pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
         (u32("llama.block_count", 2), u32("llama.block_count", 2**30), "more than the 4096"),
         (u32("llama.attention.head_count", 4), u32("llama.attention.head_count", 0), "head_count is 0"),
         (u32("llama.context_length", 512), u32("other.context_length", 512), "context_length is missing"),
+        (
+            u32("llama.attention.head_count_kv", 2),
+            text("llama.attention.head_count_kv") + struct.pack("<IIQ2i", 9, 5, 2, 4, -3),
+            r"\[4, -3\] for 2 layers",
+        ),
+        (
+            u32("llama.attention.head_count_kv", 2),
+            text("llama.attention.head_count_kv") + struct.pack("<IIQi", 9, 5, 1, 4),
+            r"\[4\] for 2 layers",
+        ),
     ],
 )
 def test_absurd_shapes_are_named(gguf: ModuleType, tmp_path: Path, before: bytes, after: bytes, expected: str) -> None:
