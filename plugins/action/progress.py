@@ -28,22 +28,36 @@ from ansible.utils.display import Display
 POLL_S = 1.0
 TAIL_LINES = 30
 _NINJA = re.compile(r"^\[(\d+)/(\d+)\]")
+# After a reboot the number may be another process's, which a look at its command line tells.
+_RUNS = """
+runs() {{
+  pid=$(cat {log}.pid 2>/dev/null) && kill -0 "$pid" 2>/dev/null || return 1
+  if [ -d /proc/self ]; then tr '\\0' ' ' <"/proc/$pid/cmdline"; else ps -o command= -p "$pid"; fi | grep -qF {log}
+}}
+"""
 # Ends the background command's output with its exit code in one rename, so that a reader never sees half of it.
-_START = """
+_START = (
+    _RUNS
+    + """
 mkdir -p {directory} && cd {chdir} || exit 1
-if [ -s {log}.pid ] && kill -0 "$(cat {log}.pid)" 2>/dev/null; then exit 0; fi
+if runs; then exit 0; fi
 rm -f {log}.rc
-nohup sh -c {job} >{log} 2>&1 </dev/null &
+nohup sh -c {job} {log} >{log} 2>&1 </dev/null &
 echo $! >{log}.pid
 """
+)
 _JOB = "{environment} {command}; echo $? >{log}.rc.new; mv {log}.rc.new {log}.rc; rm -f {log}.pid"
-_POLL = """
+_POLL = (
+    _RUNS
+    + """
 if [ -f {log}.rc ]; then printf 'rc=%s\\n' "$(cat {log}.rc)"
-elif kill -0 "$(cat {log}.pid)" 2>/dev/null; then echo running
+elif runs; then echo running
 elif sleep 1; [ -f {log}.rc ]; then printf 'rc=%s\\n' "$(cat {log}.rc)"
+elif runs; then echo running
 else echo rc=137; fi
 tail -c +{offset} {log} 2>/dev/null | head -c 1000000
 """
+)
 
 
 def elapsed(seconds: float) -> str:

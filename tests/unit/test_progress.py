@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+import time
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -18,3 +23,42 @@ import pytest
 )
 def test_a_line_says_how_far_and_how_long(progress: ModuleType, line: str, seconds: float, expected: str) -> None:
     assert progress.summary(line, seconds) == expected
+
+
+def start(progress: ModuleType, log: Path, command: str) -> None:
+    quoted = shlex.quote(str(log))
+    job = shlex.quote(progress._JOB.format(environment="", command=command, log=quoted))
+    script = progress._START.format(directory=shlex.quote(str(log.parent)), chdir="/", log=quoted, job=job)
+    subprocess.run(["sh", "-s"], input=script, text=True, check=True)
+
+
+def state(progress: ModuleType, log: Path) -> str:
+    script = progress._POLL.format(log=shlex.quote(str(log)), offset=1)
+    told: str = subprocess.run(["sh", "-s"], input=script, capture_output=True, text=True, check=True).stdout
+    return told
+
+
+@pytest.mark.parametrize("name", ["x.log", "a folder's.log"])
+def test_what_runs_is_followed_and_not_started_again(progress: ModuleType, tmp_path: Path, name: str) -> None:
+    log = tmp_path / name
+    start(
+        progress, log, "echo first; while [ ! -e go ]; do sleep 0.05; done".replace("go", shlex.quote(f"{tmp_path}/go"))
+    )
+    start(progress, log, "echo second")
+    assert state(progress, log) == "running\nfirst\n"
+    (tmp_path / "go").touch()
+    while state(progress, log).startswith("running"):
+        time.sleep(0.05)
+    assert state(progress, log) == "rc=0\nfirst\n"
+
+
+def test_another_process_with_the_number_of_one_that_is_gone_is_not_waited_for(
+    progress: ModuleType, tmp_path: Path
+) -> None:
+    log = tmp_path / "build.log"
+    (tmp_path / "build.log.pid").write_text(f"{os.getpid()}\n")
+    assert state(progress, log) == "rc=137\n"
+    start(progress, log, "echo built")
+    while not (tmp_path / "build.log.rc").exists():
+        time.sleep(0.05)
+    assert log.read_text() == "built\n"
