@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,18 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-PLAYBOOK = Path(sys.executable).with_name("ansible-playbook")
+# ansible-playbook again and again in forks of one process: to import it takes longer than the play.
+PLAYBOOK = """
+import json, os, sys
+from ansible.cli.playbook import PlaybookCLI
+for line in sys.stdin:
+    job = json.loads(line)
+    if not (child := os.fork()):
+        for number, path in enumerate([os.devnull, job["stdout"], job["stderr"]]):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+        PlaybookCLI.cli_executor(["ansible-playbook", *job["arguments"]])  # ends the process
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 # What setup and host_facts tell of a host of each kind, as far as the roles read it.
 HOSTS: dict[str, dict[str, Any]] = {
@@ -35,11 +47,29 @@ class Rendered:
 
     @property
     def decided(self) -> dict[str, Any]:
-        decided: dict[str, Any] = json.loads(self.text("decided.json"))
+        decided: dict[str, Any] = json.loads(self.text("rendered.json"))["decided"]
         return decided
 
 
 Render = Callable[..., Rendered]
+
+
+@cache
+def forking() -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", PLAYBOOK], cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+
+
+def play(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """ansible-playbook with these arguments; it leaves its output in `folder`."""
+    stdout, stderr = folder / "stdout", folder / "stderr"
+    process = forking()
+    assert process.stdin
+    assert process.stdout
+    process.stdin.write(json.dumps({"arguments": arguments, "stdout": str(stdout), "stderr": str(stderr)}) + "\n")
+    process.stdin.flush()
+    code = int(process.stdout.readline())
+    return subprocess.CompletedProcess(arguments, code, stdout.read_text(), stderr.read_text())
 
 
 def run_roles(folder: Path, host: str, variables: dict[str, Any]) -> subprocess.CompletedProcess[str]:
@@ -65,13 +95,12 @@ def run_roles(folder: Path, host: str, variables: dict[str, Any]) -> subprocess.
     }
     inventory = folder / "hosts.yml"
     inventory.write_text(yaml.safe_dump({"all": {"vars": variables}} | groups))
-    return subprocess.run(
-        [str(PLAYBOOK), "-i", str(inventory), "tests/roles/render.yml", "--tags", "render", "--limit", host],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = play(folder, "-i", str(inventory), "tests/roles/render.yml", "--skip-tags", "unrun", "--limit", host)
+    if run.returncode == 0:
+        rendered = json.loads((out / "rendered.json").read_text())
+        for name, text in (rendered["files"] | rendered["monitored"]).items():
+            (out / name).write_text(f"{text.rstrip()}\n")
+    return run
 
 
 @pytest.fixture(scope="session")
