@@ -19,7 +19,7 @@ from tests.roles.test_render import model_file, tuning
         ("ubuntu2404", "cpu", "systemd", "-DGGML_NATIVE=ON", "python3", {"ccache", "python3-venv"}),
         ("rocky9", "cpu", "systemd", "-DGGML_NATIVE=ON", "python3.12", {"gcc-c++", "python3.12", "python3.12-pip"}),
         ("alma9", "cpu", "systemd", "-DGGML_NATIVE=ON", "python3.12", {"ninja-build", "python3.12"}),
-        ("cuda", "cuda", "systemd", "-DCMAKE_CUDA_ARCHITECTURES=native", "python3.11", {"cmake"}),
+        ("cuda", "cuda", "systemd", "-DCMAKE_CUDA_ARCHITECTURES=90-real", "python3.11", {"cmake"}),
         ("rocm", "rocm", "systemd", "-DGGML_HIP=ON", "python3", {"cmake"}),
         ("macos", "metal", "launchd", "-DGGML_METAL_EMBED_LIBRARY=ON", "python3", {"ninja", "nginx"}),
     ],

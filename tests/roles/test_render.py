@@ -105,7 +105,7 @@ def test_a_shared_release_fits_every_host_of_its_kind(render: Render) -> None:
     assert one["build_key"] == other["build_key"], "the distribution does not matter"
     assert one["build_key"] != newer["build_key"], "the C library does"
     cuda = render("cuda", llamaherd_llama_cpp_strategy="shared").decided
-    assert "-DCMAKE_CUDA_ARCHITECTURES=90" in cuda["flags"]
+    assert "-DCMAKE_CUDA_ARCHITECTURES=90-real" in cuda["flags"]
     assert cuda["build_key"] != one["build_key"]
 
 
@@ -141,8 +141,23 @@ def test_the_units_sandbox_opens_for_the_accelerator_only(rendered: Rendered) ->
     unit = rendered.text("llamaherd-server.service")
     devices = DEVICES.get(rendered.decided["accelerator"], [])
     assert re.findall(r"^DeviceAllow=(\S+) rw$", unit, re.MULTILINE) == devices
+    owners = {"cuda": ["video"], "rocm": ["render"]}.get(rendered.decided["accelerator"], [])
+    assert re.findall(r"^SupplementaryGroups=(\S+)$", unit, re.MULTILINE) == owners
     for setting in ("PrivateDevices=yes\n", "MemoryDenyWriteExecute=yes\n"):
         assert (setting in unit) == (not devices)
+
+
+def test_every_card_gets_its_device(render: Render, tmp_path: Path) -> None:
+    [script] = re.findall(
+        r'^ExecStart=/bin/sh -c "(.*)"$', render("cuda").text("llamaherd-nvidia.service"), re.MULTILINE
+    )
+    for minor in (0, 1):
+        card = tmp_path / f"gpus/0000:0{minor}:00.0/information"
+        card.parent.mkdir(parents=True)
+        card.write_text(f"Model: \t\t NVIDIA L4\nDevice Minor: \t {minor}\n")
+    for there, here in (("\\\\", "\\"), ("/proc/driver/nvidia", str(tmp_path)), ("/usr/bin/nvidia-modprobe", "echo")):
+        script = script.replace(there, here)
+    assert subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout == "-c 0\n-c 1\n"
 
 
 def test_a_server_on_loopback_reaches_nothing_else(debian: Rendered) -> None:
@@ -185,8 +200,18 @@ def test_stopping_waits_longer_than_draining(render: Render) -> None:
     assert settings.load(unit.folder / "server.toml").limits.drain_timeout_s == 90
 
 
+# launchd.plist(5): what a daemon has, and no key that launchd does not know or takes as another type.
+LAUNCHD = {
+    **dict.fromkeys(["Label", "UserName", "GroupName", "StandardOutPath", "StandardErrorPath"], str),
+    **dict.fromkeys(["ThrottleInterval", "ExitTimeOut", "Umask"], int),
+    **{"ProgramArguments": list, "EnvironmentVariables": dict, "RunAtLoad": bool, "KeepAlive": dict},
+}
+
+
 def test_the_launchd_daemon(rendered: Rendered) -> None:
     daemon = plistlib.loads(rendered.text("org.llamaherd.server.plist").encode())
+    assert {key: type(value) for key, value in daemon.items()} == LAUNCHD
+    assert {type(one) for one in [*daemon["ProgramArguments"], *daemon["EnvironmentVariables"].values()]} == {str}
     assert daemon["Label"] == "org.llamaherd.server"
     assert daemon["ProgramArguments"][1:4] == ["-m", "llamaherd_server", "--config"]
     assert daemon["UserName"] == "llamaherd"
