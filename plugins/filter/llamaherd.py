@@ -110,6 +110,45 @@ def engine_mistakes(served: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+# The smallest and the largest value, as the server has them.
+_RANGES = {
+    "parallel": (1, 256),
+    "batch": (1, 2**31 - 1),
+    "ubatch": (1, 2**31 - 1),
+    "ctx_per_slot": (16, 2**31 - 1),
+    "kv_cells": (0, 2**31 - 1),
+    "threads": (0, 512),
+    "threads_batch": (0, 512),
+}
+
+
+def setting_mistakes(served: Sequence[Mapping[str, Any]], instances: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the server would refuse of its `served_models`' and its `server_instances`' settings, one line each."""
+    asked = [(f"model {model['name']}", model["settings"]) for model in served]
+    asked += [(one["unit"], {**served[0]["settings"], **one["settings"]}) for one in instances if one["settings"]]
+    return [f"{who}: {mistake}" for who, settings in asked for mistake in _setting_mistakes(settings)]
+
+
+def _setting_mistakes(settings: Mapping[str, Any]) -> list[str]:
+    ranged = {name: settings[name] for name in _RANGES}
+    if found := [
+        f"{name} {value} is out of range: it must be between {_RANGES[name][0]} and {_RANGES[name][1]}"
+        for name, value in ranged.items()
+        if value is None or not _RANGES[name][0] <= value <= _RANGES[name][1]
+    ]:
+        return found
+    parallel, batch, ubatch, ctx = (settings[name] for name in ("parallel", "batch", "ubatch", "ctx_per_slot"))
+    if ubatch > batch:
+        found.append(f"ubatch {ubatch} is larger than batch {batch}: lower ubatch or raise batch")
+    if batch < parallel:
+        found.append(f"batch {batch} is smaller than parallel {parallel}: raise batch, each slot puts a token into it")
+    if parallel * ctx >= 2**31:
+        found.append(f"parallel {parallel} x ctx_per_slot {ctx} is more than {2**31 - 1} tokens: lower one of them")
+    if settings["flash_attention"] == "off" and settings["kv_type_v"] not in ("f32", "f16", "bf16"):
+        found.append(f"kv_type_v {settings['kv_type_v']} needs flash attention: set flash_attention to auto or on")
+    return found
+
+
 def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     """Why a host cannot serve the models of these `names`, one line each."""
     listed = {model["name"]: model for model in models}
@@ -201,9 +240,12 @@ _TOOLKITS = {
     "75": ("10", ""),
     "80": ("11", ""),
     "86": ("11.1", ""),
+    "87": ("11.4", ""),
     "89": ("11.8", ""),
     "90": ("11.8", ""),
     "100": ("12.8", ""),
+    "103": ("12.9", ""),
+    "110": ("13", ""),
     "120": ("12.8", ""),
     "121": ("12.9", ""),
 }
@@ -217,8 +259,12 @@ def cuda_mistakes(facts: Mapping[str, Any], architectures: str) -> list[str]:
     https://docs.nvidia.com/deploy/cuda-compatibility
     """
     driver, toolkit = facts["cuda"]["driver"], facts["cuda"]["toolkit"]
+    if complaint := facts["cuda"]["complaint"]:
+        return [f"nvidia-smi says: {complaint}; mend the driver (updated: reboot), or set llamaherd_accelerator to cpu"]
     if not driver:
         return ["there is an NVIDIA device but no driver; install it, or set llamaherd_accelerator to cpu"]
+    if not facts["gpus"]:
+        return ["nvidia-smi tells no GPU's compute capability; install a driver of 510 or newer"]
     if not toolkit:
         return []
     found = []
@@ -226,7 +272,7 @@ def cuda_mistakes(facts: Mapping[str, Any], architectures: str) -> list[str]:
         release = next((gpu["driver"] for gpu in facts["gpus"]), "")
         found.append(
             f"nvcc is of CUDA {toolkit}, the driver {release} runs CUDA {driver} at most; install a newer driver, "
-            "or an older toolkit through llamaherd_llama_cpp_cuda_packages"
+            "or an older toolkit beside it (what a host without one gets is in llamaherd_llama_cpp_cuda_packages)"
         )
     there = [gpu["architecture"] for gpu in facts["gpus"]] if architectures == "native" else architectures.split(";")
     for one in sorted(set(there)):
@@ -257,6 +303,7 @@ class FilterModule:
             "model_file": model_file,
             "model_mistakes": model_mistakes,
             "engine_mistakes": engine_mistakes,
+            "setting_mistakes": setting_mistakes,
             "server_instances": server_instances,
             "instance_mistakes": instance_mistakes,
             "gib": gib,

@@ -2,11 +2,12 @@
 
 Sets ansible_facts.llamaherd: memory_bytes, libc (name and version), accelerator (cpu, cuda, metal or rocm),
 accelerator_reason, accelerator_memory_bytes (0 for cpu),
-gpus [{name, architecture, memory_bytes, driver}], cuda {driver, toolkit, nvcc}
-(the newest CUDA version that the driver knows, the version of the toolkit that is installed, and its nvcc; empty where
-there is none), rocm {root, compiler} (empty likewise), listeners [{port, address, pid, command, unit}], free_bytes
-{path: bytes} for the `paths` given (of the nearest folder that exists), python (the version, as `major.minor`, of the
-`python` given; empty where there is none).
+gpus [{name, architecture, memory_bytes, driver}], cuda {driver, toolkit, nvcc, complaint}
+(the newest CUDA version that the driver knows, the version of the toolkit that is installed, its nvcc, and what
+nvidia-smi says in place of the first; empty where there is none), rocm {root, compiler} (empty likewise),
+listeners [{port, address, pid, command, unit}], free_bytes {path: bytes} for the `paths` given (of the nearest folder
+that exists), links {path: target} for those `links` given that are there, installed (those of the `packages` given that
+dpkg has), python (the version, as `major.minor`, of the `python` given; empty where there is none).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 _LISTEN = "0A"
+_LOCAL = Path("/usr/local")
+_PATIENCE_S = 60  # nvidia-smi may hang for ever on a broken card
 
 
 def memory_bytes() -> int:
@@ -36,8 +39,8 @@ def memory_bytes() -> int:
     return total
 
 
-def accelerator() -> dict[str, Any]:
-    """The best accelerator that this host has, why, and its memory in bytes."""
+def accelerator(nvidia: list[dict[str, Any]]) -> dict[str, Any]:
+    """The best accelerator that this host has, why, and its memory in bytes; `nvidia`: what `gpus` found."""
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         return {
             "accelerator": "metal",
@@ -49,7 +52,7 @@ def accelerator() -> dict[str, Any]:
         return {
             "accelerator": "cuda",
             "accelerator_reason": f"an NVIDIA device ({sorted(devices)[0]})",
-            "accelerator_memory_bytes": sum(gpu["memory_bytes"] for gpu in gpus()),
+            "accelerator_memory_bytes": sum(gpu["memory_bytes"] for gpu in nvidia),
         }
     if Path("/dev/kfd").exists() and rocm()["root"]:
         memory = map(_read, map(str, Path("/sys/class/drm").glob("card*/device/mem_info_vram_total")))
@@ -63,25 +66,45 @@ def accelerator() -> dict[str, Any]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """NVIDIA's GPUs as nvidia-smi tells them; `architecture` is CMake's name, such as 90 for compute capability 9.0."""
+    """NVIDIA's GPUs as nvidia-smi tells them; `architecture` is CMake's name, such as 90 for compute capability 9.0.
+
+    One that shares the host's memory (Grace, Jetson, DGX Spark) says [N/A] for its own.
+    """
     answer = _output(
         "nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits"
     )
     rows = [[field.strip() for field in line.split(",")] for line in answer.splitlines()]
     return [
-        {"name": name, "architecture": capability.replace(".", ""), "memory_bytes": int(mib) << 20, "driver": driver}
-        for name, capability, mib, driver in (row for row in rows if len(row) == 4 and row[2].isdigit())
+        {
+            "name": name,
+            "architecture": capability.replace(".", ""),
+            "memory_bytes": int(mib) << 20 if mib.isdigit() else memory_bytes(),
+            "driver": driver,
+        }
+        for name, capability, mib, driver in (row for row in rows if len(row) == 4)
+        if re.fullmatch(r"\d+\.\d+", capability)
     ]
 
 
 def cuda() -> dict[str, str]:
-    """Versions as `major.minor`. The newest toolkit below /usr/local goes before none at all, PATH's before both."""
-    candidates = [shutil.which("nvcc"), *sorted(map(str, Path("/usr/local").glob("cuda*/bin/nvcc")), reverse=True)]
-    nvcc = next(filter(None, candidates), "")
+    """Versions as `major.minor`. A toolkit that the driver runs goes before others, then PATH's, then a newer one."""
+    said = _output("nvidia-smi").strip()
+    driver = _version(r"CUDA(?: \w+)? Version *: *(\d+\.\d+)", said)
+    missing = "its driver has no libcuda" if "Driver Version" in said else said.partition("\n")[0]
+    on_path = shutil.which("nvcc") or ""
+    places = sorted({on_path, *map(str, _LOCAL.glob("cuda*/bin/nvcc"))})
+    toolkits = {nvcc: _version(r"release (\d+\.\d+)", _output(nvcc, "--version")) for nvcc in places}
+
+    def rank(nvcc: str) -> tuple[bool, bool, tuple[int, ...]]:
+        version = _number(toolkits[nvcc])
+        return version[:1] <= _number(driver)[:1], nvcc == on_path, version
+
+    nvcc = max(filter(toolkits.get, toolkits), key=rank, default="")
     return {
-        "driver": _version(r"CUDA Version: (\d+\.\d+)", _output("nvidia-smi")),
-        "toolkit": _version(r"release (\d+\.\d+)", _output(nvcc, "--version")) if nvcc else "",
+        "driver": driver,
+        "toolkit": toolkits.get(nvcc, ""),
         "nvcc": nvcc,
+        "complaint": "" if driver else missing,
     }
 
 
@@ -97,11 +120,18 @@ def _version(pattern: str, text: str) -> str:
     return found.group(1) if found else ""
 
 
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)))
+
+
 def _output(*command: str) -> str:
     """What `command` prints; empty where there is no such program."""
     if shutil.which(command[0]) is None:
         return ""
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S).stdout
+    except subprocess.TimeoutExpired:
+        return f"{command[0]} does not answer"
 
 
 def free_bytes(path: str) -> int:
@@ -110,6 +140,12 @@ def free_bytes(path: str) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def installed(packages: list[str]) -> list[str]:
+    """Those of `packages` that dpkg has; apt itself takes seconds to say so."""
+    found = re.findall(r"^Package: (\S+)\nStatus: \S+ ok installed$", _read("/var/lib/dpkg/status"), re.MULTILINE)
+    return sorted(set(packages).intersection(found))
 
 
 def listeners() -> list[dict[str, Any]]:
@@ -154,20 +190,25 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "paths": {"type": "list", "elements": "path", "default": []},
+            "links": {"type": "list", "elements": "str", "default": []},
+            "packages": {"type": "list", "elements": "str", "default": []},
             "python": {"type": "str", "required": True},
         },
         supports_check_mode=True,
     )
+    nvidia = gpus()
     facts = {
         "memory_bytes": memory_bytes(),
         "libc": " ".join(platform.libc_ver()),
-        **accelerator(),
-        "gpus": gpus(),
+        **accelerator(nvidia),
+        "gpus": nvidia,
         "cuda": cuda(),
         "rocm": rocm(),
         "python": _version(r"Python (\d+\.\d+)", _output(module.params["python"], "--version")),
         "listeners": listeners(),
     }
+    facts["links"] = {path: str(Path(path).readlink()) for path in module.params["links"] if Path(path).is_symlink()}
+    facts["installed"] = installed(module.params["packages"])
     facts["free_bytes"] = {path: free_bytes(path) for path in module.params["paths"]}
     module.exit_json(changed=False, ansible_facts={"llamaherd": facts})
 

@@ -40,7 +40,8 @@ class Run:
 LEFT = """
 ls -d /root/.cache/pip /opt/llamaherd /etc/llamaherd /var/lib/llamaherd* /var/lib/private/llamaherd* /run/llamaherd* \\
   /etc/systemd/system/llamaherd* /etc/systemd/system/*/llamaherd* /etc/nginx/*llamaherd* /etc/nginx/*/*llamaherd* \\
-  /etc/cron*/*llamaherd* /etc/prometheus/llamaherd /var/lib/prometheus/llamaherd 2>/dev/null
+  /etc/cron*/*llamaherd* /etc/prometheus/llamaherd /var/lib/prometheus/llamaherd /etc/apt/*/llamaherd* \\
+  /usr/share/keyrings/llamaherd* /var/log/llamaherd* 2>/dev/null
 grep llamaherd /etc/passwd /etc/group
 systemctl list-units --all --plain --no-legend 'llamaherd*' | grep -v ' not-found  *inactive '
 true

@@ -63,8 +63,8 @@ def test_a_changed_setting_restarts_it(herd: Herd) -> None:
 
 def test_a_setting_that_the_server_refuses_leaves_the_old_ones(herd: Herd) -> None:
     before = herd.sh("t1", "cat /etc/llamaherd/server.toml")
-    run = herd.play("deploy.yml", "--tags", "config", *variables(**NATIVE, llamaherd_settings={"parallel": 0}))
+    run = herd.play("deploy.yml", "--tags", "config", *variables(**NATIVE, llamaherd_server_limits={"max_queue": 0}))
     assert run.rc != 0
-    assert "parallel 0 is out of range" in run.output
+    assert "limits.max_queue: Input should be greater than or equal to 1" in run.output
     assert herd.sh("t1", "cat /etc/llamaherd/server.toml") == before
     assert herd.sh("t1", "systemctl is-active llamaherd-server") == "active\n"

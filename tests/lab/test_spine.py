@@ -67,6 +67,7 @@ def test_a_change_whose_restart_never_came_is_made_up_for(herd: Herd, cut_off: s
         pytest.param({"llamaherd_accelerator": "cdua"}, "cdua", id="unknown accelerator"),
         pytest.param({"llamaherd_paralel": 4}, "llamaherd_paralel", id="misspelt variable"),
         pytest.param({"llamaherd_settings": {"parallel": 256, "ctx_per_slot": 1000000}}, "GiB", id="beyond the memory"),
+        pytest.param({"llamaherd_settings": {"parallel": 0}}, "parallel 0 is out of range", id="impossible setting"),
         pytest.param({"llamaherd_server_port": 22}, "22", id="port taken"),
         pytest.param({"llamaherd_model": "nope"}, "nope", id="unknown model"),
     ],

@@ -34,6 +34,12 @@ def test_what_is_decided_from_facts(
     assert packages <= set(decided["packages"])
 
 
+@pytest.mark.parametrize(("layers", "gib"), [(-1, 80), (0, 16), (9, 96)])
+def test_a_model_may_need_the_memory_of_where_its_layers_are(render: Render, layers: int, gib: int) -> None:
+    decided = render("cuda", llamaherd_server_gpu_layers=layers, llamaherd_preflight_memory_reserve_mib=0).decided
+    assert decided["memory"] == gib << 30
+
+
 def test_rhel_needs_no_package_from_outside(render: Render) -> None:
     assert "ccache" not in render("rocky9").decided["packages"], "it is in EPEL alone"
 
@@ -56,6 +62,8 @@ RPC = {
     "llamaherd_engine": "llama-server",
 }
 
+CUDA = {"driver": "", "toolkit": "", "nvcc": "", "complaint": ""}
+BROKEN = "Failed to initialize NVML: Driver/library version mismatch"
 RELEASE = {"llamaherd_llama_cpp_method": "release", "llamaherd_engine": "llama-server"}
 EMBEDDED = [tuning(model_file("smollm2-135m-instruct"), {"engine": "embedded"})]
 
@@ -66,8 +74,12 @@ EMBEDDED = [tuning(model_file("smollm2-135m-instruct"), {"engine": "embedded"})]
         ("rocky9", {"llamaherd_install_packages": False}, "no python3.12; install Python 3.11 or newer"),
         ("rocky9", {"llamaherd_python": "/opt/python3.13"}, "set llamaherd_python to where it is"),
         ("macos", changed("macos", python="3.9"), "python3 is Python 3.9, older than 3.11"),
+        ("debian12", {"llamaherd_settings": {"parallel": 0}}, "parallel 0 is out of range"),
         ("debian12", {"llamaherd_accelerator": "cuda"}, "set llamaherd_accelerator to auto or cpu"),
-        ("cuda", changed("cuda", cuda={"driver": "", "toolkit": "", "nvcc": ""}), "no driver"),
+        ("cuda", changed("cuda", cuda=CUDA), "no driver"),
+        ("cuda", changed("cuda", cuda=CUDA | {"complaint": BROKEN}), f"nvidia-smi says: {BROKEN}; mend the driver"),
+        ("cuda", changed("cuda", gpus=[]), "a driver of 510 or newer"),
+        ("cuda", changed("cuda", cuda=CUDA | {"driver": "12.8", "toolkit": "13.0"}), "runs CUDA 12.8 at most"),
         ("debian12", {"llamaherd_bundle": "/nonexistent"}, "SHA256SUMS is missing"),
         ("debian12", RPC | {"llamaherd_rpc_address": "8.8.8.8"}, "'8.8.8.8', no IPv4 address of a private network"),
         ("debian12", RPC | {"llamaherd_engine": "embedded"}, "set llamaherd_engine"),

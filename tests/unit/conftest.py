@@ -34,6 +34,11 @@ def gguf_info(gguf: ModuleType) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def host_facts() -> ModuleType:
+    return load("plugins/modules/host_facts.py", "llamaherd_host_facts")
+
+
+@pytest.fixture(scope="session")
 def check_variables() -> ModuleType:
     return load("plugins/action/check_variables.py", "llamaherd_check_variables")
 

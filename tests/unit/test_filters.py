@@ -5,10 +5,15 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from llamaherd_server.engine_settings import merge
+from llamaherd_server.protocol import EngineSettings
 
 
 def test_a_trees_hash_follows_names_and_contents_alone(filters: ModuleType, tmp_path: Path) -> None:
@@ -33,7 +38,7 @@ def test_toml_reads_back(filters: ModuleType, text: str, number: int, flag: bool
 
 def host(driver: str, toolkit: str, *architectures: str) -> dict[str, object]:
     gpus = [{"architecture": one, "driver": "570.86.15"} for one in architectures]
-    return {"gpus": gpus, "cuda": {"driver": driver, "toolkit": toolkit}}
+    return {"gpus": gpus, "cuda": {"driver": driver, "toolkit": toolkit, "complaint": ""}}
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,46 @@ def test_driver_toolkit_and_gpus_go_together(
     found = filters.cuda_mistakes(facts, architectures)
     assert len(found) == len(expected)
     assert all(part in line for part, line in zip(expected, found, strict=True))
+
+
+INTEGERS = st.integers(-1, 600) | st.sampled_from([2**30, 2**31 - 1, 2**31])
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            **dict.fromkeys(
+                ["parallel", "batch", "ubatch", "ctx_per_slot", "threads", "threads_batch", "kv_cells"], INTEGERS
+            ),
+            "flash_attention": st.sampled_from(["auto", "on", "off"]),
+            "kv_type_v": st.sampled_from(["f16", "q8_0"]),
+        }
+    )
+)
+def test_settings_are_refused_before_a_deploy_as_the_server_would(
+    filters: ModuleType, settings: dict[str, Any]
+) -> None:
+    served = [{"name": "m", "settings": settings}]
+    try:
+        merge(EngineSettings(), settings)
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    found = filters.setting_mistakes(served, [])
+    assert bool(found) == bool(refused)
+    assert not found or refused.partition(":")[0].replace('"', "") in [
+        one.removeprefix("model m: ").partition(":")[0] for one in found
+    ]
+
+
+def test_an_instances_own_settings_are_held_to_the_same(filters: ModuleType) -> None:
+    served = [{"name": "m", "settings": msgspec.to_builtins(EngineSettings())}]
+    instances = [
+        {"unit": "llamaherd-server", "settings": {}},
+        {"unit": "llamaherd-server-two", "settings": {"batch": 8}},
+    ]
+    [found] = filters.setting_mistakes(served, instances)
+    assert found.startswith("llamaherd-server-two: ubatch 512 is larger than batch 8")
 
 
 def test_the_log_tells_how_many_layers_are_on_a_gpu(filters: ModuleType) -> None:

