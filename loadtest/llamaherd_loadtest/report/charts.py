@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from llamaherd_loadtest.quantiles import quantile
 from llamaherd_loadtest.report import under_load
-from llamaherd_loadtest.report.ink import INK, STYLE, figure, key_above, to_svg
+from llamaherd_loadtest.report.ink import INK, STYLE, figure, in_ms, key_above, to_svg
 from llamaherd_loadtest.tune.search import Step
 from llamaherd_loadtest.tune.verdict import Row, Verdict
 
@@ -43,7 +43,8 @@ def _trade_off(verdict: Verdict) -> str:
     limit = verdict.limits.get("ttft_p95")
     if limit is not None:
         axes.axvline(limit, color=INK["miss"], linestyle="--", label=f"limit {limit:.0f} ms")
-    axes.set(xlabel="TTFT p95, ms", ylabel="output tokens/s", xlim=(0, None), ylim=(0, None))
+    in_ms(axes, "x", "TTFT p95", [*(row.ttft_p95_ms for row in rows if row.ttft_p95_ms), *([limit] if limit else [])])
+    axes.set(ylabel="output tokens/s", ylim=(0, None))
     key_above(axes, 3)
     return to_svg(drawn, "Output tokens per second against time to first token, a point for each setting")
 
@@ -59,13 +60,17 @@ def _latencies(verdict: Verdict, steps: Sequence[Step]) -> str:
         lines.append((other, "chosen" if other == verdict.chosen else "other"))
     drawn, panels = figure(panels=2, height=2.4)
     for axes, metric in zip(panels, ("ttft", "tpot"), strict=True):
+        shown: list[float] = []
         for settings, role in lines:
             values = [v for s in confirmed if s.settings == settings for v in getattr(s.measurement, f"{metric}_ms")]
             _cumulative(axes, values, role)
+            shown += values
         limit = verdict.limits.get(f"{metric}_p95")
         if limit is not None:
             axes.plot([limit], [0.95], marker="v", color=INK["miss"], linestyle="none", label="p95 limit")
-        axes.set(xlabel=f"{metric.upper()}, ms", ylabel="share of requests", ylim=(0, 1.02), xlim=(0, None))
+            shown.append(limit)
+        in_ms(axes, "x", metric.upper(), shown or [1.0])
+        axes.set(ylabel="share of requests", ylim=(0, 1.02))
     key_above(panels[0], 3)
     return to_svg(drawn, "Cumulative distributions of time to first token and time per output token")
 

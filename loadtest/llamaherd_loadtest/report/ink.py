@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 # Stand-ins that no default palette uses; each becomes var(--name).
 INK = {
@@ -46,6 +49,18 @@ def figure(panels: int = 1, height: float = 3.0) -> tuple[Any, list[Any]]:
     """A figure and its panels, one above another; five inches wide, so that its text is legible on a phone."""
     drawn = Figure(figsize=(5, height * panels), layout="constrained")
     return drawn, list(drawn.subplots(panels, 1, squeeze=False)[:, 0])
+
+
+def in_ms(axes: Any, side: Literal["x", "y"], label: str, values: Sequence[float]) -> None:
+    """A logarithmic axis, on which `values` and a limit ten times as far are both told apart."""
+    low, high = min(values) / 1.3, max(values) * 1.3
+    middle = math.sqrt(low * high)  # at least two ticks: of 1, 2, 5 and their tenfold, any span of 6.25 holds two
+    ends = (min(low, middle / 2.5), max(high, middle * 2.5))
+    axes.set(**{f"{side}scale": "log", f"{side}label": f"{label}, ms", f"{side}lim": ends})
+    axis = axes.xaxis if side == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
 
 
 def key_above(axes: Any, columns: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from matplotlib.ticker import MaxNLocator
 
 from llamaherd_loadtest.quantiles import estimate
-from llamaherd_loadtest.report.ink import INK, figure, key_above, to_svg
+from llamaherd_loadtest.report.ink import INK, figure, in_ms, key_above, to_svg
 from llamaherd_loadtest.tune.evidence import Measurement
 from llamaherd_loadtest.tune.search import Step
 from llamaherd_loadtest.tune.settings import Settings
@@ -42,13 +42,15 @@ def latencies_by_load(verdict: Verdict, steps: Sequence[Step]) -> str:
         if unsure:
             hollow = {"marker": "o", "facecolor": "none", "edgecolor": INK["chosen"]}
             axes.scatter(*zip(*unsure, strict=True), **hollow, label="p95, unresolved")
+        shown = [v for _, q in points for v in (q.low, q.value, q.high) if v]
         if (limit := verdict.limits.get(f"{metric}_p95")) is not None:
             axes.axhline(limit, color=INK["miss"], linestyle="--", label=f"limit {limit:.0f} ms")
+            shown.append(limit)
+        in_ms(axes, "y", f"{metric.upper()} p95", shown or [1.0])
         axes.set_xscale("log", base=2)
         ticks = [2**i for i in range(max(loads).bit_length())]
         axes.set_xticks(ticks, [str(load) for load in ticks])
         axes.minorticks_off()
-        axes.set(ylabel=f"{metric.upper()} p95, ms", ylim=(0, None))
         key_above(axes, 2)
     panels[-1].set_xlabel("requests in flight")
     return to_svg(drawn, "Time to first token and time per output token at p95 by requests in flight")
