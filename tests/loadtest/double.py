@@ -102,13 +102,14 @@ class Double:
         refusal = self.engine.apply(json.loads(body)) if method == "PUT" else ""
         if refusal:
             return 400, {"error": {"message": refusal, "type": "invalid_request_error", "code": "does_not_fit"}}
-        model = {"name": "engine", "path": "engine.gguf", "size_bytes": 1}
+        ready = self.state == "ready"
+        model = {"name": "engine", "path": "engine.gguf", "size_bytes": 1 if ready else None}
         state = {
             "engine": "double",
             "state": self.state,
             "settings": self.engine.settings,
             "model": model,
-            "build": "b1",
+            "build": "b1" if ready else None,
         }
         return 200, state
 

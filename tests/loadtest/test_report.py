@@ -20,6 +20,7 @@ from .simulated import CURRENT, LIMITS, SimulatedServer, search
 
 CHARTS = 7
 TOO_WIDE = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+CUT_OFF = "const e = document.querySelector('.wide'); return e.scrollWidth - e.clientWidth"
 SIZES = """return [...document.querySelectorAll("figure svg")].map(s => s.getBoundingClientRect())
     .map(r => [r.width, r.height])"""
 REQUESTS = "return performance.getEntriesByType('resource').length"
@@ -54,7 +55,7 @@ class Recording:
 
 def write_folder(folder: Path) -> None:
     """What a tuning job leaves."""
-    journal = Journal(folder / "journal.jsonl", "simulated", seed=3)
+    journal = Journal(folder / "journal.jsonl", "simulated", 3, CURRENT)
     tried = search(SimulatedServer(3), CURRENT, budget_s=900, seed=3, bench=Recording(SimulatedServer(3)))
     tried.on_step = journal.record
     choice = tried.run()
@@ -93,6 +94,17 @@ def test_the_report_is_legible_in_a_browser(browser: webdriver.Chrome, page: Pat
     assert verdict.startswith("Change ") and "within all limits" in verdict
     dark = browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
     assert dark == (scheme == "dark")
+
+
+def test_the_report_is_whole_in_print(browser: webdriver.Chrome, page: Path) -> None:
+    a4 = {"width": 718, "height": 1000, "deviceScaleFactor": 1, "mobile": False}  # within a browser's own margins
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", a4)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": dark})
+    browser.get(page.as_uri())
+    assert browser.execute_script(CUT_OFF) == 0
+    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def test_the_report_of_a_folder_without_a_verdict_is_an_error(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def test_finds_the_best_settings_past_refusals_and_crashes(
     assert found["limits"] == {"ttft_p95": 2000, "tpot_p95": 500}
     assert found["provenance"]["model"]["name"] == "engine"
     assert found["provenance"]["spent_s"] <= 45
+    assert found["provenance"]["measured"]["output_tokens_per_s"] == round(chosen["output_tokens_per_s"], 1)
     page = (tmp_path / "report.html").read_text()
     assert found["sentence"] in page and page.count("<svg") == 6
     assert not any(outside in page for outside in ("<script", "<link", "@import", 'src="http', "url(http"))
@@ -110,6 +111,34 @@ def test_what_another_host_chose_is_compared_deployed_and_measured_again(
     worse = run(double, key_file, out, "--in-service")
     assert worse.returncode == 3
     assert "beside the settings before them: -" in worse.stdout
+
+
+def test_a_killed_search_is_resumed_from_the_settings_that_it_found(
+    start_double: Callable[..., Double], key_file: Path, tmp_path: Path
+) -> None:
+    double = start_double()
+    before = in_force(double)
+    arguments = command(double, key_file, tmp_path, "--space", "ubatch=128", "--budget", "20s")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(2)]
+        while in_force(double) == before and process.poll() is None:
+            time.sleep(0.05)
+        process.kill()
+    assert in_force(double)["ubatch"] == 128
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        again = [process.stdout.readline() for _ in range(3)]
+        process.terminate()
+    assert again.pop(0) == "An earlier search was killed with its own settings in force: ubatch 128 → 512\n"
+    assert again == lines, "the first window is not measured again"
+    assert in_force(double) == before == verdict(tmp_path)["current"]
+
+
+def test_nothing_to_compare_takes_no_time(start_double: Callable[..., Double], key_file: Path, tmp_path: Path) -> None:
+    done = run(start_double(), key_file, tmp_path, "--space", "parallel=4")
+    assert done.returncode == 0, done.stderr
+    assert verdict(tmp_path)["sentence"].endswith(": there are no other settings to try.")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

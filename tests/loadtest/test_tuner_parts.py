@@ -88,18 +88,28 @@ def test_confirming_windows_alone_count_once_there_are_any() -> None:
 
 def test_a_journal_resumes_an_unfinished_search_of_the_same_kind_only(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    first = Journal(path, "this host", seed=1)
+    first = Journal(path, "this host", 1, CURRENT)
     first.record(step(1))
     with path.open("ab") as file:
         file.write(b'{"type":"step","st')  # the crash
-    again = Journal(path, "this host", seed=2)
+    again = Journal(path, "this host", 2, CURRENT)
     assert (again.seed, again.resumed) == (1, [step(1)])
-    assert Journal(tmp_path / "other.jsonl", "this host", seed=2).resumed == []
+    assert Journal(tmp_path / "other.jsonl", "this host", 2, CURRENT).resumed == []
     again.record(step(1))
     again.close()
     assert read_steps(path) == [step(1)]
-    assert Journal(path, "this host", seed=3).resumed == []
-    assert Journal(path, "another build", seed=4).seed == 4
+    assert Journal(path, "this host", 3, CURRENT).resumed == []
+    assert Journal(path, "another build", 4, CURRENT).seed == 4
+
+
+def test_settings_that_a_killed_search_left_in_force_are_not_taken_for_the_current_ones(tmp_path: Path) -> None:
+    path, tried, deployed = tmp_path / "journal.jsonl", {**CURRENT, "parallel": 8}, {**CURRENT, "parallel": 6}
+    killed = Journal(path, "this host", 1, CURRENT)
+    killed.record(step(1))
+    killed.trying(tried)
+    again = Journal(path, "this host", 2, tried)
+    assert (again.seed, again.current, again.resumed) == (1, CURRENT, [step(1)])
+    assert Journal(path, "this host", 2, deployed).current == deployed, "what an operator has changed since stays"
 
 
 def test_a_resumed_search_ends_as_if_it_had_not_been_interrupted() -> None:
@@ -116,4 +126,4 @@ def test_a_resumed_search_ends_as_if_it_had_not_been_interrupted() -> None:
 
 def test_a_journal_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="nowhere"):
-        Journal(tmp_path / "nowhere" / "journal.jsonl", "this host", seed=1)
+        Journal(tmp_path / "nowhere" / "journal.jsonl", "this host", 1, CURRENT)

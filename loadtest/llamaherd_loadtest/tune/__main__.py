@@ -33,6 +33,9 @@ def main() -> int:
     except Interrupted as reason:
         sys.stderr.write(f"tune: {reason}; the settings found at the start are in force again\n")
         return reason.exit_status
+    except KeyboardInterrupt:
+        sys.stderr.write("tune: interrupted; nothing was changed\n")
+        return 130
     say(verdict.sentence)
     say(f"Report: {options.out / 'report.html'}")
     return 0

@@ -24,17 +24,20 @@ _AUTOMATIC: Value = 0  # thread counts of 0 are resolved by the server, and come
 class ModelInfo(Struct):
     name: str = ""
     path: str = ""
-    size_bytes: int = 0
+    size_bytes: int | None = None
 
 
 class EngineState(Struct):
-    """What GET /admin/engine says. Its engine is one of the settings too: PUT takes them together."""
+    """What GET /admin/engine says; `build` is None while it has no model.
+
+    Its engine is one of the settings too: PUT takes them together.
+    """
 
     engine: str
     state: str
     settings: dict[str, Value]
     model: ModelInfo = field(default_factory=ModelInfo)
-    build: str = ""
+    build: str | None = None
     restarts: int = 0
 
     def __post_init__(self) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -21,7 +20,7 @@ from llamaherd_loadtest.tune.live import LiveBench
 from llamaherd_loadtest.tune.options import Options
 from llamaherd_loadtest.tune.progress import Progress, say
 from llamaherd_loadtest.tune.search import Search, Step
-from llamaherd_loadtest.tune.settings import Settings
+from llamaherd_loadtest.tune.settings import Settings, difference, key
 from llamaherd_loadtest.tune.signals import interruptible
 from llamaherd_loadtest.tune.space import DEFAULT_SPACE, Pruned, candidates, parse_space, prune
 from llamaherd_loadtest.tune.verdict import Verdict, make_verdict, read_verdict, write_verdict
@@ -42,10 +41,15 @@ def tune(options: Options) -> Verdict:
         raise ServerUnusable(
             f"{options.admin_url} is {found.state}: wait until its /readyz answers 200, or read its log"
         )
-    always, launch, pruned = _divide(options, found.settings)
+    _divide(options, found.settings)  # what cannot be searched leaves the journal alone
     options.out.mkdir(parents=True, exist_ok=True)
     seed = secrets.randbits(24) if options.seed is None else options.seed
-    journal = Journal(options.out / "journal.jsonl", _fingerprint(options, found, launch), seed)
+    journal = Journal(options.out / "journal.jsonl", _fingerprint(options, found), seed, found.settings)
+    always, launch, pruned = _divide(options, journal.current)
+    if journal.current != found.settings:
+        back = difference(found.settings, journal.current)
+        say(f"An earlier search was killed with its own settings in force: {back}")
+        _restore(applier, launch[0])
     bench = LiveBench(options, applier, journal.seed)
     progress = Progress(launch)
     climbs = options.limits and options.load == SLOTS and options.budget_s >= _CAPACITY_FROM_S
@@ -60,7 +64,7 @@ def tune(options: Options) -> Verdict:
         options.limits,
         always=always,
         budget_s=options.budget_s - capacity_s,
-        bench=ReplayBench(bench, journal.resumed),
+        bench=ReplayBench(bench, journal.resumed, journal.trying),
         seed=journal.seed,
         objective=options.objective,
         load=options.load,
@@ -78,7 +82,7 @@ def tune(options: Options) -> Verdict:
         verdict.capacity = str(capacity or "")
         verdict.limits = {limit.name: limit.ms for limit in options.limits}
         verdict.workload = msgspec.to_builtins(options.workload) | {"need_tokens": options.workload.need}
-        verdict.provenance = _provenance(options, found, search, journal.seed)
+        verdict.provenance = _provenance(options, found, search, journal.seed) | {"measured": verdict.figures}
         _write(options, verdict)
     journal.close()
     return verdict
@@ -94,7 +98,8 @@ def _divide(options: Options, found: Settings) -> tuple[int, list[Settings], lis
     }
     proposed = read_verdict(options.proposal).chosen if options.proposal else {}
     current = {k: v for k, v in found.items() if k != "engine" or k in {*space, *proposed}}
-    tried = [current, {**current, **proposed}] if options.proposal else candidates(current, space)
+    both = {key(settings): settings for settings in (current, {**current, **proposed})}
+    tried = list(both.values()) if options.proposal else candidates(current, space)
     launch, pruned = prune(tried, options.workload.need)
     if not launch or launch[0] != current:
         raise ValueError(f"the server's settings cannot serve workload {options.workload.name}: {pruned[0].why}")
@@ -119,11 +124,11 @@ def _restore(applier: Applier, settings: Settings) -> None:
         say(json.dumps(dict(settings)))
 
 
-def _fingerprint(options: Options, found: EngineState, launch: list[Settings]) -> str:
+def _fingerprint(options: Options, found: EngineState) -> str:
     """Equal for searches that may resume each other."""
     return json.dumps(
         [
-            options.target.url,
+            options.subject,
             msgspec.to_builtins(found.model),
             found.build,
             msgspec.to_builtins(options.workload),
@@ -132,7 +137,9 @@ def _fingerprint(options: Options, found: EngineState, launch: list[Settings]) -
             msgspec.to_builtins(options.load),
             options.budget_s,
             options.seed,
-            launch,
+            options.space,
+            options.quality,
+            read_verdict(options.proposal).chosen if options.proposal else {},
         ],
         sort_keys=True,
     )
@@ -143,14 +150,14 @@ def _provenance(options: Options, found: EngineState, search: Search, seed: int)
         "model": msgspec.to_builtins(found.model),
         "engine": found.engine,
         "build": found.build,
-        "host": urlsplit(options.target.url).hostname,
+        "subject": options.subject,
         "url": options.target.url,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
         "budget_s": options.budget_s,
         "spent_s": round(search.spent_s, 1),
         "windows": search.steps,
-        "window_s": search.window_s,
+        "window_s": round(search.window_s, 1),
         "command": options.command,
     }
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 
 from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement
 from llamaherd_loadtest.tune.search import Bench, Step
@@ -14,10 +14,18 @@ from llamaherd_loadtest.tune.settings import Settings
 
 
 class Header(Struct, tag="search", frozen=True):
-    """The first line. A search resumes only under the same `fingerprint`, and with the seed it began with."""
+    """The first line. A search resumes only under the same `fingerprint`, with the seed it began with, and from the
+    settings that it `found` in force."""
 
     fingerprint: str
     seed: int
+    found: Settings = field(default_factory=dict)
+
+
+class Trying(Struct, tag="trying", frozen=True):
+    """Before settings are put in force: what a search that was killed may have left in force."""
+
+    settings: Settings
 
 
 class StepLine(Struct, tag="step", frozen=True):
@@ -28,23 +36,33 @@ class Done(Struct, tag="done", frozen=True):
     """The last line of a search that came to its end."""
 
 
-_decoder = msgspec.json.Decoder(Header | StepLine | Done)
+Line = Header | Trying | StepLine | Done
+_decoder = msgspec.json.Decoder(Line)
 
 
 class Journal:
-    """Appends to one file, and knows the steps of an unfinished search that it found there."""
+    """Appends to one file, and knows the steps of an unfinished search that it found there.
 
-    def __init__(self, path: Path, fingerprint: str, seed: int) -> None:
+    `current` are the settings that the search is to improve: those in force, `found`, or what the unfinished search
+    found before it was killed with others in force.
+    """
+
+    def __init__(self, path: Path, fingerprint: str, seed: int, found: Settings) -> None:
         """Raises OSError where the file cannot be written."""
         self._path = path
-        found = _read(path)
+        lines = _read(path)
         self.resumed: list[Step] = []
-        self.seed = seed
-        if found and isinstance(found[0], Header) and found[0].fingerprint == fingerprint and Done() not in found:
-            self.seed = found[0].seed
-            self.resumed = [line.step for line in found if isinstance(line, StepLine)]
+        self.seed, self.current = seed, found
+        if lines and isinstance(lines[0], Header) and lines[0].fingerprint == fingerprint and Done() not in lines:
+            tried = [line.settings for line in lines if isinstance(line, Trying)][-2:]
+            if lines[0].found == found or any({**found, **settings} == found for settings in tried):
+                self.seed, self.current = lines[0].seed, lines[0].found
+                self.resumed = [line.step for line in lines if isinstance(line, StepLine)]
         path.write_bytes(b"")
-        self._append(Header(fingerprint, self.seed))
+        self._append(Header(fingerprint, self.seed, self.current))
+
+    def trying(self, settings: Settings) -> None:
+        self._append(Trying(settings))
 
     def record(self, step: Step) -> None:
         self._append(StepLine(step))
@@ -53,7 +71,7 @@ class Journal:
         """Mark the search as finished."""
         self._append(Done())
 
-    def _append(self, line: Header | StepLine | Done) -> None:
+    def _append(self, line: Line) -> None:
         with self._path.open("ab") as file:
             file.write(msgspec.json.encode(line) + b"\n")
 
@@ -64,23 +82,29 @@ def read_steps(path: Path) -> list[Step]:
 
 
 class ReplayBench:
-    """Gives the resumed steps again, then measures: a search is a function of what was measured, so it goes on."""
+    """Gives the resumed steps again, then measures: a search is a function of what was measured, so it goes on.
 
-    def __init__(self, bench: Bench, resumed: Sequence[Step]) -> None:
-        self._bench, self._resumed = bench, list(resumed)
+    `trying` is told of settings before they are measured.
+    """
+
+    def __init__(
+        self, bench: Bench, resumed: Sequence[Step], trying: Callable[[Settings], None] = lambda _: None
+    ) -> None:
+        self._bench, self._resumed, self._trying = bench, list(resumed), trying
 
     def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
         if self._resumed and self._resumed[0].settings == settings:
             return self._resumed.pop(0).measurement
         self._resumed.clear()
+        self._trying(settings)
         return self._bench.measure(settings, window_s, seed, load)
 
 
-def _read(path: Path) -> list[Header | StepLine | Done]:
+def _read(path: Path) -> list[Line]:
     """All whole lines: a crash may have cut the last one off."""
     if not path.is_file():
         return []
-    lines: list[Header | StepLine | Done] = []
+    lines: list[Line] = []
     for raw in path.read_bytes().splitlines():
         try:
             lines.append(_decoder.decode(raw))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +20,9 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class Options(Struct, frozen=True, kw_only=True):
-    """A tuning job. `command` repeats it."""
+    """A tuning job on `subject`. `command` repeats it."""
 
+    subject: str
     target: Target
     admin_url: str
     admin_key: str
@@ -43,6 +45,7 @@ def parse(arguments: Sequence[str]) -> Options:
     args = _parser().parse_args(arguments)
     load = parse_load(args.load)
     return Options(
+        subject=args.subject or args.url,
         target=Target(url=args.url, model=args.model, key=_secret(args.key_file), ca=args.ca),
         admin_url=args.admin_url or args.url,
         admin_key=_secret(args.admin_key_file or args.key_file),
@@ -55,7 +58,7 @@ def parse(arguments: Sequence[str]) -> Options:
         budget_s=_seconds(args.budget),
         seed=args.seed,
         out=args.out,
-        command="python -m llamaherd_loadtest.tune " + " ".join(arguments),
+        command="python -m llamaherd_loadtest.tune " + shlex.join(arguments),
         proposal=args.proposal,
         in_service=args.in_service,
     )
@@ -73,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--admin-url", help="where /admin/engine is reached; --url if not given")
     add("--admin-key-file", type=Path, help="file that holds an admin key; --key-file if not given")
     add("--model", required=True, help="the model's name")
+    add(
+        "--subject",
+        help="host, model's hash and build, as a journal that may be resumed knows them; --url if not given",
+    )
     add("--workload", default="chat", help=f"a .yml file, or one of {', '.join(workload_names())}")
     add(
         "--limit",

@@ -84,6 +84,8 @@ class Search:
     def run(self) -> Choice:
         """Screen, confirm and choose."""
         confirm_s = max(self._budget_s * _CONFIRM_SHARE, min(_MIN_CONFIRM * self._cost_s, self._budget_s * 0.6))
+        if len(self.records) == 1:
+            return Choice(record=self.records[0], change=False, reason="there are no other settings to try")
         self._screen(self._budget_s - confirm_s)
         self._confirm(finalists=max(1, min(3, int(confirm_s / self._cost_s) // 4)))
         return self._choose()

@@ -62,6 +62,14 @@ class Verdict(Struct, kw_only=True):
     workload: dict[str, object] = field(default_factory=dict)
     provenance: dict[str, object] = field(default_factory=dict)
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """What the chosen settings measured, in the table's units."""
+        rows = (row for row in self.table if row.settings == self.chosen)
+        row = next(rows, Row(label="", settings={}, verdict=""))
+        measured = {name: getattr(row, name) for name in ("output_tokens_per_s", "ttft_p95_ms", "tpot_p95_ms")}
+        return {name: round(value, 1) for name, value in measured.items() if value is not None}
+
 
 def read_verdict(path: Path) -> Verdict:
     """Raises ValueError where `path` holds none."""

@@ -1,0 +1,149 @@
+"""tune.yml on two real hosts of one kind: one is searched, the other verified; what cuts a run off is made up for."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.lab.conftest import BIN, ROOT, Herd
+
+pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(2400)]
+OUT = ROOT / "build/tune"
+SLOW = {"parallel": 1, "ctx_per_slot": 1024}
+TUNING = {
+    "llamaherd_loadgen_share": True,
+    "llamaherd_loadgen_budget": "90s",
+    "llamaherd_loadgen_workload": "tests/lab/brief.yml",
+    "llamaherd_loadgen_limits": ["ttft_p95=60s"],
+    "llamaherd_loadgen_space": ["parallel=1,8"],
+}
+
+
+@pytest.fixture(scope="module")
+def slow(pair: Herd) -> Iterator[Herd]:
+    """Two hosts of one kind with one slot each; t1 is the edge, t2 is reached by a tunnel alone."""
+    path = pair.inventory / "host_vars"
+    for host in ("t1", "t2"):
+        (path / host).mkdir(parents=True, exist_ok=True)
+        (path / host / "vars.yml").write_text(yaml.safe_dump({"llamaherd_settings": SLOW, **TUNING}))
+    pair.succeed("deploy.yml")
+    yield pair
+
+
+def tuned(herd: Herd, host: str) -> Path:
+    return herd.inventory / "host_vars" / host / "tuned.yml"
+
+
+def verdict(host: str) -> dict[str, Any]:
+    return dict(json.loads((OUT / host / "verdict.json").read_text()))
+
+
+def in_force(herd: Herd, host: str) -> dict[str, Any]:
+    key = (herd.inventory / ".secrets/keys/admin").read_text().strip()
+    ask = f"curl -s -H 'Authorization: Bearer {key}' http://127.0.0.1:8080/admin/engine"
+    return dict(json.loads(herd.sh(host, ask))["settings"])
+
+
+def started(herd: Herd, host: str) -> subprocess.Popen[bytes]:
+    """tune.yml of `host` alone, once it has measured a window and put other settings in force than the host's own."""
+    (OUT / host / "tune.log").unlink(missing_ok=True)
+    before = in_force(herd, host)
+    command = [str(BIN / "ansible-playbook"), "-i", str(herd.inventory), "playbooks/tune.yml", "--limit", host]
+    play = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while in_force(herd, host) == before:
+        assert play.poll() is None and time.monotonic() < deadline, (OUT / host / "tune.log").read_text()
+        time.sleep(1)
+    return play
+
+
+def test_check_mode_says_what_it_would_do_and_measures_nothing(slow: Herd) -> None:
+    run = slow.succeed("tune.yml", "--check", "--limit", "t1")
+    assert run.changed["t1"] == 0
+    assert "would load t1 with workload tests/lab/brief.yml for 90s, keep to ttft_p95=60s" in run.output
+    assert not tuned(slow, "t1").exists()
+
+
+def test_what_the_play_is_interrupted_in_is_taken_back_and_the_next_one_resumes(slow: Herd) -> None:
+    before = in_force(slow, "t2")
+    play = started(slow, "t2")
+    play.send_signal(signal.SIGINT)
+    play.wait(120)
+    deadline = time.monotonic() + 120
+    while not (OUT / "t2/tune.log.rc").exists():
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    assert in_force(slow, "t2") == before
+    assert verdict("t2")["partial"]
+    windows = verdict("t2")["provenance"]["windows"]
+    slow.succeed("tune.yml", "--limit", "t2")
+    resumed = verdict("t2")
+    assert not resumed["partial"]
+    assert resumed["provenance"]["spent_s"] <= 90
+    assert resumed["current"] == before
+    journal = (OUT / "t2/journal.jsonl").read_text().splitlines()
+    tried = sum('"type":"trying"' in line for line in journal)
+    assert tried < resumed["provenance"]["windows"], f"{windows} windows were not measured again"
+    tuned(slow, "t2").unlink(missing_ok=True)
+    slow.succeed("deploy.yml", "--tags", "config", "--limit", "t2")
+
+
+def test_a_run_whose_controller_died_is_followed_to_its_end(slow: Herd) -> None:
+    play = started(slow, "t2")
+    play.kill()
+    play.wait(30)
+    slow.succeed("tune.yml", "--limit", "t2")
+    assert (OUT / "t2/tune.log").read_text().count(" settings to search") == 1
+    assert not verdict("t2")["partial"]
+    tuned(slow, "t2").unlink(missing_ok=True)
+    slow.succeed("deploy.yml", "--tags", "config", "--limit", "t2")
+
+
+def test_one_host_is_searched_and_the_other_like_it_verified(slow: Herd) -> None:
+    before = in_force(slow, "t2")
+    slow.succeed("tune.yml")
+    first, second = verdict("t1"), verdict("t2")
+    assert (first["verdict"], second["verdict"]) == ("change", "change")
+    assert len(first["table"]) == 3, "one slot, eight, and llama.cpp's four"
+    assert {row["settings"]["parallel"] for row in second["table"]} == {1, first["chosen"]["parallel"]}
+    assert second["current"] == before
+    for host, found in (("t1", first), ("t2", second)):
+        [written] = yaml.safe_load(tuned(slow, host).read_text())["llamaherd_tuned"]
+        assert written["settings"] == found["chosen"]
+        assert "in service" in written["provenance"]["in_service"]
+        assert written["provenance"]["measured"]["output_tokens_per_s"] > 0
+        assert f"parallel = {found['chosen']['parallel']}\n" in slow.sh(host, "cat /etc/llamaherd/server.toml")
+    again = slow.succeed("deploy.yml")
+    assert (again.changed["t1"], again.changed["t2"]) == (0, 0)
+
+
+def test_settings_that_are_not_better_in_service_are_taken_back(slow: Herd, tmp_path: Path) -> None:
+    """The search is a script that chooses one slot; what measures that in service is the tuner itself."""
+    found = verdict("t1")
+    now = found["chosen"]
+    [row] = [row for row in found["table"] if row["settings"] == now]
+    wrong = {**found, "current": now, "chosen": {**now, "parallel": 1}, "table": [{**row, "score": 2 * row["score"]}]}
+    (tmp_path / "verdict.json").write_text(json.dumps(wrong))
+    script = tmp_path / "python"
+    script.write_text(
+        "#!/bin/sh\n"
+        f'case " $* " in *" --in-service "* | *" -c "*) exec {sys.executable} "$@";; esac\n'
+        f'for word; do case $word in --out=*) cp {tmp_path}/verdict.json "${{word#--out=}}/verdict.json"; esac; done\n'
+    )
+    script.chmod(0o755)
+    before = tuned(slow, "t1").read_text(), slow.sh("t1", "cat /etc/llamaherd/server.toml")
+    run = slow.play("tune.yml", "--limit", "t1", "-e", f"llamaherd_loadgen_python={script}")
+    assert run.rc != 0
+    assert "t1 did not verify, or do better, with the chosen settings" in run.output
+    assert "in service, beside the settings before them: -" in run.output
+    assert (tuned(slow, "t1").read_text(), slow.sh("t1", "cat /etc/llamaherd/server.toml")) == before
+    assert in_force(slow, "t1")["parallel"] == now["parallel"]
