@@ -117,11 +117,6 @@ class Record(Struct):
         errors = sum(m.errors for m in self.windows)
         return errors / max(errors + sum(m.requests for m in self.windows), 1)
 
-    def log_excess(self, limit: Limit) -> float:
-        """Mean logarithm of the limited figure over its limit: above 0 is a miss."""
-        seen = [m.observed[limit.name] for m in self.windows if limit.name in m.observed]
-        return fmean(math.log(max(v, 1e-6) / limit.ms) for v in seen) if seen else math.inf
-
 
 class Noise(Struct, frozen=True):
     """Standard deviation of one window's logarithm, and the degrees of freedom behind it."""
