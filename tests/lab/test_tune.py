@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.lab.conftest import BIN, ROOT, Herd
+from tests.lab.conftest import BIN, ROOT, Herd, Run
 
 pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(2400)]
 OUT = ROOT / "build/tune"
@@ -47,10 +47,16 @@ def verdict(host: str) -> dict[str, Any]:
     return dict(json.loads((OUT / host / "verdict.json").read_text()))
 
 
+def words(run: Run) -> str:
+    """Its output on one line, however it was wrapped."""
+    return " ".join(run.output.split())
+
+
 def in_force(herd: Herd, host: str) -> dict[str, Any]:
     key = (herd.inventory / ".secrets/keys/admin").read_text().strip()
-    ask = f"curl -s -H 'Authorization: Bearer {key}' http://127.0.0.1:8080/admin/engine"
-    return dict(json.loads(herd.sh(host, ask))["settings"])
+    request = f"u.Request('http://127.0.0.1:8080/admin/engine', headers={{'Authorization': 'Bearer {key}'}})"
+    ask = f"import urllib.request as u; print(u.urlopen({request}).read().decode())"
+    return dict(json.loads(herd.sh(host, f'python3 -c "{ask}"'))["settings"])
 
 
 def started(herd: Herd, host: str) -> subprocess.Popen[bytes]:
@@ -69,7 +75,7 @@ def started(herd: Herd, host: str) -> subprocess.Popen[bytes]:
 def test_check_mode_says_what_it_would_do_and_measures_nothing(slow: Herd) -> None:
     run = slow.succeed("tune.yml", "--check", "--limit", "t1")
     assert run.changed["t1"] == 0
-    assert "would load t1 with workload tests/lab/brief.yml for 90s, keep to ttft_p95=60s" in run.output
+    assert "would load t1 with workload tests/lab/brief.yml for 90s, keep to ttft_p95=60s" in words(run)
     assert not tuned(slow, "t1").exists()
 
 
@@ -144,6 +150,18 @@ def test_settings_that_are_not_better_in_service_are_taken_back(slow: Herd, tmp_
     run = slow.play("tune.yml", "--limit", "t1", "-e", f"llamaherd_loadgen_python={script}")
     assert run.rc != 0
     assert "t1 did not verify, or do better, with the chosen settings" in run.output
-    assert "in service, beside the settings before them: -" in run.output
+    assert "in service, beside the settings before them: -" in words(run)
     assert (tuned(slow, "t1").read_text(), slow.sh("t1", "cat /etc/llamaherd/server.toml")) == before
     assert in_force(slow, "t1")["parallel"] == now["parallel"]
+
+
+def test_a_deploy_says_that_settings_were_measured_on_another_build(slow: Herd) -> None:
+    file = tuned(slow, "t1")
+    found = file.read_text()
+    build = yaml.safe_load(found)["llamaherd_tuned"][0]["measured_on"]["build"]
+    assert "another build" not in slow.succeed("deploy.yml", "--check", "--tags", "config", "--limit", "t1").output
+    file.write_text(found.replace(build, "0.0.1-cpu"))
+    run = slow.succeed("deploy.yml", "--check", "--tags", "config", "--limit", "t1")
+    assert f"for another build than smollm2-135m-instruct on {build}, whose settings are those of 0.0.1-cpu" in words(
+        run
+    )
