@@ -52,6 +52,8 @@ def tuned() -> Flags:
         options += [f"--workload={workload}", f"--out={out}", *(f"--space={knob}" for knob in SPACE)]
         subprocess.run([sys.executable, "-m", "llamaherd_loadtest.tune", *options], check=True)
     verdict = json.loads((out / "verdict.json").read_text())
+    if not verdict["provenance"]["measured"]:
+        sys.exit(f"bench: nothing was found to compare: {verdict['sentence']}")
     print(verdict["sentence"], flush=True)
     chosen = verdict["chosen"]
     return Flags(chosen["parallel"], chosen["ctx_per_slot"], chosen["kv_unified"], chosen["batch"], chosen["ubatch"])
