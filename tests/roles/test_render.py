@@ -347,6 +347,8 @@ def test_a_server_sees_its_gpus_only(render: Render, host: str, name: str) -> No
 def test_kv_types_are_tried_only_where_that_was_said(render: Render, debian: Rendered) -> None:
     space = {"llamaherd_loadgen_space": ["kv_type_k=f16,q8_0"]}
     assert "--quality" not in debian.decided["tuner"]
+    subject = f"--subject=debian12 {model_file('smollm2-135m-instruct')} "
+    assert any(option.startswith(subject) for option in debian.decided["tuner"]), "what a journal resumes for"
     opened = render("debian12", llamaherd_loadgen_quality=True, **space).decided["tuner"]
     assert opened[-2:] == ["--space=kv_type_k=f16,q8_0", "--quality"]
 
