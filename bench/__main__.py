@@ -8,7 +8,14 @@ import sys
 from bench.table import write
 
 # Each with its module.
-GROUPS = {"serving": "serving", "frontend": "frontend", "client": "client_cost", "tuner": "tuner", "gain": "gain"}
+GROUPS = {
+    "serving": "serving",
+    "frontend": "frontend",
+    "edge": "edge",
+    "client": "client_cost",
+    "tuner": "tuner",
+    "gain": "gain",
+}
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import ssl
 import time
 from bisect import bisect_left
 from contextlib import AbstractContextManager
@@ -78,7 +79,9 @@ class Stream(asyncio.Protocol):
         return self.ttft() - float(timings[1]) / 1000
 
 
-async def stream(port: int, max_tokens: int, *, words: int = 8, key: str = "") -> Stream:
+async def stream(
+    port: int, max_tokens: int, *, words: int = 8, key: str = "", tls: ssl.SSLContext | None = None
+) -> Stream:
     body = {"prompt": "herd " * words, "max_tokens": max_tokens, "stream": True, "timings_per_token": True}
     content = json.dumps(body).encode()
     request = (
@@ -86,7 +89,7 @@ async def stream(port: int, max_tokens: int, *, words: int = 8, key: str = "") -
         b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n%b" % (key.encode(), len(content), content)
     )
     loop = asyncio.get_running_loop()
-    transport, protocol = await loop.create_connection(lambda: Stream(request), "127.0.0.1", port)
+    transport, protocol = await loop.create_connection(lambda: Stream(request), "127.0.0.1", port, ssl=tls)
     try:
         await protocol.done
     finally:

@@ -51,7 +51,7 @@ class Running:
 @contextmanager
 def ours(flags: Flags, config_lines: str = "", environment: Mapping[str, str] | None = None) -> Iterator[Running]:
     """`config_lines`: further tables of server.toml."""
-    port = _free_port()
+    port = free_port()
     WORK.mkdir(parents=True, exist_ok=True)
     config = WORK / f"server-{port}.toml"
     config.write_text(
@@ -68,7 +68,7 @@ def ours(flags: Flags, config_lines: str = "", environment: Mapping[str, str] | 
 @contextmanager
 def llama_server(flags: Flags | None, *more: str, model: str | None = None) -> Iterator[Running]:
     """Without `flags` by its own defaults."""
-    port = _free_port()
+    port = free_port()
     context = [] if flags is None else _flags(flags)
     command = [
         str(Path(os.environ["LLAMAHERD_TEST_BIN_DIR"]) / "llama-server"),
@@ -92,7 +92,7 @@ def _flags(flags: Flags) -> list[str]:
 @contextmanager
 def lcp_example(flags: Flags) -> Iterator[Running]:
     """llama-cpp-python's example server, out of the pinned source distribution."""
-    port = _free_port()
+    port = free_port()
     config = WORK / f"example-{port}.json"
     script = _example_server()
     model = {
@@ -162,7 +162,7 @@ def _wait(child: subprocess.Popen[bytes], url: str, log: Path) -> None:
     raise RuntimeError(f"{child.args!r} did not become ready; the end of its log:\n{log.read_text()[-2000:]}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,0 +1,66 @@
+"""A real nginx on loopback, with the configuration that the role renders."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.roles.conftest import run_roles
+
+UNPACKED = Path.home() / ".cache/llamaherd/nginx"
+HOST = "debian12"  # of tests/roles/facts
+# The edge's certificate and the hosts' in one, which is its own CA.
+SELF_SIGNED = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 7"
+SIGN = (
+    f"{SELF_SIGNED} -keyout tls.key -out tls.crt -subj /CN={HOST}"
+    " -addext subjectAltName=IP:127.0.0.1,DNS:inference.llamaherd.internal"
+)
+
+
+def program() -> Path:
+    """Debian's nginx; where it is not installed, unpacked: installing it would start a service on port 80."""
+    if found := shutil.which("nginx"):
+        return Path(found)
+    if not (UNPACKED / "usr/sbin/nginx").exists():
+        UNPACKED.mkdir(parents=True, exist_ok=True)
+        unpack = "apt-get -q update; apt-get -q download nginx; dpkg-deb -x nginx_*.deb ."
+        subprocess.run(["sh", "-ec", unpack], cwd=UNPACKED, check=True, capture_output=True)
+    return UNPACKED / "usr/sbin/nginx"
+
+
+def render(folder: Path, variables: Mapping[str, Any]) -> Path:
+    """nginx.conf as HOST would get it, with a certificate, and with its paths in `folder`."""
+    done = run_roles(folder, HOST, dict(variables))
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+    home = folder / "nginx"
+    (home / "llamaherd").mkdir(parents=True)
+    subprocess.run(SIGN.split(), cwd=home / "llamaherd", check=True, capture_output=True)
+    shutil.copy(home / "llamaherd/tls.crt", home / "llamaherd/ca.crt")
+    (home / "mime.types").write_text("types {}\n")
+    text = (folder / "out/nginx.conf").read_text()
+    text = text.replace("user www-data;", "user root;")  # who alone can read `folder`
+    text = re.sub(r" (/etc/nginx|/run|/var/log/nginx)/", f" {home}/", text)
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    temporary = "".join(f"    {kind}_temp_path {home}/{kind};\n" for kind in kinds)
+    config = home / "nginx.conf"
+    config.write_text(text.replace("http {\n", f"http {{\n{temporary}", 1))
+    return config
+
+
+@contextmanager
+def running(config: Path) -> Iterator[None]:
+    """nginx with this configuration, until the block ends."""
+    command = [str(program()), "-c", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # it listens when the command returns
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    try:
+        yield
+    finally:
+        subprocess.run([*command, "-s", "stop"], check=True)
