@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tests.lab.conftest import Herd, booted
+from tests.verify.client import Client
 
 HOSTS = ("f1", "f2", "f3")
 MODEL = "/var/lib/llamaherd/models/chat.gguf"
+# Lab hosts share two cores with whatever else runs: the gate must not stop an upgrade for that.
+GATE = {"llamaherd_upgrade_window_s": 8, "llamaherd_upgrade_least_speed": 0.1}
 EDGE = ("deploy.yml", "--tags", "nginx", "--limit", "e1")
 
 
@@ -71,6 +76,28 @@ def serving(fleet: Herd, hosts: Sequence[str]) -> str:
     return before
 
 
+@contextmanager
+def cut_off(fleet: Herd, host: str) -> Iterator[None]:
+    """While this lasts, nothing reaches `host`, and nobody was told."""
+    port = ["ip", "link", "set", f"vb-{host}"]
+    subprocess.run([*port, "down"], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run([*port, "up"], check=True)
+
+
+def completion(fleet: Herd, model: str = "chat", **more: object) -> Any:
+    """What the edge answers to a chat that asks for two greedy tokens."""
+    secrets = fleet.inventory / ".secrets"
+    key = (secrets / "keys/default").read_text().strip()
+    client = Client(f"https://{fleet.address('e1')}", str(secrets / "ca.crt"), key)
+    ask = {"messages": [{"role": "user", "content": "Count from one to twenty, please."}], "max_tokens": 2}
+    answer = client.request("POST", "/v1/chat/completions", {"model": model, "temperature": 0, **ask, **more})
+    assert answer.status == 200, answer.body
+    return answer.json()
+
+
 def digest(model: Path) -> str:
     return hashlib.sha256(model.read_bytes()).hexdigest()
 
@@ -78,6 +105,4 @@ def digest(model: Path) -> str:
 def asked(model: Path, name: str = "chat", **more: object) -> str:
     """Variables that put `model` under the name that clients know, and measure for seconds only."""
     entry = {"name": name, "sha256": digest(model), "source": {"kind": "file", "path": str(model)}}
-    # Lab hosts share two cores with whatever else runs: the gate must not stop an upgrade for that.
-    gate = {"llamaherd_upgrade_window_s": 8, "llamaherd_upgrade_least_speed": 0.1}
-    return json.dumps({"llamaherd_models": [entry]} | gate | more)
+    return json.dumps({"llamaherd_models": [entry]} | GATE | more)

@@ -34,6 +34,13 @@ class Load:
         return [sample for sample in self.samples if sample.outcome not in (OK, CUT_OFF)]
 
 
+def only_running_streams_failed(load: Load, slots: int) -> None:
+    """Each failed request had sent something, its client saw that at once, and one host had no more of them."""
+    assert {sample.outcome for sample in load.failures} <= {"connection", "truncated"}, load.failures
+    assert all(sample.first is not None for sample in load.failures), load.failures
+    assert len(load.failures) <= slots
+
+
 LOCUST = (sys.executable, "-m", "locust", "--headless", "-f")
 
 

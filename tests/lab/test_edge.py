@@ -17,18 +17,20 @@ import httpx
 import pytest
 
 from tests.lab.conftest import Herd
-from tests.lab.fleet import EDGE, join, logged, paced, served_by
-from tests.lab.load import streaming
+from tests.lab.fleet import EDGE, cut_off, join, logged, paced, served_by
+from tests.lab.load import only_running_streams_failed, streaming
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 long = pytest.mark.fleet
+SLOTS = 32  # of each host
+STEP_MS = 50
 TOKENS = 100  # a stream of 5 s
 
 
 @pytest.fixture(scope="module")
 def fleet(paced_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
     """e1 before f1 and f2; f3 is ready to join them."""
-    with paced(tmp_path_factory.mktemp("inventory"), paced_server, parallel=16, PACED_STEP_MS=50) as fleet:
+    with paced(tmp_path_factory.mktemp("inventory"), paced_server, parallel=SLOTS, PACED_STEP_MS=STEP_MS) as fleet:
         yield fleet
 
 
@@ -48,6 +50,20 @@ def test_hosts_come_and_go_while_streams_run(fleet: Herd) -> None:
     counts = served_by(fleet, gone)
     assert counts["f3"] == 0
     assert min(counts["f1"], counts["f2"]) >= 1
+
+
+@long
+def test_a_host_without_network_costs_only_its_own_streams_and_comes_back_by_itself(fleet: Herd) -> None:
+    """At a rate at which every moment has a request on its way to the host."""
+    patience_s = 20
+    with streaming(fleet, rate=4, max_tokens=TOKENS, patience_s=patience_s) as load:
+        with cut_off(fleet, "f1"):
+            time.sleep(patience_s)
+        back = logged(fleet)
+        time.sleep(2 * TOKENS * STEP_MS / 1000)
+    assert load.failures, "streams ran there"
+    only_running_streams_failed(load, SLOTS)
+    assert served_by(fleet, back)["f1"] >= 1
 
 
 @long
