@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.lab.conftest import BIN, ROOT, Herd
-from tests.lab.fleet import EDGE, MODEL, asked, digest, serving
+from tests.lab.fleet import EDGE, GATE, MODEL, asked, completion, digest, logged, served_by, serving
 from tests.lab.load import streaming
 
 pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(1800)]
@@ -45,7 +46,8 @@ def all_in_service(fleet: Herd) -> bool:
 def test_nobody_notices_a_rolling_upgrade_and_the_way_back(fleet: Herd, better: Path) -> None:
     before = [fleet.sh(host, NAMED) for host in ("f1", "f2")]
     with streaming(fleet, rate=0.5) as load:
-        fleet.succeed("upgrade.yml", "-e", asked(better))
+        said = fleet.succeed("upgrade.yml", "-e", asked(better)).output
+    assert all(f"was never tuned on {host}" in said for host in ("f1", "f2"))
     assert load.failures == []
     assert load.outcomes["ok"] >= 20
     all_have(fleet, better)
@@ -149,6 +151,58 @@ def has_come(fleet: Herd, model: Path, moment: str) -> bool:
     if moment == "the switch":
         return fleet.sh("f1", NAMED) == f"{digest(model)}.gguf\n"
     return " down;" in fleet.sh("e1", "cat /etc/nginx/nginx.conf")
+
+
+@pytest.fixture
+def as_before(fleet: Herd) -> Iterator[None]:
+    """Afterwards the hosts are upgraded to what the inventory says."""
+    settings = "cat /etc/llamaherd/server.toml"
+    before = [fleet.sh(host, f"{NAMED}; {settings}") for host in ("f1", "f2")]
+    yield
+    fleet.succeed("upgrade.yml", "-e", json.dumps(GATE))
+    assert [fleet.sh(host, f"{NAMED}; {settings}") for host in ("f1", "f2")] == before
+    assert all_in_service(fleet)
+
+
+def rolled_out(fleet: Herd, models: list[dict[str, Any]], **more: object) -> None:
+    with streaming(fleet, rate=0.5) as load:
+        fleet.succeed("upgrade.yml", "-e", json.dumps({"llamaherd_models": models} | GATE | more))
+    assert load.failures == []
+    assert load.outcomes["ok"] >= 10
+    assert all_in_service(fleet)
+
+
+def of_inventory(fleet: Herd) -> dict[str, Any]:
+    [model] = yaml.safe_load((fleet.inventory / "hosts.yml").read_text())["all"]["vars"]["llamaherd_models"]
+    return dict(model)
+
+
+def of_both_hosts(fleet: Herd, **ask: Any) -> list[Any]:
+    before = logged(fleet)
+    answers = [completion(fleet, **ask) for _ in range(4)]
+    counts = served_by(fleet, before)
+    assert min(counts["f1"], counts["f2"]) >= 1
+    return answers
+
+
+@pytest.mark.usefixtures("as_before")
+def test_a_chat_template_alone_is_an_upgrade(fleet: Herd, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("One, two,")  # whatever a client says
+    before = {answer["usage"]["prompt_tokens"] for answer in of_both_hosts(fleet)}
+    rolled_out(fleet, [of_inventory(fleet) | {"chat_template": str(template)}])
+    after = {answer["usage"]["prompt_tokens"] for answer in of_both_hosts(fleet)}
+    assert len(after) == 1
+    assert max(after) < 6 < min(before)
+
+
+@pytest.mark.usefixtures("as_before")
+def test_a_second_model_is_an_upgrade(fleet: Herd, better: Path) -> None:
+    second = {"name": "second", "sha256": digest(better), "source": {"kind": "file", "path": str(better)}}
+    second |= {"settings": {"parallel": 1, "ctx_per_slot": 512}}
+    rolled_out(fleet, [of_inventory(fleet), second], llamaherd_more_models=["second"])
+    for name in ("chat", "second"):
+        assert {answer["model"] for answer in of_both_hosts(fleet, model=name)} == {name}
 
 
 def test_a_host_alone_behind_an_edge_of_its_own_holds_its_requests(fleet: Herd, better: Path) -> None:
