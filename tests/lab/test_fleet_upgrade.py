@@ -205,6 +205,34 @@ def test_a_second_model_is_an_upgrade(fleet: Herd, better: Path) -> None:
         assert {answer["model"] for answer in of_both_hosts(fleet, model=name)} == {name}
 
 
+@pytest.mark.parametrize(
+    ("part", "variables"),
+    [
+        # Releases of their own, with the same in them.
+        ("server", {"llamaherd_python": "/usr/bin/python3"}),
+        ("llama.cpp", {"llamaherd_llama_cpp_cmake_flags": ["-DCMAKE_VERBOSE_MAKEFILE=OFF"]}),
+    ],
+)
+def test_server_and_llama_cpp_are_upgraded_and_go_back_each_by_itself(
+    fleet: Herd, part: str, variables: dict[str, object]
+) -> None:
+    def releases() -> list[dict[str, str]]:
+        of = {name: f"readlink /opt/llamaherd/{name}/current" for name in ("server", "llama.cpp")}
+        return [{name: fleet.sh(host, command) for name, command in of.items()} for host in ("f1", "f2")]
+
+    before = releases()
+    with streaming(fleet, rate=0.5) as load:
+        fleet.succeed("upgrade.yml", "-e", json.dumps(GATE | variables))
+    assert load.failures == []
+    after = releases()
+    for old, new in zip(before, after, strict=True):
+        assert {name for name in old if old[name] != new[name]} == {part}
+    with streaming(fleet, rate=0.5) as load:
+        fleet.succeed("rollback.yml", "-e", f"llamaherd_rollback={part}")
+    assert load.failures == []
+    assert releases() == before
+
+
 def test_a_host_alone_behind_an_edge_of_its_own_holds_its_requests(fleet: Herd, better: Path) -> None:
     two = serving(fleet, ["f1"])
     try:
