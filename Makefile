@@ -58,7 +58,7 @@ bench: setup engine ## All of bench/, or one: make bench GROUP=serving
 
 .PHONY: docs
 docs: setup ## The documentation as a site: build/docs/index.html
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 .PHONY: report-demo
 report-demo: setup ## Make the tuning report from recorded data: build/report-demo.html

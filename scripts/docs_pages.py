@@ -22,19 +22,22 @@ from llamaherd_server.protocol import EngineSettings, Stats
 from llamaherd_server.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
+ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that no file in docs/ holds."""
-    pages = {"index.md": index(), "variables.md": variables(), "metrics.md": metrics(), "api.md": api()}
+    pages = {"variables.md": variables(), "metrics.md": metrics(), "api.md": api()}
+    pages |= {page: beside(name) for name, page in ROOT_PAGES.items()}
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
 
 
-def index() -> str:
-    """The README, whose links into docs/ are links beside it here."""
-    return re.sub(r"\]\(docs/", "](", (ROOT / "README.md").read_text())
+def beside(name: str) -> str:
+    """A page of the repository's root, whose links into docs/ and to its like are links beside it here."""
+    text = re.sub(r"\]\(docs/", "](", (ROOT / name).read_text())
+    return re.sub(r"\]\(([A-Z]+\.md)\)", lambda link: f"]({ROOT_PAGES[link[1]]})", text)
 
 
 def variables() -> str:
