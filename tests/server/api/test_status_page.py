@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
+import httpx
 from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.by import By
+
+from tests.server.conftest import paced, running
 
 from .conftest import Serve
 from .double import Double
@@ -22,6 +29,22 @@ async def test_it_tells_how_the_server_does(serve: Serve, browser: webdriver.Chr
         assert row[:5] == ["double", "embedded", "ready", f"0 of {slots}", "0"]
         # nothing that its own policy refuses
         assert browser.get_log("browser") == []  # type: ignore[no-untyped-call]
+
+
+def test_it_tells_of_slots_queue_and_tokens_under_load(tmp_path: Path, browser: webdriver.Chrome) -> None:
+    """Two slots, five requests; the page reads itself again, nobody tells it to."""
+    cells, head = list[str](), ""
+    with ThreadPoolExecutor() as pool, running(tmp_path, paced()) as server:
+        for _ in range(5):
+            body = {"prompt": "One, two,", "max_tokens": 400}
+            pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
+        browser.get(server.url)
+        while cells[3:5] != ["2 of 2", "3"] or head.endswith(" 0 tokens/s"):
+            with suppress(WebDriverException):  # it was just read again
+                cells = [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, "tbody td")]
+                head = browser.find_element(By.TAG_NAME, "h1").text
+        server.process.kill()
+    assert cells[:3] == ["smollm2", "embedded", "ready"]
 
 
 async def test_it_needs_a_key_from_elsewhere(serve: Serve) -> None:
