@@ -32,7 +32,7 @@ demo-down: setup ## Remove every trace of the demo but its caches
 	@$(BIN)/python -m demo down
 
 .PHONY: engine
-engine: setup
+engine: setup ## llama.cpp and a model for tests and benchmarks, built once
 	@$(PLAY) -i inventories/loopback playbooks/deploy.yml --tags llama_cpp,model
 	@scripts/install-binding $(HERD)/llama.cpp/current/wheel
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ RULES: list[tuple[str, str]] = [
     (r"docker compose ", "elsewhere: tests/lab/test_container.py"),
     (r"cp containers/llamaherd.container |systemctl ", "elsewhere: needs Podman 4.4 under systemd"),
     (r"ansible-galaxy |python3 -m pip install -r .*/meta/requirements.txt", "elsewhere: tests/lab/test_collection.py"),
-    (r"scripts/bootstrap$", "elsewhere: Makefile"),
+    (r"scripts/bootstrap$", "bootstrap"),
     (r"brew ", "elsewhere: needs a Mac"),
     (r"claude$|export (ANTHROPIC|CLAUDE_CODE)_", "elsewhere: tests/server/clients/test_npm.py"),
     (r"cat inventories/mine/.secrets/open_webui/", "elsewhere: tests/lab/test_open_webui.py"),
@@ -49,7 +50,7 @@ def commands() -> Iterator[tuple[str, str]]:
 
 
 def rule(command: str) -> str:
-    bare = re.sub(r"^([A-Z]+=\S+ )+", "", command)
+    bare = re.sub(r"^([A-Z_]+=\S+ )+", "", command)
     return next((how for pattern, how in RULES if re.match(pattern, bare)), "")
 
 
@@ -103,6 +104,15 @@ def test_ansible_finds_tasks_for_it(command: str) -> None:
 @pytest.mark.parametrize("command", run_by("make"))
 def test_make_knows_what_to_do(command: str) -> None:
     assert sh(command.replace("make", "make --dry-run", 1), ROOT)
+
+
+@pytest.mark.parametrize("command", run_by("bootstrap"))
+def test_bootstrap_makes_the_environment(command: str, tmp_path: Path) -> None:
+    for name in ("scripts", "server", "loadtest"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "requirements.lock", tmp_path)
+    sh(command, tmp_path)
+    assert "core" in sh(".venv/bin/ansible-playbook --version", tmp_path)
 
 
 @pytest.mark.parametrize("command", run_by("curl"))
