@@ -1,62 +1,89 @@
-"""What a unit file tells llama-server, as llamaherd's variables."""
+"""What a unit tells llama-server, as llamaherd's variables."""
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
-# llama-server --help: every spelling of a flag that says what a variable of ours says.
+# llama-server --help: every spelling of a flag that says what a variable of ours says. Flags go before variables.
 _MODEL = ("-m", "--model", "LLAMA_ARG_MODEL")
+_HUB = ("-hf", "-hfr", "--hf-repo", "LLAMA_ARG_HF_REPO")
 _ALIAS = ("-a", "--alias", "LLAMA_ARG_ALIAS")
 _CONTEXT = ("-c", "--ctx-size", "LLAMA_ARG_CTX_SIZE")
 _PARALLEL = ("-np", "--parallel", "LLAMA_ARG_N_PARALLEL")
 _PORT = ("--port", "LLAMA_ARG_PORT")
 _GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers", "LLAMA_ARG_N_GPU_LAYERS")
+_WORDS = {
+    "": "on",
+    "1": "on",
+    "true": "on",
+    "enabled": "on",
+    "0": "off",
+    "false": "off",
+    "disabled": "off",
+    "-1": "auto",
+}
 _SETTINGS: dict[str, tuple[tuple[str, ...], Callable[[str], Any]]] = {
     "batch": (("-b", "--batch-size", "LLAMA_ARG_BATCH"), int),
     "ubatch": (("-ub", "--ubatch-size", "LLAMA_ARG_UBATCH"), int),
     "kv_type_k": (("-ctk", "--cache-type-k", "LLAMA_ARG_CACHE_TYPE_K"), str),
     "kv_type_v": (("-ctv", "--cache-type-v", "LLAMA_ARG_CACHE_TYPE_V"), str),
-    "flash_attention": (("-fa", "--flash-attn", "LLAMA_ARG_FLASH_ATTN"), str),
+    # Without a value: on, as builds of before September 2025 had it.
+    "flash_attention": (("-fa", "--flash-attn", "LLAMA_ARG_FLASH_ATTN"), lambda word: _WORDS.get(word, word)),
     "threads": (("-t", "--threads", "LLAMA_ARG_THREADS"), int),
-    "threads_batch": (("-tb", "--threads-batch", "LLAMA_ARG_THREADS_BATCH"), int),
+    "threads_batch": (("-tb", "--threads-batch"), int),
+    "kv_unified": (("-kvu", "--kv-unified", "LLAMA_ARG_KV_UNIFIED"), lambda word: _WORDS.get(word, word) == "on"),
 }
-_UNIFIED = {"-kvu": True, "--kv-unified": True, "-no-kvu": False, "--no-kv-unified": False}
+_NOT_UNIFIED = ("-no-kvu", "--no-kv-unified")
 # What llamaherd always does, or does in a way of its own.
 _COVERED = {
-    "--host": "nginx listens, the server stays on loopback",
-    "LLAMA_ARG_HOST": "nginx listens, the server stays on loopback",
-    "--api-key": "llamaherd_keys: new keys, named and hashed; the old one is not taken over",
-    "LLAMA_API_KEY": "llamaherd_keys: new keys, named and hashed; the old one is not taken over",
-    "--api-key-file": "llamaherd_keys: new keys, named and hashed; the old ones are not taken over",
-    "--ssl-key-file": "nginx has a certificate of its own",
-    "--ssl-cert-file": "nginx has a certificate of its own",
-    "-cb": "always on",
-    "--cont-batching": "always on",
-    "--metrics": "always on",
-    "--jinja": "always on",
+    **dict.fromkeys(("--host", "LLAMA_ARG_HOST"), "nginx listens, the server stays on loopback"),
+    **dict.fromkeys(
+        ("--api-key", "LLAMA_API_KEY", "--api-key-file"),
+        "llamaherd_keys: new keys, named and hashed; what there was is not taken over",
+    ),
+    **dict.fromkeys(("-hft", "--hf-token"), "a token is not read out"),
+    **dict.fromkeys(("--ssl-key-file", "--ssl-cert-file"), "nginx has a certificate of its own"),
+    **dict.fromkeys(("-cb", "--cont-batching", "--metrics", "LLAMA_ARG_ENDPOINT_METRICS", "--jinja"), "always on"),
 }
 
 
-def adopt_llama_server(unit: str) -> dict[str, Any]:
-    """Read a unit's text as `systemctl cat` prints it.
+def adopt_llama_server(service: Sequence[str], environment_files: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a service's ExecStart, Environment and WorkingDirectory, and the texts of its environment files.
 
-    Returns path (the GGUF, "" where the unit names none), name, port, gpu_layers and settings (with what the unit says
-    alone), ctx_size and parallel as llama-server counts them (0: not said), and left: flag and reason for the rest.
+    `service` has a line of each, as `busctl --json=short get-property` prints them: drop-ins, continued lines, quotes
+    and specifiers are systemd's own reading. Returns path (the GGUF, "" where the unit names none), hub (what -hf
+    names), name, aliases, port, gpu_layers and settings (with what the unit says alone), ctx_size and parallel as
+    llama-server counts them (0: not said), and left: flag and reason for the rest.
     """
-    flags = dict(_flags(unit))
+    commands, assignments, folder = (json.loads(line)["data"] for line in service)
+    environment = {name: value for name, _, value in (each.partition("=") for each in assignments)}
+    for text in environment_files:
+        environment |= _assignments(text.replace("\\\n", "").splitlines())
+    words = list(_expanded(commands[-1][1] if commands else [], environment))
+    flags = {name: value for name, value in environment.items() if name.startswith("LLAMA_")} | dict(_flags(words))
+    unclear: dict[str, str] = {}
 
     def take(names: tuple[str, ...], kind: Callable[[str], Any], default: Any) -> Any:
-        found = [flags.pop(name) for name in names if name in flags]
-        return kind(found[0]) if found else default
+        found = [(name, flags.pop(name)) for name in names if name in flags]
+        try:
+            return kind(found[0][1]) if found else default
+        except ValueError:
+            unclear[found[0][0]] = f"{found[0][1] or 'nothing'} is not understood"
+            return default
 
-    path = take(_MODEL, str, "")
+    path = take(_MODEL, lambda name: str(PurePosixPath(folder.removeprefix("!") or "/", name)), "")
     adopted: dict[str, Any] = {
         "path": path,
-        "name": take(_ALIAS, str, path.rsplit("/", 1)[-1].removesuffix(".gguf").lower()),
+        "hub": take(_HUB, str, ""),
+        "name": re.sub(r"[^\w.-]+", "-", PurePosixPath(path).name.removesuffix(".gguf").lower()),
+        "aliases": take(_ALIAS, lambda names: [name.strip() for name in names.split(",")], []),
         "port": take(_PORT, int, 8080),
-        "gpu_layers": take(_GPU_LAYERS, _layers, -1),
+        "gpu_layers": take(_GPU_LAYERS, lambda word: int(word) if word.isdigit() else -1, -1),
         "ctx_size": take(_CONTEXT, int, 0),
         "parallel": take(_PARALLEL, int, 0),
         "settings": {},
@@ -64,31 +91,41 @@ def adopt_llama_server(unit: str) -> dict[str, Any]:
     for setting, (names, kind) in _SETTINGS.items():
         if (value := take(names, kind, None)) is not None:
             adopted["settings"][setting] = value
-    for flag in _UNIFIED.keys() & flags.keys():
-        del flags[flag]
-        adopted["settings"]["kv_unified"] = _UNIFIED[flag]
-    adopted["left"] = [
-        {"flag": flag, "reason": _COVERED.get(flag, f"not taken over{f': was {value}' if value else ''}")}
-        for flag, value in flags.items()
-    ]
+    if take(_NOT_UNIFIED, str, None) is not None:
+        adopted["settings"]["kv_unified"] = False
+    left = {
+        flag: _COVERED.get(flag, f"not taken over{f': was {value}' if value else ''}") for flag, value in flags.items()
+    }
+    adopted["left"] = [{"flag": flag, "reason": reason} for flag, reason in (unclear | left).items()]
     return adopted
 
 
-def _layers(value: str) -> int:
-    return int(value) if value.isdigit() else -1
+def _assignments(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The variables of lines NAME=value, as systemd.exec(5) reads an EnvironmentFile."""
+    for line in map(str.strip, lines):
+        name, equals, value = line.partition("=")
+        if equals and not line.startswith(("#", ";")):
+            try:
+                yield name.strip(), " ".join(shlex.split(value))
+            except ValueError:  # a lone quote is text
+                yield name.strip(), value
 
 
-def _flags(unit: str) -> Iterator[tuple[str, str]]:
-    """Each flag of ExecStart, and each LLAMA_ variable of Environment, with its value."""
-    joined = unit.replace("\\\n", " ")
-    values = [line.partition("=") for line in map(str.strip, joined.splitlines()) if not line.startswith(("#", ";"))]
-    for name, _, value in values:
-        for assignment in shlex.split(value) if name == "Environment" else ():
-            variable, _, content = assignment.partition("=")
-            if variable.startswith("LLAMA_"):
-                yield variable, content
-    commands = [value for name, _, value in values if name == "ExecStart" and value]
-    words = shlex.split(commands[-1])[1:] if commands else []
+def _expanded(words: Sequence[str], environment: Mapping[str, str]) -> Iterator[str]:
+    """Words with $NAME and ${NAME} put in, as systemd.service(5) does it; of a shell's script each word."""
+    for number, word in enumerate(words):
+        if number and words[number - 1] in ("-c", "-lc") and PurePosixPath(words[0]).name in ("sh", "bash", "dash"):
+            yield from _expanded(shlex.split(word), environment)
+        elif re.fullmatch(r"\$\w+", word):
+            yield from shlex.split(environment.get(word[1:], ""))
+        else:
+            yield re.sub(r"\$\{(\w+)\}", lambda name: environment.get(name[1], ""), word).replace("$$", "$")
+
+
+def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each flag after the program with its value; the program may stand behind others, such as numactl."""
+    programs = [number for number, word in enumerate(words) if PurePosixPath(word).name == "llama-server"]
+    words = words[programs[0] + 1 if programs else 1 :]
     for number, word in enumerate(words):
         if not word.startswith("-") or _is_number(word):
             continue

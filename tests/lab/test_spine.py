@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.lab.conftest import LEFT, Herd
+from tests.unit.conftest import load
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
 
@@ -177,21 +178,49 @@ def test_one_changed_setting_restarts_only_the_server(herd: Herd) -> None:
     assert "parallel = 2" in herd.sh("t1", "cat /etc/llamaherd/server.toml")
 
 
+# As people write them: quotes, comments between continued lines, a template, a drop-in, files with more.
+LLAMA_SERVER = """
+mkdir -p /run/systemd/system/llama-server@one.service.d '/srv/llama/My Models'
+ln -sf /var/lib/llamaherd/models/smollm2-135m-instruct.gguf '/srv/llama/My Models/Small one.gguf'
+cat >/run/systemd/system/llama-server@.service <<'UNIT'
+[Service]
+WorkingDirectory=/srv/llama
+Environment=LLAMA_ARG_THREADS=6 "LLAMA_API_KEY=sk-old"
+EnvironmentFile=-/run/llama-%i
+EnvironmentFile=-/run/llama-nothing*
+ExecStart=/usr/bin/llama-server \\
+  -m "My Models/Small %i.gguf" \\
+  # as many as there are people
+  -c 4096 -np 2 --port=${PORT} $EXTRA \\
+  --cache-type-k=q8_0 -fa --mlock
+UNIT
+printf '[Service]\nEnvironment=LLAMA_ARG_THREADS=3\n' >/run/systemd/system/llama-server@one.service.d/threads.conf
+printf 'PORT=8081\nEXTRA="-ub 256 --alias=small,mini"\n' >/run/llama-one
+systemctl daemon-reload
+"""
+
+
 def test_adopt_prints_an_inventory_from_a_llama_server_unit(herd: Herd, tmp_path: Path) -> None:
-    model = "/var/lib/llamaherd/models/smollm2-135m-instruct.gguf"
-    herd.sh(
-        "t1",
-        "printf '[Service]\\nExecStart=/usr/bin/llama-server -m %s -c 4096 -np 2 --api-key sk-old\\n' "
-        f"{model} > /run/systemd/system/llama-server.service",
-    )
+    herd.sh("t1", LLAMA_SERVER)
     printed = tmp_path / "adopted.yml"
-    run = herd.succeed("adopt.yml", "-e", f"llamaherd_adopt_file={printed}")
-    herd.sh("t1", "rm /run/systemd/system/llama-server.service")
+    unit = ["-e", "llamaherd_adopt_unit=llama-server@one.service"]
+    run = herd.succeed("adopt.yml", *unit, "-e", f"llamaherd_adopt_file={printed}", "-v")
     assert run.changed["t1"] == 1  # the file here
     assert "sk-old" not in run.output
     variables = yaml.safe_load(printed.read_text())["all"]["children"]["inference"]["vars"]
-    assert variables["llamaherd_settings"] == {"parallel": 2, "ctx_per_slot": 2048, "kv_unified": False}
-    assert variables["llamaherd_models"][0]["sha256"] == herd.sh("t1", f"sha256sum {model}").split()[0]
+    assert variables["llamaherd_settings"] == {
+        **{"parallel": 2, "ctx_per_slot": 2048, "kv_unified": False, "ubatch": 256},
+        **{"kv_type_k": "q8_0", "flash_attention": "on", "threads": 3},
+    }
+    assert variables["llamaherd_server_port"] == 8081
+    assert variables["llamaherd_models"][0]["aliases"] == ["small", "mini"]
+    model = variables["llamaherd_models"][0]
+    assert model["sha256"] == herd.sh("t1", f"sha256sum '{model['source']['path']}'").split()[0]
+    check = load("plugins/action/check_variables.py", "llamaherd_check_adopted")
+    known = check.known_variables()
+    assert [line for name, value in variables.items() for line in check.mistakes(name, value, known[name])] == []
+    assert "is not there, or runs nothing" in herd.play("adopt.yml", "-e", "llamaherd_adopt_unit=none.service").output
+    herd.sh("t1", "rm -r /run/systemd/system/llama-server@* /run/llama-one /srv/llama; systemctl daemon-reload")
 
 
 def test_reset_leaves_nothing_behind(herd: Herd) -> None:

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from types import ModuleType
+from typing import Any
 
-# As guides write it: continued lines, short and long flags, a negative number, flags that have no counterpart.
-UNIT = """\
-# /etc/systemd/system/llama-server.service
-[Service]
-Environment=LLAMA_ARG_THREADS=6 "LLAMA_API_KEY=sk-secret"
-ExecStart=/opt/llama.cpp/llama-server \\
-  --model /opt/models/Mistral-7B-Instruct-v0.2.Q5_K_M.gguf \\
-  --host 0.0.0.0 --port 8081 \\
-  -c 8192 -np 4 --n-gpu-layers 35 -b 1024 --ubatch-size=256 \\
-  -ctk q8_0 --cache-type-v q8_0 -fa on --cont-batching --seed -1 --mlock
-Restart=on-failure
+import pytest
+
+# What `busctl` says of such a unit as tests/lab/test_spine.py has: quoted and continued lines, a template, a drop-in.
+ARGUMENTS = shlex.split(
+    "/opt/llama.cpp/llama-server --model 'models/My Model qwen.gguf' --host 0.0.0.0 --port='${PORT}' -c 8192 -np 4"
+    " -ngl 99 -fa '$EXTRA' --cache-type-v=q8_0 --seed -1 --mlock"
+)
+ENVIRONMENT = ["LLAMA_ARG_THREADS=3", "LLAMA_API_KEY=sk-secret", "LLAMA_ARG_CTX_SIZE=512"]
+FILE = """\
+# left by a package
+PORT=8081
+EXTRA="-b 1024 -ub 256 --alias='Qwen 7B, qwen'"
+LLAMA_ARG_CACHE_TYPE_K=q8_0
+LLAMA_ARG_THREADS = 6
+NOTE=it's a note
 """
 
 
+def told(arguments: list[str], environment: list[str] | None = None, folder: str = "") -> list[str]:
+    """The lines of `busctl --json=short get-property`."""
+    run = [[arguments[0], arguments, False, 0, 0, 0, 0, 0, 0, 0]]
+    return [json.dumps({"type": "…", "data": data}) for data in (run, environment or [], folder)]
+
+
 def test_flags_become_variables(llama_server_filters: ModuleType) -> None:
-    adopted = llama_server_filters.adopt_llama_server(UNIT)
+    adopted = llama_server_filters.adopt_llama_server(told(ARGUMENTS, ENVIRONMENT, "/var/lib/llama"), [FILE])
     left = {item["flag"]: item["reason"] for item in adopted.pop("left")}
     assert adopted == {
-        "path": "/opt/models/Mistral-7B-Instruct-v0.2.Q5_K_M.gguf",
-        "name": "mistral-7b-instruct-v0.2.q5_k_m",
+        "path": "/var/lib/llama/models/My Model qwen.gguf",
+        "hub": "",
+        "name": "my-model-qwen",
+        "aliases": ["Qwen 7B", "qwen"],
         "port": 8081,
-        "gpu_layers": 35,
+        "gpu_layers": 99,
         "ctx_size": 8192,
         "parallel": 4,
         "settings": {
@@ -37,13 +52,45 @@ def test_flags_become_variables(llama_server_filters: ModuleType) -> None:
             "threads": 6,
         },
     }
-    assert set(left) == {"--host", "--cont-batching", "--seed", "--mlock", "LLAMA_API_KEY"}
+    assert set(left) == {"--host", "--seed", "--mlock", "LLAMA_API_KEY"}
     assert left["--seed"] == "not taken over: was -1"
     assert "sk-secret" not in str(left)
 
 
-def test_a_drop_in_goes_before_the_unit(llama_server_filters: ModuleType) -> None:
-    unit = UNIT + "\n[Service]\nExecStart=\nExecStart=/usr/bin/llama-server -m /m/other.gguf -no-kvu\n"
-    adopted = llama_server_filters.adopt_llama_server(unit)
-    assert (adopted["path"], adopted["port"]) == ("/m/other.gguf", 8080)
-    assert adopted["settings"] == {"threads": 6, "kv_unified": False}
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        (
+            ["/usr/bin/llama-server", "-m", "/m.gguf", "-fa", "auto", "-no-kvu"],
+            {"flash_attention": "auto", "kv_unified": False},
+        ),
+        (["/usr/bin/llama-server", "-m", "/m.gguf", "-kvu", "-fa"], {"flash_attention": "on", "kv_unified": True}),
+        (["/usr/bin/numactl", "-m", "0", "/opt/llama-server", "-m", "/m.gguf", "-tb", "2"], {"threads_batch": 2}),
+        (["/bin/bash", "-c", "exec ./llama-server -m '/m.gguf' -t 2"], {"threads": 2}),
+        (["/bin/sh", "-c", "ulimit -l unlimited; /opt/llama-server -m /m.gguf -ub 64"], {"ubatch": 64}),
+        (["/opt/build/bin/server", "-m", "/m.gguf", "-b", "32"], {"batch": 32}),
+    ],
+    ids=["switches", "bare switches", "behind another program", "shell", "script", "another name"],
+)
+def test_ways_to_say_it(llama_server_filters: ModuleType, arguments: list[str], settings: dict[str, Any]) -> None:
+    adopted = llama_server_filters.adopt_llama_server(told(arguments))
+    assert (adopted["path"], adopted["settings"]) == ("/m.gguf", settings)
+    assert adopted["left"] == []
+
+
+def test_what_is_no_number_is_told_and_not_guessed(llama_server_filters: ModuleType) -> None:
+    adopted = llama_server_filters.adopt_llama_server(
+        told(["llama-server", "-m", "/m.gguf", "-t", "many", "-hft", "hf_secret"])
+    )
+    assert adopted["settings"] == {}
+    assert adopted["left"] == [
+        {"flag": "-t", "reason": "many is not understood"},
+        {"flag": "-hft", "reason": "a token is not read out"},
+    ]
+
+
+def test_a_model_of_the_hub_is_told(llama_server_filters: ModuleType) -> None:
+    adopted = llama_server_filters.adopt_llama_server(
+        told(["llama-server", "-hf", "ggml-org/gemma-3-4b-it-GGUF:Q4_K_M"])
+    )
+    assert (adopted["path"], adopted["hub"]) == ("", "ggml-org/gemma-3-4b-it-GGUF:Q4_K_M")
