@@ -67,12 +67,16 @@ class Herd:
         assert run.rc == 0, f"{name} failed: {run.errors or run.output[-2000:]}"
         return run
 
-    def sh(self, host: str, command: str) -> str:
+    def sh(self, host: str, command: str, timeout_s: float = 60) -> str:
         """The output of `command` on `host`; fails the test when the command does."""
         secrets = self.inventory / ".secrets"
         ssh = ["ssh", "-i", str(secrets / "lab_ed25519"), "-o", f"UserKnownHostsFile={secrets / 'known_hosts'}"]
         done = subprocess.run(
-            [*ssh, f"root@{self.address(host)}", command], capture_output=True, text=True, check=False, timeout=60
+            [*ssh, f"root@{self.address(host)}", command],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout_s,
         )
         assert done.returncode == 0, f"{command!r} on {host}: {done.stderr or done.stdout}"
         return done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.lab.conftest import ROOT
+from tests.lab.conftest import LEFT, ROOT, Herd, booted
 from tests.roles.conftest import Rendered, run_roles
 from tests.roles.test_container import command
 from tests.server.conftest import Server, free_port, required, until_ready
@@ -43,6 +44,7 @@ def base_image() -> None:
         shutil.rmtree(ROOTFS, ignore_errors=True)
         ROOTFS.mkdir(parents=True)
         run("debootstrap", "--variant=minbase", "bookworm", str(ROOTFS))
+        (ROOTFS / "etc/ssl").mkdir(exist_ok=True)
         shutil.copy("/etc/ssl/certs/ca-certificates.crt", ROOTFS / "etc/ssl/builder.crt")
         (ROOTFS / "etc/pip.conf").write_text(PIP_CONF)
     if not run("buildah", *STORE, "images", "--quiet", BASE, check=False).strip().isalnum():
@@ -203,6 +205,95 @@ class TestImage:
             reply = httpx.get(f"{server.url}/admin/engine", headers={"Authorization": f"Bearer {key}"})
             podman("stop", "--time=30", NAME)
         assert (reply.json()["settings"]["parallel"], reply.json()["settings"]["ctx_per_slot"]) == (1, 512)
+
+
+@pytest.fixture(scope="module")
+def contained(podman: Podman, image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
+    """One host, which serves from a container of the image."""
+    folder = tmp_path_factory.mktemp("contained")
+    podman("save", f"--output={folder / 'image.tar'}", image)
+    host = "          llamaherd_lab_release: bookworm\n"
+    asked = {
+        "llamaherd_lab_containers": "true",
+        "llamaherd_server_runtime": "container",
+        "llamaherd_server_image": image,
+        "llamaherd_server_image_archive": folder / "image.tar",
+    }
+    more = "".join(f"          {name}: {value}\n" for name, value in asked.items())
+    with booted(folder, (host, host + more), of="inventory") as herd:
+        herd.sh("t1", RUNC)
+        herd.succeed("deploy.yml")
+        yield herd
+    shutil.rmtree(CACHE / "hosts/images")  # what the host kept in the cache that all lab hosts share
+
+
+# Where root may not raise limits, as in many a virtual machine, crun starts nothing, and runc only what asks for none.
+RUNC = """set -e
+apt-get update -qq && apt-get install -y -qq --no-install-recommends curl runc >/dev/null
+mkdir -p /etc/containers
+cat >/etc/containers/containers.conf <<'CONF'
+[engine]
+runtime = "runc"
+[engine.runtimes]
+runc = ["/usr/local/bin/runc"]
+CONF
+install -m 755 /dev/stdin /usr/local/bin/runc <<'PYTHON'
+#!/usr/bin/python3
+import json, os, pathlib, sys
+if "--bundle" in sys.argv:
+    path = pathlib.Path(sys.argv[sys.argv.index("--bundle") + 1], "config.json")
+    config = json.loads(path.read_text())
+    config["process"].pop("rlimits", None)
+    path.write_text(json.dumps(config))
+os.execv("/usr/sbin/runc", ["runc", *sys.argv[1:]])
+PYTHON
+"""
+
+
+@pytest.mark.lab
+@pytest.mark.fleet
+@pytest.mark.timeout(3600)
+class TestOnAHost:
+    def test_podman_serves_under_systemd(self, contained: Herd) -> None:
+        """Type=notify: that the deployment ended says that the container told of its model."""
+        unit = "systemctl show --property=ActiveState,SubState,MainPID llamaherd-server"
+        assert {"ActiveState=active", "SubState=running"} <= set(contained.sh("t1", unit).split())
+        groups = contained.sh("t1", "cat /sys/fs/cgroup/system.slice/llamaherd-server.service/*/cgroup.procs")
+        names = contained.sh("t1", f"ps -o args= -p {','.join(groups.split())}")
+        assert "-m llamaherd_server" in names
+        assert "llamaherd_server.worker" in names
+        assert contained.sh("t1", "ls /opt/llamaherd").strip() == ""
+
+    def test_verify(self, contained: Herd) -> None:
+        contained.succeed("verify.yml")
+
+    def test_a_second_deploy_changes_nothing(self, contained: Herd) -> None:
+        assert contained.succeed("deploy.yml").changed["t1"] == 0
+        assert contained.succeed("deploy.yml", "--check").changed["t1"] == 0
+
+    def test_other_settings_are_in_force_after_a_deploy(self, contained: Herd) -> None:
+        settings = {"llamaherd_settings": {"parallel": 2, "ctx_per_slot": 512}}
+        contained.succeed("deploy.yml", "--tags", "config", "-e", json.dumps(settings))
+        assert "llamaherd_slots{" in (said := contained.sh("t1", "curl -s http://127.0.0.1:8080/metrics"))
+        assert re.search(r"^llamaherd_slots\{.*\} 2\.0$", said, re.MULTILINE)
+
+    def test_a_dead_container_comes_back(self, contained: Herd) -> None:
+        before = contained.sh("t1", "podman inspect --format={{.Id}} llamaherd-server")
+        contained.sh("t1", "podman kill --signal=KILL llamaherd-server && sleep 1; systemctl start llamaherd-server")
+        assert contained.sh("t1", "podman inspect --format={{.Id}} llamaherd-server") != before
+        assert contained.sh("t1", "curl -s http://127.0.0.1:8080/readyz")
+
+    def test_it_drains_when_the_unit_stops(self, contained: Herd) -> None:
+        contained.sh("t1", "systemctl stop llamaherd-server")
+        shown = contained.sh("t1", "systemctl show --property=Result,ActiveState llamaherd-server").split()
+        assert set(shown) == {"Result=success", "ActiveState=inactive"}
+        assert contained.sh("t1", "podman ps --all --quiet").strip() == ""
+        contained.sh("t1", "systemctl start llamaherd-server")
+
+    def test_reset_leaves_nothing_behind(self, contained: Herd) -> None:
+        contained.succeed("reset.yml", "-e", '{"skip_confirmation": true}')
+        assert contained.sh("t1", LEFT).strip() == ""
+        assert contained.sh("t1", "podman ps --all --quiet; podman images --quiet").strip() == ""
 
 
 def test_the_image_has_what_the_playbooks_have() -> None:
