@@ -23,7 +23,7 @@ from llamaherd_server.settings import LimitSettings
 # For the cost that the queue expects of a request: what it is taken to generate unless its max_tokens is less, and the
 # characters taken to make one token. What it really used is put right at its end.
 _EXPECTED_OUTPUT = 256
-_CHARS_PER_TOKEN = 4
+CHARS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ class Run:
 
 
 def _cost(request: Generate) -> float:
-    scale = _CHARS_PER_TOKEN if isinstance(request.prompt, str) else 1
+    scale = CHARS_PER_TOKEN if isinstance(request.prompt, str) else 1
     return len(request.prompt) / scale + min(request.max_tokens or _EXPECTED_OUTPUT, _EXPECTED_OUTPUT)
 
 

@@ -174,7 +174,6 @@ class ModelInfo(Struct, tag="model", kw_only=True):
     add_bos: bool
     bos_token: str
     eos_token: str
-    eot_token: str
     chat_template: str | None
     pooling: Pooling = "mean"  # of its embeddings; rank: it has scores for /v1/rerank instead
     fim: tuple[str, str, str] | None = None  # what stands before a text, its suffix, and the middle to be filled in

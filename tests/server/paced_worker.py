@@ -70,7 +70,6 @@ MODEL = ModelInfo(
     add_bos=False,
     bos_token="<s>",
     eos_token="</s>",
-    eot_token="</s>",
     chat_template=None,
     build="paced double",
 )

@@ -16,14 +16,13 @@ from llamaherd_server.api.completions import as_prompts
 from llamaherd_server.api.fields import Body
 from llamaherd_server.api.state import state_of
 from llamaherd_server.errors import ApiError
-from llamaherd_server.generation import late_error
+from llamaherd_server.generation import CHARS_PER_TOKEN, late_error
 from llamaherd_server.meter import Usage
 from llamaherd_server.protocol import Embed, Embedded
 
 router = APIRouter()
 
 MOST_INPUTS = 2048  # OpenAI's own limit
-_CHARS_PER_TOKEN = 4
 
 
 class EmbeddingsRequest(Body):
@@ -57,7 +56,7 @@ async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
         for index, vector in enumerate(vectors)
     ]
-    return json_response({"object": "list", "model": state.model_name, "data": data, "usage": usage_object(answer)})
+    return json_response({"object": "list", "model": state.model_name, "data": data, "usage": input_usage(answer)})
 
 
 async def compute(request: Request, question: Embed) -> Embedded:
@@ -82,7 +81,7 @@ async def compute(request: Request, question: Embed) -> Embedded:
     return answer
 
 
-def usage_object(answer: Embedded) -> dict[str, int]:
+def input_usage(answer: Embedded) -> dict[str, int]:
     return {"prompt_tokens": answer.tokens, "total_tokens": answer.tokens}
 
 
@@ -92,7 +91,7 @@ def floats(vector: bytes) -> array[float]:
 
 
 def _cost(question: Embed) -> float:
-    return sum(len(one) / (_CHARS_PER_TOKEN if isinstance(one, str) else 1) for one in question.inputs)
+    return sum(len(one) / (CHARS_PER_TOKEN if isinstance(one, str) else 1) for one in question.inputs)
 
 
 def _cut(vector: bytes, dimensions: int | None) -> array[float]:

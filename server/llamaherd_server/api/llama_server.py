@@ -22,7 +22,7 @@ from llamaherd_server.api.state import AppState, choose_model, state_of
 from llamaherd_server.engine.base import Engine, EngineError, EngineStatus
 from llamaherd_server.engine.native import NativeEngine
 from llamaherd_server.errors import ApiError
-from llamaherd_server.generation import late_error
+from llamaherd_server.generation import CHARS_PER_TOKEN, late_error
 from llamaherd_server.meter import Meter, Usage
 from llamaherd_server.protocol import Delta, Finished, Sampling, Started
 
@@ -34,7 +34,6 @@ _SLOT_FIELDS = (
     *("n_prompt_tokens", "n_prompt_tokens_processed", "n_prompt_tokens_cache"),
 )
 _MEDIA = (b'"image_url"', b'"input_audio"', b'"input_video"')
-_CHARS_PER_TOKEN = 4
 
 
 @router.get("/props")
@@ -194,7 +193,7 @@ async def _admitted(request: Request, state: AppState, body: dict[str, Any], unt
     serving.quotas.enter(key)
     try:
         generations = _generations(body)
-        cost = generations * len(await request.body()) / _CHARS_PER_TOKEN
+        cost = generations * len(await request.body()) / CHARS_PER_TOKEN
         [ticket] = serving.admission.enter(key, [cost], slots=generations)
         try:
             async with asyncio.timeout_at(until):

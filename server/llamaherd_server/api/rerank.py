@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from llamaherd_server.api.answer import json_response
-from llamaherd_server.api.embeddings import MOST_INPUTS, compute, floats, usage_object
+from llamaherd_server.api.embeddings import MOST_INPUTS, compute, floats, input_usage
 from llamaherd_server.api.fields import Body
 from llamaherd_server.api.state import state_of
 from llamaherd_server.errors import ApiError
@@ -43,5 +43,5 @@ async def rerank(body: RerankRequest, request: Request) -> Response:
         if body.return_documents:
             results[-1]["document"] = {"text": body.documents[index]}
     return json_response(
-        {"object": "list", "model": state.model_name, "usage": usage_object(answer), "results": results}
+        {"object": "list", "model": state.model_name, "usage": input_usage(answer), "results": results}
     )

@@ -22,6 +22,8 @@ from llamaherd_server.protocol import (
 
 EngineState = Literal["loading", "ready", "restarting", "failed", "stopped"]
 Event = Started | Delta | Finished
+# How many processes a request may lose before its answer begins: beyond that it may be what they die of.
+LIVES = 2
 
 
 class EngineError(Exception):

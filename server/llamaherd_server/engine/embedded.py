@@ -11,7 +11,7 @@ from typing import TypeAlias, TypeVar
 
 import msgspec
 
-from llamaherd_server.engine.base import EngineError, EngineStatus, Event
+from llamaherd_server.engine.base import LIVES, EngineError, EngineStatus, Event
 from llamaherd_server.engine.supervisor import Supervisor
 from llamaherd_server.protocol import (
     Adapter,
@@ -38,9 +38,6 @@ from llamaherd_server.protocol import (
     WorkerConfig,
 )
 from llamaherd_server.worker.channel import frame
-
-# How many workers a request may lose before it starts: beyond that it may be what they die of.
-LIVES = 2
 
 Question: TypeAlias = Generate | Retune | Tokenize | Detokenize | Embed
 Answer: TypeAlias = Started | Delta | Finished | Failed | Retuned | Tokens | Text | Embedded

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from llamaherd_server.engine.base import EngineError, EngineStatus, Event
+from llamaherd_server.engine.base import LIVES, EngineError, EngineStatus, Event
 from llamaherd_server.engine.native_process import NativeProcess
 from llamaherd_server.engine.native_room import check_room
 from llamaherd_server.engine.supervisor import Supervisor
@@ -41,8 +41,6 @@ from llamaherd_server.protocol import (
     TokenLogprob,
 )
 
-# How often a request that has not begun to be answered is sent: beyond that it may be what the processes die of.
-LIVES = 2
 # How long running generations get before other settings come into force.
 RETUNE_DRAIN_S = 30.0
 _EXIT_S = 1.0

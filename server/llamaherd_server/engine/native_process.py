@@ -128,7 +128,6 @@ class NativeProcess(ChildProcess):
                 add_bos=bool(special.raise_for_status().json()["tokens"]),
                 bos_token=props["bos_token"],
                 eos_token=props["eos_token"],
-                eot_token="",
                 chat_template=props["chat_template"] or None,
                 pooling="rank" if {"--rerank", "--reranking"} & {*self._config.extra_args} else "mean",
                 build=props["build_info"],

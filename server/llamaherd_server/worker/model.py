@@ -141,7 +141,6 @@ class Model:
             add_bos=bool(lib.llama_vocab_get_add_bos(self.vocab)),
             bos_token=self._special(lib.llama_vocab_bos(self.vocab)),
             eos_token=self._special(lib.llama_vocab_eos(self.vocab)),
-            eot_token=self._special(lib.llama_vocab_eot(self.vocab)),
             chat_template=self._template or (template.decode(errors="replace") if template else None),
             pooling=POOLING_NAMES[self.pooling],
             fim=self._fim(),

@@ -32,7 +32,6 @@ MODEL = ModelInfo(
     add_bos=False,
     bos_token="<s>",
     eos_token="</s>",
-    eot_token="</s>",
     chat_template=None,
     build="double",
 )
