@@ -19,7 +19,7 @@ from bench.frontend import bounded, paced, stream
 from bench.servers import free_port
 from bench.serving import ROUNDS, p95
 from bench.table import Metric, Result
-from tests import nginx
+from tests.roles import nginx
 
 REQUESTS = 50
 BOUND_MS = 5.0

@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests import nginx
+from tests.roles import nginx
 from tests.server.conftest import free_port, paced
 from tests.server.conftest import running as server_running
 
