@@ -107,9 +107,17 @@ def test_an_upgrade_that_cannot_work_touches_no_host(fleet: Herd, better: Path, 
 SETTINGS = {"parallel": 3, "ctx_per_slot": 512, "threads": 1, "threads_batch": 1}
 
 
-def test_a_host_that_is_slow_after_the_switch_goes_back_by_itself(fleet: Herd, better: Path) -> None:
-    output = refused(fleet, asked(better, llamaherd_upgrade_least_speed=50, llamaherd_settings=SETTINGS))
+@pytest.mark.parametrize("slower_than", ["before", "when it was tuned"])
+def test_a_host_that_is_slow_after_the_switch_goes_back_by_itself(fleet: Herd, better: Path, slower_than: str) -> None:
+    more: dict[str, Any] = {"llamaherd_upgrade_least_speed": 50, "llamaherd_settings": SETTINGS}
+    if slower_than == "when it was tuned":
+        version = yaml.safe_load((ROOT / "roles/common/defaults/main.yml").read_text())["llamaherd_llama_cpp_version"]
+        measured_on = {"model": "chat", "file": f"{digest(better)}.gguf", "build": f"{version}-cpu"}
+        found = {"workload": "chat", "measured": {"output_tokens_per_s": 1e6, "ttft_p95_ms": 0.1}}
+        more = {"llamaherd_tuned": [{"measured_on": measured_on, "settings": SETTINGS, "provenance": found}]}
+    output = refused(fleet, asked(better, **more))
     assert "f1 serves what it served before, and the rollout stops: It is not slower than it may be" in output
+    assert f"{slower_than}, " in output
 
 
 def test_a_host_that_does_not_load_the_model_goes_back_by_itself(fleet: Herd, better: Path, tmp_path: Path) -> None:
