@@ -46,8 +46,8 @@ def test_status_is_a_table_of_all_hosts(fleet: Herd) -> None:
     assert re.search(columns, shown)
     build, settings = r"[\d.]+-cpu-\w+\s+\w{12}", r"2048/512/1024\s+\d/2\s+\d+\s+[\d.]+"
     for host in ("f1", "f2"):
-        assert re.search(rf"- {host}\s+ready\s+{build}\s+chat\s+{settings}\s+\d+ days", shown), host
-    assert re.search(r"- e1\s+edge\s+.*\d+ days", shown)
+        assert re.search(rf"\n +{host}\s+ready\s+{build}\s+chat\s+{settings}\s+\d+ days", shown), host
+    assert re.search(r"\n +e1\s+edge .* \d+ days", shown)
 
 
 def test_hosts_come_and_go_by_the_inventory(fleet: Herd) -> None:
