@@ -55,6 +55,7 @@ def test_hosts_come_and_go_by_the_inventory(fleet: Herd) -> None:
     with streaming(fleet, rate=0.5) as load:
         two = join(fleet)
         fleet.succeed("deploy.yml")
+        time.sleep(PATIENCE_S)  # for requests enough that each host has some
     assert load.failures == []
     assert served_by(fleet, before)["f3"] >= 1
     with streaming(fleet, rate=0.5) as load:

@@ -20,6 +20,7 @@ RESIDENT = "grep VmRSS /proc/$(systemctl show -P MainPID llamaherd-rpc)/status"
 REACHED = "import socket; socket.create_connection(('198.18.6.13', 50052), 3)"
 
 
+# By its name this file comes before test_fleet*.py, whose hosts of the same names stand until the session ends.
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
     """e1 before f1, whose model lies on f3."""
