@@ -49,7 +49,13 @@ async def test_tokens_and_probabilities_are_llama_servers(peer: httpx.Client) ->
             ours = await ask(engine, prompt, 12, GREEDY, logprobs=3)
             theirs = complete(peer, prompt, temperature=0, n_probs=3)
             assert ours.text == theirs["content"]
-            for mine, one in zip(ours.logprobs, theirs["completion_probabilities"], strict=False):
+            assert [mine.token for mine in ours.logprobs] == theirs["tokens"][: len(ours.logprobs)]
+            told = iter(ours.logprobs)
+            end = len(theirs["tokens"]) - len(ours.logprobs)  # 1 where the last token says that the text is over
+            probabilities = theirs["completion_probabilities"]
+            for one in probabilities[: len(probabilities) - end]:
+                # Of a token that ends within a character it tells nothing; which prompts bring one depends on the CPU.
+                mine = next(mine for mine in told if mine.token == one["id"])
                 assert [top.token for top in mine.top] == [top["id"] for top in one["top_logprobs"]]
                 assert mine.logprob == pytest.approx(one["logprob"], abs=1e-3)
         for fields in SAMPLINGS:
