@@ -19,6 +19,7 @@ import yaml
 from tests.lab.conftest import BIN, ROOT, Herd
 from tests.lab.fleet import EDGE, GATE, MODEL, asked, completion, digest, logged, served_by, serving
 from tests.lab.load import streaming
+from tests.server.engine.tiny import SMOLLM2_WIDTH, write_lora
 
 pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(1800)]
 NAMED = f"readlink {MODEL}"
@@ -202,6 +203,44 @@ def test_a_chat_template_alone_is_an_upgrade(fleet: Herd, tmp_path: Path) -> Non
     after = {answer["usage"]["prompt_tokens"] for answer in of_both_hosts(fleet)}
     assert len(after) == 1
     assert max(after) < 6 < min(before)
+
+
+@pytest.mark.usefixtures("as_before")
+def test_a_lora_alone_is_an_upgrade_of_a_fleet_balanced_by_prefix(fleet: Herd, tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "lora.gguf", "blk.0.attn_q.weight", SMOLLM2_WIDTH, SMOLLM2_WIDTH)
+    adapter = {"name": "lora", "sha256": digest(lora), "source": {"kind": "file", "path": str(lora)}, "scale": 5}
+    before = completion(fleet, max_tokens=16)["choices"][0]["message"]["content"]
+    balance = {"llamaherd_nginx_balance": "prefix"}
+    try:
+        fleet.succeed(*EDGE, "-e", json.dumps(balance))
+        rolled_out(fleet, [of_inventory(fleet) | {"lora": [adapter]}], **balance)
+    finally:
+        fleet.succeed(*EDGE)
+    after = {answer["choices"][0]["message"]["content"] for answer in of_both_hosts(fleet, max_tokens=16)}
+    assert len(after) == 1
+    assert before not in after
+
+
+@pytest.mark.usefixtures("as_before")
+def test_a_host_that_answers_otherwise_goes_back_and_the_canary_stays_upgraded(fleet: Herd, tmp_path: Path) -> None:
+    of_hosts = {"f1": "One, two,", "f2": "The capital of France is"}  # whatever a client says
+    files = [fleet.inventory / f"host_vars/{host}/template.yml" for host in of_hosts]
+    for file, (host, template) in zip(files, of_hosts.items(), strict=True):
+        (path := tmp_path / f"{host}.jinja").write_text(template)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump({"llamaherd_models": [of_inventory(fleet) | {"chat_template": str(path)}]}))
+    before = {host: fleet.sh(host, STATE) for host in of_hosts}
+    try:
+        with streaming(fleet, rate=0.5) as load:
+            run = fleet.play("upgrade.yml", "-e", json.dumps(GATE))
+    finally:
+        for file in files:
+            file.unlink()
+    assert run.rc != 0
+    assert load.failures == []
+    assert "f2 serves what it served before, and the rollout stops: All upgraded hosts say the same" in run.output
+    assert all_in_service(fleet)
+    assert {host: fleet.sh(host, STATE) == before[host] for host in of_hosts} == {"f1": False, "f2": True}
 
 
 @pytest.mark.usefixtures("as_before")

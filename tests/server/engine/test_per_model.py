@@ -13,15 +13,16 @@ from llamaherd_server.protocol import Adapter
 from ..conftest import required
 from .asking import ask
 from .conftest import SETTINGS, running
-from .tiny import write_lora
+from .tiny import SMOLLM2_WIDTH, write_lora
 
-WIDTH = 576  # SmolLM2-135M's embedding
 PROMPT = "The capital of France is"
 
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_lora(tmp_path_factory.mktemp("lora") / "lora.gguf", "blk.0.attn_q.weight", WIDTH, WIDTH))
+    return str(
+        write_lora(tmp_path_factory.mktemp("lora") / "lora.gguf", "blk.0.attn_q.weight", SMOLLM2_WIDTH, SMOLLM2_WIDTH)
+    )
 
 
 async def test_a_lora_changes_what_is_generated_and_goes_with_its_scale(lora: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 WIDTH, HEADS, LAYERS, FEED_FORWARD = 64, 4, 2, 128
 N_CTX = 64
+SMOLLM2_WIDTH = 576  # SmolLM2-135M's embedding
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(mark + one for mark in ("▁", "") for one in string.ascii_lowercase)]
 
 
