@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -98,11 +99,16 @@ def booted(folder: Path, *changes: tuple[str, str], of: str = "inventory_fleet")
     for old, new in changes:
         hosts.write_text(hosts.read_text().replace(old, new))
     herd = Herd(inventory)
-    try:
-        herd.succeed("lab.yml")
-        yield herd
-    finally:
-        herd.succeed("lab.yml", "-e", "llamaherd_lab_state=absent")
+    with Path(f"/run/lock/llamaherd-test-{of}").open("w") as lock:
+        try:  # a test run that was killed lets go of it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pytest.fail(f"the hosts of tests/lab/{of} are in use by another run of the tests: wait for its end")
+        try:
+            herd.succeed("lab.yml")
+            yield herd
+        finally:
+            herd.succeed("lab.yml", "-e", "llamaherd_lab_state=absent")
 
 
 @pytest.fixture(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.conftest import Herd
+from tests.lab.conftest import Herd, booted
 
 pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(3000)]
 
@@ -25,19 +25,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def packed(folder: Path) -> Iterator[Herd]:
     """`t1` packed a bundle into folder/bundle, and was booted afresh without a network but the controller's."""
-    shutil.copytree(Path(__file__).parent / "inventory", folder / "lab")
     if COMPILED.exists():  # saves minutes, and is nothing that a bundle holds
         shutil.copytree(COMPILED, folder / "cache/ccache")
-    herd = Herd(folder / "lab")
-    try:
-        herd.succeed("lab.yml")
+    with booted(folder, of="inventory") as herd:
         herd.succeed("bundle.yml", "-e", f"llamaherd_bundle_folder={folder / 'bundle'}")
         alone = {"llamaherd_lab_nat": False, "llamaherd_lab_cache_dir": str(folder / "cache")}
         herd.succeed("lab.yml", "-e", json.dumps(alone))
         herd.sh("t1", "ip route del default; rm -rf /var/lib/apt/lists/* /var/cache/apt/archives/*.deb")
         yield herd
-    finally:
-        herd.succeed("lab.yml", "-e", "llamaherd_lab_state=absent")
 
 
 @pytest.fixture(scope="module")
