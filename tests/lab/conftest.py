@@ -148,7 +148,10 @@ def paced_server() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
-    """e1 before f1 and f2, deployed; f3 is booted. A fleet that stands already serves for work on these tests."""
+    """e1 before f1 and f2, deployed; f3 is booted. A fleet that stands already serves for work on these tests.
+
+    It stands until the session's end: modules that boot this inventory for themselves have names before test_fleet.
+    """
     if standing := os.environ.get("LLAMAHERD_TEST_FLEET"):  # its copied inventory
         yield Herd(Path(standing))
         return
