@@ -12,6 +12,11 @@ from tests.lab.fleet import completion
 
 pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(3600)]
 GROUPS = ("        f1:\n        f2:\n", "        f1:\n    rpc:\n      hosts:\n        f3:\n    nobody:\n      hosts:\n")
+# Without unified control groups, systemd lets everyone in; it says so in its log.
+FIREWALL = (
+    "          ansible_host: 198.18.6.13\n",
+    "          ansible_host: 198.18.6.13\n          llamaherd_lab_containers: true\n",
+)
 OWN = {
     "f1": {"llamaherd_engine": "llama-server", "llamaherd_rpc_workers": ["f3"], "llamaherd_rpc_address": "198.18.6.11"},
     "f3": {"llamaherd_rpc_address": "198.18.6.13"},
@@ -20,11 +25,10 @@ RESIDENT = "grep VmRSS /proc/$(systemctl show -P MainPID llamaherd-rpc)/status"
 REACHED = "import socket; socket.create_connection(('198.18.6.13', 50052), 3)"
 
 
-# By its name this file comes before test_fleet*.py, whose hosts of the same names stand until the session ends.
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
     """e1 before f1, whose model lies on f3."""
-    with booted(tmp_path_factory.mktemp("inventory"), GROUPS) as herd:
+    with booted(tmp_path_factory.mktemp("inventory"), GROUPS, FIREWALL) as herd:
         for host, variables in OWN.items():
             path = herd.inventory / f"host_vars/{host}.yml"
             path.parent.mkdir(exist_ok=True)
@@ -51,6 +55,8 @@ def test_nobody_but_the_host_that_names_it_reaches_the_worker(spread: Herd) -> N
 def test_both_come_back_when_the_worker_dies(spread: Herd) -> None:
     spread.sh("f3", "systemctl kill --signal=KILL llamaherd-rpc")
     spread.sh("f3", "until systemctl is-active -q llamaherd-rpc; do sleep 0.2; done")
+    with pytest.raises(AssertionError, match="engine_crashed"):  # llama-server looks for its worker when it computes
+        completion(spread)
     ready = "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/readyz')"
     spread.sh("f1", f'sleep 2; until python3 -c "{ready}" 2>&-; do sleep 0.5; done')
     assert completion(spread)["choices"][0]["message"]["content"]
