@@ -16,6 +16,7 @@ import httpx
 import pytest
 import yaml
 
+from tests.debian import need
 from tests.lab.conftest import LEFT, ROOT, Herd, booted
 from tests.roles.conftest import Rendered, run_roles
 from tests.roles.test_container import command
@@ -56,6 +57,7 @@ def base_image() -> None:
 @pytest.fixture(scope="module")
 def image() -> str:
     """The image's name. Its layers stay in the cache: only what changed is built again."""
+    need("buildah", "buildah", "podman", "crun")
     base_image()
     kept = {CACHE / "hosts/ccache": "/var/cache/ccache", CACHE / "containers/debs": "/var/cache/apt/archives"}
     for folder in kept:

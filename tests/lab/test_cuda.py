@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.debian import need
 from tests.lab.conftest import LEFT, Herd
 
 pytestmark = [
@@ -61,8 +61,7 @@ def package(folder: Path, version: str) -> str:
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what NVIDIA's repository has: packages, an index that is signed, and the armored key."""
-    if not shutil.which("gpg"):
-        subprocess.run(["apt-get", "install", "-y", "-q", "--no-install-recommends", "gpg", "gpg-agent"], check=True)
+    need("gpg", "gpg", "gpg-agent")
     folder = tmp_path_factory.mktemp("repository")
     served = folder / "served"
     served.mkdir()
