@@ -42,7 +42,7 @@ class Reader:
 def reader(herd: Herd) -> Iterator[Reader]:
     archive = CACHE / "checkout.tar"
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
-    pack = ["tar", "--null", "--files-from=-", "--transform=s,^,llamaherd/,", "--create", f"--file={archive}"]
+    pack = ["tar", "--null", "--files-from=-", "--transform=s,^,llamaherd/,S", "--create", f"--file={archive}"]
     subprocess.run(pack, cwd=ROOT, input=names, check=True)
     archive.chmod(0o644)
     herd.sh("t1", PREPARE)
