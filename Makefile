@@ -24,7 +24,7 @@ setup: ## Make the locked environment in .venv
 	@scripts/bootstrap
 
 .PHONY: demo
-demo: ## Boot a host, deploy, tune, verify; print the table and a curl line
+demo: ## Boot a host, deploy, tune, verify; print the table and a curl line; BUDGET=10m tunes longer
 	@DEMO_STARTED=$$(date +%s) sh -c 'scripts/bootstrap && exec $(BIN)/python -m demo up'
 
 .PHONY: demo-down

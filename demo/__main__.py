@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 
@@ -23,7 +24,7 @@ def up() -> None:
         return
     forget_tuning(LAB, "herd1")
     timer.run(Stage("deploy: build, model, server, nginx", lambda: playbook(LAB, "deploy.yml")))
-    timer.run(Stage("tune: Locust through https", lambda: playbook(LAB, "tune.yml")))
+    timer.run(Stage("tune: Locust through https", lambda: tune(LAB)))
     timer.run(Stage("verify: testinfra", lambda: playbook(LAB, "verify.yml")))
     show.lab(timer.stages, ROOT / LAB)
 
@@ -33,7 +34,7 @@ def up_as_process(timer: Timer, reason: str) -> None:
     process.stop()
     timer.run(Stage("deploy: build, model, server", lambda: playbook(LOOPBACK, "deploy.yml")))
     timer.run(Stage("start the server as a process", process.start))
-    timer.run(Stage("tune: Locust on loopback", lambda: playbook(LOOPBACK, "tune.yml")))
+    timer.run(Stage("tune: Locust on loopback", lambda: tune(LOOPBACK)))
     show.loopback(timer.stages, reason)
 
 
@@ -43,6 +44,12 @@ def down() -> None:
         playbook(LAB, "lab.yml", "-e", "llamaherd_lab_state=absent")
     except StageFailed as failure:
         print(f"no lab host to remove: {failure}")
+
+
+def tune(inventory: str) -> None:
+    """For as long as BUDGET says, as in `make demo BUDGET=10m`, or else the inventory."""
+    budget = os.environ.get("BUDGET")
+    playbook(inventory, "tune.yml", *(["-e", f"llamaherd_loadgen_budget={budget}"] if budget else []))
 
 
 def forget_tuning(inventory: str, host: str) -> None:
