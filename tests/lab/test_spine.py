@@ -169,6 +169,19 @@ def test_chosen_settings_are_written_deployed_and_verified(herd: Herd, chooser: 
     tuned.unlink()
 
 
+@pytest.mark.fleet
+def test_a_chosen_engine_is_written_deployed_and_verified(herd: Herd, chooser: str) -> None:
+    path = Path(chooser).with_name("verdict.json")
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | {"chosen": {**found["chosen"], "engine": "llama-server"}}))
+    herd.succeed("tune.yml", "-e", f"llamaherd_loadgen_python={chooser}")
+    assert 'kind = "llama-server"' in herd.sh("t1", "cat /etc/llamaherd/server.toml")
+    assert herd.sh("t1", "pgrep -c llama-server").strip() == "1"
+    assert herd.succeed("deploy.yml").changed["t1"] == 0
+    (herd.inventory / "host_vars/t1/tuned.yml").unlink()
+    herd.succeed("deploy.yml", "--tags", "config")
+
+
 def test_one_changed_setting_restarts_only_the_server(herd: Herd) -> None:
     before = herd.sh("t1", "systemctl show -P ActiveEnterTimestampMonotonic nginx llamaherd-server").split()
     herd.succeed("deploy.yml", "--tags", "config", "-e", json.dumps({"llamaherd_settings": {"parallel": 2}}))
