@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import count
 from statistics import median, quantiles
 
 from bench import servers
@@ -46,17 +47,21 @@ def words(generator: random.Random, count: int) -> str:
     return " ".join(generator.choices(WORDS, k=count))
 
 
-def distinct(streams: int, requests_per_stream: int = 2) -> Scenario:
-    """About 100 tokens in, 64 out, temperature 0.8; every stream sends its next request when one ends."""
+def distinct(streams: int, requests_per_stream: int = 2, apart_s: float = 0) -> Scenario:
+    """About 100 tokens in, 64 out, temperature 0.8; every stream sends its next request when one ends.
+
+    Each stream begins `apart_s` seconds after the one before.
+    """
 
     async def load(port: int, seed: int) -> list[Sample]:
         generator = random.Random(seed)
 
-        async def stream(prompts: list[str]) -> list[Sample]:
+        async def stream(number: int, prompts: list[str]) -> list[Sample]:
+            await asyncio.sleep(number * apart_s)
             return [await complete(port, prompt, 64) for prompt in prompts]
 
         batches = [[words(generator, 85) for _ in range(requests_per_stream)] for _ in range(streams)]
-        return [sample for batch in await asyncio.gather(*map(stream, batches)) for sample in batch]
+        return [sample for batch in await asyncio.gather(*map(stream, count(), batches)) for sample in batch]
 
     return Scenario(Flags(parallel=streams, ctx_per_slot=512, unified=True), load)
 
