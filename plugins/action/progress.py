@@ -74,7 +74,7 @@ def summary(line: str, seconds: float) -> str:
     return f"{line[:100]} {elapsed(seconds)}".strip()
 
 
-class ActionModule(ActionBase):  # type: ignore[misc]
+class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
     _VALID_ARGS = frozenset({"argv", "chdir", "log", "label", "show", "interval", "changed"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -109,6 +109,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def _shell(self, script: str) -> dict[str, Any]:
         """Run `script` on the host; through standard input, because a terminal would end the background command."""
+        # Where sudo asks for a password, Ansible's local connection gives a terminal and no input unless it pipelines.
+        if self._connection.has_option("pipelining"):
+            self._connection.set_option("pipelining", True)
         answer: dict[str, Any] = self._low_level_execute_command("sh -s", in_data=script.encode())
         return answer
 
