@@ -17,12 +17,12 @@ class ClosedLoopUser(User):  # type: ignore[misc]  # Locust is untyped
     def on_start(self) -> None:
         self.session.warm_up()
 
-    @task  # type: ignore[untyped-decorator]
+    @task  # type: ignore[untyped-decorator]  # Locust is untyped
     def chat(self) -> None:
         self.session.send()
 
 
-class OpenLoopUser(User):  # type: ignore[misc]
+class OpenLoopUser(User):  # type: ignore[misc]  # Locust is untyped
     """Stands for the dispatcher of an open loop in Locust's count of users; the session sends, at precomputed times.
 
     A wait between tasks would not do: it starts after the answer, so a slow server is asked less (a closed loop).
@@ -32,6 +32,6 @@ class OpenLoopUser(User):  # type: ignore[misc]
     fixed_count = 1
     session: LoadSession
 
-    @task  # type: ignore[untyped-decorator]
+    @task  # type: ignore[untyped-decorator]  # Locust is untyped
     def idle(self) -> None:
         gevent.sleep(1.0)
