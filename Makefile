@@ -42,7 +42,7 @@ lint: setup ## ruff, mypy --strict, ansible-lint, yamllint, shellcheck
 
 .PHONY: test
 test: lint engine ## Everything: lint, unit, server with the real model, load tests, lab
-	@$(BIN)/pytest -n 2 --dist loadgroup
+	@$(BIN)/pytest -n 2
 
 .PHONY: pytest
 pytest: setup ## Some tests, in the environment that they need: make pytest ARGS="tests/unit -k gguf"

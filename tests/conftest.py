@@ -6,14 +6,21 @@ from collections.abc import Iterator
 
 import pytest
 from selenium import webdriver
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.debian import need
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class Halves(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist is untyped
     """Lab hosts have names and addresses of their own: their tests stay in one process, all others in a second."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("lab" if item.nodeid.startswith("tests/lab/") else "here"))
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "lab" if nodeid.startswith("tests/lab/") else "here"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Halves:
+    return Halves(config, log)
 
 
 @pytest.fixture(scope="module")

@@ -75,8 +75,8 @@ FIELDS = [
 
 @pytest.mark.parametrize("sampling", FIELDS)
 async def test_cuts_that_leave_one_candidate_are_greedy(engine: EmbeddedEngine, sampling: Sampling) -> None:
-    prompt = "The capital of Japan is"
-    assert (await ask(engine, prompt, 8, sampling)).text == (await ask(engine, prompt, 8)).text
+    prompt = "The capital of Japan is"  # 4 tokens on, the next two candidates are all but equal
+    assert (await ask(engine, prompt, 4, sampling)).text == (await ask(engine, prompt, 4)).text
 
 
 @pytest.mark.parametrize(
