@@ -15,6 +15,7 @@ GROUPS = {
     "client": "client_cost",
     "tuner": "tuner",
     "gain": "gain",
+    "plays": "plays",
 }
 
 

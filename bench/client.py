@@ -25,11 +25,13 @@ class Sample:
         return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
-async def complete(port: int, prompt: str, max_tokens: int, temperature: float = 0.8) -> Sample:
+async def complete(
+    port: int, prompt: str, max_tokens: int, temperature: float = 0.8, *, model: str = "bench", key: str = "none"
+) -> Sample:
     """Stream one /v1/completions; raises RuntimeError when the server answers with anything but a full stream."""
     body = json.dumps(
         {
-            "model": "bench",
+            "model": model,
             "prompt": prompt,
             "max_tokens": max_tokens,
             "temperature": temperature,
@@ -40,7 +42,8 @@ async def complete(port: int, prompt: str, max_tokens: int, temperature: float =
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     writer.write(
         b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        b"Authorization: Bearer %b\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
+        % (key.encode(), len(body), body)
     )
     sample = Sample(sent=time.perf_counter())
     other = b""

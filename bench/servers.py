@@ -61,7 +61,7 @@ def ours(flags: Flags, config_lines: str = "", environment: Mapping[str, str] | 
         f"threads = {flags.threads}\nthreads_batch = {flags.threads}\n{config_lines}"
     )
     command = [sys.executable, "-m", "llamaherd_server", "--config", str(config)]
-    with _process(command, port, "/readyz", environment) as running:
+    with process(command, port, "/readyz", environment) as running:
         yield running
 
 
@@ -76,7 +76,7 @@ def llama_server(flags: Flags | None, *more: str, model: str | None = None) -> I
         *context,
         *more,
     ]
-    with _process(command, port, "/health") as running:
+    with process(command, port, "/health") as running:
         yield running
 
 
@@ -108,7 +108,7 @@ def lcp_example(flags: Flags) -> Iterator[Running]:
         "kv_unified": flags.unified,
     }
     config.write_text(json.dumps({"server": {"host": "127.0.0.1", "port": port}, "model": model}))
-    with _process([sys.executable, str(script), "-C", str(config)], port, "/healthz") as running:
+    with process([sys.executable, str(script), "-C", str(config)], port, "/healthz") as running:
         yield running
 
 
@@ -129,7 +129,7 @@ def _example_server() -> Path:
 
 
 @contextmanager
-def _process(
+def process(
     command: list[str], port: int, health: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[Running]:
     log = WORK / f"{port}.log"

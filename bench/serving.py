@@ -33,21 +33,23 @@ WORDS = (
     "teacher island silver machine forest history kitchen music number ocean pencil question road summer table"
 ).split()
 Figures = dict[str, float]
+Ask = Callable[[int, str, int], Coroutine[None, None, Sample]]
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One load; `load` gets a port and a seed and returns the samples that count."""
+    """One load; `load` gets a port and a seed and returns the samples that count; `ask` sends one request of it."""
 
     flags: Flags
     load: Callable[[int, int], Coroutine[None, None, list[Sample]]]
+    ask: Ask = complete
 
 
 def words(generator: random.Random, count: int) -> str:
     return " ".join(generator.choices(WORDS, k=count))
 
 
-def distinct(streams: int, requests_per_stream: int = 2, apart_s: float = 0) -> Scenario:
+def distinct(streams: int, requests_per_stream: int = 2, apart_s: float = 0, ask: Ask = complete) -> Scenario:
     """About 100 tokens in, 64 out, temperature 0.8; every stream sends its next request when one ends.
 
     Each stream begins `apart_s` seconds after the one before.
@@ -58,12 +60,12 @@ def distinct(streams: int, requests_per_stream: int = 2, apart_s: float = 0) -> 
 
         async def stream(number: int, prompts: list[str]) -> list[Sample]:
             await asyncio.sleep(number * apart_s)
-            return [await complete(port, prompt, 64) for prompt in prompts]
+            return [await ask(port, prompt, 64) for prompt in prompts]
 
         batches = [[words(generator, 85) for _ in range(requests_per_stream)] for _ in range(streams)]
         return [sample for batch in await asyncio.gather(*map(stream, count(), batches)) for sample in batch]
 
-    return Scenario(Flags(parallel=streams, ctx_per_slot=512, unified=True), load)
+    return Scenario(Flags(parallel=streams, ctx_per_slot=512, unified=True), load, ask)
 
 
 def shared_prefix(streams: int) -> Scenario:
@@ -136,7 +138,7 @@ def measure(
     start: Callable[[Flags], AbstractContextManager[Running]], flags: Flags, scenario: Scenario, seed: int
 ) -> Figures:
     with start(flags) as server:
-        asyncio.run(complete(server.port, "warm up", 8))
+        asyncio.run(scenario.ask(server.port, "warm up", 8))
         began = time.perf_counter()
         samples = asyncio.run(scenario.load(server.port, seed))
         seconds = time.perf_counter() - began

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 
 from demo import process, show
-from demo.stages import ROOT, Stage, StageFailed, Timer, playbook
+from demo.stages import ROOT, Stage, StageFailed, Timer, forget_tuning, playbook
 
 LAB = "inventories/lab"
 LOOPBACK = "inventories/loopback"
@@ -50,12 +49,6 @@ def tune(inventory: str) -> None:
     """For as long as BUDGET says, as in `make demo BUDGET=10m`, or else the inventory."""
     budget = os.environ.get("BUDGET")
     playbook(inventory, "tune.yml", *(["-e", f"llamaherd_loadgen_budget={budget}"] if budget else []))
-
-
-def forget_tuning(inventory: str, host: str) -> None:
-    """A demo shows the choice being made: it starts from the defaults, and resumes no earlier search."""
-    (ROOT / inventory / "host_vars" / host / "tuned.yml").unlink(missing_ok=True)
-    shutil.rmtree(ROOT / "build/tune" / host, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -66,3 +67,9 @@ def playbook(inventory: str, name: str, *arguments: str) -> None:
             error = found.group(1).strip().rstrip(".") if found else error
     if child.returncode != 0:
         raise StageFailed(error or f"playbooks/{name} ended with exit code {child.returncode}")
+
+
+def forget_tuning(inventory: str, host: str) -> None:
+    """For a search from the defaults on that resumes no earlier one."""
+    (ROOT / inventory / "host_vars" / host / "tuned.yml").unlink(missing_ok=True)
+    shutil.rmtree(ROOT / "build/tune" / host, ignore_errors=True)

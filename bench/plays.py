@@ -1,0 +1,118 @@
+"""How long the plays take on lab hosts that have everything already: one host, four hosts, one changed setting.
+
+The hosts stand on a bridge of their own, each its own edge, and are removed at the end. The controller and all of them
+share this machine's cores.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bench.frontend import bounded
+from bench.lab_host import key, ssh
+from bench.servers import WORK
+from bench.serving import ROUNDS
+from bench.table import Result
+from demo.stages import playbook
+
+HOSTS = {f"p{number}": f"198.18.4.1{number}" for number in range(1, 5)}
+SETTINGS = {"parallel": 2, "ctx_per_slot": 1024}
+BOUND_S, BOUND_FOUR, BOUND_SETTING_S = 25.0, 1.5, 15.0
+
+
+# Asks the server itself until it has so many slots.
+WAIT = """python3 -c '
+import json, time, urllib.request
+request = urllib.request.Request("http://127.0.0.1:8080/slots", headers={{"Authorization": "Bearer {key}"}})
+while True:
+    try:
+        if len(json.load(urllib.request.urlopen(request, timeout=1))) == {parallel}:
+            break
+    except OSError:
+        pass
+    time.sleep(0.2)
+'"""
+
+
+def run() -> Result:
+    with hosts() as inventory:
+        one, four, changed = [], [], []
+        for _ in range(ROUNDS):
+            one.append(seconds(inventory, "--limit=p1"))
+            four.append(seconds(inventory))
+            changed += [in_force_after(inventory, parallel) for parallel in (1, SETTINGS["parallel"])]
+    return {
+        "deploy": {
+            "one_host_s": bounded(one, BOUND_S),
+            "four_hosts_s": bounded(four, None),
+            "four_to_one": bounded([all_ / single for all_, single in zip(four, one, strict=True)], BOUND_FOUR),
+        },
+        "setting": {"in_force_s": bounded(changed, BOUND_SETTING_S)},
+    }
+
+
+@contextmanager
+def hosts() -> Iterator[Path]:
+    """The inventory of four hosts on which everything is deployed."""
+    inventory = WORK / "plays"
+    inventory.mkdir(parents=True, exist_ok=True)
+    (inventory / "hosts.yml").write_text(yaml.safe_dump(described()))
+    try:
+        playbook(str(inventory), "lab.yml")
+        playbook(str(inventory), "deploy.yml")
+        yield inventory
+    finally:
+        playbook(str(inventory), "lab.yml", "-e", "llamaherd_lab_state=absent")
+
+
+def described() -> dict[str, Any]:
+    secrets = "{{ inventory_dir }}/.secrets"
+    reach = {
+        "ansible_user": "root",
+        "ansible_ssh_private_key_file": f"{secrets}/lab_ed25519",
+        "ansible_ssh_common_args": f"-o UserKnownHostsFile={secrets}/known_hosts",
+    }
+    network = {
+        "llamaherd_lab_bridge": "herd4",
+        "llamaherd_lab_gateway": "198.18.4.1",
+        "llamaherd_lab_network": "198.18.4.0/24",
+        "llamaherd_lab_run_dir": "/run/llamaherd-lab4",
+    }
+    booted = {host: {"ansible_host": address, "llamaherd_lab_release": "bookworm"} for host, address in HOSTS.items()}
+    named: dict[str, None] = dict.fromkeys(HOSTS)
+    here = {"ansible_connection": "local", "ansible_python_interpreter": "{{ ansible_playbook_python }}"}
+    groups = {
+        "lab": {"hosts": booted, "vars": reach},
+        "inference": {"hosts": named, "vars": {"llamaherd_settings": SETTINGS}},
+        "edge": {"hosts": named},
+        "loadgen": {"hosts": {"localhost": here}},
+    }
+    return {"all": {"children": groups, "vars": network}}
+
+
+def seconds(inventory: Path, *arguments: str) -> float:
+    began = time.monotonic()
+    playbook(str(inventory), "deploy.yml", *arguments)
+    return time.monotonic() - began
+
+
+def in_force_after(inventory: Path, parallel: int) -> float:
+    """From the command's start until the first host's server says that it has so many slots."""
+    wait = WAIT.format(key=key(inventory), parallel=parallel)
+    settings = json.dumps({"llamaherd_settings": SETTINGS | {"parallel": parallel}})
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        play = pool.submit(seconds, inventory, "--limit=p1", "--tags=config", "-e", settings)
+        subprocess.run([*ssh(inventory, HOSTS["p1"]), wait], check=True, timeout=120)
+        after = time.monotonic() - began
+        play.result()
+    return after
