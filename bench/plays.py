@@ -7,6 +7,7 @@ share this machine's cores.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -47,14 +48,16 @@ def run() -> Result:
     with hosts() as inventory:
         one, four, changed = [], [], []
         for _ in range(ROUNDS):
-            one.append(seconds(inventory, "--limit=p1"))
-            four.append(seconds(inventory))
+            one.append(deploy(inventory, "--limit=p1"))
+            four.append(deploy(inventory))
             changed += [in_force_after(inventory, parallel) for parallel in (1, SETTINGS["parallel"])]
     return {
         "deploy": {
-            "one_host_s": bounded(one, BOUND_S),
-            "four_hosts_s": bounded(four, None),
-            "four_to_one": bounded([all_ / single for all_, single in zip(four, one, strict=True)], BOUND_FOUR),
+            "one_host_s": bounded([took for took, _ in one], BOUND_S),
+            "four_hosts_s": bounded([took for took, _ in four], None),
+            "four_to_one": bounded([all_[0] / single[0] for all_, single in zip(four, one, strict=True)], BOUND_FOUR),
+            "one_host_cores": bounded([cores for _, cores in one], None),
+            "four_hosts_cores": bounded([cores for _, cores in four], os.cpu_count()),
         },
         "setting": {"in_force_s": bounded(changed, BOUND_SETTING_S)},
     }
@@ -99,10 +102,18 @@ def described() -> dict[str, Any]:
     return {"all": {"children": groups, "vars": network}}
 
 
-def seconds(inventory: Path, *arguments: str) -> float:
-    began = time.monotonic()
+def deploy(inventory: Path, *arguments: str) -> tuple[float, float]:
+    """Its seconds, and how many of this machine's cores were busy with it and with all else, proc_stat(5)."""
+    began, idle = time.monotonic(), idle_s()
     playbook(str(inventory), "deploy.yml", *arguments)
-    return time.monotonic() - began
+    took = time.monotonic() - began
+    return took, (os.cpu_count() or 1) - (idle_s() - idle) / took
+
+
+def idle_s() -> float:
+    """Of all cores together, since boot."""
+    idle, waiting = Path("/proc/stat").read_text().split()[4:6]
+    return (int(idle) + int(waiting)) / os.sysconf("SC_CLK_TCK")
 
 
 def in_force_after(inventory: Path, parallel: int) -> float:
@@ -111,7 +122,7 @@ def in_force_after(inventory: Path, parallel: int) -> float:
     settings = json.dumps({"llamaherd_settings": SETTINGS | {"parallel": parallel}})
     began = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
-        play = pool.submit(seconds, inventory, "--limit=p1", "--tags=config", "-e", settings)
+        play = pool.submit(deploy, inventory, "--limit=p1", "--tags=config", "-e", settings)
         subprocess.run([*ssh(inventory, HOSTS["p1"]), wait], check=True, timeout=120)
         after = time.monotonic() - began
         play.result()
