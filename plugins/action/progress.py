@@ -12,6 +12,7 @@ Arguments:
     show       last (default): the newest line every `interval` seconds; all: each line once, as it comes
     interval   seconds between two lines (default 10)
     changed    whether it counts as a change (default true)
+    password   name of a variable in the command's environment: what -K was told, where the task does not set it
 Returns rc and seconds; a failure says the log's last lines. Environment and become are the task's own.
 """
 
@@ -35,18 +36,19 @@ runs() {{
   if [ -d /proc/self ]; then tr '\\0' ' ' <"/proc/$pid/cmdline"; else ps -o command= -p "$pid"; fi | grep -qF {log}
 }}
 """
-# Ends the background command's output with its exit code in one rename, so that a reader never sees half of it.
+# The environment is in no process's arguments, which all users of a host may read: it can hold a token.
 _START = (
     _RUNS
     + """
 mkdir -p {directory} && cd {chdir} || exit 1
 if runs; then exit 0; fi
 rm -f {log}.rc
-nohup sh -c {job} {log} >{log} 2>&1 </dev/null &
+{environment} nohup sh -c {job} {log} >{log} 2>&1 </dev/null &
 echo $! >{log}.pid
 """
 )
-_JOB = "{environment} {command}; echo $? >{log}.rc.new; mv {log}.rc.new {log}.rc; rm -f {log}.pid"
+# Ends the background command's output with its exit code in one rename, so that a reader never sees half of it.
+_JOB = "{command}; echo $? >{log}.rc.new; mv {log}.rc.new {log}.rc; rm -f {log}.pid"
 _POLL = (
     _RUNS
     + """
@@ -75,7 +77,7 @@ def summary(line: str, seconds: float) -> str:
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
-    _VALID_ARGS = frozenset({"argv", "chdir", "log", "label", "show", "interval", "changed"})
+    _VALID_ARGS = frozenset({"argv", "chdir", "log", "label", "show", "interval", "changed", "password"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         result: dict[str, Any] = super().run(tmp, task_vars)
@@ -88,7 +90,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
         label = f"{host}: {args.get('label', self._task.name)}"
         show_all = args.get("show", "last") == "all"
         started = time.monotonic()
-        self._start([str(word) for word in args["argv"]], str(args.get("chdir", "/")), log)
+        environment = self._environment(str(args.get("password", "")))
+        self._start([str(word) for word in args["argv"]], str(args.get("chdir", "/")), environment, log)
         rc, tail = self._follow(log, label, show_all, float(args.get("interval", 10)), started)
         result |= {"rc": rc, "changed": changed, "seconds": round(time.monotonic() - started, 1)}
         if rc != 0:
@@ -97,11 +100,21 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
             result |= {"failed": True, "msg": f"{label}: {last}{before}"}
         return result
 
-    def _start(self, argv: list[str], chdir: str, log: str) -> None:
+    def _environment(self, password: str) -> str:
+        environment = str(self._compute_environment_string())
+        told = self._play_context.become_pass
+        if password and told and f"{password}=" not in environment:
+            environment = f"{environment} {password}={shlex.quote(told)}"
+        return environment
+
+    def _start(self, argv: list[str], chdir: str, environment: str, log: str) -> None:
         quoted = shlex.quote(log)
-        job = _JOB.format(environment=self._compute_environment_string(), command=shlex.join(argv), log=quoted)
         script = _START.format(
-            directory=shlex.quote(log.rpartition("/")[0]), chdir=shlex.quote(chdir), log=quoted, job=shlex.quote(job)
+            directory=shlex.quote(log.rpartition("/")[0]),
+            chdir=shlex.quote(chdir),
+            log=quoted,
+            environment=environment,
+            job=shlex.quote(_JOB.format(command=shlex.join(argv), log=quoted)),
         )
         answer = self._shell(script)
         if answer["rc"] != 0:

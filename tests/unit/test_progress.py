@@ -25,10 +25,12 @@ def test_a_line_says_how_far_and_how_long(progress: ModuleType, line: str, secon
     assert progress.summary(line, seconds) == expected
 
 
-def start(progress: ModuleType, log: Path, command: str) -> None:
+def start(progress: ModuleType, log: Path, command: str, environment: str = "") -> None:
     quoted = shlex.quote(str(log))
-    job = shlex.quote(progress._JOB.format(environment="", command=command, log=quoted))
-    script = progress._START.format(directory=shlex.quote(str(log.parent)), chdir="/", log=quoted, job=job)
+    job = shlex.quote(progress._JOB.format(command=command, log=quoted))
+    script = progress._START.format(
+        directory=shlex.quote(str(log.parent)), chdir="/", environment=environment, log=quoted, job=job
+    )
     subprocess.run(["sh", "-s"], input=script, text=True, check=True)
 
 
@@ -62,3 +64,15 @@ def test_another_process_with_the_number_of_one_that_is_gone_is_not_waited_for(
     while not (tmp_path / "build.log.rc").exists():
         time.sleep(0.05)
     assert log.read_text() == "built\n"
+
+
+def test_its_environment_is_not_for_everyone_to_read(progress: ModuleType, tmp_path: Path) -> None:
+    log = tmp_path / "fetch.log"
+    wait = f'echo "$TOKEN"; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done'
+    start(progress, log, wait, environment="TOKEN='a secret'")
+    while "secret" not in state(progress, log):
+        time.sleep(0.05)
+    seen = subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True).stdout
+    (tmp_path / "go").touch()
+    assert str(log) in seen
+    assert "a secret" not in seen

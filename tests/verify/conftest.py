@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import testinfra
 from testinfra.host import Host
 
 from tests.verify.client import Client
+from tests.verify.sudo import give_password
 
 PROMISED = os.environ.get("LLAMAHERD_VERIFY")
 collect_ignore_glob = [] if PROMISED else ["test_*.py"]
@@ -29,9 +31,13 @@ def promised() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def host(promised: dict[str, Any]) -> Host:
+def host(promised: dict[str, Any]) -> Iterator[Host]:
     """testinfra's host, reached as Ansible reaches it."""
-    return testinfra.get_host(**promised["connection"])
+    host = testinfra.get_host(**promised["connection"])
+    with pytest.MonkeyPatch.context() as patch:
+        if promised["connection"]["sudo"] and (password := os.environ.get("LLAMAHERD_SUDO_PASSWORD")):
+            give_password(host.backend, password, patch)
+        yield host
 
 
 @pytest.fixture(scope="session")
