@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 from types import ModuleType
+from uuid import uuid4
 
 import pytest
 
@@ -67,12 +68,12 @@ def test_another_process_with_the_number_of_one_that_is_gone_is_not_waited_for(
 
 
 def test_its_environment_is_not_for_everyone_to_read(progress: ModuleType, tmp_path: Path) -> None:
-    log = tmp_path / "fetch.log"
+    log, secret = tmp_path / "fetch.log", uuid4().hex
     wait = f'echo "$TOKEN"; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done'
-    start(progress, log, wait, environment="TOKEN='a secret'")
-    while "secret" not in state(progress, log):
+    start(progress, log, wait, environment=f"TOKEN={secret}")
+    while secret not in state(progress, log):
         time.sleep(0.05)
     seen = subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True).stdout
     (tmp_path / "go").touch()
     assert str(log) in seen
-    assert "a secret" not in seen
+    assert secret not in seen
