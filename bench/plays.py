@@ -122,7 +122,7 @@ def in_force_after(inventory: Path, parallel: int) -> float:
     settings = json.dumps({"llamaherd_settings": SETTINGS | {"parallel": parallel}})
     began = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
-        play = pool.submit(deploy, inventory, "--limit=p1", "--tags=config", "-e", settings)
+        play = pool.submit(playbook, str(inventory), "deploy.yml", "--limit=p1", "--tags=config", "-e", settings)
         subprocess.run([*ssh(inventory, HOSTS["p1"]), wait], check=True, timeout=120)
         after = time.monotonic() - began
         play.result()
