@@ -3,11 +3,9 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 GROUP ?= all
 BIN := .venv/bin
-PLAY := $(BIN)/ansible-playbook
 # The engine that tests and benchmarks run is built by the same role that builds it on hosts.
 HERD := $(HOME)/.cache/llamaherd/loopback
-# Progress comes as it is made, into a pipe too.
-export PYTHONUNBUFFERED := 1
+RUN := . scripts/environment &&
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export LLAMAHERD_TEST_LIB_DIR := $(HERD)/llama.cpp/current/lib
 export LLAMAHERD_TEST_BIN_DIR := $(HERD)/llama.cpp/current/bin
@@ -17,7 +15,7 @@ export MTMD_CPP_LIB := $(LLAMAHERD_TEST_LIB_DIR)
 
 .PHONY: help
 help: ## List the commands
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s%s\n", $$1, $$2}' Makefile
 
 .PHONY: setup
 setup: ## Make the locked environment in .venv
@@ -29,37 +27,37 @@ demo: ## Boot a host, deploy, tune, verify; print the table and a curl line; BUD
 
 .PHONY: demo-down
 demo-down: setup ## Remove every trace of the demo but its caches
-	@$(BIN)/python -m demo down
+	@$(RUN) $(BIN)/python -m demo down
 
 .PHONY: engine
 engine: setup ## llama.cpp and a model for tests and benchmarks, built once
-	@$(PLAY) -i inventories/loopback playbooks/deploy.yml --tags llama_cpp,model
-	@scripts/install-binding $(HERD)/llama.cpp/current/wheel
+	@$(RUN) $(BIN)/ansible-playbook -i inventories/loopback playbooks/deploy.yml --tags llama_cpp,model
+	@scripts/install-binding "$(HERD)/llama.cpp/current/wheel"
 
 .PHONY: lint
 lint: setup ## ruff, mypy --strict, ansible-lint, yamllint, shellcheck
-	@scripts/lint
+	@$(RUN) scripts/lint
 
 .PHONY: test
 test: lint engine ## Everything: lint, unit, server with the real model, load tests, lab
-	@$(BIN)/pytest -n 2
+	@$(RUN) $(BIN)/pytest -n 2
 
 .PHONY: pytest
 pytest: setup ## Some tests, in the environment that they need: make pytest ARGS="tests/unit -k gguf"
-	@$(BIN)/pytest $(ARGS)
+	@$(RUN) $(BIN)/pytest $(ARGS)
 
 .PHONY: test-fleet
 test-fleet: setup engine ## The long tests on a fleet of lab hosts
-	@$(BIN)/pytest -m fleet
+	@$(RUN) $(BIN)/pytest -m fleet
 
 .PHONY: bench
 bench: setup engine ## All of bench/, or one: make bench GROUP=serving
-	@$(BIN)/python -m bench $(GROUP)
+	@$(RUN) $(BIN)/python -m bench $(GROUP)
 
 .PHONY: docs
 docs: setup ## The documentation as a site: build/docs/index.html
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@$(RUN) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 .PHONY: report-demo
 report-demo: setup ## Make the tuning report from recorded data: build/report-demo.html
-	@$(BIN)/python -m llamaherd_loadtest.report loadtest/recorded build/report-demo.html
+	@$(RUN) $(BIN)/python -m llamaherd_loadtest.report loadtest/recorded build/report-demo.html
