@@ -57,7 +57,7 @@ def base_image() -> None:
 @pytest.fixture(scope="module")
 def image() -> str:
     """The image's name. Its layers stay in the cache: only what changed is built again."""
-    need("buildah", "buildah", "podman", "crun")
+    need("buildah")
     base_image()
     kept = {CACHE / "hosts/ccache": "/var/cache/ccache", CACHE / "containers/debs": "/var/cache/apt/archives"}
     for folder in kept:

@@ -61,7 +61,7 @@ def package(folder: Path, version: str) -> str:
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what NVIDIA's repository has: packages, an index that is signed, and the armored key."""
-    need("gpg", "gpg", "gpg-agent")
+    need("gpg")
     folder = tmp_path_factory.mktemp("repository")
     served = folder / "served"
     served.mkdir()

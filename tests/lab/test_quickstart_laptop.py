@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.conftest import CACHE, LEFT, ROOT, Herd
+from tests.tree import tracked
 
 pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(3600)]
 PAGE = (ROOT / "docs/quickstart-laptop.md").read_text().partition("## Keep it")[2]
@@ -41,7 +42,7 @@ class Reader:
 @pytest.fixture(scope="module")
 def reader(herd: Herd) -> Iterator[Reader]:
     archive = CACHE / "checkout.tar"
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    names = b"\0".join(bytes(path) for path in tracked())
     pack = ["tar", "--null", "--files-from=-", "--transform=s,^,llamaherd/,S", "--create", f"--file={archive}"]
     subprocess.run(pack, cwd=ROOT, input=names, check=True)
     archive.chmod(0o644)

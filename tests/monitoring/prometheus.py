@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +14,9 @@ from typing import Any
 
 import httpx
 import jinja2
-import pytest
 import yaml
 
+from tests.debian import need
 from tests.server.conftest import START_S, free_port, wait_ready
 
 ROLE = Path(__file__).resolve().parents[2] / "roles/monitoring"
@@ -25,23 +24,6 @@ TEMPLATE = "ansible.builtin.template"
 Query = Callable[
     [str], list[dict[str, Any]]
 ]  # PromQL to samples: a `metric` with its labels, a `value` of time and text
-
-
-def tool(name: str) -> str:
-    """Debian's, unpacked into the cache where it is not installed: its package would start a service."""
-    cache = Path.home() / ".cache/llamaherd/prometheus"
-    found = shutil.which(name, path=f"{cache}/usr/bin") or shutil.which(name)
-    if found:
-        return found
-    cache.mkdir(parents=True, exist_ok=True)
-    fetched = subprocess.run(
-        ["apt-get", "download", "-qq", "prometheus"], cwd=cache, capture_output=True, text=True, check=False
-    )
-    for package in cache.glob("prometheus_*.deb"):
-        subprocess.run(["dpkg-deb", "-x", package, cache], check=True)
-        package.unlink()
-        return str(cache / "usr/bin" / name)
-    pytest.fail(f"no {name}: install Debian's package prometheus; apt-get download says: {fetched.stderr}")
 
 
 def rules() -> str:
@@ -65,7 +47,7 @@ def scraping(folder: Path, target: str) -> Iterator[Query]:
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     url = f"http://127.0.0.1:{free_port()}"
     command = [
-        tool("prometheus"),
+        need("prometheus"),
         f"--config.file={folder / 'prometheus.yml'}",
         f"--storage.tsdb.path={folder / 'tsdb'}",
     ]

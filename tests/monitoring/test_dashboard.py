@@ -18,6 +18,8 @@ import pytest
 from tests.monitoring.prometheus import dashboard, panel_queries, scraping, without_data
 from tests.server.conftest import Server, running
 
+pytestmark = pytest.mark.needs("prometheus")
+
 KEYS = {"team-a": "sk-a", "team-b": "sk-b"}
 # Of nginx, hosts and certificates; tests/lab/test_monitoring.py asks them of a host that was deployed.
 ELSEWHERE = re.compile(r"\b(nginx_|node_|probe_|instance_listener:)")

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.monitoring.prometheus import rules, tool
+from tests.debian import need
+from tests.monitoring.prometheus import rules
+
+pytestmark = pytest.mark.needs("promtool")
 
 CASES = Path(__file__).with_name("rules.test.yml")
 
@@ -18,7 +21,7 @@ def promtool(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
     """promtool's tests of `text` as the rules."""
     (folder / "rules.yml").write_text(text)
     (folder / "cases.yml").write_text(CASES.read_text())
-    command = [tool("promtool"), "test", "rules", "cases.yml"]
+    command = [need("promtool"), "test", "rules", "cases.yml"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.debian import need
 from tests.roles.conftest import run_roles
 
-UNPACKED = Path.home() / ".cache/llamaherd/nginx"
 HOST = "debian12"  # of tests/roles/facts
 # The edge's certificate and the hosts' in one, which is its own CA.
 SELF_SIGNED = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 7"
@@ -20,17 +20,6 @@ SIGN = (
     f"{SELF_SIGNED} -keyout tls.key -out tls.crt -subj /CN={HOST}"
     " -addext subjectAltName=IP:127.0.0.1,DNS:inference.llamaherd.internal"
 )
-
-
-def program() -> Path:
-    """Debian's nginx; where it is not installed, unpacked: installing it would start a service on port 80."""
-    if found := shutil.which("nginx"):
-        return Path(found)
-    if not (UNPACKED / "usr/sbin/nginx").exists():
-        UNPACKED.mkdir(parents=True, exist_ok=True)
-        unpack = "apt-get -q update; apt-get -q download nginx; dpkg-deb -x nginx_*.deb ."
-        subprocess.run(["sh", "-ec", unpack], cwd=UNPACKED, check=True, capture_output=True)
-    return UNPACKED / "usr/sbin/nginx"
 
 
 def render(folder: Path, variables: Mapping[str, Any]) -> Path:
@@ -56,7 +45,7 @@ def render(folder: Path, variables: Mapping[str, Any]) -> Path:
 @contextmanager
 def running(config: Path) -> Iterator[None]:
     """nginx with this configuration, until the block ends."""
-    command = [str(program()), "-c", str(config)]
+    command = [need("nginx"), "-c", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # it listens when the command returns
     if done.returncode:
         raise RuntimeError(done.stderr)

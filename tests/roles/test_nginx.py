@@ -23,6 +23,8 @@ from tests.roles import nginx
 from tests.server.conftest import free_port, paced
 from tests.server.conftest import running as server_running
 
+pytestmark = pytest.mark.needs("nginx", "openssl")
+
 STREAMS, BURST = 3, 8
 ASK = {"prompt": "Count.", "max_tokens": 20, "stream": True}
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
 from pathlib import Path
 
-from tests.unit.conftest import ROOT
+from tests.tree import ROOT, tracked
 
-TRACKED = [
-    Path(name)
-    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-]
+TRACKED = tracked()
 PYTHON = [path for path in TRACKED if path.suffix == ".py" and (ROOT / path).stat().st_size]
 # Those of a role that say it by where they are.
 PLACED = re.compile(r"(^|/)(defaults|vars|meta)/")

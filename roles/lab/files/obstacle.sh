@@ -20,6 +20,7 @@ at=$1
 while [ ! -d "$at" ]; do at=$(dirname "$at"); done
 probe=$(mktemp -d "$at/.llamaherd-probe-XXXXXX") || refuse "$at is not writable"
 mkdir "$probe/lower" "$probe/upper" "$probe/work" "$probe/root"
+# shellcheck disable=SC2016 # the inner shell expands it
 unshare --mount sh -c 'cd "$1" && mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work root' sh "$probe" 2>/dev/null
 mounted=$?
 rm -rf "$probe"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import subprocess
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.monitoring.prometheus import tool
+from tests.debian import need
 
 from .conftest import Serve
 from .double import Double
@@ -40,10 +41,11 @@ async def test_counts_by_key_and_model_and_keeps_llama_servers_names(serve: Serv
 
 def checked(page: bytes) -> tuple[int, list[str]]:
     """promtool's exit code and lines."""
-    done = subprocess.run([tool("promtool"), "check", "metrics"], input=page, capture_output=True, check=False)
+    done = subprocess.run([need("promtool"), "check", "metrics"], input=page, capture_output=True, check=False)
     return done.returncode, (done.stdout + done.stderr).decode().splitlines()
 
 
+@pytest.mark.needs("promtool")
 async def test_promtool_accepts_the_page(serve: Serve) -> None:
     async with serve(Double(tokens=4)) as served:
         await served.chat()
