@@ -16,6 +16,7 @@ GROUPS = {
     "tuner": "tuner",
     "gain": "gain",
     "plays": "plays",
+    "hostile": "hostile",
 }
 
 
