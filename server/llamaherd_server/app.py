@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from fastapi import Depends, FastAPI, Security
+from fastapi import FastAPI, Security
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import APIKeyHeader, HTTPBearer
 
-from llamaherd_server import errors
+from llamaherd_server import error_responses
 from llamaherd_server.admission import Admission
 from llamaherd_server.api import (
     chat,
@@ -26,7 +26,7 @@ from llamaherd_server.api import (
     status_page,
     tokenize,
 )
-from llamaherd_server.api.state import AppState, choose_model
+from llamaherd_server.api.state import AppState
 from llamaherd_server.auth import KeyStore
 from llamaherd_server.chat.sandbox import Sandbox
 from llamaherd_server.engine.base import Engine
@@ -63,7 +63,9 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
         states.update(dict.fromkeys((one.model.name, *one.model.aliases), state))
     app = FastAPI(title="llamaherd", docs_url="/docs", redoc_url=None, lifespan=_lifespan)
     app.state.llamaherd = states[settings.model.name]
-    told: dict[int | str, dict[str, Any]] = {"4XX": {"model": errors.ErrorBody}, "5XX": {"model": errors.ErrorBody}}
+    described: dict[int | str, dict[str, Any]] = {
+        status: {"model": error_responses.ErrorBody} for status in ("4XX", "5XX")
+    }
     for router in (
         chat.router,
         completions.router,
@@ -77,8 +79,8 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
         status_page.router,
         llama_server.router,
     ):
-        app.include_router(router, responses=told, dependencies=[Depends(choose_model), *_DOCUMENTED])
-    errors.install(app)
+        app.include_router(router, responses=described, dependencies=_DOCUMENTED)
+    error_responses.install(app)
     app.add_middleware(Gate, keys=keys, lifecycle=lifecycle, max_body_bytes=limits.max_body_bytes)
     app.add_middleware(RequestContext, metrics=metrics)
     if origins := settings.http.cors_origins:

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaherd_server.auth import ANONYMOUS, Key, KeyStore
+from llamaherd_server.error_responses import error_response
 from llamaherd_server.errors import ApiError
 from llamaherd_server.generation import Text
 from llamaherd_server.lifecycle import Lifecycle
@@ -120,7 +121,7 @@ class Gate:
             scope["state"]["log"].key = key.name
             self._check_served(scope)
         except ApiError as error:
-            await error.response(scope["path"])(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
             return
         with self._lifecycle.tracked():
             await self._app(scope, self._bounded(receive), send)

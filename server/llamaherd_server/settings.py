@@ -67,6 +67,8 @@ class AuthSettings(Section):
 
 
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
+# As an alias: the model answers to every name that is no other model's.
+ANY_NAME = "*"
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 
 

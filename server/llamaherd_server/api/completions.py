@@ -10,12 +10,13 @@ from pydantic import BeforeValidator, Field, model_validator
 from llamaherd_server.api.answer import answer, run_of
 from llamaherd_server.api.completion_shape import CompletionShape
 from llamaherd_server.api.fields import GenerationFields
+from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import AppState, state_of
 from llamaherd_server.api.wire import Options
 from llamaherd_server.errors import ApiError, unsupported
 from llamaherd_server.protocol import Generate, ModelInfo
 
-router = APIRouter()
+router = APIRouter(route_class=ModelRoute)
 
 _MAX_PROMPTS = 128
 

@@ -14,13 +14,14 @@ from pydantic import BeforeValidator, Field
 from llamaherd_server.api.answer import json_response, unless_gone
 from llamaherd_server.api.completions import as_prompts
 from llamaherd_server.api.fields import Body
+from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.errors import ApiError
 from llamaherd_server.generation import CHARS_PER_TOKEN, late_error
 from llamaherd_server.meter import Usage
 from llamaherd_server.protocol import Embed, Embedded
 
-router = APIRouter()
+router = APIRouter(route_class=ModelRoute)
 
 MOST_INPUTS = 2048  # OpenAI's own limit
 

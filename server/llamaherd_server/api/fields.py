@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Annotated, Any, Self
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 from llamaherd_server.errors import unknown_field, unsupported
 from llamaherd_server.protocol import Sampling
@@ -14,10 +23,28 @@ _STOPS = 16
 _INT32 = 2**31 - 1
 
 
+def _fail_fast(schema: Any) -> None:
+    if isinstance(schema, list | tuple):
+        for part in schema:
+            _fail_fast(part)
+    elif isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        for part in schema.values():
+            _fail_fast(part)
+
+
 class Body(BaseModel):
     """A request's body. A field that it does not know is an error that names the nearest one."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Lists stop at their first mistake: nobody reads the others, and there may be thousands."""
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
 
     @model_validator(mode="before")
     @classmethod

@@ -13,20 +13,21 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from llamaherd_server.api.answer import json_response, unless_gone
+from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import AppState, choose_model, state_of
 from llamaherd_server.engine.base import Engine, EngineError, EngineStatus
 from llamaherd_server.engine.native import NativeEngine
 from llamaherd_server.errors import ApiError
 from llamaherd_server.generation import CHARS_PER_TOKEN, late_error
+from llamaherd_server.json_body import json_of
 from llamaherd_server.meter import Meter, Usage
 from llamaherd_server.protocol import Delta, Finished, Sampling, Started
 
-router = APIRouter()
+router = APIRouter(route_class=ModelRoute)
 
 # What a slot tells; its sampling parameters and texts are a request's own.
 _SLOT_FIELDS = (
@@ -91,7 +92,7 @@ async def infill(request: Request) -> Response:
     return await _passed_on(request, "/infill")
 
 
-class MediaRoute(APIRoute):
+class MediaRoute(ModelRoute):
     """A chat with an image, sound or film goes to llama-server whole; every other one to the endpoint."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -159,10 +160,7 @@ async def _begun(lines: AsyncIterator[str]) -> str:
 
 
 async def _body(request: Request) -> dict[str, Any]:
-    try:
-        body = await request.json()
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body is not valid JSON", code="invalid_json") from None
+    body = await json_of(request)
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_value")
     if url := next((url for url in _urls(body) if not url.startswith("data:")), None):

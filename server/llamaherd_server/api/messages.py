@@ -15,11 +15,13 @@ from llamaherd_server.api.chat_fields import MOST_TOOLS, Name, choice_of
 from llamaherd_server.api.conversation import Conversation, prepare
 from llamaherd_server.api.fields import Body, SamplingFields, Text
 from llamaherd_server.api.messages_shape import MessagesShape
+from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.chat.tools import Tool
-from llamaherd_server.errors import MessagesErrorBody, unsupported
+from llamaherd_server.error_responses import MessagesErrorBody
+from llamaherd_server.errors import unsupported
 
-router = APIRouter()
+router = APIRouter(route_class=ModelRoute)
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": MessagesErrorBody}, "5XX": {"model": MessagesErrorBody}}
 
 

@@ -6,10 +6,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import AppState, state_of
 from llamaherd_server.chat.formats import thinking_of
+from llamaherd_server.settings import ANY_NAME
 
-router = APIRouter()
+router = APIRouter(route_class=ModelRoute)
 
 
 @router.get("/v1/models")
@@ -39,7 +41,7 @@ def _describe(state: AppState) -> dict[str, Any]:
     info = state.model_info()
     return {
         "id": state.model_name,
-        "aliases": state.settings.model.aliases,
+        "aliases": [alias for alias in state.settings.model.aliases if alias != ANY_NAME],
         "object": "model",
         "created": int(state.settings.model.path.stat().st_mtime),
         "owned_by": "llamaherd",

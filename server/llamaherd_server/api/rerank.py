@@ -10,11 +10,12 @@ from pydantic import Field
 from llamaherd_server.api.answer import json_response
 from llamaherd_server.api.embeddings import MOST_INPUTS, compute, floats, input_usage
 from llamaherd_server.api.fields import Body
+from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.errors import ApiError
 from llamaherd_server.protocol import Embed
 
-router = APIRouter()
+router = APIRouter(route_class=ModelRoute)
 
 
 class RerankRequest(Body):

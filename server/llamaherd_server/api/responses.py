@@ -15,11 +15,12 @@ from llamaherd_server.api.chat_fields import MOST_TOOLS, Name, arguments_object,
 from llamaherd_server.api.conversation import Conversation, prepare
 from llamaherd_server.api.fields import Body, SamplingFields, StreamOptions
 from llamaherd_server.api.responses_shape import ResponsesShape
+from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.chat.tools import Tool
 from llamaherd_server.errors import unsupported
 
-router = APIRouter()
+router = APIRouter(route_class=ModelRoute)
 
 
 class Part(Body):

@@ -10,11 +10,12 @@ from fastapi import Request
 from llamaherd_server.auth import Key
 from llamaherd_server.chat.sandbox import Sandbox
 from llamaherd_server.engine.switch import Switch
-from llamaherd_server.errors import ApiError
+from llamaherd_server.errors import ApiError, shown
 from llamaherd_server.generation import Serving
+from llamaherd_server.json_body import json_of
 from llamaherd_server.lifecycle import Lifecycle
 from llamaherd_server.protocol import ModelInfo
-from llamaherd_server.settings import Settings
+from llamaherd_server.settings import ANY_NAME, Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +48,16 @@ class AppState:
         return [state for name, state in self.models.items() if name == state.model_name]
 
     def named(self, name: str) -> AppState:
-        """The model of that name or alias; raises the 404 that lists what there is."""
-        if state := self.models.get(name):
+        """The model of that name or alias, or the one that has the alias "*"; raises the 404 that lists the names."""
+        if state := self.models.get(name) or self.models.get(ANY_NAME):
             return state
-        there = ", ".join(repr(state.model_name) for state in self.all())
-        message = f"model {name!r} is not served here: there is {there}"
+        available = ", ".join(repr(state.model_name) for state in self.all())
+        message = f"unknown model {shown(name)}; available: {available}"
         raise ApiError(404, message, param="model", code="model_not_found")
 
     def check_model(self, name: str | None, key: Key) -> None:
         """Raise the 404 for a model that is not served, the 403 for one that is not the key's."""
-        if name is not None and self.named(name) is not self:
+        if name and self.named(name) is not self:
             raise ValueError(f"a request for {name!r} came to {self.model_name!r}")
         if key.models is not None and self.model_name not in key.models:
             message = f"key {key.name!r} may not use model {self.model_name!r}"
@@ -72,21 +73,21 @@ def state_of(request: Request) -> AppState:
 async def choose_model(request: Request) -> None:
     """Send the request to the model that it names, in the body or the query; without a name, to the first one.
 
-    Raises the 404 for an unknown name, and the 503 while that model loads. What else is wrong is for the endpoint.
+    Raises the 404 for an unknown name, and for a POST the 403 for a model that is not the key's and the 503 while that
+    model loads.
     """
     state = state_of(request)
-    if (name := await _model_of(request)) is not None:
+    if name := await _model_of(request):
         state = request.state.model = state.named(name)
-    if request.method == "POST" and (refusal := state.lifecycle.refusal(state.serving)):
-        raise refusal
+    if request.method == "POST":
+        state.check_model(None, request.state.key)
+        if refusal := state.lifecycle.refusal(state.serving):
+            raise refusal
 
 
 async def _model_of(request: Request) -> str | None:
     name: Any = request.query_params.get("model")
     if request.method == "POST":
-        try:
-            body = await request.json()
-        except (ValueError, RecursionError):
-            return None
+        body = await json_of(request)
         name = body.get("model") if isinstance(body, dict) else None
     return name if isinstance(name, str) else None

@@ -7,9 +7,10 @@ from html import escape
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
+from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import AppState, state_of
 
-router = APIRouter()
+router = APIRouter(route_class=ModelRoute)
 
 _REFRESH_S = 3
 _COLUMNS = ("model", "engine", "state", "slots busy", "waiting", "KV cells in use")

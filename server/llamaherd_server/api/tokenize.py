@@ -8,9 +8,10 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from llamaherd_server.api.fields import Body
+from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
 
-router = APIRouter()
+router = APIRouter(route_class=ModelRoute)
 
 
 class TokenizeRequest(Body):

@@ -135,7 +135,7 @@ async def test_parts_are_joined_and_a_last_assistant_turn_is_continued(serve: Se
         ({"stop": [""]}, 400, "stop.0", "at least 1 character"),
         ({"grammar": "root ::= \0"}, 400, "grammar", "NUL"),
         ({"response_format": {"type": "json_schema"}}, 400, "response_format", "json_schema"),
-        ({"model": "gpt-4"}, 404, "model", "there is 'double'"),
+        ({"model": "gpt-4"}, 404, "model", "available: 'double'"),
     ],
 )
 async def test_what_cannot_be_honoured_is_refused(
@@ -154,10 +154,10 @@ async def test_what_cannot_be_honoured_is_refused(
     ("body", "content_type", "code"),
     [
         (b'{"messages": [', "application/json", "invalid_json"),
-        (b"[" * 100_000, "application/json", None),
-        (b'{"a": "\xff"}', "application/json", None),
+        (b"[" * 100_000, "application/json", "body_too_complex"),
+        (b'{"a": "\xff"}', "application/json", "invalid_json"),
         (b"{}", "text/plain", "invalid_content_type"),
-        (b"", "application/json", "invalid_value"),
+        (b"", "application/json", "invalid_json"),
         (b"[]", "application/json", "invalid_value"),
     ],
 )

@@ -66,7 +66,7 @@ def test_openais_client_reads_both_encodings(server: Server) -> None:
         ({"input": [[]]}, "input", "input"),
         ({"input": [1, 999999]}, "input", "token 999999 is not in the vocabulary"),
         ({"input": "x", "encoding_format": "hex"}, "encoding_format", "'float' or 'base64'"),
-        ({"input": "x", "model": "other"}, "model", "'other' is not served here"),
+        ({"input": "x", "model": "other"}, "model", "unknown model 'other'"),
         ({"inputs": "x"}, "inputs", "did you mean 'input'?"),
     ],
 )

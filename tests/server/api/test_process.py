@@ -83,7 +83,7 @@ def test_a_structured_answer_is_parsed(client: openai.OpenAI) -> None:
 
 def test_models_and_an_unknown_one(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["smollm2"]
-    with pytest.raises(openai.NotFoundError, match="there is 'smollm2'"):
+    with pytest.raises(openai.NotFoundError, match="available: 'smollm2'"):
         client.completions.create(model="gpt-4", prompt="x")
 
 

@@ -1,0 +1,108 @@
+"""Errors in the shape of OpenAI's API: {"error": {"message", "type", "param", "code"}}; Anthropic's routes differ."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from llamaherd_server.engine.base import EngineError
+from llamaherd_server.errors import ApiError
+
+# pydantic error types that this package raises itself; their messages name the field already.
+_OWN_KINDS = ("unknown_field", "unsupported")
+
+
+class ErrorObject(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str = Field(description="invalid_request_error, authentication_error, rate_limit_error, server_error …")
+    param: str | None = Field(description="The field of the request that is to blame.")
+    code: str | None = Field(description="The reason, for programs.")
+
+
+class ErrorBody(BaseModel):
+    """Every answer other than a 2xx. A 429 and a 503 come with Retry-After."""
+
+    error: ErrorObject
+
+
+class MessagesErrorObject(BaseModel):
+    """What went wrong, in the words of Anthropic's API."""
+
+    type: str = Field(description="invalid_request_error, not_found_error, rate_limit_error, api_error …")
+    message: str
+
+
+class MessagesErrorBody(BaseModel):
+    """Every answer of Anthropic's routes other than a 2xx."""
+
+    type: Literal["error"]
+    error: MessagesErrorObject
+
+
+def error_response(error: ApiError, path: str) -> Response:
+    """The answer to a request for `path`."""
+    body = error.messages_body() if path.startswith("/v1/messages") else error.body()
+    return Response(msgspec.json.encode(body), error.status_code, error.headers, "application/json")
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of `app` in OpenAI's shape; what a client sent wrong is a 400, never a 422."""
+    app.exception_handler(RequestValidationError)(_on_validation_error)
+    app.exception_handler(HTTPException)(_on_http_exception)
+    app.exception_handler(EngineError)(_on_engine_error)
+    app.exception_handler(UnicodeEncodeError)(_on_half_a_character)
+    app.exception_handler(ClientDisconnect)(_on_client_gone)
+    app.exception_handler(Exception)(_on_bug)
+
+
+async def _on_http_exception(request: Request, error: HTTPException) -> Response:
+    if not isinstance(error, ApiError):
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        error = ApiError(error.status_code, message, headers=error.headers)
+    return error_response(error, request.url.path)
+
+
+async def _on_engine_error(request: Request, error: EngineError) -> Response:
+    return error_response(ApiError.of_engine(error), request.url.path)
+
+
+async def _on_half_a_character(request: Request, _: UnicodeEncodeError) -> Response:
+    # JSON can spell half of a surrogate pair; what is not typed as text keeps it until it is encoded.
+    error = ApiError(400, "a text in the body has an unpaired surrogate", code="invalid_value")
+    return error_response(error, request.url.path)
+
+
+async def _on_client_gone(request: Request, _: ClientDisconnect) -> Response:
+    request.state.log.client_gone = True
+    return Response(status_code=499)  # nginx's number for it; nobody reads this
+
+
+async def _on_bug(request: Request, _: Exception) -> Response:
+    bug = ApiError(500, "internal error; the server's log has the details", code="internal")
+    return error_response(bug, request.url.path)
+
+
+async def _on_validation_error(request: Request, error: RequestValidationError) -> Response:
+    return error_response(_of_first(error.errors()[0], param_from=1), request.url.path)
+
+
+def of_validation(error: ValidationError) -> ApiError:
+    """The 400 for a body: its first mistake."""
+    return _of_first(error.errors(include_url=False, include_input=False)[0], param_from=0)
+
+
+def _of_first(first: Any, param_from: int) -> ApiError:
+    kind, message = first["type"], first["msg"].removeprefix("Value error, ")
+    param = ".".join(map(str, first["loc"][param_from:])) or None
+    if kind in _OWN_KINDS:
+        nested = f"{param}." if param and kind == "unknown_field" else ""
+        return ApiError(400, message, param=nested + first["ctx"]["param"], code=kind)
+    return ApiError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value")

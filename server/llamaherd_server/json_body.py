@@ -1,0 +1,82 @@
+"""Decodes and validates the JSON of a request so that the event loop works on none for long.
+
+What a body costs is known before it is decoded: strings, containers and values are counted in the bytes. A large one
+within these bounds is decoded and validated on a thread, where it yields to the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from llamaherd_server.error_responses import of_validation
+from llamaherd_server.errors import ApiError
+
+T = TypeVar("T")
+
+# 4,096 messages of several parts, 2,048 inputs of 512 tokens and 128 tools with large schemas are within these.
+MAX_STRINGS = 2**17  # names of fields too
+MAX_CONTAINERS = 2**16  # objects and arrays
+MAX_VALUES = 2**20
+_INLINE_BYTES = 2**15
+_POOL = ThreadPoolExecutor(2, "json")
+
+
+async def json_of(request: Request) -> Any:
+    """The request's body, decoded once; raises the 400 for one that is not JSON or costs too much."""
+    if not hasattr(request.state, "json"):
+        body = await request.body()
+        request.state.json = await _run(decode, body, size=len(body))
+    return request.state.json
+
+
+async def validated(request: Request, adapter: TypeAdapter[T]) -> T:
+    """The request's body as what `adapter` makes of it; raises the 400 that names the first mistake."""
+    value = await json_of(request)
+    try:
+        return await _run(adapter.validate_python, value, size=len(await request.body()))
+    except ValidationError as error:
+        raise of_validation(error) from None
+
+
+def decode(body: bytes) -> Any:
+    """The value of a JSON text in UTF-8; raises ApiError."""
+    body = body.removeprefix(b"\xef\xbb\xbf")
+    _check_cost(body)
+    try:
+        return from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+
+
+async def _run(work: Callable[[Any], T], argument: Any, *, size: int) -> T:
+    if size <= _INLINE_BYTES:
+        return work(argument)
+    return await asyncio.get_running_loop().run_in_executor(_POOL, work, argument)
+
+
+def _check_cost(body: bytes) -> None:
+    if body.count(b'"') <= MAX_STRINGS and _containers(body) <= MAX_CONTAINERS and body.count(b",") <= MAX_VALUES:
+        return
+    # Texts may hold any number of these characters: count again without them.
+    body = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    _check("strings", body.count(b'"') // 2, MAX_STRINGS)
+    outside = b"".join(body.split(b'"')[::2])
+    _check("objects and arrays", _containers(outside), MAX_CONTAINERS)
+    _check("values", outside.count(b","), MAX_VALUES)
+
+
+def _containers(body: bytes) -> int:
+    return body.count(b"{") + body.count(b"[")
+
+
+def _check(what: str, count: int, most: int) -> None:
+    if count > most:
+        message = f"the body has {count} {what}, more than {most}: send it in several requests"
+        raise ApiError(400, message, code="body_too_complex")
