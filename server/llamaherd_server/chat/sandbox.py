@@ -1,78 +1,200 @@
-"""Renders chat templates, which are code that comes with a model file, in a process that may die.
+"""Runs functions on untrusted input in processes that may die: chat templates, grammars, whatever may take long.
 
-One process serves all calls, one after the other: a typical template takes well under a millisecond.
+There are a few such processes, so that a call that burns its budget delays no other one; of them, one caller may keep
+all but a few busy. What a call does to its process, it pays for; what others do to it (a SIGKILL, a SIGSTOP) costs a
+second try.
 """
 
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import sys
-from contextlib import suppress
-from typing import Any
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
+from typing import Self, TypeVar, get_type_hints
 
 import msgspec
+
+from llamaherd_server.chat.sandbox_child import Call, Refused
+from llamaherd_server.errors import ApiError
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+# For whom a call is made: the name of the request's key.
+caller: ContextVar[str] = ContextVar("caller", default="")
+
+CPU_S = 2.0
+# A process that was stopped or gets no CPU time is given up after so many times the CPU time that a call may take.
+_PATIENCE = 4
+_MOST = 8
+_LEFT_FOR_OTHERS = 2
+_KEPT = 2
+_TRIES = 3
+_START_S = 30
+_LARGEST_ANSWER = 64 * 2**20
+# How a process ends that somebody else ended.
+_ENDED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 
 
 class SandboxError(Exception):
     """The call failed or went over its limits; the message is for the client."""
 
 
-class Sandbox:
-    """A supervised sandbox_child process, started when first needed and again after a call that killed it."""
+class _Lost(Exception):
+    """The process ended, and not by what it was given."""
 
-    def __init__(self) -> None:
-        self._process: asyncio.subprocess.Process | None = None
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._lock = asyncio.Lock()
+
+class Sandbox:
+    """Supervised sandbox_child processes, started when they are needed."""
+
+    def __init__(self, most: int = _MOST) -> None:
+        self._most = most
+        self._idle: list[_Child] = []
+        self._busy: Counter[str] = Counter()
+        self._children: set[_Child] = set()
+        self._freed = asyncio.Condition()
+        self._stopped = False
 
     async def start(self) -> None:
-        """Start the process ahead of the first call."""
-        async with self._lock:
-            await self._running()
+        """Start a process ahead of the first call."""
+        self._idle.append(await self._new())
 
     async def stop(self) -> None:
-        async with self._lock:
-            await self._kill()
+        """End the processes, and with them the calls that still run."""
+        self._stopped = True
+        await asyncio.gather(*(child.kill() for child in self._children))
 
-    async def render(self, template: str, context: dict[str, Any]) -> str:
-        """The template's output for `context`; raises SandboxError."""
-        async with self._lock:
-            reader, writer = await self._running()
-            body = msgspec.json.encode({"template": template, "context": context})
-            try:
-                writer.write(len(body).to_bytes(4, "big") + body)
-                await writer.drain()
-                size = int.from_bytes(await reader.readexactly(4), "big")
-                answer = await reader.readexactly(size)
-            except (asyncio.IncompleteReadError, ConnectionError):
-                await self._kill()
-                raise SandboxError("went over its limits of time and memory") from None
-            except asyncio.CancelledError:
-                await self._kill()  # or the next call would read this one's answer
-                raise
-        text = answer[1:].decode()
-        if answer[:1] != b"+":
-            raise SandboxError(text)
-        return text
+    async def in_child(self, function: Callable[[A], R], argument: A, cpu_s: float = CPU_S) -> R:
+        """`function(argument)`, computed in a child within `cpu_s` seconds of CPU time.
 
-    async def _running(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        if self._process is not None and self._streams is not None and self._process.returncode is None:
-            return self._streams
+        `function` is one of this package, by name; argument and value go as JSON of the types that it is annotated
+        with. Raises the ApiError that it raises, SandboxError for any other exception and for exceeded limits, and
+        ApiError (503) when its processes are ended from outside again and again.
+        """
+        call = Call(f"{function.__module__}:{function.__name__}", cpu_s, msgspec.Raw(msgspec.json.encode(argument)))
+        body = msgspec.json.encode(call)
+        for _ in range(_TRIES):
+            async with self._child() as child:
+                try:
+                    answer = await child.answer(body, cpu_s)
+                except _Lost:
+                    continue
+            kind, content = answer[:1], answer[1:]
+            if kind == b"+":
+                value: R = msgspec.json.decode(content, type=get_type_hints(function)["return"])
+                return value
+            if kind == b"-":
+                refused = msgspec.json.decode(content, type=Refused)
+                raise ApiError(refused.status, refused.message, code=refused.code, param=refused.param)
+            raise SandboxError(content.decode())
+        raise ApiError(503, "the process for this request was ended from outside", code="sandbox_lost", retry_after=1)
+
+    @asynccontextmanager
+    async def _child(self) -> AsyncIterator[_Child]:
+        """A child for one call, once there is one for this caller."""
+        who = caller.get()
+        async with self._freed:
+            await self._freed.wait_for(lambda: self._free(who))
+            self._busy[who] += 1
+        child = None
+        try:
+            child = self._idle.pop() if self._idle else await self._new()
+            yield child
+        finally:
+            if child is not None and child.usable and not self._stopped and len(self._idle) < _KEPT:
+                self._idle.append(child)
+            elif child is not None:
+                await child.kill()
+                self._children.discard(child)
+            async with self._freed:
+                self._busy[who] -= 1
+                self._freed.notify_all()
+
+    def _free(self, who: str) -> bool:
+        return self._busy[who] < max(1, self._most - _LEFT_FOR_OTHERS) and self._busy.total() < self._most
+
+    async def _new(self) -> _Child:
+        self._refuse_if_stopped()
+        try:
+            child = await _Child.start()
+        except (OSError, EOFError):
+            raise ApiError(
+                503, "no process for this request could be started", code="sandbox_lost", retry_after=1
+            ) from None
+        self._children.add(child)
+        if self._stopped:  # in the meantime
+            await child.kill()
+        self._refuse_if_stopped()
+        return child
+
+    def _refuse_if_stopped(self) -> None:
+        if self._stopped:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=1)
+
+
+class _Child:
+    """One process. `usable`: between two calls."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self.usable = True
+
+    @classmethod
+    async def start(cls) -> Self:
         ours, theirs = socket.socketpair()
         command = (sys.executable, "-I", "-m", "llamaherd_server.chat.sandbox_child")
         with theirs:
             end = theirs.fileno()
-            self._process = await asyncio.create_subprocess_exec(*command, stdin=end, stdout=end, env={})
-        self._streams = reader, writer = await asyncio.open_connection(sock=ours)
-        await reader.readexactly(1)  # it has imported what it needs
-        return reader, writer
+            try:
+                process = await asyncio.create_subprocess_exec(*command, stdin=end, stdout=end, env={})
+            except BaseException:
+                ours.close()
+                raise
+        child = cls(process, *await asyncio.open_connection(sock=ours))
+        try:
+            await child._read()
+        except BaseException:
+            await child.kill()
+            raise
+        return child
 
-    async def _kill(self) -> None:
-        if self._process is None or self._streams is None:
-            return
+    async def answer(self, body: bytes, cpu_s: float) -> bytes:
+        """Its answer to a call; raises SandboxError, and _Lost."""
+        self.usable = False  # until the answer has been read, or the next call would read it
+        try:
+            async with asyncio.timeout(cpu_s * _PATIENCE):
+                self._writer.write(len(body).to_bytes(4, "big") + body)
+                await self._writer.drain()
+                answer = await self._read()
+        except TimeoutError:
+            raise _Lost from None
+        except (EOFError, ConnectionError):
+            code = await self._process.wait()
+            if code in _ENDED_FROM_OUTSIDE:
+                raise _Lost from None
+            exceeded = f"time: {cpu_s:g} s of CPU time" if code == -signal.SIGPROF else "time and memory"
+            raise SandboxError(f"went over its limits of {exceeded}") from None
+        self.usable = True
+        return answer
+
+    async def kill(self) -> None:
+        self.usable = False
         with suppress(ProcessLookupError):
             self._process.kill()
+        self._writer.close()
         await self._process.wait()
-        self._streams[1].close()
-        self._process = self._streams = None
+
+    async def _read(self) -> bytes:
+        size = int.from_bytes(await self._reader.readexactly(4), "big")
+        if size > _LARGEST_ANSWER:
+            raise EOFError
+        return await self._reader.readexactly(size)

@@ -1,85 +1,88 @@
-"""The process in which untrusted chat templates are rendered; sandbox.py starts it.
+"""A process that may die: it runs functions of this package on untrusted input; sandbox.py starts it.
 
-A call is 4 bytes of length and a JSON object {"template", "context"}; its answer 4 bytes of length, "+" or "-", and
-UTF-8 text.
-Memory is bounded by RLIMIT_AS, time by an alarm: what is over either ends this process and nothing else.
+A frame is 4 bytes of length and a body. A call's body is a `Call` as JSON, an answer's is one byte and JSON: `+` and
+the function's value, `-` and an `ApiError`'s fields, or `!` and the message of any other exception.
+RLIMIT_AS bounds its memory and a timer the CPU time of a call: exceeding either ends this process and nothing else.
 """
 
 from __future__ import annotations
 
-import datetime
-import functools
-import json
+import importlib
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, BinaryIO, NoReturn
+from pathlib import Path
+from typing import Any, BinaryIO, get_type_hints
 
-from jinja2 import Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import msgspec
+
+from llamaherd_server.errors import ApiError
 
 MEMORY_BYTES = 256 * 2**20
-OUTPUT_CHARS = 8 * 2**20
-TIME_S = 2.0
+
+
+class Call(msgspec.Struct):
+    """`function` is "module:name"; its one argument and its value are of the types that its annotations name."""
+
+    function: str
+    cpu_s: float
+    argument: msgspec.Raw
+
+
+class Refused(msgspec.Struct):
+    """An ApiError that the function raised."""
+
+    status: int
+    message: str
+    code: str | None
+    param: str | None
 
 
 def main() -> None:
     """Answer calls until the other end closes."""
-    with suppress(ValueError, OSError):  # macOS has no such limit; the alarm still bounds what a call can fill
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    with suppress(ValueError, OSError):  # macOS has no such limit; the timer still bounds what a call can fill
+        limit = _address_space() + MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     calls, answers = sys.stdin.buffer, sys.stdout.buffer
-    answers.write(b"!")  # the imports are done, the time of a call starts with the call
-    answers.flush()
+    _write(answers, b"")  # the imports are done: the time of a call starts with the call
     while head := calls.read(4):
-        call = json.loads(calls.read(int.from_bytes(head, "big")))
-        signal.setitimer(signal.ITIMER_REAL, TIME_S)
+        call = msgspec.json.decode(calls.read(int.from_bytes(head, "big")), type=Call)
+        signal.setitimer(signal.ITIMER_PROF, call.cpu_s)
         try:
-            _answer(answers, b"+", render(**call))
+            function = function_named(call.function)
+            answer = b"+" + msgspec.json.encode(function(decoded(call.argument, function)))
+        except ApiError as error:
+            answer = b"-" + msgspec.json.encode(Refused(error.status_code, error.detail, error.code, error.param))
         except MemoryError:
-            _answer(answers, b"-", f"needs more than {MEMORY_BYTES} bytes of memory")
+            answer = b"!" + f"needs more than {MEMORY_BYTES} bytes of memory".encode()
         except Exception as error:
-            _answer(answers, b"-", str(error) or type(error).__name__)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+            answer = b"!" + (str(error) or type(error).__name__).encode(errors="replace")
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _write(answers, answer)
 
 
-def render(template: str, context: dict[str, Any]) -> str:
-    """A chat template's prompt."""
-    pieces, length = [], 0
-    for piece in _compiled(template).generate(context):
-        length += len(piece)
-        if length > OUTPUT_CHARS:
-            raise ValueError(f"the output is longer than {OUTPUT_CHARS} characters")
-        pieces.append(piece)
-    return "".join(pieces)
+def function_named(name: str) -> Callable[[Any], Any]:
+    """The function that a `Call` names."""
+    module, _, function = name.partition(":")
+    found: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
+    return found
 
 
-@functools.lru_cache(maxsize=4)
-def _compiled(template: str) -> Template:
-    # What transformers' apply_chat_template offers a template, which is what templates are written against.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(template)
+def decoded(raw: msgspec.Raw, function: Callable[[Any], Any]) -> Any:
+    """A call's argument, in the type that the function takes."""
+    [argument, *_] = get_type_hints(function).values()
+    return msgspec.json.decode(raw, type=argument)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+def _address_space() -> int:
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    return 0
 
 
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().astimezone().strftime(pattern)
-
-
-def _answer(answers: BinaryIO, status: bytes, text: str) -> None:
-    body = status + text.encode(errors="replace")
+def _write(answers: BinaryIO, body: bytes) -> None:
     answers.write(len(body).to_bytes(4, "big") + body)
     answers.flush()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llamaherd_server.chat import jinja
 from llamaherd_server.chat.sandbox import Sandbox, SandboxError
 from llamaherd_server.errors import ApiError
 from llamaherd_server.protocol import ModelInfo
@@ -37,7 +38,8 @@ async def render(
         "eos_token": model.eos_token,
     }
     try:
-        prompt = await sandbox.render(model.chat_template or CHATML, context)
+        rendering = jinja.Rendering(model.chat_template or CHATML, context)
+        prompt = await sandbox.in_child(jinja.render, rendering)
     except SandboxError as error:
         raise ApiError(400, f"the model's chat template: {error}", param="messages", code="template_error") from None
     return prompt + (prefill or "")

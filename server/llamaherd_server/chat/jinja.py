@@ -1,0 +1,56 @@
+"""Renders a chat template, which is code that comes with a model file: called in a sandboxed child only."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from typing import Any, NoReturn
+
+import msgspec
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+OUTPUT_CHARS = 8 * 2**20
+
+
+class Rendering(msgspec.Struct):
+    """A template and its variables."""
+
+    template: str
+    context: dict[str, Any]
+
+
+def render(rendering: Rendering) -> str:
+    """A chat template's prompt."""
+    pieces, length = [], 0
+    for piece in _compiled(rendering.template).generate(rendering.context):
+        length += len(piece)
+        if length > OUTPUT_CHARS:
+            raise ValueError(f"the output is longer than {OUTPUT_CHARS} characters")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(template: str) -> Template:
+    # What transformers' apply_chat_template offers a template, which is what templates are written against.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment.from_string(template)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().astimezone().strftime(pattern)

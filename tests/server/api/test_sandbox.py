@@ -1,0 +1,93 @@
+"""The processes that work on untrusted input: what a call does to its process costs only that call."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from llamaherd_server.chat.jinja import Rendering, render
+from llamaherd_server.chat.sandbox import Sandbox, SandboxError, caller
+from llamaherd_server.errors import ApiError
+from llamaherd_server.json_body import decode
+
+BURNS = Rendering("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
+FINE = Rendering("{{ x }}", {"x": "é"})
+
+
+@pytest.fixture
+async def sandbox() -> AsyncIterator[Sandbox]:
+    sandbox = Sandbox()
+    await sandbox.start()
+    yield sandbox
+    await sandbox.stop()
+
+
+def children() -> list[int]:
+    """The children of this process."""
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
+async def test_an_api_error_of_the_function_arrives_as_it_is(sandbox: Sandbox) -> None:
+    with pytest.raises(ApiError) as refused:
+        await sandbox.in_child(decode, b"{", 20)
+    assert (refused.value.status_code, refused.value.code) == (400, "invalid_json")
+    assert refused.value.detail.startswith("the body is not valid JSON: EOF")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+async def test_a_signal_from_outside_costs_nobody_a_request(sandbox: Sandbox, number: signal.Signals) -> None:
+    for pid in children():
+        os.kill(pid, number)
+    assert await sandbox.in_child(render, FINE, 0.5) == "é"
+
+
+async def test_a_call_that_burns_its_budget_delays_no_other(sandbox: Sandbox) -> None:
+    burning = [asyncio.create_task(sandbox.in_child(render, BURNS, 30)) for _ in range(3)]
+    try:
+        assert await sandbox.in_child(render, FINE) == "é"
+        assert not any(one.done() for one in burning)
+    finally:
+        for one in burning:
+            one.cancel()
+        await asyncio.gather(*burning, return_exceptions=True)
+
+
+async def test_one_caller_leaves_processes_to_the_others() -> None:
+    sandbox = Sandbox(most=3)
+
+    async def burn() -> str:
+        caller.set("flood")
+        return await sandbox.in_child(render, BURNS, 30)
+
+    burning = [asyncio.create_task(burn()) for _ in range(9)]
+    try:
+        assert await sandbox.in_child(render, FINE) == "é"
+        assert not any(one.done() for one in burning)
+    finally:
+        for one in burning:
+            one.cancel()
+        await asyncio.gather(*burning, return_exceptions=True)
+        await sandbox.stop()
+
+
+async def test_cpu_time_is_bounded(sandbox: Sandbox) -> None:
+    with pytest.raises(SandboxError, match=r"time: 0\.2 s"):
+        await sandbox.in_child(render, BURNS, 0.2)
+    assert await sandbox.in_child(render, FINE) == "é"
+
+
+async def test_stopping_ends_what_runs() -> None:
+    before = set(children())
+    sandbox = Sandbox()
+    burning = asyncio.create_task(sandbox.in_child(render, BURNS, 30))
+    while not set(children()) - before:
+        await asyncio.sleep(0.01)
+    await sandbox.stop()
+    with pytest.raises(ApiError, match="shutting down"):
+        await burning
+    assert set(children()) <= before
