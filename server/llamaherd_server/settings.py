@@ -82,7 +82,7 @@ class AdapterSettings(Section):
 class ModelSettings(Section):
     """A model that is served. `gpu_layers` -1: all; `mmproj`: a multimodal projector, for llama-server.
 
-    `chat_template`: a Jinja file that goes before the GGUF's own.
+    `chat_template`: a Jinja file that goes before the GGUF's own. `aliases`: of the only model, ["*"] unless given.
     """
 
     name: ModelName
@@ -197,7 +197,10 @@ class Settings(BaseSettings):
     def _one_or_several(cls, table: dict[str, Any]) -> dict[str, Any]:
         engine, models = table.get("engine", {}), table.get("models")
         if models is None:
-            return {**table, "models": [{**table["model"], "engine": engine}]} if "model" in table else table
+            if not isinstance(model := table.get("model"), dict):
+                return table
+            model = {"aliases": [ANY_NAME], **model}
+            return {**table, "model": model, "models": [{**model, "engine": engine}]}
         if "model" in table:
             raise ValueError("there are both [model] and [[models]]: put all models into [[models]]")
         if not isinstance(models, list) or not all(isinstance(one, dict) for one in models) or not models:

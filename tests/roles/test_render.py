@@ -261,6 +261,7 @@ def test_what_is_a_models_own_reaches_the_server(render: Render, tmp_path: Path)
 def test_the_native_engine_is_one_variable(render: Render) -> None:
     loaded = settings.load(render("debian12", llamaherd_engine="llama-server").folder / "server.toml")
     assert loaded.engine.kind == "llama-server"
+    assert loaded.model.aliases == ["*"]
 
 
 def test_several_models_are_one_servers(render: Render) -> None:
@@ -278,6 +279,7 @@ def test_several_models_are_one_servers(render: Render) -> None:
         llamaherd_settings={"parallel": 6, "batch": 256, "ubatch": 128},
     )
     chat, see, find = settings.load(found.folder / "server.toml").models
+    assert (see.aliases, find.aliases) == ([], [])
     assert (chat.name, chat.aliases, chat.gpu_layers) == ("chat", ["default"], -1)
     assert (chat.engine.kind, chat.engine.settings.parallel, chat.engine.settings.batch) == ("embedded", 2, 256)
     assert (see.engine.kind, see.engine.settings.parallel, see.gpu_layers) == ("llama-server", 6, 7)

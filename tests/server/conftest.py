@@ -52,7 +52,7 @@ def write_config(folder: Path, **sections: Any) -> Path:
     """A server.toml for the test model; `sections` are put over small defaults. `models`, a list, takes its place."""
     tables: dict[str, Any] = {
         "http": {"port": free_port()},
-        "model": {"name": "smollm2", "path": required("LLAMAHERD_TEST_MODEL")},
+        "model": {"name": "smollm2", "aliases": [], "path": required("LLAMAHERD_TEST_MODEL")},
         # one thread: on a busy machine two that wait for each other are many times slower
         "engine": {"parallel": 2, "ctx_per_slot": 512, "batch": 256, "ubatch": 128, "threads": 1, "threads_batch": 1},
         "limits": {},

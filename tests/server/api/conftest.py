@@ -7,7 +7,7 @@ import ctypes
 import math
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +49,14 @@ def serve(tmp_path: Path) -> Serve:
 
     @asynccontextmanager
     async def serving(
-        double: Double, keys: str | None = None, http: dict[str, Any] | None = None, **limits: Any
+        double: Double,
+        keys: str | None = None,
+        http: dict[str, Any] | None = None,
+        aliases: Sequence[str] | None = (),
+        **limits: Any,
     ) -> AsyncIterator[Served]:
-        table: dict[str, Any] = {"model": {"name": "double", "path": model}, "limits": limits, "http": http or {}}
+        named = {"name": "double", "path": model, **({} if aliases is None else {"aliases": [*aliases]})}
+        table: dict[str, Any] = {"model": named, "limits": limits, "http": http or {}}
         table["engine"] = {"parallel": double.settings.parallel}
         if keys is not None:
             (tmp_path / "keys.toml").write_text(keys)

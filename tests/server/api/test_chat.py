@@ -217,3 +217,17 @@ async def test_a_crash_in_mid_stream_is_an_error_event_and_ends_the_stream(serve
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "engine_crashed"
     assert "[DONE]" not in reply.text
     assert again.status_code == 200
+
+
+@pytest.mark.parametrize("name", ["double", "gpt-4", "", None])
+async def test_a_model_with_any_name_answers_with_its_own(serve: Serve, name: str | None) -> None:
+    async with serve(Double(), aliases=None) as served:
+        reply = await served.chat(model=name)
+        listed = (await served.http.get("/v1/models")).json()["data"]
+    assert (reply.status_code, reply.json()["model"]) == (200, "double")
+    assert [(model["id"], model["aliases"]) for model in listed] == [("double", [])]
+
+
+async def test_an_empty_name_is_no_name(serve: Serve) -> None:
+    async with serve(Double()) as served:
+        assert (await served.chat(model="")).status_code == 200

@@ -93,3 +93,11 @@ def test_another_engine_keeps_the_rest(tmp_path: Path, model: str) -> None:
     other = settings.with_engine("llama-server", settings.engine.settings)
     assert (other.engine.kind, other.engine.settings.parallel) == ("llama-server", 7)
     assert other.with_engine("embedded", settings.engine.settings) == settings
+
+
+@pytest.mark.parametrize(("line", "aliases"), [("", ["*"]), ('aliases = ["n"]', ["n"]), ("aliases = []", [])])
+def test_the_only_model_answers_to_any_name_unless_its_aliases_are_given(
+    tmp_path: Path, model: str, line: str, aliases: list[str]
+) -> None:
+    settings = load(written(tmp_path, model + line))
+    assert (settings.model.aliases, settings.models[0].aliases) == (aliases, aliases)
