@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from llamaherd_server.admission import Admission, Ticket
 from llamaherd_server.auth import Key
 from llamaherd_server.engine.base import EngineError, Event
@@ -63,7 +65,7 @@ class Run:
         self._arrived = arrived
         self._serving = serving
         self._key = key
-        self._requests = requests
+        self._requests = [msgspec.structs.replace(request, owner=key.name) for request in requests]
         self._n = n
         self._events: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []

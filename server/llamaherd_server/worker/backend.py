@@ -27,11 +27,17 @@ class Backend(Protocol):
     def held(self, slot: int) -> int:
         """How many positions of a slot are intact after a decode that was aborted."""
 
-    def sample(self, sequence: Sequence, row: int) -> int:
-        """The sequence's next token, from row `row` of the last batch; raises RequestError."""
+    def sample(self, sequence: Sequence, row: int) -> int | None:
+        """The sequence's next token, from row `row` of the last batch; None: it will be `late`. Raises RequestError."""
 
-    def logprob(self, row: int, token: int, top: int) -> TokenLogprob:
-        """The token's log probability and the `top` most likely ones, from row `row` of the last batch."""
+    def late(self, sequence: Sequence, wait_s: float) -> int | None:
+        """The token that `sample` could not give; None: nor after `wait_s` seconds more. Raises RequestError."""
+
+    def logprob(self, sequence: Sequence, row: int | None, token: int, top: int) -> TokenLogprob:
+        """The token's log probability and the `top` most likely ones, from row `row` of the last batch.
+
+        Row None: the token was late, and comes from an earlier batch.
+        """
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The token's bytes; a control token has some only when `special`."""

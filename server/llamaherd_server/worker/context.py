@@ -66,13 +66,17 @@ class Context:
             self.forget(slot)
         return int(self._lib.llama_memory_seq_pos_max(self._memory, slot)) + 1
 
-    def sample(self, sequence: Sequence, row: int) -> int:
+    def sample(self, sequence: Sequence, row: int) -> int | None:
         return sequence.sampler.sample(self._handle, row)
 
-    def logprob(self, row: int, token: int, top: int) -> TokenLogprob:
-        from llamaherd_server.worker.logits import token_logprob  # noqa: PLC0415 (numpy, 25 MiB that few need)
+    def late(self, sequence: Sequence, wait_s: float) -> int | None:
+        return sequence.sampler.late(wait_s)
 
-        return token_logprob(self._model, self._handle, row, token, top)
+    def logprob(self, sequence: Sequence, row: int | None, token: int, top: int) -> TokenLogprob:
+        from llamaherd_server.worker import logits  # noqa: PLC0415 (numpy, 25 MiB that few need)
+
+        values = sequence.sampler.logits if row is None else logits.row_of(self._model, self._handle, row)
+        return logits.token_logprob(self._model, values, token, top)
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         return self._model.piece(token, special=special)

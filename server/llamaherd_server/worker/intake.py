@@ -1,9 +1,11 @@
-"""What the front end asks for, made ready beside the steps: on a thread that reads, tokenises and compiles grammars."""
+"""What the front end asks for, made ready beside the steps: on a thread that reads, and on lanes for what is slow."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TypeAlias
 
@@ -21,23 +23,31 @@ from llamaherd_server.protocol import (
     ToWorker,
 )
 from llamaherd_server.worker.channel import Channel
-from llamaherd_server.worker.embedding import Job
+from llamaherd_server.worker.embedding import Job as EmbeddingJob
 from llamaherd_server.worker.errors import RequestError
+from llamaherd_server.worker.forkserver import Child, Job
 from llamaherd_server.worker.interrupt import Interrupt
+from llamaherd_server.worker.lanes import Lanes, Task
 from llamaherd_server.worker.memory import total_cells
 from llamaherd_server.worker.model import Model
-from llamaherd_server.worker.sampling import NativeSampler
-from llamaherd_server.worker.sequence import Sequence
+from llamaherd_server.worker.sampling import NativeSampler, checked, has_breakers
+from llamaherd_server.worker.sequence import Sampler, Sequence
 from llamaherd_server.worker.text import TextStream
 
-Work: TypeAlias = Sequence | Job | Cancel | Retune
+Work: TypeAlias = Sequence | EmbeddingJob | Cancel | Retune
+
+
+# What is longer, or has a grammar or DRY, is made ready on a lane. Tokenising so much takes 2 ms.
+SHORT_CHARS = 2**13
+SHORT_TOKENS = 2**13
 
 
 class Intake:
     """Answers what needs the vocabulary only, and hands the rest to the step thread, in the order that it came.
 
-    A retune stops the step that is being computed, and so does cancelling the request that has most of its batch. A
-    request that comes just after others stops their first step, to be in it: they arrived together.
+    What may be slow goes by the lanes, and others pass it. A retune stops the step that is being computed, and so does
+    cancelling the request that has most of its batch. A request that comes just after others stops their first step, to
+    be in it: they arrived together.
     """
 
     def __init__(self, channel: Channel, model: Model, interrupt: Interrupt) -> None:
@@ -45,6 +55,8 @@ class Intake:
         self._model = model
         self._interrupt = interrupt
         self._ready: SimpleQueue[Work | Exception] = SimpleQueue()
+        self._lanes = Lanes()
+        self._handing_over = threading.Lock()  # no cancel comes between a look for it and the step thread's queue
         threading.Thread(target=self._read, daemon=True).start()
 
     def take(self, wait_s: float) -> Iterator[Work]:
@@ -70,21 +82,58 @@ class Intake:
             self._ready.put(error)
 
     def _take_in(self, message: ToWorker) -> None:
+        if isinstance(message, Cancel):
+            with self._handing_over:
+                self._lanes.cancel(message.id)
+                self._ready.put(message)
+        elif isinstance(message, Retune):
+            self._ready.put(message)
+        elif is_slow(message):
+            owner = message.owner if isinstance(message, Generate) else ""
+            self._lanes.add(Task(message.id, owner, partial(self._on_lane, message)))
+        else:
+            self._make_ready(message)
+        if isinstance(message, Retune) or (isinstance(message, Cancel) and message.id == self._interrupt.mostly_for):
+            self._interrupt.set()
+
+    def _on_lane(self, message: Generate | Tokenize | Detokenize | Embed, task: Task) -> None:
+        try:
+            self._make_ready(message, task)
+        except Exception as error:  # as in `_read`
+            self._ready.put(error)
+
+    def _make_ready(self, message: Generate | Tokenize | Detokenize | Embed, task: Task | None = None) -> None:
         try:
             if isinstance(message, Tokenize | Detokenize):
-                self._channel.send(_with_vocabulary(self._model, message))
-            elif isinstance(message, Generate):
-                self._ready.put(sequence_of(self._model, message))
-                if self._interrupt.joins():
-                    self._interrupt.set()
-            elif isinstance(message, Embed):
-                self._ready.put(job_of(self._model, message))
+                self._channel.send(_with_vocabulary(self._model, message, task))
+                return
+            work: Sequence | EmbeddingJob
+            if isinstance(message, Embed):
+                work = job_of(self._model, message, task)
             else:
-                self._ready.put(message)
-                if isinstance(message, Retune) or message.id == self._interrupt.mostly_for:
-                    self._interrupt.set()
+                work = sequence_of(self._model, message, task)
         except RequestError as error:
             self._channel.send(Failed(message.id, error.code, error.message, error.param))
+            return
+        with self._handing_over:
+            if task is None or not task.cancelled:
+                self._ready.put(work)
+            elif isinstance(work, Sequence):
+                work.sampler.close()
+        if isinstance(work, Sequence) and self._interrupt.joins():
+            self._interrupt.set()
+
+
+def is_slow(message: Generate | Tokenize | Detokenize | Embed) -> bool:
+    """Whether making it ready may take long enough that others should pass."""
+    if isinstance(message, Detokenize):
+        return len(message.tokens) > SHORT_TOKENS
+    if isinstance(message, Tokenize):
+        return len(message.text) > SHORT_CHARS
+    if isinstance(message, Embed):
+        return sum(map(len, (*message.inputs, message.query or ""))) > SHORT_CHARS
+    sampling = message.sampling
+    return len(message.prompt) > SHORT_CHARS or sampling.grammar is not None or has_breakers(sampling)
 
 
 def slot_tokens(settings: EngineSettings) -> int:
@@ -92,17 +141,48 @@ def slot_tokens(settings: EngineSettings) -> int:
     return min(settings.ctx_per_slot, total_cells(settings))
 
 
-def sequence_of(model: Model, request: Generate) -> Sequence:
+def sequence_of(model: Model, request: Generate, task: Task | None = None) -> Sequence:
     """Raises RequestError before anything is computed."""
-    tokens = _known(model, request.prompt, "prompt", add=request.add_special, parse=request.parse_special)
     if request.max_tokens is not None and request.max_tokens < 1:
         raise RequestError("invalid_value", "max_tokens", f"max_tokens {request.max_tokens} must be at least 1")
     if request.logprobs is not None and not 0 <= request.logprobs <= model.n_vocab:
         message = f"logprobs {request.logprobs} must be between 0 and the vocabulary's {model.n_vocab}"
         raise RequestError("invalid_value", "logprobs", message)
-    preserved = frozenset(model.control_tokens(request.preserved))
-    sampler = NativeSampler(model, request.sampling, tokens)
-    return Sequence(request, tokens, sampler, TextStream(request.stop), preserved)
+    sampling = checked(model, request.sampling)
+    prompt, grammar = request.prompt, sampling.grammar
+    text = [prompt] if isinstance(prompt, str) else []
+    job = Job(text, request.add_special, request.parse_special, grammar)
+    with _prepared(model, job, task) as (tokenized, child):
+        tokens = _known(model, prompt if isinstance(prompt, list) else tokenized[0], "prompt")
+        preserved = frozenset(model.control_tokens(request.preserved))
+        chain = NativeSampler(model, sampling, tokens)
+        sampler = chain if child is None else _with_grammar(model, chain, child)
+        return Sequence(request, tokens, sampler, TextStream(request.stop), preserved)
+
+
+def _with_grammar(model: Model, chain: NativeSampler, child: Child) -> Sampler:
+    from llamaherd_server.worker.grammar import GrammarSampler  # noqa: PLC0415 (numpy, 25 MiB that few need)
+
+    return GrammarSampler(model, chain, child)
+
+
+@contextmanager
+def _prepared(model: Model, job: Job, task: Task | None = None) -> Iterator[tuple[list[list[int]], Child | None]]:
+    """The tokens of the job's texts, and its grammar's process, if any, which an error in the block ends."""
+    if job.grammar is None and sum(map(len, job.texts)) <= SHORT_CHARS:
+        add, parse = job.add_special, job.parse_special
+        yield [model.tokenize(text, add_special=add, parse_special=parse) for text in job.texts], None
+        return
+    child = model.forkserver.open(job)
+    if task is not None:
+        task.stop = child.close
+    try:
+        yield child.prepared(), None if job.grammar is None else child
+    except BaseException:
+        child.close()
+        raise
+    if job.grammar is None:
+        child.close()
 
 
 def fit(sequence: Sequence, room: int) -> None:
@@ -114,43 +194,50 @@ def fit(sequence: Sequence, room: int) -> None:
     sequence.limit = room if new is None else min(room, sequence.n_prompt + new)
 
 
-def job_of(model: Model, request: Embed) -> Job:
+def job_of(model: Model, request: Embed, task: Task | None = None) -> EmbeddingJob:
     """Raises RequestError where an input has no tokens, or unknown ones."""
     if (request.query is None) == model.ranks:
         message = "this model ranks documents: use /v1/rerank" if model.ranks else "this model does not rank documents"
         raise RequestError("unsupported", None, message)
+    texts = [one for one in request.inputs if isinstance(one, str)]
     if request.query is not None:
-        return Job(request, [_pair(model, request.query, one) for one in request.inputs if isinstance(one, str)])
-    return Job(request, [_known(model, one, "input") for one in request.inputs])
+        return EmbeddingJob(request, _pairs(model, request.query, texts, task))
+    with _prepared(model, Job(texts, add_special=True), task) as (tokenized, _):
+        rest = iter(tokenized)
+        lists = [next(rest) if isinstance(one, str) else one for one in request.inputs]
+        return EmbeddingJob(request, [_known(model, one, "input") for one in lists])
 
 
-def _pair(model: Model, query: str, document: str) -> list[int]:
+def _pairs(model: Model, query: str, documents: list[str], task: Task | None = None) -> list[list[int]]:
     """What a ranking model reads, as llama-server makes it: by the GGUF's template, or both with marks between."""
     lib, vocab = model.lib, model.vocab
     if template := lib.llama_model_chat_template(model.handle, b"rerank"):
-        text = template.decode(errors="replace").replace("{query}", query).replace("{document}", document)
-        return model.tokenize(text, add_special=False, parse_special=True)
-    eos = lib.llama_vocab_eos(vocab)
-    end = [lib.llama_vocab_sep(vocab) if eos < 0 else eos] * lib.llama_vocab_get_add_eos(vocab)
-    parts = (model.tokenize(text, add_special=False, parse_special=False) for text in (query, document))
-    between = [*end, *[lib.llama_vocab_sep(vocab)] * lib.llama_vocab_get_add_sep(vocab)]
-    begin = [lib.llama_vocab_bos(vocab)] * lib.llama_vocab_get_add_bos(vocab)
-    return [*begin, *next(parts), *between, *next(parts), *end]
+        texts = [
+            template.decode(errors="replace").replace("{query}", query).replace("{document}", document)
+            for document in documents
+        ]
+        with _prepared(model, Job(texts), task) as (tokenized, _):
+            return tokenized
+    with _prepared(model, Job([query, *documents], parse_special=False), task) as ((first, *rest), _):
+        eos = lib.llama_vocab_eos(vocab)
+        end = [lib.llama_vocab_sep(vocab) if eos < 0 else eos] * lib.llama_vocab_get_add_eos(vocab)
+        between = [*end, *[lib.llama_vocab_sep(vocab)] * lib.llama_vocab_get_add_sep(vocab)]
+        begin = [lib.llama_vocab_bos(vocab)] * lib.llama_vocab_get_add_bos(vocab)
+        return [[*begin, *first, *between, *document, *end] for document in rest]
 
 
-def _with_vocabulary(model: Model, message: Tokenize | Detokenize) -> Tokens | Text:
+def _with_vocabulary(model: Model, message: Tokenize | Detokenize, task: Task | None = None) -> Tokens | Text:
     if isinstance(message, Tokenize):
-        add, parse = message.add_special, message.parse_special
-        return Tokens(message.id, model.tokenize(message.text, add_special=add, parse_special=parse))
+        with _prepared(model, Job([message.text], message.add_special, message.parse_special), task) as (tokenized, _):
+            return Tokens(message.id, tokenized[0])
     unknown = model.unknown(message.tokens)
     if unknown is not None:
         raise RequestError("invalid_value", "tokens", f"token {unknown} is not in the vocabulary")
     return Text(message.id, model.detokenize(message.tokens))
 
 
-def _known(model: Model, text: str | list[int], param: str, *, add: bool = True, parse: bool = True) -> list[int]:
+def _known(model: Model, tokens: list[int], param: str) -> list[int]:
     """The tokens of the field `param`; raises RequestError where there are none or unknown ones."""
-    tokens = model.tokenize(text, add_special=add, parse_special=parse) if isinstance(text, str) else text
     if not tokens:
         raise RequestError("invalid_value", param, f"the {param} is empty")
     unknown = model.unknown(tokens)

@@ -7,8 +7,6 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,17 +56,3 @@ class Log:
             os.write(self._out, text)
         if self._level == ERROR:
             self.last_error = text.decode(errors="replace").strip()
-
-
-@contextmanager
-def silenced() -> Iterator[None]:
-    """What libllama prints past its log is lost: a grammar that it cannot parse, for one, and that is a user's text."""
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)

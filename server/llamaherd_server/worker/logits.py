@@ -17,9 +17,9 @@ def row_of(model: Model, context: Any, row: int) -> NDArray[np.float32]:
     return np.ctypeslib.as_array(model.lib.llama_get_logits_ith(context, row), shape=(model.n_vocab,))
 
 
-def token_logprob(model: Model, context: Any, row: int, token: int, top: int) -> TokenLogprob:
+def token_logprob(model: Model, logits: NDArray[np.float32], token: int, top: int) -> TokenLogprob:
     """The chosen `token` and the `top` most likely ones, by log softmax over logits that no sampler has touched."""
-    values = row_of(model, context, row).astype(np.float64)
+    values = logits.astype(np.float64)
     values -= values.max()
     values -= np.log(np.exp(values).sum())
     best = np.argpartition(values, -top)[-top:] if top else np.empty(0, dtype=np.int64)
@@ -37,10 +37,10 @@ class Candidates:
         pointer = self._data.ctypes.data_as(ctypes.POINTER(model.lib.llama_token_data))
         self._array = model.lib.llama_token_data_array(pointer, model.n_vocab, -1, False)
 
-    def load(self, context: Any, row: int) -> None:
-        """Begin again with the logits of batch row `row`."""
+    def load(self, logits: NDArray[np.float32]) -> None:
+        """Begin again with these logits."""
         self._data["id"] = np.arange(self._model.n_vocab)
-        self._data["logit"] = row_of(self._model, context, row)
+        self._data["logit"] = logits
         self._array.size, self._array.selected, self._array.sorted = self._model.n_vocab, -1, False
 
     def apply(self, sampler: Any) -> None:

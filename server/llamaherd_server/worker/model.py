@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llamaherd_server.protocol import ModelInfo, Pooling, WorkerConfig
+from llamaherd_server.worker.forkserver import Forkserver
 from llamaherd_server.worker.lib import Log
+from llamaherd_server.worker.vocabulary import Vocabulary
 
 MAGIC = b"GGUF"
 MEAN_POOLING, RANK_POOLING = 1, 4  # llama_pooling_type
@@ -21,7 +22,7 @@ class ModelError(Exception):
     """The model cannot be loaded; the message is one line for the operator."""
 
 
-class Model:
+class Model(Vocabulary):
     """A loaded GGUF. `progress` is told how much has been loaded, 0 to 1. Raises ModelError.
 
     Without `weights` it knows everything of the model, computes nothing and takes next to no memory.
@@ -32,20 +33,18 @@ class Model:
     ) -> None:
         path, gpu_layers = config.path, config.gpu_layers
         check_magic(path)
-        self.lib = lib
         self.log = log
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         if not weights:
             params.no_alloc, params.load_mode = True, lib.LLAMA_LOAD_MODE_NONE
         params.progress_callback = report = lib.llama_progress_callback(_every_step(progress))
-        self.handle = lib.llama_model_load_from_file(path.encode(), params)
+        handle = lib.llama_model_load_from_file(path.encode(), params)
         del report  # it had to live as long as the load
-        if not self.handle:
+        if not handle:
             raise ModelError(f"{path} cannot be loaded: {log.last_error or 'llama.cpp does not say why'}")
-        self.vocab = lib.llama_model_get_vocab(self.handle)
-        self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
-        self.eog_tokens = frozenset(t for t in range(self.n_vocab) if lib.llama_vocab_is_eog(self.vocab, t))
+        super().__init__(lib, handle)
+        self.forkserver = Forkserver(path)
         # A recurrent state is no row of cells: it can neither be cut back nor shared from the middle.
         self.has_cells = not (lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
         self.n_ctx_train = int(lib.llama_model_n_ctx_train(self.handle))
@@ -57,47 +56,6 @@ class Model:
         self.on_gpu = gpu_layers != 0 and bool(lib.llama_supports_gpu_offload())
         self._template = Path(config.chat_template).read_text() if config.chat_template else None
         self._adapters = [(self._adapter(one.path), one.scale) for one in config.lora]
-
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        data = text.encode()
-        room = len(data) + 16
-        while True:
-            tokens = (ctypes.c_int32 * room)()
-            count = self.lib.llama_tokenize(self.vocab, data, len(data), tokens, room, add_special, parse_special)
-            if count >= 0:
-                return tokens[:count]
-            room = -count
-
-    def piece(self, token: int, *, special: bool = False) -> bytes:
-        """The bytes of one token; empty for a control token unless `special`."""
-        room = 64
-        while True:
-            buffer = ctypes.create_string_buffer(room)
-            count = self.lib.llama_token_to_piece(self.vocab, token, buffer, room, 0, special)
-            if count >= 0:
-                return buffer.raw[:count]
-            room = -count
-
-    def control_tokens(self, texts: list[str]) -> Iterator[int]:
-        """Those of `texts` that are one token."""
-        for text in texts:
-            tokens = self.tokenize(text, add_special=False, parse_special=True)
-            if len(tokens) == 1:
-                yield tokens[0]
-
-    def detokenize(self, tokens: list[int]) -> str:
-        return b"".join(self.piece(token, special=True) for token in tokens).decode(errors="replace")
-
-    def unknown(self, tokens: list[int]) -> int | None:
-        """The first of `tokens` that the vocabulary does not have."""
-        return next((token for token in tokens if not 0 <= token < self.n_vocab), None)
-
-    @cached_property
-    def suppressed(self) -> list[int]:
-        """Tokens that the GGUF forbids."""
-        count = ctypes.c_int32()
-        tokens = self.lib.llama_vocab_get_suppress_tokens(self.vocab, ctypes.byref(count))
-        return list(tokens[: count.value]) if count.value else []
 
     def number(self, key: str) -> int | None:
         """A whole number of the architecture's metadata; None where the GGUF lacks it or has one for each layer."""

@@ -7,6 +7,7 @@ short, cached prefixes go first, then the sequence that came last is parked unti
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,6 +23,8 @@ from llamaherd_server.worker.stopwatch import Stopwatch
 
 # How long a step of prompts alone may take, in seconds, going by the steps before: a host's watchdog looks at steps.
 TOGETHER_S = 10.0
+# How long a step waits for the grammars of sequences, in seconds: with others beside them, and without.
+LATE_S, LATE_ALONE_S = 0.002, 0.02
 TELLING = 64  # tokens from which on a step tells how long a token of a prompt takes
 
 
@@ -50,7 +53,7 @@ class Scheduler:
         """Whether prompts are all that there is, and more of them would find a slot."""
         there = [*self.running, *self.waiting]
         free = len(there) < self._backend.settings.parallel
-        return free and bool(there) and not any(sequence.decoding for sequence in there)
+        return free and bool(there) and not any(one.decoding or not one.pending for one in there)
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=lambda one: one.arrival)
@@ -85,6 +88,7 @@ class Scheduler:
             if shares and self._decode(shares, watch):
                 computed += _tokens(shares)
                 self._sample(shares, watch)
+        self._take_late(watch)
         if computed >= TELLING:
             self._token_s = watch.decode_s / computed
         events, self._events = self._events, []
@@ -224,23 +228,34 @@ class Scheduler:
         row = -1
         for sequence, count in shares:
             row += count
-            if sequence.pending:
-                continue
-            try:
-                with watch.sampling():
-                    token = self._backend.sample(sequence, row)
-            except RequestError as error:
-                self._fail(sequence, error)
-            else:
+            if not sequence.pending:
+                self._take(sequence, row, partial(self._backend.sample, sequence, row), watch)
+
+    def _take_late(self, watch: Stopwatch) -> None:
+        """Tokens that wait for a grammar. A slow one misses steps, and holds none up for longer than LATE_S."""
+        late = [sequence for sequence in self.running if not sequence.pending]
+        until = time.monotonic() + (LATE_S if len(late) < len(self.running) else LATE_ALONE_S)
+        for sequence in late:
+            wait_s = max(0.0, until - time.monotonic())
+            self._take(sequence, None, partial(self._backend.late, sequence, wait_s), watch)
+
+    def _take(self, sequence: Sequence, row: int | None, token_of: Callable[[], int | None], watch: Stopwatch) -> None:
+        try:
+            with watch.sampling():
+                token = token_of()
+        except RequestError as error:
+            self._fail(sequence, error)
+        else:
+            if token is not None:
                 self._emit(sequence, row, token)
 
-    def _emit(self, sequence: Sequence, row: int, token: int) -> None:
+    def _emit(self, sequence: Sequence, row: int | None, token: int) -> None:
         sequence.append(token)
         if self._backend.is_eog(token):
             self._finish(sequence, "stop")
             return
         request = sequence.request
-        logprobs = None if request.logprobs is None else [self._backend.logprob(row, token, request.logprobs)]
+        logprobs = None if request.logprobs is None else [self._backend.logprob(sequence, row, token, request.logprobs)]
         text = sequence.text.feed(self._backend.piece(token, special=token in sequence.preserved))
         self._events.append(Delta(id=request.id, text=text, n_tokens=1, logprobs=logprobs))
         if sequence.text.stop is not None:

@@ -15,9 +15,15 @@ _arrivals = itertools.count()
 
 
 class Sampler(Protocol):
-    """What takes the tokens of one request; see sampling.NativeSampler."""
+    """Takes the tokens of one request: sampling.NativeSampler, or grammar.GrammarSampler, which may be late."""
 
-    def sample(self, context: Any, row: int) -> int: ...
+    @property
+    def logits(self) -> Any:
+        """Those of a token that is late."""
+
+    def sample(self, context: Any, row: int) -> int | None: ...
+
+    def late(self, wait_s: float) -> int | None: ...
 
     def close(self) -> None: ...
 
@@ -55,7 +61,7 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens not yet computed; 1 while it generates."""
+        """Tokens not yet computed; 1 while it generates, 0 while its next token is late."""
         return len(self.tokens) - self.computed
 
     @property

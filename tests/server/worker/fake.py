@@ -14,9 +14,13 @@ EOG = 3
 
 
 class FakeSampler:
-    closed = 0
+    closed = looks = 0
+    logits = None
 
-    def sample(self, context: Any, row: int) -> int:
+    def sample(self, context: Any, row: int) -> int | None:
+        raise AssertionError("the fake context samples")
+
+    def late(self, wait_s: float) -> int | None:
         raise AssertionError("the fake context samples")
 
     def close(self) -> None:
@@ -33,9 +37,9 @@ class Cell:
 class FakeContext:
     """Implements scheduler.Backend.
 
-    `poison` are requests that llama_decode refuses, `unsampled` those whose sampler fails, `aborts` the calls of decode
-    that end half way, `forgetful` a context that cannot take saved cells; `ends`
-    one whose model ends some outputs by itself.
+    `poison` are requests that llama_decode refuses, `unsampled` those whose sampler fails, `late_for` those whose
+    tokens come at every so many looks, `aborts` the calls of decode that end half way, `forgetful` a context that
+    cannot take saved cells; `ends` one whose model ends some outputs by itself.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class FakeContext:
         *,
         poison: frozenset[int] = frozenset(),
         unsampled: frozenset[int] = frozenset(),
+        late_for: dict[int, int] | None = None,
         aborts: frozenset[int] = frozenset(),
         forgetful: bool = False,
         ends: bool = False,
@@ -58,6 +63,7 @@ class FakeContext:
         self._per_slot = cells
         self._poison = poison
         self._unsampled = unsampled
+        self._late_for = late_for or {}
         self._aborts = aborts
         self._forgetful = forgetful
         self._ends = ends
@@ -95,14 +101,22 @@ class FakeContext:
             self.slots[slot].clear()
         return len(self.slots[slot])
 
-    def sample(self, sequence: Sequence, row: int) -> int:
+    def sample(self, sequence: Sequence, row: int) -> int | None:
         assert any(one is sequence for one, _ in self.batches[-1])
         assert sequence.pending == 0
         if sequence.request.id in self._unsampled:
             raise RequestError("invalid_grammar", "grammar", "dead end")
+        if sequence.id in self._late_for:
+            return None
         return EOG if self._ends and sum(sequence.tokens) % 11 == 0 else 2
 
-    def logprob(self, row: int, token: int, top: int) -> TokenLogprob:
+    def late(self, sequence: Sequence, wait_s: float) -> int | None:
+        assert sequence.pending == 0
+        assert isinstance(sequence.sampler, FakeSampler)
+        sequence.sampler.looks += 1
+        return 2 if sequence.sampler.looks % self._late_for[sequence.id] == 0 else None
+
+    def logprob(self, sequence: Sequence, row: int | None, token: int, top: int) -> TokenLogprob:
         raise AssertionError("nobody asked")
 
     def piece(self, token: int, *, special: bool = False) -> bytes:

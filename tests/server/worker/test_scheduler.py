@@ -52,6 +52,7 @@ ids = st.frozensets(st.integers(0, 13), max_size=2)
     cells=st.integers(LONGEST_PROMPT + MOST_NEW, 120),
     poison=ids,
     unsampled=ids,
+    late_for=st.dictionaries(st.integers(0, 13), st.integers(1, 4), max_size=3),
     aborts=st.frozensets(st.integers(1, 60), max_size=3),
     forgetful=st.booleans(),
     retuned_at=st.none() | st.integers(1, 40),
@@ -64,13 +65,14 @@ def test_every_request_ends_exactly_once_and_the_books_agree(
     cells: int,
     poison: frozenset[int],
     unsampled: frozenset[int],
+    late_for: dict[int, int],
     aborts: frozenset[int],
     forgetful: bool,
     retuned_at: int | None,
 ) -> None:
     def context() -> FakeContext:
         faults = {"poison": poison, "unsampled": unsampled, "aborts": aborts}
-        return FakeContext(engine, cells, **faults, forgetful=forgetful, ends=True)
+        return FakeContext(engine, cells, **faults, late_for=late_for, forgetful=forgetful, ends=True)
 
     engine = EngineSettings(parallel=parallel, batch=16, ubatch=ubatch, kv_unified=unified)
     backend = context()

@@ -1,0 +1,92 @@
+"""What the sampling fields may be, for either engine: the values that llama.cpp would stumble over never reach it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+# Lowest and highest value. `CLAMPED` ones are set to the nearest bound, where the meaning stays; others are refused.
+_FLOAT = (-1e6, 1e6)
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "temperature": _FLOAT,
+    "dynatemp_range": _FLOAT,
+    "dynatemp_exponent": _FLOAT,
+    "top_k": (-(2**31), 2**31 - 1),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "typical_p": (0, 1),
+    "top_n_sigma": _FLOAT,
+    "xtc_probability": (0, 1),
+    "xtc_threshold": (0, 1),
+    "repeat_penalty": (1e-3, 1e3),
+    "presence_penalty": (-1e3, 1e3),
+    "frequency_penalty": (-1e3, 1e3),
+    "dry_multiplier": (0, 1e6),
+    "dry_base": (1e-3, 1e6),
+    "dry_allowed_length": (0, 2**31 - 1),
+    "mirostat": (0, 2),
+    "mirostat_tau": (1e-3, 1e6),
+    "mirostat_eta": (1e-6, 1e6),
+    "min_keep": (0, 2**31 - 1),
+}
+_ABOVE_0 = ("repeat_penalty", "dry_base", "mirostat_tau", "mirostat_eta")
+_LAST_N = ("repeat_last_n", "dry_penalty_last_n")
+LEAST_TEMPERATURE = 1e-3  # below it a float's range ends: the most likely token has all of the probability anyway
+MOST_BIAS = 1e4  # more is the same: no logit comes near it
+MOST_LAST_N = 2**20
+MOST_BREAKERS, BREAKER_BYTES = 32, 40  # llama.cpp cuts longer ones
+
+
+class BadValue(ValueError):
+    """A value that is refused; `field` names it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def checked(fields: Mapping[str, Any], *, n_vocab: int, context: int) -> dict[str, Any]:
+    """The fields with values that llama.cpp can take, in a model of `n_vocab` tokens; raises BadValue.
+
+    `context`: more last tokens than a sequence can have mean no more than all of them. Unknown fields stay as they are,
+    and so do values of another type than the field's, which llama.cpp refuses by itself.
+    """
+    result = dict(fields)
+    for name, (low, high) in _BOUNDS.items():
+        if _is_number(value := fields.get(name)) and not low <= value <= high:
+            wanted = "a number above 0" if name in _ABOVE_0 and value <= 0 else f"between {low:g} and {high:g}"
+            raise BadValue(name, f"{name} {value} must be {wanted}")
+    if _is_number(value := fields.get("temperature")) and 0 < value < LEAST_TEMPERATURE:
+        result["temperature"] = 0.0
+    for name in _LAST_N:
+        if _is_number(value := fields.get(name)):
+            most = min(context, MOST_LAST_N)
+            result[name] = most if not 0 <= value <= most else int(value)
+    if isinstance(bias := fields.get("logit_bias"), dict):
+        result["logit_bias"] = {token: _bias(token, value, n_vocab) for token, value in bias.items()}
+    breakers = fields.get("dry_sequence_breakers")
+    if isinstance(breakers, list) and fields.get("dry_multiplier") and all(isinstance(one, str) for one in breakers):
+        result["dry_sequence_breakers"] = _breakers(breakers)
+    return result
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _bias(token: int, value: float, n_vocab: int) -> float:
+    if not 0 <= token < n_vocab:
+        raise BadValue("logit_bias", f"logit_bias: token {token} is not in the vocabulary of {n_vocab} tokens")
+    if math.isnan(value):
+        raise BadValue("logit_bias", f"logit_bias: the bias of token {token} is not a number")
+    return value if value == -math.inf else max(-MOST_BIAS, min(MOST_BIAS, value))
+
+
+def _breakers(breakers: list[str]) -> list[str]:
+    """Once each, cut as llama.cpp cuts them; each costs a look at every token of the vocabulary."""
+    cut = dict.fromkeys(one.encode(errors="replace")[:BREAKER_BYTES].decode(errors="ignore") for one in breakers if one)
+    if len(cut) > MOST_BREAKERS:
+        message = f"dry_sequence_breakers has {len(cut)} texts: at most {MOST_BREAKERS} are supported"
+        raise BadValue("dry_sequence_breakers", message)
+    return list(cut)

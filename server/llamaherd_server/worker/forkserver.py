@@ -1,0 +1,207 @@
+"""What a request's texts make llama.cpp do, done in a process that may die: a child forked for that request alone.
+
+Long texts are tokenised there, and a grammar lives there as long as its request: it never enters the process that
+holds the model. A child that takes too much time or memory, or that llama.cpp aborts, fails its own request.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from contextlib import suppress
+
+import msgspec
+
+from llamaherd_server.worker.channel import LENGTH_BYTES, frame
+from llamaherd_server.worker.errors import RequestError
+
+# CPU time for a request's preparation, and more of it for each MiB of text; then for each token of a grammar.
+PREPARE_S = 2.0
+PREPARE_S_PER_MIB = 2.0
+TOKEN_S = 0.5
+# Tokens that a grammar is tried with before it is taken: what is costly from the start is refused before the answer is
+# begun. More where nothing bounds its cost later, in llama-server.
+TRIAL_TOKENS, LONG_TRIAL_TOKENS = 3, 24
+MEMORY_BYTES = 512 * 2**20
+KNOWN_GRAMMARS, KNOWN_CHARS = 256, 2**23
+ALLOWED = b"\1"
+# No device: a child has no use for one, and a driver does not survive a fork.
+_NO_DEVICES = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "GGML_VK_VISIBLE_DEVICES": ""}
+
+
+class Job(msgspec.Struct, frozen=True):
+    """Texts to tokenise, and a grammar to compile and to keep to for `trial` tokens."""
+
+    texts: list[str] = []
+    add_special: bool = False
+    parse_special: bool = True
+    grammar: str | None = None
+    trial: int = TRIAL_TOKENS
+
+
+class Prepared(msgspec.Struct):
+    """The tokens of each text; or what is wrong with the grammar."""
+
+    tokens: list[list[int]] = []
+    refusal: str | None = None
+
+
+_prepared = msgspec.msgpack.Decoder(Prepared)
+
+
+class Forkserver:
+    """Starts the process when it is first needed, and again when it has gone. Any thread may `open` a child."""
+
+    def __init__(self, model_path: str) -> None:
+        self._model_path = model_path
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._known: OrderedDict[str, RequestError | None] = OrderedDict()  # grammars; None: it passed its trial
+
+    def open(self, job: Job) -> Child:
+        """A child at work on the job; raises RequestError for a grammar that has been refused before."""
+        with self._lock:
+            if job.grammar is not None and job.grammar in self._known:
+                if refusal := self._known[job.grammar]:
+                    raise refusal
+                job = msgspec.structs.replace(job, trial=0)
+            ours, theirs = socket.socketpair()
+            with theirs:
+                try:
+                    self._hand_over(theirs)
+                except OSError:
+                    self._end()
+                    self._hand_over(theirs)
+        return Child(self, job, ours)
+
+    def remember(self, grammar: str, refusal: RequestError | None) -> None:
+        """Refuse the grammar at once when it comes again, or take it without a trial."""
+        with self._lock:
+            self._known[grammar] = refusal
+            self._known.move_to_end(grammar)
+            while len(self._known) > KNOWN_GRAMMARS or sum(map(len, self._known)) > KNOWN_CHARS:
+                self._known.popitem(last=False)
+
+    def close(self) -> None:
+        with self._lock:
+            self._end()
+
+    def _hand_over(self, end: socket.socket) -> None:
+        if self._control is None:
+            self._start()
+        assert self._control is not None  # noqa: S101 (started)
+        socket.send_fds(self._control, [b"!"], [end.fileno()])
+
+    def _start(self) -> None:
+        self._control, theirs = socket.socketpair()
+        module = "llamaherd_server.worker.forkserver_child"
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, str(theirs.fileno()), self._model_path],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **_NO_DEVICES},
+            )
+
+    def _end(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+class Child:
+    """A child at work. One thread at a time may wait for it; any may `close` it, which fails the wait."""
+
+    def __init__(self, server: Forkserver, job: Job, sock: socket.socket) -> None:
+        self._server = server
+        self._job = job
+        self._socket = sock
+        self._answer = bytearray()
+        self._closed = False
+
+    def prepared(self) -> list[list[int]]:
+        """The tokens of the job's texts, once they are there and its grammar compiles; raises RequestError."""
+        try:
+            with suppress(BrokenPipeError, ConnectionResetError):  # it has died; reading says so
+                self._socket.sendall(frame(self._job))
+            if not self._socket.recv(1):
+                raise RequestError("internal", None, "no process could be started for this request's texts")
+            size = int.from_bytes(self._read(LENGTH_BYTES), "big")
+            done = _prepared.decode(self._read(size))
+        except (EOFError, OSError):
+            raise self._refuse(_OVER_LIMITS) from None
+        if done.refusal is not None:
+            raise self._refuse(done.refusal)
+        if self._job.grammar is not None and self._job.trial:
+            self._server.remember(self._job.grammar, None)
+        return done.tokens
+
+    def ask(self, token: int) -> None:
+        """Have the grammar accept `token`, if it allows it; `answer` says whether it did."""
+        self._tell(token)
+
+    def answer(self, n_vocab: int, wait_s: float) -> bytes | None:
+        """ALLOWED, or a byte for each token of the vocabulary, 0 where the grammar allows it; None: not yet.
+
+        Raises RequestError.
+        """
+        try:
+            while self._answer[:1] != ALLOWED and len(self._answer) < 1 + n_vocab:
+                if not select.select([self._socket], [], [], wait_s)[0]:
+                    return None
+                if not (part := self._socket.recv(1 + n_vocab - len(self._answer))):
+                    raise EOFError
+                self._answer += part
+        except (EOFError, OSError):
+            message = f"the grammar takes more than {TOKEN_S:g} s or {MEMORY_BYTES >> 20} MiB for a token: simplify it"
+            raise RequestError("invalid_grammar", "grammar", message) from None
+        whole, self._answer = bytes(self._answer), bytearray()
+        return ALLOWED if whole[:1] == ALLOWED else whole[1:]
+
+    def accept(self, token: int) -> None:
+        """Go on with a token that the last answer allowed."""
+        self._tell(token)
+
+    def close(self) -> None:
+        """End the child."""
+        self._closed = True
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
+        self._socket.close()
+
+    def _tell(self, token: int) -> None:
+        with suppress(OSError):  # it has died; its missing answer says so
+            self._socket.sendall(token.to_bytes(4, "little"))
+
+    def _read(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            part = self._socket.recv(min(size - len(data), 2**18))
+            if not part:
+                raise EOFError
+            data += part
+        return bytes(data)
+
+    def _refuse(self, reason: str) -> RequestError:
+        grammar = self._job.grammar
+        if grammar is None:
+            return RequestError("invalid_value", "prompt", f"the text cannot be tokenised: {reason}")
+        refusal = RequestError("invalid_grammar", "grammar", f"the grammar does not compile: {reason}")
+        if not self._closed:
+            self._server.remember(grammar, refusal)
+        return refusal
+
+
+_OVER_LIMITS = (
+    f"it takes more than {PREPARE_S:g} s of CPU time or {MEMORY_BYTES >> 20} MiB, or is nested too deeply: simplify it"
+)

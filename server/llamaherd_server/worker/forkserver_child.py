@@ -1,0 +1,264 @@
+"""`python -m llamaherd_server.worker.forkserver_child FD MODEL`: forks a child for each socket that comes over FD.
+
+It holds the vocabulary and nothing else of the model, so that a fork takes a millisecond. See forkserver.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import gc
+import os
+import random
+import resource
+import signal
+import socket
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from llamaherd_server.worker.channel import LENGTH_BYTES, frame
+from llamaherd_server.worker.forkserver import (
+    ALLOWED,
+    MEMORY_BYTES,
+    PREPARE_S,
+    PREPARE_S_PER_MIB,
+    TOKEN_S,
+    Job,
+    Prepared,
+)
+from llamaherd_server.worker.lib import load
+from llamaherd_server.worker.vocabulary import Vocabulary
+
+NICE = 5  # below the step thread: on a busy host a costly grammar slows its own request
+REASON_CHARS = 200
+PARSE_ERROR = b"error parsing grammar: "
+# Bytes of a llama_token_data, of which the last of the logit's is 0xff once a sampler has made 0 to minus infinity.
+CANDIDATE_BYTES, LOGIT_END = 12, 7
+_job = msgspec.msgpack.Decoder(Job)
+
+
+class Refused(Exception):
+    """The grammar does not compile; the message says why."""
+
+
+def main() -> None:
+    control = socket.socket(fileno=int(sys.argv[1]))
+    lib = load()
+    said = bytearray()
+
+    def write(level: int, text: bytes, _user_data: Any) -> None:
+        said[:] = text if level == 4 else said
+
+    callback = lib.llama_log_callback(write)  # kept: llama.cpp holds on to it
+    lib.llama_log_set(callback, None)
+    params = lib.llama_model_default_params()
+    params.vocab_only, params.n_gpu_layers = True, 0
+    handle = lib.llama_model_load_from_file(sys.argv[2].encode(), params)
+    if not handle:
+        sys.exit(f"{sys.argv[2]}: the vocabulary cannot be loaded: {said.decode(errors='replace')}")
+    vocabulary = Vocabulary(lib, handle)
+    grammars = Grammars(vocabulary, said)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a child
+    os.nice(NICE)
+    gc.freeze()
+    while True:
+        try:
+            _, ends, _, _ = socket.recv_fds(control, 1, 1)
+        except OSError:
+            return
+        if not ends:
+            return
+        with suppress(OSError):  # no memory for a child: its end is closed, and that is seen
+            if os.fork() == 0:
+                control.close()
+                be_child(grammars, socket.socket(fileno=ends[0]))
+        os.close(ends[0])
+
+
+def be_child(grammars: Grammars, end: socket.socket) -> NoReturn:
+    """Do the job, and be the grammar until the other end closes."""
+    try:
+        end.send(b"!")
+        job = _job.decode(_read(end, int.from_bytes(_read(end, LENGTH_BYTES), "big")))
+        limit(PREPARE_S + PREPARE_S_PER_MIB * sum(map(len, job.texts)) / 2**20)
+        end_with(end, True)
+        prepared = grammars.prepare(job)
+        end_with(end, False)
+        end.sendall(frame(prepared))
+        while job.grammar is not None and prepared.refusal is None:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            token = int.from_bytes(_read(end, 4), "little")
+            signal.setitimer(signal.ITIMER_PROF, TOKEN_S)
+            if answer := grammars.answer(token):
+                end.sendall(answer)
+    except (EOFError, OSError):
+        pass
+    finally:
+        os._exit(0)
+
+
+def limit(cpu_s: float) -> None:
+    """Bound this process's CPU time and memory; beyond them it ends."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError, ValueError):  # not on macOS
+        size = int(Path("/proc/self/statm").read_bytes().split()[0]) * resource.getpagesize() + MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def end_with(end: socket.socket, on: bool) -> None:
+    """Have the kernel end this process when the other end closes, in the middle of a call into llama.cpp too."""
+    flags = fcntl.fcntl(end, fcntl.F_GETFL)
+    fcntl.fcntl(end, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(end, fcntl.F_SETFL, flags | os.O_ASYNC if on else flags & ~os.O_ASYNC)
+
+
+class Grammars:
+    """Compiles one grammar, after the fork, and keeps to it; what it needs of the vocabulary is made before."""
+
+    def __init__(self, vocabulary: Vocabulary, said: bytearray) -> None:
+        self._lib = lib = vocabulary.lib
+        self._vocabulary = vocabulary
+        self._said = said
+        self._longer = longer_tokens(vocabulary)
+        self._records = [bytes(lib.llama_token_data(token, 0.0, 0.0)) for token in range(vocabulary.n_vocab)]
+        self._everything = b"".join(self._records)
+        self._sampler: Any = None
+        self._names_tokens = False
+        self._chosen = False  # whether the next token is one of those that the last answer allowed
+
+    def prepare(self, job: Job) -> Prepared:
+        tokens = [
+            self._vocabulary.tokenize(text, add_special=job.add_special, parse_special=job.parse_special)
+            for text in job.texts
+        ]
+        try:
+            if job.grammar is not None:
+                self._compile(job.grammar)
+                if job.trial:
+                    self._try(job.trial)
+                    self._lib.llama_sampler_free(self._sampler)
+                    self._compile(job.grammar)
+        except Refused as refused:
+            return Prepared(refusal=str(refused))
+        return Prepared(tokens)
+
+    def answer(self, token: int) -> bytes | None:
+        """ALLOWED where the grammar accepts `token`; else what it allows, and nothing for the token that follows."""
+        if self._chosen:
+            self._chosen = False
+            self._accept(token)
+            return None
+        if self._allows(token):
+            self._accept(token)
+            return ALLOWED
+        self._chosen = True
+        return b"\0" + self._allowed()
+
+    def _compile(self, grammar: str) -> None:
+        """Raises Refused with llama.cpp's reason, which it prints with the grammar after it."""
+        self._names_tokens = "<" in grammar or "!" in grammar  # perhaps: of these, a beginning says nothing
+        with tempfile.TemporaryFile() as file:
+            os.dup2(file.fileno(), 2)
+            self._sampler = self._lib.llama_sampler_init_grammar(
+                self._vocabulary.vocab, grammar.encode(errors="replace"), b"root"
+            )
+            if self._sampler:
+                return
+            file.seek(0)
+            printed = file.read(4096)
+        _, found, reason = printed.partition(PARSE_ERROR)
+        text = (reason if found else bytes(self._said)).decode(errors="replace").partition("\n\n")[0]
+        line = " ".join(text.split())
+        raise Refused(line if len(line) <= REASON_CHARS else f"{line[:REASON_CHARS]}…")
+
+    def _try(self, tokens: int) -> None:
+        """Keep to the grammar for so many tokens, any that it allows; raises Refused where one takes too long."""
+        rng = random.Random(0)  # noqa: S311 (any walk will do)
+        for _ in range(tokens):
+            began = time.process_time()
+            allowed = [token for token, no in enumerate(self._allowed()) if not no]
+            if not allowed or (token := rng.choice(allowed)) in self._vocabulary.eog_tokens:
+                return
+            self._accept(token)
+            if time.process_time() - began > TOKEN_S:
+                raise Refused(f"it takes more than {TOKEN_S:g} s for a token: simplify it")
+
+    def _allows(self, token: int) -> bool:
+        return self._apply(self._records[token]) == b"\0"
+
+    def _allowed(self) -> bytes:
+        """A byte for each token, 0 where the grammar allows it."""
+        if self._names_tokens:
+            return self._apply(self._everything)
+        forbidden = bytearray(b"\xff" * self._vocabulary.n_vocab)
+        tokens = self._longer[None]
+        while tokens:
+            answers = self._apply(b"".join(map(self._records.__getitem__, tokens)))
+            if tokens is self._longer[None] and 4 * answers.count(0) > len(tokens):
+                return self._apply(self._everything)  # most are looked at anyway
+            allowed = [token for token, no in zip(tokens, answers, strict=True) if not no]
+            for token in allowed:
+                forbidden[token] = 0
+            tokens = [one for token in allowed for one in self._longer.get(token, ())]
+        return bytes(forbidden)
+
+    def _apply(self, records: bytes) -> bytes:
+        """For each llama_token_data, whether the grammar forbids it: a byte that is 0 where it does not."""
+        data = bytearray(records)
+        count = len(data) // CANDIDATE_BYTES
+        first = (self._lib.llama_token_data * count).from_buffer(data)
+        array = self._lib.llama_token_data_array(first, count, -1, False)
+        self._lib.llama_sampler_apply(self._sampler, ctypes.byref(array))
+        return bytes(memoryview(data)[LOGIT_END::CANDIDATE_BYTES])
+
+    def _accept(self, token: int) -> None:
+        self._lib.llama_sampler_accept(self._sampler, token)
+
+
+def longer_tokens(vocabulary: Vocabulary) -> dict[int | None, list[int]]:
+    """For each token those whose longest beginning that is a token it is; for None, those that have no such beginning.
+
+    A grammar that forbids a text forbids all that begin with it. That is not so of parts of characters, nor of tokens
+    that end the output.
+    """
+    pieces = [vocabulary.piece(token, special=True) for token in range(vocabulary.n_vocab)]
+    whole = {
+        piece: token
+        for token, piece in enumerate(pieces)
+        if piece and token not in vocabulary.eog_tokens and is_utf8(piece)
+    }
+    longer: dict[int | None, list[int]] = {}
+    for token, piece in enumerate(pieces):
+        ends = () if token in vocabulary.eog_tokens else range(len(piece) - 1, 0, -1)
+        beginnings = (whole.get(piece[:end]) for end in ends)
+        longer.setdefault(next((one for one in beginnings if one is not None), None), []).append(token)
+    return longer
+
+
+def is_utf8(piece: bytes) -> bool:
+    try:
+        piece.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _read(end: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        part = end.recv(min(size - len(data), 2**18))
+        if not part:
+            raise EOFError
+        data += part
+    return bytes(data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Keeps a sampler to a grammar as llama-server does: a token that it forbids is sampled again from those it allows.
+
+The grammar is in a process of its own (forkserver.py), whose answer may come some steps later. Needs numpy, so this is
+imported only for a request with a grammar.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaherd_server.worker.errors import RequestError
+from llamaherd_server.worker.forkserver import ALLOWED, Child
+from llamaherd_server.worker.logits import Candidates, row_of
+from llamaherd_server.worker.model import Model
+from llamaherd_server.worker.sampling import NativeSampler
+
+
+class GrammarSampler:
+    """Implements sequence.Sampler by `chain` and the grammar of `child`."""
+
+    logits: NDArray[np.float32]  # of the token that is being sampled
+
+    def __init__(self, model: Model, chain: NativeSampler, child: Child) -> None:
+        self._model = model
+        self._chain = chain
+        self._child = child
+        self._candidates = Candidates(model)
+        self._asked: int | None = None
+
+    def sample(self, context: Any, row: int) -> int | None:
+        """None: the grammar is asked, and `late` has the token."""
+        if self._asked is None:
+            self.logits = row_of(self._model, context, row).copy()
+            self._asked, _ = self._choose(self.logits)
+            self._child.ask(self._asked)
+        return None
+
+    def late(self, wait_s: float) -> int | None:
+        answer = self._child.answer(self._model.n_vocab, wait_s)
+        if answer is None or self._asked is None:
+            return None
+        token, self._asked = self._asked, None
+        if answer != ALLOWED:
+            forbidden = np.frombuffer(answer, np.uint8) != 0
+            token, logit = self._choose(np.where(forbidden, np.float32(-math.inf), self.logits))
+            if answer[token] or not math.isfinite(logit):
+                message = "the grammar allows no token here that the request does"
+                raise RequestError("invalid_grammar", "grammar", message)
+            self._child.accept(token)
+        self._chain.accept(token)
+        return token
+
+    def close(self) -> None:
+        self._chain.close()
+        self._child.close()
+
+    def _choose(self, logits: NDArray[np.float32]) -> tuple[int, float]:
+        self._candidates.load(logits)
+        return self._chain.choose(self._candidates)

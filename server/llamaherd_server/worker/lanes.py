@@ -1,0 +1,79 @@
+"""Slow work on a few threads, fair among those who ask for it."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+LANES = 4
+
+
+@dataclass(eq=False, slots=True)
+class Task:
+    """Work for the request `id`; `call` gets the task, to look whether it was cancelled and to say how to stop it."""
+
+    id: int
+    owner: str
+    call: Callable[[Task], None]
+    cancelled: bool = False
+    stop: Callable[[], None] = field(default=lambda: None)
+
+
+class Lanes:
+    """Each owner's tasks in their order; the owner with the fewest lanes goes first, and none ever has all of them."""
+
+    def __init__(self, lanes: int = LANES) -> None:
+        self._most = max(1, lanes - 1)
+        self._lock = threading.Condition()
+        self._waiting: OrderedDict[str, deque[Task]] = OrderedDict()
+        self._running: dict[int, Task] = {}
+        for _ in range(lanes):
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def add(self, task: Task) -> None:
+        with self._lock:
+            self._waiting.setdefault(task.owner, deque()).append(task)
+            self._lock.notify()
+
+    def cancel(self, request_id: int) -> bool:
+        """Whether there was such a task; it does no more than it has done."""
+        with self._lock:
+            task = self._running.get(request_id)
+            if task is not None:
+                task.cancelled = True
+                task.stop()
+                return True
+            for tasks in self._waiting.values():
+                for waiting in tasks:
+                    if waiting.id == request_id:
+                        tasks.remove(waiting)
+                        return True
+        return False
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                while (task := self._next()) is None:
+                    self._lock.wait()
+                self._running[task.id] = task
+            try:
+                task.call(task)
+            finally:
+                with self._lock:
+                    del self._running[task.id]
+                    self._lock.notify()
+
+    def _next(self) -> Task | None:
+        """The task of the owner that has the fewest lanes, and of those of the one that has waited longest."""
+        counts = {owner: sum(one.owner == owner for one in self._running.values()) for owner in self._waiting}
+        free = [owner for owner, count in counts.items() if count < self._most]
+        if not free:
+            return None
+        owner = min(free, key=counts.__getitem__)
+        task = self._waiting[owner].popleft()
+        self._waiting.move_to_end(owner)
+        if not self._waiting[owner]:
+            del self._waiting[owner]
+        return task

@@ -1,0 +1,112 @@
+"""A GGUF's vocabulary: text to tokens and back. Needs no weights."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterator
+from functools import cache, cached_property
+from itertools import pairwise
+from typing import Any
+
+# llama.cpp's time for a text grows with the square of its special tokens: a long text is tokenised in pieces.
+PIECE_CHARS = 2**15
+
+
+class Vocabulary:
+    """The vocabulary of the model `handle`, which may have been loaded without weights."""
+
+    def __init__(self, lib: Any, handle: Any) -> None:
+        self.lib = lib
+        self.handle = handle
+        self.vocab = lib.llama_model_get_vocab(handle)
+        self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
+        self.eog_tokens = frozenset(t for t in range(self.n_vocab) if lib.llama_vocab_is_eog(self.vocab, t))
+        self._pieces: dict[int, bytes] = {}
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        cuts = [0, *(self._cuts(text, parse_special) if len(text) > PIECE_CHARS else ()), len(text)]
+        if len(cuts) == 2:
+            return self._tokens(text, add_special, parse_special)
+        pieces = [self._tokens(text[at:end], False, parse_special) for at, end in pairwise(cuts)]
+        head, tail = self._ends if add_special else ([], [])
+        return [*head, *(token for piece in pieces for token in piece), *tail]
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes of one token; empty for a control token unless `special`."""
+        room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            count = self.lib.llama_token_to_piece(self.vocab, token, buffer, room, 0, special)
+            if count >= 0:
+                return buffer.raw[:count]
+            room = -count
+
+    def control_tokens(self, texts: list[str]) -> Iterator[int]:
+        """Those of `texts` that are one token."""
+        for text in texts:
+            tokens = self.tokenize(text, add_special=False, parse_special=True)
+            if len(tokens) == 1:
+                yield tokens[0]
+
+    def detokenize(self, tokens: list[int]) -> str:
+        for token in {*tokens} - self._pieces.keys():
+            self._pieces[token] = self.piece(token, special=True)
+        return b"".join(map(self._pieces.__getitem__, tokens)).decode(errors="replace")
+
+    def unknown(self, tokens: list[int]) -> int | None:
+        """The first of `tokens` that the vocabulary does not have."""
+        return next((token for token in tokens if not 0 <= token < self.n_vocab), None)
+
+    @cached_property
+    def suppressed(self) -> list[int]:
+        """Tokens that the GGUF forbids."""
+        count = ctypes.c_int32()
+        tokens = self.lib.llama_vocab_get_suppress_tokens(self.vocab, ctypes.byref(count))
+        return list(tokens[: count.value]) if count.value else []
+
+    def _tokens(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        data = text.encode()
+        room = len(data) + 16
+        while True:
+            tokens = (ctypes.c_int32 * room)()
+            count = self.lib.llama_tokenize(self.vocab, data, len(data), tokens, room, add_special, parse_special)
+            if count >= 0:
+                return tokens[:count]
+            room = -count
+
+    def _cuts(self, text: str, parse_special: bool) -> Iterator[int]:
+        """Where special tokens begin, about PIECE_CHARS apart: llama.cpp tokenises what lies between them by itself."""
+        if (special := self._cuttable(parse_special)) is None:
+            return
+        end = 0
+        while (match := special.search(text, end + PIECE_CHARS)) is not None:
+            end = match.start()
+            yield end
+
+    @cache  # noqa: B019 (a process has one vocabulary)
+    def _cuttable(self, parse_special: bool) -> re.Pattern[str] | None:
+        """Matches the special tokens that overlap no other one, and leave the text before them as it is."""
+        lib = self.lib
+        control = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
+        wanted = lib.LLAMA_TOKEN_ATTR_USER_DEFINED | (control if parse_special else 0)
+        attributes = {
+            (lib.llama_vocab_get_text(self.vocab, token) or b"").decode(errors="replace"): found
+            for token in range(self.n_vocab)
+            if (found := lib.llama_vocab_get_attr(self.vocab, token)) & wanted
+        }
+        texts = [text for text in attributes if text]
+        firsts, later = {text[0] for text in texts}, {char for text in texts for char in text[1:]}
+        alone = [one for one in texts if one[0] not in later and not firsts & {*one[1:]}]
+        cuttable = sorted(
+            (one for one in alone if not attributes[one] & lib.LLAMA_TOKEN_ATTR_LSTRIP), key=len, reverse=True
+        )
+        return re.compile("|".join(map(re.escape, cuttable))) if cuttable else None
+
+    @cached_property
+    def _ends(self) -> tuple[list[int], list[int]]:
+        """What the model wants before and after a text."""
+        both = self._tokens("", True, False)
+        if len(both) == 1 and both[0] != self.lib.llama_vocab_bos(self.vocab):
+            return [], both
+        return both[:1], both[1:]

@@ -1,0 +1,94 @@
+"""The grammar that a child keeps to, in this process: what it allows, and what it costs to say so."""
+
+from __future__ import annotations
+
+import random
+import string
+
+import pytest
+
+from llamaherd_server.worker.errors import RequestError
+from llamaherd_server.worker.forkserver import Child, Forkserver, Job
+from llamaherd_server.worker.forkserver_child import Grammars
+from llamaherd_server.worker.model import Model
+from llamaherd_server.worker.vocabulary import PIECE_CHARS
+
+_rng = random.Random(1)
+WORDS = ["".join(_rng.choices(string.ascii_lowercase, k=7)) for _ in range(300)]
+GRAMMARS = {
+    "object": r'root ::= "{" ws "\"a\":" ws "\"" [^"\\\x7F\x00-\x1F]* "\"" ws "}"' + "\nws ::= [ \\t]*",
+    "anything": "root ::= .*",
+    "all characters but one": "root ::= [^日]+",
+    "one script": "root ::= [一-鿿]+",
+    "words": "root ::= " + " | ".join(f'"{word}"' for word in WORDS),
+    "a token by its name": 'root ::= <[5]> "a" | !<[6]> "b"',
+}
+
+
+@pytest.fixture(scope="module")
+def grammars(model: Model) -> Grammars:
+    return Grammars(model, bytearray())
+
+
+@pytest.mark.parametrize("kind", GRAMMARS)
+def test_looking_at_beginnings_first_allows_the_same_tokens(model: Model, grammars: Grammars, kind: str) -> None:
+    grammars._compile(GRAMMARS[kind])
+    for _ in range(12):
+        allowed = grammars._allowed()
+        assert allowed == grammars._apply(grammars._everything)
+        tokens = [token for token, no in enumerate(allowed) if not no and token not in model.eog_tokens]
+        if not tokens:
+            break
+        grammars._accept(_rng.choice(tokens))
+
+
+@pytest.fixture(scope="module")
+def forkserver(model: Model) -> Forkserver:
+    return model.forkserver
+
+
+def test_a_child_keeps_to_its_grammar_token_by_token(model: Model, forkserver: Forkserver) -> None:
+    (yes, no) = (model.tokenize(word, add_special=False, parse_special=False)[0] for word in (" yes", " no"))
+    child = forkserver.open(Job(grammar='root ::= " yes" " no"'))
+    assert child.prepared() == []
+    child.ask(no)
+    allowed = answer(child, model)
+    assert allowed[yes] == 0
+    assert allowed[no]
+    child.accept(yes)
+    child.ask(no)
+    assert answer(child, model) == b"\1"
+    child.close()
+
+
+def answer(child: Child, model: Model) -> bytes:
+    given = child.answer(model.n_vocab, 20)
+    assert given is not None
+    return given
+
+
+def test_closing_ends_a_child_in_the_middle_of_its_work(forkserver: Forkserver) -> None:
+    rules = "\n".join(f"r{n} ::= r{n + 1} r{n + 1}" for n in range(40))
+    child = forkserver.open(Job(grammar=f'root ::= r0\n{rules}\nr40 ::= "a" | ""'))
+    child.close()
+    with pytest.raises(RequestError):
+        child.prepared()
+    again = forkserver.open(Job(["a herd"]))
+    assert again.prepared()
+
+
+def test_a_forkserver_that_has_died_is_started_again(model: Model, forkserver: Forkserver) -> None:
+    before = forkserver.open(Job(["a herd"])).prepared()
+    assert forkserver._process is not None
+    forkserver._process.kill()
+    forkserver._process.wait()
+    assert forkserver.open(Job(["a herd"])).prepared() == before
+
+
+@pytest.mark.parametrize("parse", [True, False])
+@pytest.mark.parametrize("add", [True, False])
+def test_a_long_text_has_the_tokens_of_its_pieces(model: Model, add: bool, parse: bool) -> None:
+    parts = ["<|im_start|>", "<|im_end|>", "\n", " ", "  ", "a herd", "<", "|>", "<|im_", "😀", "<repo_name>"]
+    text = "".join(random.Random(2).choices(parts, k=PIECE_CHARS))
+    assert len([*model._cuts(text, True)]) > 2
+    assert model.tokenize(text, add_special=add, parse_special=parse) == model._tokens(text, add, parse)
