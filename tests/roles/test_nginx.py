@@ -5,10 +5,13 @@ Behind it the real server paces its tokens by the clock. Each test has an addres
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import ssl
+import struct
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +68,52 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
         config = nginx.render(folder, {**ports, **limits, **behind, **public, "groups": groups})
         with responder(config.parent / "llamaherd"), nginx.running(config):
             yield Edge(ports["llamaherd_nginx_port"], ports["llamaherd_nginx_inner_port"], server.url, config.parent)
+
+
+@dataclass
+class Failing:
+    """In place of a server, for all hosts behind an edge: closes each connection after its request, or answers 503."""
+
+    port: int
+    edge_port: int
+    folder: Path
+    reply: bytes = b""
+    requests: int = 0
+
+    def serve(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:  # closed
+                return
+            with connection:
+                connection.recv(65536)
+                self.requests += 1
+                connection.sendall(self.reply)
+                reset = struct.pack("ii", 1, 0)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset if not self.reply else bytes(8))
+
+    def post(self) -> httpx.Response:
+        tls = ssl.create_default_context(cafile=self.folder / "ca.crt")
+        return httpx.post(f"https://127.0.0.1:{self.edge_port}/v1/completions", json=ASK, verify=tls, timeout=60)
+
+
+@pytest.fixture
+def failing(tmp_path: Path) -> Iterator[Failing]:
+    """Two hosts behind the edge: one nginx, at two addresses."""
+    ports = {"llamaherd_nginx_port": free_port(), "llamaherd_nginx_inner_port": free_port()}
+    hosts = {nginx.HOST: {"ansible_host": "127.0.0.1"}, "another": {"ansible_host": "127.0.0.2"}}
+    groups = {"inference": {"hosts": hosts}, "edge": {"hosts": {nginx.HOST: None}}}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = int(listener.getsockname()[1])
+        config = nginx.render(tmp_path, {**ports, "llamaherd_server_port": port, "groups": groups})
+        found = Failing(port, ports["llamaherd_nginx_port"], config.parent / "llamaherd")
+        serving = threading.Thread(target=found.serve, args=(listener,))
+        serving.start()
+        with nginx.running(config):
+            yield found
+        listener.shutdown(socket.SHUT_RDWR)
+        serving.join()
 
 
 @contextmanager
@@ -175,6 +224,101 @@ def test_what_nginx_refuses_it_refuses_as_openai_does(
     assert "max-age=" in answer.headers["Strict-Transport-Security"]
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert answer.headers["X-Frame-Options"] == "SAMEORIGIN"
+
+
+def test_a_request_that_a_server_died_of_reaches_no_other_host(failing: Failing) -> None:
+    answer = failing.post()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "server_failed")
+    assert failing.requests == 1
+
+
+def test_a_request_that_a_host_refuses_goes_to_another_one(failing: Failing) -> None:
+    failing.reply = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    assert failing.post().status_code == 503
+    assert failing.requests == 2
+
+
+def test_one_key_is_one_however_it_is_sent(edge: Edge) -> None:
+    forms = [
+        {"Authorization": "Bearer all forms"},
+        {"Authorization": "bEARER all forms"},
+        {"Authorization": "Bearer    all forms"},
+        {"Authorization": "Bearer \t all forms"},
+        {"Authorization": b"Bearer \xa0all forms"},
+        {"Authorization": "Bearer all forms", "X-Api-Key": "another"},
+        {"X-Api-Key": "all forms"},
+        {"Authorization": "Bearer", "X-Api-Key": "all forms"},
+        {"Authorization": "Basic all forms", "X-Api-Key": "all forms"},
+        {"Authorization": "Token all", "X-Api-Key": "all forms"},
+    ]
+    assert len(forms) == BURST + 2
+    answers = []
+    for number, headers in enumerate(forms):
+        with edge.client(f"127.0.4.{number + 1}") as client:
+            del client.headers["Authorization"]
+            body = ASK | {"stream": False, "max_tokens": 1}
+            answers.append(client.post("/v1/completions", json=body, headers=headers))
+    assert refused(answers) == 2
+
+
+def raw(edge: Edge, request: bytes) -> tuple[bytes, bytes]:
+    """Head and body of what comes back until the connection ends."""
+    tls = ssl.create_default_context(cafile=edge.folder / "llamaherd/ca.crt")
+    with (
+        socket.create_connection(("127.0.0.1", edge.port), source_address=("127.0.1.6", 0)) as plain,
+        tls.wrap_socket(plain, server_hostname="127.0.0.1") as found,
+    ):
+        found.sendall(request)
+        head, _, body = b"".join(iter(lambda: found.recv(65536), b"")).partition(b"\r\n\r\n")
+    return head, body
+
+
+@pytest.mark.parametrize("line", ["GET * HTTP/1.1", "GET /v1/%00 HTTP/1.1", "GET /v1/../.. HTTP/1.1", "nonsense"])
+def test_a_request_that_nginx_cannot_read_gets_json(edge: Edge, line: str) -> None:
+    head, body = raw(edge, f"{line}\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+    if line != "nonsense":  # HTTP/0.9 has no head
+        assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body or head)["error"]["code"] == "bad_request"
+
+
+def test_http_1_0_streams_to_the_end(edge: Edge) -> None:
+    ask = json.dumps(ASK).encode()
+    head, body = raw(
+        edge,
+        b"POST /v1/completions HTTP/1.0\r\nAuthorization: Bearer old\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%s" % (len(ask), ask),
+    )
+    assert b" 200 " in head
+    assert b"transfer-encoding" not in head.lower()
+    assert body.endswith(b"data: [DONE]\n\n")
+
+
+def test_a_long_prompt_is_in_no_file(edge: Edge) -> None:
+    with edge.client("127.0.1.7", "long") as client:
+        client.post("/v1/completions", json=ASK | {"prompt": "x" * 60_000})
+        client.post("/v1/completions", content=iter([json.dumps(ASK | {"prompt": "x" * 60_000}).encode()]))
+    assert "temporary file" not in (edge.folder / "error.log").read_text()
+
+
+def test_a_slash_at_the_end_is_no_redirect(edge: Edge) -> None:
+    with edge.client("127.0.1.8", "slash") as client:
+        assert client.post("/v1/completions/", json=ASK).status_code == 200
+
+
+PRIVATE = {"/metrics", "/admin/engine"}
+
+
+def test_clients_reach_all_that_the_server_serves_but_what_operators_use(edge: Edge) -> None:
+    with edge.client("127.0.1.9", "paths") as client:
+        codes = {}
+        for path, methods in httpx.get(f"{edge.server}/openapi.json").json()["paths"].items():
+            time.sleep(0.1)
+            method = "GET" if "get" in methods else "POST"
+            answer = client.request(
+                method, path.replace("{name}", "smollm2"), headers={"Authorization": f"Bearer {path}"}
+            )
+            codes[path] = answer.json()["error"]["message"] if answer.is_error else "200"
+    assert {path for path, code in codes.items() if code == "no such endpoint"} == PRIVATE & set(codes)
 
 
 def test_only_an_edge_gets_past_a_hosts_own_nginx(edge: Edge, tmp_path: Path) -> None:

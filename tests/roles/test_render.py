@@ -222,7 +222,7 @@ def test_the_launchd_daemon(rendered: Rendered) -> None:
 
 def test_nginx_errors_are_openais(debian: Rendered) -> None:
     bodies = re.findall(r"return (\d+) '(\{.*\})';", debian.text("nginx.conf"))
-    assert {int(status) for status, _ in bodies} == {400, 404, 413, 429, 503}
+    assert {int(status) for status, _ in bodies} == {400, 404, 413, 429, 500, 503}
     for _, body in bodies:
         assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
 
