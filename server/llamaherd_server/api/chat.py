@@ -57,6 +57,7 @@ class ChatRequest(GenerationFields):
             messages=[message.for_template() for message in self.messages],
             choice=choice_of([tool.tool() for tool in self.tools or ()], wanted, parallel=self.parallel_tool_calls),
             answer_schema=self.response_format.wanted() if self.response_format else None,
+            answer_strict=bool(self.response_format and self.response_format.strict),
             variables={**(self.chat_template_kwargs or {}), **effort},
             split_reasoning=self.reasoning_format != "none",
         )

@@ -145,8 +145,8 @@ class JsonSchema(Body):
 
     name: str | None = Field(None, description="Accepted and ignored.")
     description: str | None = Field(None, description="Accepted and ignored.")
-    json_schema: Any = Field(True, alias="schema", description="A keyword that cannot be enforced is a 400.")
-    strict: bool | None = Field(None, description="Accepted; output always follows the schema.")
+    json_schema: Any = Field(True, alias="schema", description="See `strict`.")
+    strict: bool | None = Field(None, description="True: what of the schema cannot be enforced is a 400.")
 
 
 class ResponseFormat(Body):
@@ -160,6 +160,11 @@ class ResponseFormat(Body):
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError('json_schema belongs to type "json_schema", and is required there')
         return self
+
+    @property
+    def strict(self) -> bool:
+        """Whether all of the schema must be enforced."""
+        return bool(self.json_schema and self.json_schema.strict)
 
     def wanted(self) -> Any | None:
         """The JSON schema to enforce; None: any text."""

@@ -10,20 +10,23 @@ import msgspec
 from llamaherd_server.api.state import AppState
 from llamaherd_server.chat import template
 from llamaherd_server.chat.formats import HARMONY, HERMES, Reader, format_of, thinking_of
-from llamaherd_server.chat.schema import schema_rules
-from llamaherd_server.chat.tools import Choice, reply_grammar, told, with_ids_of
+from llamaherd_server.chat.tools import AnswerSchema, Choice, reply_grammar, told, with_ids_of
 from llamaherd_server.errors import ApiError
 from llamaherd_server.protocol import Generate, Sampling
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """`messages` are as templates expect them. `answer_schema` None: any text; `answer_field` is where it stood."""
+    """`messages` are as templates expect them. `answer_schema` None: any text; `answer_field` is where it stood.
+
+    `answer_strict`: what of the schema cannot be enforced is an error.
+    """
 
     messages: list[dict[str, Any]]
     choice: Choice = field(default_factory=lambda: Choice(()))
     answer_schema: Any | None = None
     answer_field: str = "response_format"
+    answer_strict: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
     split_reasoning: bool = True
 
@@ -75,7 +78,7 @@ async def prepare(state: AppState, conversation: Conversation) -> Prepared:
         schemas={tool.name: tool.schema for tool in choice.tools},
         parallel=choice.parallel,
     )
-    schema = conversation.answer_schema
-    answer = None if schema is None else schema_rules(schema, conversation.answer_field, "answer")
-    grammar = reply_grammar(reader, choice, answer)
+    schema, field_ = conversation.answer_schema, conversation.answer_field
+    answer = None if schema is None else AnswerSchema(schema, field_, conversation.answer_strict)
+    grammar = await reply_grammar(state.sandbox, reader, choice, answer)
     return Prepared(prompt, template.adds_special(model, prompt), grammar, reader)

@@ -200,6 +200,7 @@ class CountRequest(Body):
             ),
             answer_schema=config.format.json_schema if config.format else None,
             answer_field="output_config",
+            answer_strict=True,
             variables=variables,
         )
 

@@ -132,7 +132,7 @@ class TextFormat(Body):
     name: str | None = Field(None, description="Accepted and ignored.")
     description: str | None = Field(None, description="Accepted and ignored.")
     json_schema: Any = Field(None, alias="schema", description="With type json_schema.")
-    strict: bool | None = Field(None, description="Accepted; the answer always follows the schema.")
+    strict: bool | None = Field(None, description="True: what of the schema cannot be enforced is a 400.")
 
     def wanted(self) -> Any | None:
         """The JSON schema to enforce; None: any text."""
@@ -200,6 +200,7 @@ class ResponsesRequest(SamplingFields):
             choice=choice_of(tools, wanted, parallel=self.parallel_tool_calls),
             answer_schema=self.text.format.wanted() if self.text and self.text.format else None,
             answer_field="text",
+            answer_strict=bool(self.text and self.text.format and self.text.format.strict),
             variables={**(self.chat_template_kwargs or {}), **({"reasoning_effort": effort} if effort else {})},
         )
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 from llamaherd_server.chat.reply import Malformed, Source, Writer
+from llamaherd_server.chat.subschemas import is_of, property_kinds
 
 Schemas: TypeAlias = Mapping[str, Any]  # the parameters' schema by the tool's name
 Body: TypeAlias = Callable[[Source, Writer, Schemas], Generator[None, None, None]]
@@ -78,8 +80,7 @@ def xml_call(source: Source, writer: Writer, schemas: Schemas) -> Generator[None
     """Qwen3-Coder's `<function=name><parameter=key>value</parameter>…</function>`; values are typed by the schema."""
     yield from source.expect("<function=")
     name = yield from _before(source, ">")
-    schema = schemas.get(name)
-    properties = schema.get("properties", {}) if isinstance(schema, dict) else {}
+    kinds = property_kinds(schemas.get(name))
     writer.begin_call(name)
     separator = "{"
     while True:
@@ -89,7 +90,7 @@ def xml_call(source: Source, writer: Writer, schemas: Schemas) -> Generator[None
         yield from source.expect("<parameter=")
         key = yield from _before(source, ">")
         value = (yield from _before(source, "</parameter>")).removeprefix("\n").removesuffix("\n")
-        writer.arguments(f"{separator}{_json(key)}: {_typed(value, properties.get(key))}")
+        writer.arguments(f"{separator}{_json(key)}: {_typed(value, kinds.get(key))}")
         separator = ", "
     writer.arguments("}" if separator == ", " else "{}")
 
@@ -138,13 +139,13 @@ def _unquoted(text: str) -> str:
     return "" if text.strip() == "null" else text
 
 
-def _typed(value: str, schema: Any) -> str:
-    """A parameter's text as JSON: a string unless its schema says otherwise and the text is JSON."""
-    if isinstance(schema, dict) and schema.get("type") != "string":
-        try:
-            return _json(json.loads(value))
-        except ValueError:
-            pass
+def _typed(value: str, kinds: frozenset[str] | None) -> str:
+    """A parameter's text as JSON: as JSON where it is that, and of a type that is allowed; else as a string."""
+    if kinds is None or kinds != {"string"}:
+        with suppress(ValueError):
+            found = json.loads(value)
+            if not kinds or "string" not in kinds or any(is_of(found, kind) for kind in kinds):
+                return _json(found)
     return _json(value)
 
 

@@ -1,9 +1,11 @@
-"""The rules of JSON as GBNF, and the rules of numbers within bounds."""
+"""The rules of JSON as GBNF, and what its grammars are composed of."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 # Bounded white space: a model that may write any amount of it sometimes never stops.
 PRIMITIVES = {
@@ -21,25 +23,14 @@ PRIMITIVES = {
     "array": r'"[" space (value space ("," space value space)*)? "]"',
     "value": "object | array | string | number | boolean | null",
 }
-# Strings of these formats; RFC 3339 and RFC 9562.
-_DATE = '[0-9]{4} "-" ("0" [1-9] | "1" [0-2]) "-" ("0" [1-9] | [12] [0-9] | "3" [01])'
-_CLOCK = '([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9]'
-_TIME = f'{_CLOCK} ":" [0-5] [0-9] ("." [0-9]{{1,9}})? ("Z" | [-+] {_CLOCK})'
-_HEX = "[0-9a-f]"
-FORMATS = {
-    "date": _DATE,
-    "time": _TIME,
-    "date-time": f'{_DATE} "T" {_TIME}',
-    "uuid": f'{_HEX}{{8}} "-" {_HEX}{{4}} "-" {_HEX}{{4}} "-" {_HEX}{{4}} "-" {_HEX}{{12}}',
-}
-
-# Every number within it is exact in a double, and it bounds what has no bound of its own.
-LARGEST = 10**15 - 1
+_BLOCK = 200
+_CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 def literal(text: str) -> str:
     """A GBNF literal of exactly `text`."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\r", "\\r")
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    escaped = _CONTROL.sub(lambda match: rf"\x{ord(match[0]):02X}", escaped)
     return f'"{escaped}"'
 
 
@@ -84,54 +75,51 @@ def constant(value: object) -> str:
     return literal(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
-def integers(low: int, high: int) -> str:
-    """The whole numbers from `low` to `high`."""
-    return _signed(low, high, 1, _digits)
+def repeated(rule: str, low: int, high: int | None, share: Callable[[str], str]) -> str:
+    """`low` to `high` times the rule `rule`, which is a name or one symbol; None: without end.
+
+    llama.cpp writes each repetition out and refuses more than 2,000 of them: blocks of blocks take the root of it.
+    """
+    if high is None:
+        return f"{_exactly(rule, low, share)} {rule}*".strip()
+    return f"{_exactly(rule, low, share)} {_at_most(rule, high - low, share)}".strip() or '""'
 
 
-def numbers(low: int, high: int) -> str:
-    """The numbers, fractions included, from `low` to `high`."""
-    return _signed(low, high, 0, _decimals)
+def _exactly(rule: str, count: int, share: Callable[[str], str]) -> str:
+    if count <= _BLOCK:
+        return f"{rule}{{{count}}}" if count else ""
+    blocks, rest = divmod(count, _BLOCK)
+    return f"{_exactly(share(f'{rule}{{{_BLOCK}}}'), blocks, share)} {_exactly(rule, rest, share)}".strip()
 
 
-def _signed(low: int, high: int, least_negative: int, magnitudes: Callable[[int, int], str]) -> str:
-    alternatives = []
-    if low < 0:
-        alternatives.append(f'"-" ({magnitudes(max(least_negative, -high), -low)})')
-    if high >= 0:
-        alternatives.append(magnitudes(max(0, low), high))
-    return " | ".join(alternatives)
+def _at_most(rule: str, count: int, share: Callable[[str], str]) -> str:
+    if count <= _BLOCK:
+        return f"{rule}{{0,{count}}}" if count else ""
+    blocks, rest = divmod(count, _BLOCK)
+    block = share(f"{rule}{{{_BLOCK}}}")
+    fewer = f"{_at_most(block, blocks - 1, share)} {rule}{{0,{_BLOCK - 1}}}".strip()
+    return share(f"{fewer} | {_exactly(block, blocks, share)} {_at_most(rule, rest, share)}".strip())
 
 
-def _decimals(low: int, high: int) -> str:
-    """The decimal numbers 0 <= low..high."""
-    whole = f'{literal(str(high))} ("." "0"{{1,16}})?'
-    return f'({_digits(low, high - 1)}) ("." [0-9]{{1,16}})? | {whole}' if low < high else whole
-
-
-def _digits(low: int, high: int) -> str:
-    """The whole numbers 0 <= low..high: alternatives for each number of digits, then digit by digit."""
-    alternatives: list[str] = []
-    while low <= high:
-        last = min(high, 10 ** len(str(low)) - 1)
-        alternatives += _same_length(str(low), str(last))
-        low = last + 1
-    return " | ".join(alternatives)
-
-
-def _same_length(low: str, high: str) -> list[str]:
-    if low == high:
-        return [literal(low)]
-    if low[0] == high[0]:
-        return [f"{literal(low[0])} ({' | '.join(_same_length(low[1:], high[1:]))})"]
-    first, last, rest = int(low[0]), int(high[0]), len(low) - 1
-    alternatives = []
-    if low[1:].strip("0"):  # not all numbers that begin with this digit
-        alternatives.append(f"{literal(low[0])} ({' | '.join(_same_length(low[1:], '9' * rest))})")
-        first += 1
-    if high[1:].strip("9"):
-        alternatives.append(f"{literal(high[0])} ({' | '.join(_same_length('0' * rest, high[1:]))})")
-        last -= 1
-    if first <= last:
-        alternatives.append(f"[{first}-{last}]" + (f" [0-9]{{{rest}}}" if rest else ""))
-    return alternatives
+def trie(texts: Iterable[str], share: Callable[[str], str]) -> str:
+    """The texts as alternatives that share their prefixes, so that the sampler follows few of them at a time."""
+    ordered = sorted(set(texts))
+    done: dict[tuple[int, int, int], str] = {}
+    todo = [(0, len(ordered), 0)]
+    while todo:
+        low, high, depth = node = todo[-1]
+        first, last = ordered[low], ordered[high - 1]
+        end = next((at for at in range(depth, len(first)) if first[at] != last[at : at + 1]), len(first))
+        ends = len(first) == end
+        starts = [at for at in range(low + ends, high) if at == low + ends or ordered[at][end] != ordered[at - 1][end]]
+        inner = [(at, to, end) for at, to in pairwise([*starts, high])]
+        missing = [one for one in inner if one not in done]
+        if missing:
+            todo += missing
+            continue
+        text = [literal(first[depth:end])] if end > depth else []
+        if inner:
+            text.append(share(" | ".join([*(['""'] if ends else []), *(done[one] for one in inner)])))
+        done[node] = " ".join(text) or '""'
+        todo.pop()
+    return done[(0, len(ordered), 0)]

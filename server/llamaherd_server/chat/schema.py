@@ -1,48 +1,83 @@
 """A JSON schema as a GBNF grammar, so that the output is valid by construction.
 
-Fails closed: what the grammar cannot enforce is an error, never output that merely looks right. The grammar may allow
-less than the schema does: objects are closed, properties keep the schema's order, numbers are of bounded length.
+The grammar may allow less than the schema does: objects that do not mention additionalProperties are closed, properties
+keep the schema's order, numbers and white space are of bounded length. A keyword that cannot be enforced is a 400 where
+the schema is strict; where it is not, the rest of the schema is enforced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import Any, NoReturn
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from llamaherd_server.chat.gbnf import FORMATS, LARGEST, PRIMITIVES, constant, integers, numbers
-from llamaherd_server.chat.pattern import pattern_rule
+from llamaherd_server.chat.arrays import array_rule
+from llamaherd_server.chat.gbnf import PRIMITIVES, repeated, trie
+from llamaherd_server.chat.language import Term, Terms, TooLarge
+from llamaherd_server.chat.numbers import Bounds, bounds_of
+from llamaherd_server.chat.objects import listed_properties, object_rule
+from llamaherd_server.chat.strings import MAX_LENGTH, Strings, lengths
+from llamaherd_server.chat.subschemas import (
+    ASSERTIONS,
+    COMBINING,
+    KINDS,
+    Refused,
+    Schema,
+    Subschemas,
+    is_of,
+    json_text,
+    names,
+    refuse,
+)
 from llamaherd_server.errors import ApiError
 
-MAX_NODES = 4096
-MAX_REPEAT = 2000  # llama.cpp's own limit
-_ANNOTATIONS = (
-    *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"),
-    *("$comment", "$schema", "$id", "$defs", "definitions"),
-)
-_KEYWORDS: dict[str, tuple[str, ...]] = {
-    "object": ("properties", "required", "additionalProperties"),
-    "array": ("items", "prefixItems", "minItems", "maxItems"),
-    "string": ("pattern", "format", "minLength", "maxLength"),
-    "integer": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
-    "number": ("minimum", "maximum"),
-    "boolean": (),
-    "null": (),
-}
+MAX_SCHEMA_BYTES = MAX_GRAMMAR_BYTES = 2**20
 
 
-def schema_rules(schema: Any, param: str, name: str = "root") -> dict[str, str]:
+def schema_rules(schema: Any, param: str, name: str = "root", *, strict: bool = True) -> dict[str, str]:
     """The rules of `schema`, besides those of JSON (PRIMITIVES); the one to begin with is `name`.
 
-    Raises the 400 that names the place and the keyword. `param`: the request's field.
+    Raises the 400 that names the place and the keyword. `param`: the request's field. `strict`: what cannot be enforced
+    is such a 400, too.
     """
-    converter = _Converter(schema, name)
+    with _refusals(param):
+        return Converter(schema, name, strict=strict).whole(schema)
+
+
+def arguments_rules(schema: Any, param: str, name: str, *, strict: bool) -> dict[str, str]:
+    """As `schema_rules`, for an object that satisfies `schema`."""
+    with _refusals(param):
+        return Converter(schema, name, strict=strict).whole({"allOf": [schema, {"type": "object"}]})
+
+
+def bare_rules(
+    schema: Any, param: str, name: str, *, strict: bool, end: str
+) -> tuple[dict[str, str], list[tuple[str, str, bool]]]:
+    """Rules for the properties of an object, in which strings stand without quotes and `end` comes nowhere.
+
+    Returns them and, for each property, its name, its rule, and whether it is required. Raises as `schema_rules` does.
+    """
+    with _refusals(param):
+        converter = Converter(schema, name, strict=strict, end=end)
+        return converter.rules, converter.members({"allOf": [schema, {"type": "object"}]})
+
+
+@contextmanager
+def _refusals(param: str) -> Iterator[None]:
+    """Every way to refuse a schema as the 400 that it is."""
     try:
-        converter.rules[name] = converter.convert(schema, "")
+        yield
+        return
     except RecursionError:
-        raise ApiError(400, f"{param}: the schema is nested too deeply", param=param, code="invalid_schema") from None
-    except _Refused as refused:
-        raise ApiError(400, f"{param}: the schema {refused}", param=param, code="invalid_schema") from None
-    return converter.rules
+        problem = "is nested too deeply"
+    except TooLarge as error:
+        problem = str(error)
+    except Refused as refused:
+        problem = str(refused)
+    except ValueError:
+        problem = "has a number that JSON has no form for"
+    raise ApiError(400, f"{param}: the schema {problem}", param=param, code="invalid_schema") from None
 
 
 def grammar_of(rules: dict[str, str]) -> str:
@@ -52,206 +87,234 @@ def grammar_of(rules: dict[str, str]) -> str:
     return grammar
 
 
-def schema_grammar(schema: Any, param: str) -> str:
+def schema_grammar(schema: Any, param: str, *, strict: bool = True) -> str:
     """The grammar of `schema`; raises as `schema_rules` does."""
-    return grammar_of(schema_rules(schema, param))
+    return grammar_of(schema_rules(schema, param, strict=strict))
 
 
-class _Refused(Exception):
-    """A schema that cannot be enforced; the message says where and why."""
+class Converter:
+    """Walks a schema. What it makes is a rule's name or a literal; None: no value satisfies the schema."""
 
-
-def _refuse(where: str, problem: str) -> NoReturn:
-    raise _Refused(f"at {where} {problem}" if where else problem)
-
-
-def _only(rules: Iterable[str], allowed: Collection[str], where: str) -> None:
-    for name in rules:
-        if name not in allowed:
-            _refuse(where, f"has the keyword {name!r}, which cannot be enforced here: remove it")
-
-
-class _Converter:
-    """Walks a schema; what is used more than once becomes a rule of its own."""
-
-    def __init__(self, root: Any, name: str) -> None:
+    def __init__(self, root: Any, name: str, *, strict: bool, end: str | None = None) -> None:
+        """`end`: what ends a string that stands without quotes; None: they are in quotes."""
+        if len(json.dumps(root)) > MAX_SCHEMA_BYTES:
+            refuse("", f"is larger than {MAX_SCHEMA_BYTES} bytes: shorten it")
         self.rules: dict[str, str] = {}
-        self._root = root
         self._name = name
-        self._nodes = 0
-        self._references: dict[str, str] = {}
+        self._strict = strict
+        self._size = 0
+        self._shared: dict[str, str] = {}
+        self._automata: dict[tuple[Term, bool], str | None] = {}
+        self._made: dict[tuple[str | int, bool], str | None] = {}  # by reference, or by the id of what is in `_kept`
+        self._kept: list[Any] = []
+        self._open: set[tuple[str | int, bool]] = set()  # what is being converted, and about the same value
+        self.parts = Subschemas(root, self.cannot)
+        self.terms = Terms()
+        self.strings = Strings(self.terms, self.cannot)
+        ended = self.terms.sequence(self.terms.all, self.terms.text(end or ""), self.terms.all)
+        self._bare = None if end is None else self.terms.other(ended)  # the texts that need no quotes here
 
-    def convert(self, schema: Any, where: str) -> str:
-        """The right-hand side of a rule for `schema`."""
-        self._nodes += 1
-        if self._nodes > MAX_NODES:
-            _refuse("", f"has more than {MAX_NODES} parts")
-        if schema is True:
-            return "value"
-        if not isinstance(schema, dict):
-            _refuse(where, "must be an object")
-        rules = {name: value for name, value in schema.items() if name not in _ANNOTATIONS}
-        for decisive, convert in (
-            ("$ref", self._reference),
-            ("anyOf", self._alternatives),
-            ("oneOf", self._alternatives),
-            ("allOf", self._single),
-            ("enum", self._constants),
-            ("const", self._constant),
-        ):
-            if decisive in rules:
-                _only(rules, (decisive, "type") if decisive in ("enum", "const") else (decisive,), where)
-                return convert(rules[decisive], f"{where}/{decisive}")
-        return self._typed(rules, where)
+    def whole(self, schema: Any) -> dict[str, str]:
+        """The rules of `schema`, begun by the converter's name."""
+        rule = self.convert(schema, "")
+        if rule is None:
+            refuse("", "allows no value at all")
+        return {**self.rules, self._name: rule}
 
-    def _named(self, rule: str) -> str:
-        name = f"{self._name}-{len(self.rules)}"
-        self.rules[name] = rule
+    def members(self, schema: Any) -> list[tuple[str, str, bool]]:
+        """The name, the rule and whether it is required, of each property that `schema` lists."""
+        alternatives = self.parts.flat(schema, "")
+        if len(alternatives) > 1:
+            self.cannot("", "has alternatives, which cannot be enforced in this model's format")
+        members = []
+        for one in alternatives[:1]:
+            required = set(names(one, ""))
+            for name, of_name in listed_properties(self, one, "").items():
+                rule = self.convert(of_name, f"/properties/{name}")
+                if rule is not None:
+                    members.append((name, rule, name in required))
+                elif name in required:
+                    refuse(f"/properties/{name}", "allows no value at all")
+        return members
+
+    def cannot(self, where: str, problem: str) -> None:
+        """Refuse what cannot be enforced, if the schema is strict."""
+        if self._strict:
+            refuse(where, f"{problem}: remove it, or leave out strict")
+
+    def share(self, rule: str) -> str:
+        """The name of a rule `rule`, made once."""
+        name = self._shared.get(rule)
+        if name is None:
+            name = self._shared[rule] = self.add(f"{self._name}-{len(self.rules)}", rule)
         return name
 
-    def _reference(self, target: Any, where: str) -> str:
-        if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
-            _refuse(where, f"is {target!r}: only references within the schema (#/$defs/name) are followed")
-        if target not in self._references:
-            found = self._root
-            for part in target.split("/")[1:]:
-                if not isinstance(found, dict) or part not in found:
-                    _refuse(where, f"is {target!r}, which is not in the schema")
-                found = found[part]
-            name = self._references[target] = self._named("")  # before its rule, which may refer to it
-            self.rules[name] = self.convert(found, target)
-        return self._references[target]
+    def reserved(self) -> str:
+        """The name of a rule to come, which may refer to itself."""
+        return self.add(f"{self._name}-{len(self.rules)}", '""')
 
-    def _alternatives(self, schemas: Any, where: str) -> str:
-        if not isinstance(schemas, list) or not schemas:
-            _refuse(where, "must be a list with something in it")
-        return " | ".join(f"({self.convert(one, f'{where}/{i}')})" for i, one in enumerate(schemas))
+    def add(self, name: str, rule: str) -> str:
+        """Make, or replace, a rule; returns its name."""
+        self.rules[name] = rule
+        self._size += len(name) + len(rule) + 6
+        if self._size > MAX_GRAMMAR_BYTES:
+            refuse(
+                "", f"makes a grammar of more than {MAX_GRAMMAR_BYTES} bytes: shorten it (enum, pattern, properties)"
+            )
+        return name
 
-    def _single(self, schemas: Any, where: str) -> str:
-        if not isinstance(schemas, list) or len(schemas) != 1:
-            _refuse(where, "must have one element: others cannot be enforced together")
-        return self.convert(schemas[0], f"{where}/0")
-
-    def _constants(self, values: Any, where: str) -> str:
-        if not isinstance(values, list) or not values:
-            _refuse(where, "must be a list with something in it")
-        return " | ".join(self._constant(value, where) for value in values)
-
-    def _constant(self, value: Any, where: str) -> str:
-        try:
-            return constant(value)
-        except ValueError:
-            _refuse(where, "has a number that JSON has no form for")
-
-    def _typed(self, rules: dict[str, Any], where: str) -> str:
-        kinds = rules.pop("type", None)
-        if kinds is None and not rules:
-            return "value"
-        if kinds is None:
-            kinds = [kind for kind, words in _KEYWORDS.items() if rules.keys() & set(words)][:1]
-        elif not isinstance(kinds, list):
-            kinds = [kinds]
-        for kind in kinds:
-            if not isinstance(kind, str) or kind not in _KEYWORDS:
-                _refuse(where, f"has the type {kind!r}: it must be one of {', '.join(_KEYWORDS)}")
-        _only(rules, [word for kind in kinds for word in _KEYWORDS[kind]], where)
-        of_kind = {
-            "object": self._object,
-            "array": self._array,
-            "string": self._string,
-            "integer": self._integer,
-            "number": self._number,
-        }
-        return " | ".join(
-            of_kind[kind]({name: rules[name] for name in rules if name in _KEYWORDS[kind]}, where)
-            if kind in of_kind
-            else kind
-            for kind in kinds
-        )
-
-    def _object(self, rules: dict[str, Any], where: str) -> str:
-        properties = rules.get("properties", {})
-        required = rules.get("required", [])
-        if not isinstance(properties, dict):
-            _refuse(where, "has properties that are no object")
-        if not isinstance(required, list) or not all(isinstance(name, str) and name in properties for name in required):
-            _refuse(where, "has required that is not a list of names in its properties")
-        if not properties:
-            additional = rules.get("additionalProperties", True)
-            if additional is False:
-                return '"{" space "}"'
-            value = self._named(self.convert(additional, f"{where}/additionalProperties"))
-            pair = self._named(f'string space ":" space {value} space')
-            return f'"{{" space ({pair} ("," space {pair})*)? "}}"'
-        first = rest = '""'  # what may follow when no property, or some, came before; built from the last one on
-        for name, schema in reversed(properties.items()):
-            value = self._named(self.convert(schema, f"{where}/properties/{name}"))
-            pair = f'{constant(name)} space ":" space {value} space'
-            if name in required:
-                first, rest = f"{pair} {rest}", self._named(f'"," space {pair} {rest}')
-            else:
-                first = self._named(f"{pair} {rest} | {first}")
-                rest = self._named(f'("," space {pair})? {rest}')
-        return f'"{{" space {first} "}}"'
-
-    def _array(self, rules: dict[str, Any], where: str) -> str:
-        if "prefixItems" in rules:
-            _only(rules, ("prefixItems",), where)
-            schemas = rules["prefixItems"]
+    def convert(self, schema: Any, where: str) -> str | None:
+        """The rule of what satisfies `schema`."""
+        self.parts.visit()
+        whole, schema = schema, self.parts.own(schema, where)
+        if isinstance(schema, bool):
+            return "value" if schema else None
+        if schema.keys() == {"$ref"}:
+            found = self.parts.find(schema["$ref"], f"{where}/$ref")
+            return self._once(schema["$ref"], lambda: self.convert(found, schema["$ref"]))
+        if schema.keys() == {"allOf"} and isinstance(schema["allOf"], list) and len(schema["allOf"]) == 1:
+            return self.convert(schema["allOf"][0], f"{where}/allOf/0")
+        if schema.keys() in ({"anyOf"}, {"oneOf"}):
+            [(word, schemas)] = schema.items()
             if not isinstance(schemas, list) or not schemas:
-                _refuse(where, "has prefixItems that is no list with something in it")
-            items = [f"{self._named(self.convert(one, f'{where}/{i}'))} space" for i, one in enumerate(schemas)]
-            separated = ' "," space '.join(items)
-            return f'"[" space {separated} "]"'
-        low, high = _lengths(rules, "minItems", "maxItems", where)
-        if high == 0:
-            return '"[" space "]"'
-        item = self._named(f"({self.convert(rules.get('items', True), f'{where}/items')}) space")
-        more = f"{{{max(0, low - 1)},{'' if high is None else high - 1}}}"
-        items_rule = f'{item} ("," space {item}){more}'
-        return f'"[" space {items_rule if low else f"({items_rule})?"} "]"'
+                refuse(f"{where}/{word}", "must be a list with something in it")
+            return self.either(self.convert(one, f"{where}/{word}/{at}") for at, one in enumerate(schemas))
+        if not schema.keys() & set(COMBINING):
+            return self._flat(schema, where)
+        self._kept.append(whole)  # or its id could become another one's
+        return self._once(id(whole), lambda: self._flat(schema, where))
 
-    def _string(self, rules: dict[str, Any], where: str) -> str:
-        if "pattern" in rules:
-            _only(rules, ("pattern",), where)
-            try:
-                return rf'"\"" {pattern_rule(rules["pattern"])} "\""'
-            except ValueError as error:
-                _refuse(where, f"has a pattern that {error}")
-        if "format" in rules:
-            _only(rules, ("format",), where)
-            if rules["format"] not in tuple(FORMATS):
-                _refuse(where, f"has the format {rules['format']!r}: only {', '.join(FORMATS)} can be enforced")
-            return rf'"\"" {FORMATS[rules["format"]]} "\""'
-        low, high = _lengths(rules, "minLength", "maxLength", where)
-        return rf'"\"" char{{{low},{"" if high is None else high}}} "\""' if rules else "string"
+    def _flat(self, schema: Schema, where: str) -> str | None:
+        return self.either(self._simple(one, where) for one in self.parts.flat(schema, where))
 
-    def _integer(self, rules: dict[str, Any], where: str) -> str:
-        low, high = _bounds(rules, where)
-        return integers(low, high) if rules else "integer"
+    def either(self, rules: Iterable[str | None]) -> str | None:
+        """The rule of what one of the rules allows."""
+        alternatives = list(dict.fromkeys(rule for rule in rules if rule is not None))
+        if len(alternatives) < 2:
+            return alternatives[0] if alternatives else None
+        return self.share(" | ".join(alternatives))
 
-    def _number(self, rules: dict[str, Any], where: str) -> str:
-        low, high = _bounds(rules, where)
-        return numbers(low, high) if rules else "number"
+    def _once(self, of: str | int, convert: Callable[[], str | None]) -> str | None:
+        """The rule that `convert` makes, which may refer to itself."""
+        key = (of, self._bare is None)
+        if key in self._open:  # a schema that refers to itself adds no value to its own
+            return None
+        if key not in self._made:
+            name = self._made[key] = self.reserved()
+            self._open.add(key)
+            rule = convert()
+            self._open.discard(key)
+            if rule is None:
+                self._made[key] = None
+            else:
+                self.add(name, rule)
+        return self._made[key]
 
+    def _simple(self, schema: Schema, where: str) -> str | None:
+        """The rule of a schema without combining keywords, in the form of Subschemas.flat."""
+        excluded = schema.get("not", [])
+        if any(one in (True, {}) for one in excluded):
+            return None
+        kinds = schema.get("type") or [
+            kind for kind, words in ASSERTIONS.items() if schema.keys() & set(words) and "enum" not in schema
+        ]
+        if not kinds and excluded:
+            kinds = [kind for kind in KINDS if kind != "integer"]
+        for one in excluded:
+            kinds = self._without(kinds, one, where)
+        if "enum" in schema:
+            return self._values(schema["enum"], schema, kinds, where)
+        if not kinds:
+            return None if "type" in schema or excluded else "value"
+        return self.either(self._of_kind(kind, schema, where) for kind in kinds)
 
-def _lengths(rules: dict[str, Any], least: str, most: str, where: str) -> tuple[int, int | None]:
-    for name in (least, most):
-        if name in rules and (type(rules[name]) is not int or not 0 <= rules[name] <= MAX_REPEAT):
-            _refuse(where, f"has {name} {rules[name]!r}: it must be a whole number from 0 to {MAX_REPEAT}")
-    low, high = rules.get(least, 0), rules.get(most)
-    if high is not None and low > high:
-        _refuse(where, f"has {least} above {most}")
-    return low, high
+    def _without(self, kinds: list[str], excluded: Any, where: str) -> list[str]:
+        """The types that are left; refuses what cannot be excluded."""
+        if excluded is False:
+            return kinds
+        if isinstance(excluded, dict):
+            if excluded.keys() == {"type"}:
+                gone = excluded["type"] if isinstance(excluded["type"], list) else [excluded["type"]]
+                return [kind for kind in kinds if kind not in gone and not (kind == "integer" and "number" in gone)]
+            values = excluded.get("enum", [excluded.get("const")])
+            if excluded.keys() & {"enum", "const"} and excluded.keys() <= {"type", "enum", "const"}:
+                kinds = [kind for kind in kinds if kind != "null" or None not in values]
+                if all(value is None or isinstance(value, str) for value in values):
+                    return kinds
+            elif kinds == ["string"] and excluded.keys() <= {"type", "pattern"}:
+                return kinds
+        self.cannot(where, "has the keyword 'not', which cannot be enforced")
+        return kinds
 
+    def _of_kind(self, kind: str, schema: Schema, where: str) -> str | None:
+        if kind == "string":
+            return self._string(schema, where)
+        if kind in ("object", "array"):
+            outside = self._open, self._bare
+            self._open, self._bare = set(), None
+            rule = object_rule(self, schema, where) if kind == "object" else array_rule(self, schema, where)
+            self._open, self._bare = outside
+            return rule
+        return self._number(schema, where, whole=kind == "integer") if kind in ("integer", "number") else kind
 
-def _bounds(rules: dict[str, Any], where: str) -> tuple[int, int]:
-    for name, value in rules.items():
-        whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
-        if not whole or abs(value) > LARGEST:
-            _refuse(where, f"has {name} {value!r}: only whole numbers of up to 15 digits can be enforced")
-    low = max(int(rules.get("minimum", -LARGEST)), int(rules.get("exclusiveMinimum", -LARGEST - 1)) + 1)
-    high = min(int(rules.get("maximum", LARGEST)), int(rules.get("exclusiveMaximum", LARGEST + 1)) - 1)
-    if low > high:
-        _refuse(where, "has a minimum above its maximum")
-    return low, high
+    def _values(self, values: list[Any], schema: Schema, kinds: list[str], where: str) -> str | None:
+        """Those of the values that are of the schema's types, and within its bounds."""
+        admitted = [value for value in values if self.admits(value, schema, kinds, where)]
+        texts = [value if self._bare and isinstance(value, str) else json_text(value) for value in admitted]
+        return self.share(trie(texts, self.share)) if texts else None
+
+    def admits(self, value: Any, schema: Schema, kinds: list[str], where: str) -> bool:
+        """Whether a value that the schema lists is of its types and within its bounds."""
+        if kinds and not any(is_of(value, kind) for kind in kinds):
+            return False
+        if isinstance(value, str) and schema.keys() & {*ASSERTIONS["string"], "not"}:
+            term = self.strings.term(schema, where)
+            return self.terms.automaton(term).matches(value)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return bounds_of(schema, where).admit(value)
+        return True
+
+    # Strings and numbers
+
+    def _string(self, schema: Schema, where: str) -> str | None:
+        if self._bare is None and not schema.keys() & {"pattern", "format", "contentEncoding", "not"}:
+            low, high = lengths(schema, "minLength", "maxLength", where, MAX_LENGTH)
+            if (low, high) == (0, None):
+                return "string"
+            return self.share(rf'"\"" {repeated("char", low, high, self.share)} "\""')
+        try:
+            term = self.strings.term(schema, where)
+            if self._bare is not None:
+                return self.text(self.terms.both(term, self._bare), escape=False)
+            inside = "char*" if term is self.terms.all else self.text(term, escape=True)
+        except TooLarge as error:
+            refuse(where, f"has {', '.join(word for word in ASSERTIONS['string'] if word in schema)}, which {error}")
+        return None if inside is None else self.share(rf'"\"" {inside} "\""')
+
+    def text(self, term: Term, *, escape: bool) -> str | None:
+        """The name of the rule of the texts of `term`."""
+        key = (term, escape)
+        if key not in self._automata:
+            automaton = self.terms.automaton(term)
+            self._automata[key] = name = None if automaton.void else f"{self._name}-t{len(self._automata)}"
+            if name is not None:
+                for rule, text in automaton.rules(name, self.share, escape=escape).items():
+                    self.add(rule, text)
+        return self._automata[key]
+
+    def _number(self, schema: Schema, where: str, *, whole: bool) -> str | None:
+        bounds = bounds_of(schema, where)
+        if bounds == Bounds():
+            return "integer" if whole else "number"
+        try:
+            return self.text(bounds.term(self.terms, whole=whole), escape=False)
+        except TooLarge:
+            refuse(where, f"has multipleOf {schema.get('multipleOf')}, which needs too large a grammar with its bounds")
+        except ValueError as error:
+            refuse(where, str(error))
+
+    def separated(self, item: str, low: int, high: int | None) -> str:
+        """`low` to `high` times `item`, with commas between; `high` is not 0."""
+        following = self.share(f'"," space {item}')
+        items = f"{item} {repeated(following, max(0, low - 1), None if high is None else high - 1, self.share)}"
+        return items if low else f"({items})?"

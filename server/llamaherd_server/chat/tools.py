@@ -8,13 +8,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llamaherd_server.chat.formats import HARMONY, QWEN_CODER, Format, Reader
+import msgspec
+
+from llamaherd_server.chat.formats import FORMATS, HARMONY, QWEN_CODER, Format, Reader
 from llamaherd_server.chat.gbnf import literal, without
-from llamaherd_server.chat.schema import grammar_of, schema_rules
+from llamaherd_server.chat.sandbox import Sandbox, SandboxError
+from llamaherd_server.chat.schema import arguments_rules, bare_rules, grammar_of, schema_rules
 from llamaherd_server.errors import ApiError
 
 _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-_ANNOTATIONS = ("title", "description", "default", "examples")
 # What a model whose template knows no tools is told: the words of Qwen2.5's template, in Hermes' format.
 _INTRODUCTION = """# Tools
 
@@ -42,7 +44,7 @@ class Tool:
 
     @property
     def schema(self) -> dict[str, Any]:
-        return _NO_ARGUMENTS if self.parameters is None else self.parameters
+        return self.parameters or _NO_ARGUMENTS
 
     def for_template(self) -> dict[str, Any]:
         """As transformers' templates expect it."""
@@ -64,14 +66,44 @@ class Choice:
         return self.must or any(tool.strict for tool in self.tools)
 
 
-def reply_grammar(reader: Reader, choice: Choice, answer: dict[str, str] | None = None) -> str | None:
-    """What the reply must look like; None: as the model likes.
+class AnswerSchema(msgspec.Struct):
+    """The JSON schema of an answer; `field` is where the request has it."""
 
-    `answer`: the rules of what is said when nothing is called, begun by `answer`. Raises ApiError for a tool's schema
-    that cannot be enforced.
-    """
-    form, roots = reader.form, []
+    json_schema: Any
+    field: str
+    strict: bool
+
+
+class Reply(msgspec.Struct):
+    """What a reply must look like. `form`: a format's name; `thinking`, `thinks`: as of its Reader."""
+
+    form: str | None
+    thinking: tuple[str, str] | None
+    thinks: bool
+    choice: Choice
+    answer: AnswerSchema | None
+
+
+async def reply_grammar(
+    sandbox: Sandbox, reader: Reader, choice: Choice, answer: AnswerSchema | None = None
+) -> str | None:
+    """What the reply must look like; None: as the model likes. Raises ApiError where a schema cannot be enforced."""
+    if answer is None and not (reader.form and choice.tools and choice.enforced):
+        return None
+    name = reader.form.name if reader.form else None
+    try:
+        return await sandbox.in_child(grammar_of_reply, Reply(name, reader.thinking, reader.thinks, choice, answer))
+    except SandboxError as error:
+        param = answer.field if answer else "tools"
+        raise ApiError(400, f"{param}: the schema {error}", param=param, code="invalid_schema") from None
+
+
+def grammar_of_reply(reply: Reply) -> str | None:
+    """The grammar; called in a sandboxed child. Raises ApiError."""
+    form = next((one for one in FORMATS if one.name == reply.form), None)
+    choice, answer = reply.choice, reply.answer
     rules: dict[str, str] = {}
+    roots = []
     if form and choice.tools and (choice.enforced or answer):
         rules |= _call_rules(form, choice)
         roots.append("calls")
@@ -82,11 +114,11 @@ def reply_grammar(reader: Reader, choice: Choice, answer: dict[str, str] | None 
         if answer is None and form:
             rules |= without("answer", (form.opens, *form.skipped[:1]), not_first="{" if form.bare else "")
             roots.append(f"{final}answer" if form is HARMONY or form.joined is None else "answer calls?")
-        else:
-            rules |= answer or {}
+        elif answer is not None:
+            rules |= schema_rules(answer.json_schema, answer.field, "answer", strict=answer.strict)
             roots.append(f"{final}answer")
     rules["root"] = " | ".join(roots)
-    return grammar_of(_after_thinking(reader, rules))
+    return grammar_of(_after_thinking(form, reply, rules))
 
 
 def _call_rules(form: Format, choice: Choice) -> dict[str, str]:
@@ -94,20 +126,20 @@ def _call_rules(form: Format, choice: Choice) -> dict[str, str]:
     alternatives = []
     for number, tool in enumerate(choice.tools):
         name = f"tool-{number}"
-        rules |= _parameters(tool, name) if form is QWEN_CODER else schema_rules(tool.schema, "tools", name)
+        rules |= _parameters(tool, name) if form is QWEN_CODER else _arguments(tool, name)
         alternatives.append(f"({form.call_rule(tool.name, name)})")
     more = f"({form.joined} call)*" if choice.parallel and form.joined is not None else ""
     return {**rules, "call": " | ".join(alternatives), "calls": f"{form.before} call {more} {form.after}"}
 
 
-def _after_thinking(reader: Reader, rules: dict[str, str]) -> dict[str, str]:
-    if reader.form is HARMONY:
+def _after_thinking(form: Format | None, reply: Reply, rules: dict[str, str]) -> dict[str, str]:
+    if form is HARMONY:
         thought = '("<|channel|>analysis<|message|>" thought "<|end|><|start|>assistant")?'
         markers: tuple[str, ...] = ("<|end|>",)
-    elif reader.thinking is not None:
-        begin, end = reader.thinking
+    elif reply.thinking is not None:
+        begin, end = reply.thinking
         thought = f"thought {literal(end)} [ \\n]{{0,4}}"
-        if not reader.thinks:
+        if not reply.thinks:
             thought = f"({literal(begin)} {thought})?"
         markers = (end,)
     else:
@@ -115,31 +147,19 @@ def _after_thinking(reader: Reader, rules: dict[str, str]) -> dict[str, str]:
     return {**rules, **without("thought", markers), "root": f"{thought} ({rules['root']})"}
 
 
+def _arguments(tool: Tool, name: str) -> dict[str, str]:
+    return arguments_rules(tool.schema, "tools", name, strict=tool.strict)
+
+
 def _parameters(tool: Tool, name: str) -> dict[str, str]:
     """The rules of a call's parameters where each is an element of text."""
-    properties, required = tool.schema.get("properties", {}), tool.schema.get("required", [])
-    if not isinstance(properties, dict) or not isinstance(required, list):
-        raise ApiError(400, f"tools: the schema of {tool.name!r} is not one", param="tools", code="invalid_schema")
-    rules = without("xml-text", ("\n</parameter>",))
-    sequence = []
-    for number, (key, schema) in enumerate(properties.items()):
-        value = f"{name}-p{number}"
-        rules |= _xml_value(tool, key, schema, value)
-        element = f"{literal(f'<parameter={key}>' + chr(10))} {value} {literal(chr(10) + '</parameter>' + chr(10))}"
-        sequence.append(element if key in required else f"({element})?")
-    rules[name] = " ".join(sequence) or '""'
-    return rules
-
-
-def _xml_value(tool: Tool, key: str, schema: Any, name: str) -> dict[str, str]:
-    if not isinstance(schema, dict) or schema.get("type") != "string":
-        return schema_rules(schema, "tools", name)
-    rest = {word: value for word, value in schema.items() if word not in (*_ANNOTATIONS, "type")}
-    values = rest.pop("enum", None)
-    if rest or (values is not None and not (values and all(isinstance(value, str) for value in values))):
-        message = f"tools: {tool.name}.{key}: a string can be held to an enum of texts only, in this model's format"
-        raise ApiError(400, message, param="tools", code="invalid_schema")
-    return {name: " | ".join(map(literal, values)) if values else "xml-text"}
+    end = "\n</parameter>"
+    rules, members = bare_rules(tool.schema, "tools", name, strict=tool.strict, end=end)
+    elements = [
+        f"({literal(f'<parameter={key}>' + chr(10))} {value} {literal(end + chr(10))}){'' if required else '?'}"
+        for key, value, required in members
+    ]
+    return {**rules, name: " ".join(elements) or '""'}
 
 
 def told(messages: list[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import pytest
 from llamaherd_server.chat import formats
 from llamaherd_server.chat.formats import Format, Reader
 from llamaherd_server.chat.reply import CallBegin, Message
-from llamaherd_server.chat.tools import Choice, Tool, reply_grammar
+from llamaherd_server.chat.tools import Choice, Reply, Tool, grammar_of_reply
 from llamaherd_server.errors import ApiError
 
 THINK = ("<think>", "</think>")
@@ -167,6 +167,12 @@ def test_harmonys_channels() -> None:
 Lets = Callable[[str, str], bool]
 
 
+def reply_grammar(reading: Reader, choice: Choice) -> str | None:
+    """The grammar of what a reader is going to read."""
+    name = reading.form.name if reading.form else None
+    return grammar_of_reply(Reply(name, reading.thinking, reading.thinks, choice, None))
+
+
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_a_required_call_is_enforced(case: Case, lets: Lets) -> None:
     grammar = reply_grammar(reader(case.form), Choice((WEATHER, CLOCK), must=True))
@@ -205,9 +211,62 @@ def test_a_model_that_thinks_thinks_before_a_required_call(case: Case, lets: Let
     assert lets(optional, "<think>Hm.</think>\n" + case.one)
 
 
-def test_a_schema_that_cannot_be_enforced_is_refused_where_it_would_be() -> None:
-    odd = Tool("odd", None, {"type": "object", "properties": {"x": {"type": "string", "not": {}}}}, strict=False)
-    assert reply_grammar(reader(formats.HERMES), Choice((odd,))) is None
-    for form in (formats.HERMES, formats.QWEN_CODER):
-        with pytest.raises(ApiError):
-            reply_grammar(reader(form), Choice((odd,), must=True))
+@pytest.mark.parametrize("form", [formats.HERMES, formats.QWEN_CODER])
+def test_what_cannot_be_enforced_is_refused_where_the_tool_is_strict(form: Format, lets: Lets) -> None:
+    parameters = {"type": "object", "properties": {"x": {"type": "string", "format": "star-date"}}}
+    odd = Tool("odd", None, parameters, strict=False)
+    assert reply_grammar(reader(form), Choice((odd,))) is None
+    assert reply_grammar(reader(form), Choice((odd,), must=True))
+    with pytest.raises(ApiError, match="at /properties/x has the format 'star-date'"):
+        reply_grammar(reader(form), Choice((Tool("odd", None, parameters, strict=True),)))
+
+
+@pytest.mark.parametrize("parameters", [{}, {"type": "object"}, {"type": "object", "properties": {}}, None])
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_arguments_are_always_an_object(case: Case, parameters: dict[str, object] | None, lets: Lets) -> None:
+    grammar = reply_grammar(reader(case.form), Choice((Tool("clock", None, parameters, strict=False),), must=True))
+    assert grammar
+    call = case.one.replace("get_weather", "clock")
+    if case.form is formats.QWEN_CODER:
+        assert lets(grammar, "<tool_call>\n<function=clock>\n</function>\n</tool_call>")
+    else:
+        assert lets(grammar, call.replace(JSON, "{}"))
+        assert not lets(grammar, call.replace(JSON, "[]"))
+
+
+ORDER = Tool(
+    "order",
+    None,
+    {
+        "$ref": "#/$defs/Order",
+        "$defs": {
+            "Order": {
+                "type": "object",
+                "properties": {
+                    "size": {"$ref": "#/$defs/Size"},
+                    "code": {"type": "string", "pattern": "^[0-9]+$", "maxLength": 3},
+                    "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                    "items": {"type": "array", "items": {"$ref": "#/$defs/Size"}},
+                },
+                "required": ["size"],
+            },
+            "Size": {"enum": ["1", "large"], "type": "string"},
+        },
+    },
+    strict=True,
+)
+
+
+def test_parameters_as_text_follow_references_and_keep_to_their_types(lets: Lets) -> None:
+    def written(**values: str) -> str:
+        elements = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+        return f"<tool_call>\n<function=order>\n{elements}</function>\n</tool_call>"
+
+    grammar = reply_grammar(reader(formats.QWEN_CODER), Choice((ORDER,), must=True))
+    assert grammar
+    text = written(size="1", code="42", note='a <b>\n"c"', items='["1", "large"]')
+    assert lets(grammar, text)
+    for wrong in ({"size": "2"}, {"size": '"1"'}, {"size": "1", "code": "x"}, {"size": "1", "items": '["2"]'}, {}):
+        assert not lets(grammar, written(**wrong)), wrong
+    [call] = Reader(formats.QWEN_CODER, None, False, {"order": ORDER.schema}).whole(text).calls
+    assert json.loads(call.arguments) == {"size": "1", "code": "42", "note": 'a <b>\n"c"', "items": ["1", "large"]}

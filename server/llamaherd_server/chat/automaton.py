@@ -1,0 +1,138 @@
+"""Deterministic automata over characters, and their form as GBNF: the sampler follows one stack, whatever the text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from llamaherd_server.chat.gbnf import literal
+from llamaherd_server.chat.ranges import Ranges, common, minus
+
+MAX_STATES = 4000
+_INLINE = 40  # a class of more text becomes a rule of its own
+# What a JSON string can only hold as an escape.
+_ESCAPED: Ranges = ((0, 0x1F), (ord('"'), ord('"')), (ord("\\"), ord("\\")))
+_SHORT = {code: json.dumps(chr(code))[2] for code in (8, 9, 10, 12, 13, ord('"'), ord("\\"))}
+
+Share = Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Automaton:
+    """State 0 begins. `edges`: for each state what leads where; `accepts`: whether a text may end there.
+
+    Every state but the first can be reached and leads to an end.
+    """
+
+    edges: list[list[tuple[Ranges, int]]]
+    accepts: list[bool]
+
+    @classmethod
+    def pruned(cls, edges: list[list[tuple[Ranges, int]]], accepts: list[bool]) -> Automaton:
+        """Without the states that lead to no end."""
+        sources: list[list[int]] = [[] for _ in edges]
+        for state, out in enumerate(edges):
+            for _, target in out:
+                sources[target].append(state)
+        alive = {state for state, accepting in enumerate(accepts) if accepting}
+        queue = list(alive)
+        while queue:
+            new = set(sources[queue.pop()]) - alive
+            alive |= new
+            queue += new
+        kept = sorted({0} | alive)
+        number = {state: position for position, state in enumerate(kept)}
+        return cls(
+            [[(ranges, number[to]) for ranges, to in edges[state] if to in alive] for state in kept],
+            [accepts[state] for state in kept],
+        )
+
+    @property
+    def void(self) -> bool:
+        """Whether there is no text at all in it."""
+        return not any(self.accepts)
+
+    def matches(self, text: str) -> bool:
+        state: int | None = 0
+        for char in text:
+            if state is None:
+                return False
+            code = ord(char)
+            state = next((to for ranges, to in self.edges[state] if any(a <= code <= b for a, b in ranges)), None)
+        return state is not None and self.accepts[state]
+
+    def rules(self, name: str, share: Share, *, escape: bool) -> dict[str, str]:
+        """GBNF of the texts, begun by the rule `name`; `escape`: as the inside of a JSON string.
+
+        `share` makes a rule of a text that may come again, and returns the name of it.
+        """
+        entered = [0] * len(self.edges)
+        for out in self.edges:
+            for _, target in out:
+                entered[target] += 1
+
+        def chained(state: int) -> bool:
+            """Whether the state can stand within the rule that leads to it."""
+            return state > 0 and entered[state] == 1 and len(self.edges[state]) == 1 and not self.accepts[state]
+
+        def alternative(ranges: Ranges, target: int) -> str:
+            sets = [ranges]
+            while chained(target):
+                [(ranges, target)] = self.edges[target]
+                sets.append(ranges)
+            ends = self.accepts[target] and not self.edges[target]
+            return " ".join([*_symbols(sets, share, escape=escape), *([] if ends else [_name(name, target)])])
+
+        return {
+            _name(name, state): " | ".join(
+                [*(['""'] if self.accepts[state] else []), *(alternative(*edge) for edge in out)]
+            )
+            for state, out in enumerate(self.edges)
+            if not chained(state) and (out or not state)
+        }
+
+
+def _name(name: str, state: int) -> str:
+    return f"{name}-{state}" if state else name
+
+
+def _symbols(sets: list[Ranges], share: Share, *, escape: bool) -> Iterator[str]:
+    """One character of each of the sets, one after the other."""
+    text = ""
+    for ranges in sets:
+        if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
+            char = chr(ranges[0][0])
+            text += json.dumps(char, ensure_ascii=False)[1:-1] if escape else char
+            continue
+        if text:
+            yield literal(text)
+        text = ""
+        yield _class(ranges, share, escape=escape)
+    if text:
+        yield literal(text)
+
+
+def _class(ranges: Ranges, share: Share, *, escape: bool) -> str:
+    """One character of `ranges`, in a JSON string if `escape`."""
+    symbols = []
+    if plain := minus(ranges, _ESCAPED) if escape else ranges:
+        symbols.append(
+            f"[{''.join(_code(low) if low == high else f'{_code(low)}-{_code(high)}' for low, high in plain)}]"
+        )
+    escaped = [code for low, high in (common(ranges, _ESCAPED) if escape else ()) for code in range(low, high + 1)]
+    short = "".join(_code(ord(_SHORT[code])) for code in escaped if code in _SHORT)
+    if short:
+        symbols.append(rf'"\\" [{short}]')
+    for high in (0, 1):
+        digits = "".join(f"{code % 16:x}" for code in escaped if code not in _SHORT and code // 16 == high)
+        if digits:
+            symbols.append(rf'"\\u00{high}" [{digits}]')
+    text = " | ".join(symbols)
+    return share(text) if len(symbols) > 1 or len(text) > _INLINE else text
+
+
+def _code(code: int) -> str:
+    if chr(code).isascii() and chr(code).isalnum():
+        return chr(code)
+    return f"\\x{code:02X}" if code < 0x100 else f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}"

@@ -1,0 +1,130 @@
+"""Objects of a JSON schema as GBNF."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llamaherd_server.chat.gbnf import constant
+from llamaherd_server.chat.language import Term, TooLarge
+from llamaherd_server.chat.numbers import bounds_of
+from llamaherd_server.chat.strings import MAX_LENGTH, lengths
+from llamaherd_server.chat.subschemas import Schema, names, properties
+
+if TYPE_CHECKING:
+    from llamaherd_server.chat.schema import Converter
+
+
+def object_rule(converter: Converter, schema: Schema, where: str) -> str | None:
+    """The rule of the objects that satisfy a schema in the form of Subschemas.flat; None: there are none."""
+    required = set(names(schema, where))
+    listed = listed_properties(converter, schema, where)
+    extra = _extra(converter, schema, listed, where)
+    if not listed:
+        low, high = lengths(schema, "minProperties", "maxProperties", where, MAX_LENGTH)
+        if extra is None or high == 0:
+            return '"{" space "}"' if not low else None
+        return converter.share(f'"{{" space {converter.separated(f"{extra} space", low, high)} "}}"')
+    members: list[tuple[str, bool]] = []
+    for name, one in listed.items():
+        value = converter.convert(one, f"{where}/properties/{name}")
+        if value is None and name in required:
+            return None
+        if value is not None:
+            members.append((f'{constant(name)} space ":" space {value} space', name in required))
+    least = _counted(converter, schema, len(required), None if extra else len(members), where)
+    any_left = f"{extra} space" if extra else None  # what may come next where something came before; None: nothing
+    rest, must = '""', False  # what may follow; whether something must
+    if any_left:
+        rest = converter.reserved()
+        converter.add(rest, f'("," space {any_left} {rest})?')
+        any_left = converter.share(f"{any_left} {rest}")
+    for member, needed in reversed(members):
+        taken = f"{member} {rest}"
+        any_left = converter.share(taken if needed or any_left is None else f"{taken} | {any_left}")
+        must = must or needed
+        rest = converter.share(f'"," space {any_left}' if must else f'("," space {any_left})?')
+    if any_left is None:
+        return '"{" space "}"'
+    return converter.share(f'"{{" space {any_left}{"" if must or least else "?"} "}}"')
+
+
+def _counted(converter: Converter, schema: Schema, least: int, most: int | None, where: str) -> bool:
+    """Whether minProperties asks for one at least; `least` to `most` there are in any case, None: any number."""
+    low, high = lengths(schema, "minProperties", "maxProperties", where, MAX_LENGTH)
+    if low > max(1, least):
+        converter.cannot(where, "has the keyword 'minProperties', which cannot be enforced beside optional properties")
+    if high is not None and (most is None or most > high):
+        converter.cannot(where, "has the keyword 'maxProperties', which cannot be enforced beside optional properties")
+    return low > 0
+
+
+def listed_properties(converter: Converter, schema: Schema, where: str) -> dict[str, Any]:
+    """Each property that is listed, or required, with what its value must satisfy."""
+    listed = properties(schema, where)
+    patterns = properties(schema, where, "patternProperties")
+    for pattern, one in patterns.items() if listed else ():
+        automaton = converter.terms.automaton(_keys(converter, [{"pattern": [pattern]}], where))
+        listed = {name: {"allOf": [own, one]} if automaton.matches(name) else own for name, own in listed.items()}
+    more = list(dict.fromkeys(name for name in names(schema, where) if name not in listed))
+    if "propertyNames" in schema:
+        alternatives = converter.parts.flat(schema["propertyNames"], f"{where}/propertyNames")
+        if alternatives and all("enum" in one for one in alternatives):
+            known = {name: None for one in alternatives for name in one["enum"] if isinstance(name, str)}
+            listed = {name: one for name, one in listed.items() if name in known}
+            more = [name for name in known if name not in listed]
+    additional = schema.get("additionalProperties", True)
+    listed = dict(listed)
+    for name in more:
+        of_patterns = [
+            one
+            for pattern, one in patterns.items()
+            if converter.terms.automaton(_keys(converter, [{"pattern": [pattern]}], where)).matches(name)
+        ]
+        listed[name] = {"allOf": of_patterns} if of_patterns else additional
+    return listed
+
+
+def _extra(converter: Converter, schema: Schema, listed: dict[str, Any], where: str) -> str | None:
+    """The rule of a property that is not listed; None: there can be none."""
+    patterns = properties(schema, where, "patternProperties")
+    additional = schema.get("additionalProperties", not listed and "properties" not in schema and not patterns)
+    keyed = converter.terms.all
+    if "propertyNames" in schema:
+        alternatives = converter.parts.flat(schema["propertyNames"], f"{where}/propertyNames")
+        if all("enum" in one for one in alternatives):
+            return None
+        keyed = _keys(converter, alternatives, where)
+    others = converter.terms.other(converter.terms.either(*map(converter.terms.text, listed)))
+    of_patterns = {pattern: _keys(converter, [{"pattern": [pattern]}], where) for pattern in patterns}
+    pairs = []
+    for pattern, one in [*patterns.items(), (None, additional)]:
+        keys = converter.terms.both(
+            keyed,
+            others,
+            *(term if other == pattern else converter.terms.other(term) for other, term in of_patterns.items()),
+        )
+        try:
+            key = "string" if keys is converter.terms.all else converter.text(keys, escape=True)
+        except TooLarge:  # too many names to leave out: the object is closed, then
+            continue
+        value = converter.convert(one, f"{where}/additionalProperties") if key else None
+        if key and value:
+            quoted = key if key == "string" else rf'"\"" {key} "\""'
+            pairs.append(converter.share(f'{quoted} space ":" space {value}'))
+    return converter.either(pairs)
+
+
+def _keys(converter: Converter, alternatives: list[Schema], where: str) -> Term:
+    """The names that a schema of names allows: strings, or numbers as text, as zod has them."""
+    terms = []
+    for one in alternatives:
+        kinds = one.get("type", ["string"])
+        if "enum" in one:
+            terms.append(
+                converter.terms.either(*(converter.terms.text(name) for name in one["enum"] if isinstance(name, str)))
+            )
+        elif "string" in kinds:
+            terms.append(converter.strings.term(one, f"{where}/propertyNames"))
+        elif "number" in kinds or "integer" in kinds:
+            terms.append(bounds_of(one, where).term(converter.terms, whole="number" not in kinds))
+    return converter.terms.either(*terms)

@@ -1,0 +1,94 @@
+"""The texts that a schema of type string allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llamaherd_server.chat.automaton import MAX_STATES
+from llamaherd_server.chat.language import Term, Terms, TooLarge
+from llamaherd_server.chat.pattern import language_of
+from llamaherd_server.chat.string_formats import FORMATS, FREE
+from llamaherd_server.chat.subschemas import Schema, number, refuse
+
+MAX_LENGTH = 1_000_000
+_SHORTEST_CUT = 200
+_ENCODINGS = {"base64": "base64", "base64url": "base64url"}
+
+
+class Strings:
+    """Makes the languages of string schemas; `cannot(where, problem)` is called for what will not be enforced."""
+
+    def __init__(self, terms: Terms, cannot: Callable[[str, str], None]) -> None:
+        self._terms = terms
+        self._cannot = cannot
+
+    def term(self, schema: Schema, where: str) -> Term:
+        """The texts that `schema` allows. Raises Refused, and TooLarge."""
+        terms = self._terms
+        low, high = lengths(schema, "minLength", "maxLength", where, MAX_LENGTH)
+        patterns = terms.both(*(self._pattern(pattern, where) for pattern in schema.get("pattern", ())))
+        formats = terms.both(
+            *(self._format(name, where, beside_pattern="pattern" in schema) for name in schema.get("format", ())),
+            *(self._encoding(name) for name in schema.get("contentEncoding", ())),
+        )
+        excluded = [self._excluded(one) for one in schema.get("not", ())]
+        patterns = terms.both(patterns, *(terms.other(term) for term in excluded if term is not None))
+        both = terms.both(patterns, formats)
+        if formats is not terms.all and patterns is not terms.all:
+            try:
+                # zod's time has a format that asks for an offset and a pattern that allows none.
+                both = patterns if terms.automaton(both).void else both
+            except TooLarge:  # zod's hostname has a pattern that counts what its format says without
+                both = formats
+        if high is not None and both is not terms.all:
+            states = len(terms.automaton(both).edges)
+            if states * high > MAX_STATES:
+                # A bound of lengths that hardly come is not worth a grammar of that size.
+                high = max(low, MAX_STATES // states) if states * _SHORTEST_CUT <= MAX_STATES else None
+        return terms.both(both, terms.repeat(terms.any, low, high))
+
+    def _pattern(self, pattern: Any, where: str) -> Term:
+        try:
+            return language_of(self._terms, pattern)
+        except ValueError as error:
+            self._cannot(where, f"has the pattern {pattern!r:.200}, which {error}")
+            return self._terms.all
+
+    def _format(self, name: Any, where: str, *, beside_pattern: bool = False) -> Term:
+        if isinstance(name, str) and name in FORMATS:
+            return language_of(self._terms, f"^(?:{FORMATS[name]})$")
+        if not beside_pattern and (not isinstance(name, str) or name not in FREE):
+            self._cannot(where, f"has the format {name!r:.200}, which cannot be enforced")
+        return self._terms.all
+
+    def _encoding(self, name: Any) -> Term:
+        known = _ENCODINGS.get(name) if isinstance(name, str) else None
+        return self._format(known, "") if known else self._terms.all
+
+    def _excluded(self, schema: Any) -> Term | None:
+        """The texts of a `not`; None: it speaks of none."""
+        if (
+            isinstance(schema, dict)
+            and schema.keys() <= {"type", "enum", "const"}
+            and schema.keys() & {"enum", "const"}
+        ):
+            values = schema["enum"] if "enum" in schema else [schema["const"]]
+            return self._terms.either(*(self._terms.text(value) for value in values if isinstance(value, str)))
+        if isinstance(schema, dict) and schema.keys() <= {"type", "pattern"} and "pattern" in schema:
+            return language_of(self._terms, schema["pattern"])
+        return None
+
+
+def lengths(schema: Schema, least: str, most: str, where: str, limit: int) -> tuple[int, int | None]:
+    """The bounds of a length, `most` at most `limit`; None: no bound."""
+    for word in (least, most):
+        if word in schema and (number(schema, word, where) % 1 or number(schema, word, where) < 0):
+            refuse(where, f"has {word} {schema[word]!r}: it must be a whole number from 0 on")
+    low = int(number(schema, least, where)) if least in schema else 0
+    high = min(int(number(schema, most, where)), limit) if most in schema else None
+    if low > limit:
+        refuse(where, f"has {least} {low}: it can be at most {limit}")
+    if high is not None and low > high:
+        refuse(where, f"has {least} {low} above {most} {high}")
+    return low, high
