@@ -70,6 +70,7 @@ class Run:
         self._events: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._peeked: tuple[int, Event | Exception] | None = None
+        self._crashed = False  # whether the engine may have ended at one of the requests
 
     async def __aenter__(self) -> Self:
         """Take the places in the queue; raises ApiError when a limit stands against it."""
@@ -97,6 +98,8 @@ class Run:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._crashed:
+            self._serving.quotas.crashed(self._key)
         self._serving.quotas.leave(self._key, self.usage.prompt_tokens + self.usage.completion_tokens)
 
     async def first(self) -> None:
@@ -119,7 +122,7 @@ class Run:
     async def _pump(self, index: int, request: Generate, ticket: Ticket, meter: Meter) -> None:
         """One generation, from its place in the queue to its last event."""
         serving = self._serving
-        outcome = "cancelled"
+        outcome, begun = "cancelled", False
         try:
             async with asyncio.timeout(serving.limits.request_timeout_s) as whole:
                 await serving.admission.admitted(ticket)
@@ -128,6 +131,7 @@ class Run:
                 async with aclosing(serving.engine.generate(request)) as events, first:
                     async for event in events:
                         if isinstance(event, Delta):
+                            begun = True
                             first.reschedule(None)
                             if self.texts:
                                 self.texts[index].output.append(event.text)
@@ -136,6 +140,8 @@ class Run:
                         if isinstance(event, Finished):
                             outcome = event.reason
         except Exception as error:
+            # One that has had tokens is hardly what the engine died of, and a switch of engines is nobody's doing.
+            self._crashed |= type(error) is EngineError and error.code == "engine_crashed" and not begun
             told = (
                 late_error(serving.limits, whole=whole.expired()) if isinstance(error, TimeoutError) else _told(error)
             )

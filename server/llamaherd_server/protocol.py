@@ -207,7 +207,7 @@ class TokenLogprob(Struct, array_like=True):
 
 
 class Started(Struct, tag="started"):
-    """The prompt was tokenised and got a slot."""
+    """The prompt was tokenised and got a slot. Sent before it is computed: if that ends the worker, it is known."""
 
     id: int
     prompt_tokens: int
@@ -294,4 +294,4 @@ class Embedded(Struct, tag="embedded"):
     tokens: int  # of all inputs
 
 
-FromWorker = Loading | Ready | Step | Retuned | Tokens | Text | Embedded | Failed
+FromWorker = Loading | Ready | Started | Step | Retuned | Tokens | Text | Embedded | Failed

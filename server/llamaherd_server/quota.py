@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 
-from llamaherd_server.auth import Key
+import structlog
+
+from llamaherd_server.auth import ANONYMOUS, Key
 from llamaherd_server.errors import ApiError
+
+log = structlog.get_logger()
 
 WINDOW_S = 60.0
 
@@ -32,6 +36,13 @@ class Bucket:
         self.level -= amount
 
 
+# A key whose requests had begun, and had no token yet, in so many crashes within CRASH_WINDOW_S is refused for
+# CRASH_REFUSED_S.
+CRASHES = 4
+CRASH_WINDOW_S = 600.0
+CRASH_REFUSED_S = 300.0
+
+
 class Quotas:
     """What each key has used; kept by name, so that a reloaded key with the same limit keeps its account."""
 
@@ -39,9 +50,13 @@ class Quotas:
         self._clock = clock
         self._buckets: dict[tuple[str, str], Bucket] = {}
         self._running: defaultdict[str, int] = defaultdict(int)
+        self._crashes: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=CRASHES))
 
     def enter(self, key: Key) -> None:
         """Count a request in, or raise the 429 that says which limit it met. Pair with `leave`."""
+        if wait := self._crash_wait_s(key):
+            message = f"the engine ended at {CRASHES} requests of key {key.name!r}: try again in {math.ceil(wait)} s"
+            raise ApiError(429, message, code="engine_crashed", retry_after=math.ceil(wait))
         if key.max_concurrent is not None and self._running[key.name] >= key.max_concurrent:
             raise _limited(key, f"{key.max_concurrent} requests at a time", 1.0)
         requests = self._bucket(key, "requests", key.requests_per_minute)
@@ -60,6 +75,19 @@ class Quotas:
         self._running[key.name] -= 1
         if bucket := self._bucket(key, "tokens", key.tokens_per_minute):
             bucket.take(tokens)
+
+    def crashed(self, key: Key) -> None:
+        """Note that the engine ended at a request of the key. Who has no key is nobody: others would be refused too."""
+        if key is ANONYMOUS:
+            return
+        self._crashes[key.name].append(self._clock())
+        log.warning("the engine ended at a request", key=key.name, refused_for_s=self._crash_wait_s(key))
+
+    def _crash_wait_s(self, key: Key) -> float:
+        crashes = self._crashes.get(key.name)
+        if crashes is None or len(crashes) < CRASHES or crashes[-1] - crashes[0] > CRASH_WINDOW_S:
+            return 0.0
+        return max(0.0, crashes[-1] + CRASH_REFUSED_S - self._clock())
 
     def _bucket(self, key: Key, kind: str, per_minute: float | None) -> Bucket | None:
         if per_minute is None:

@@ -63,7 +63,7 @@ def checked(fields: Mapping[str, Any], *, n_vocab: int, context: int) -> dict[st
         if _is_number(value := fields.get(name)):
             most = min(context, MOST_LAST_N)
             result[name] = most if not 0 <= value <= most else int(value)
-    if isinstance(bias := fields.get("logit_bias"), dict):
+    if isinstance(bias := fields.get("logit_bias"), dict) and all(isinstance(token, int) for token in bias):
         result["logit_bias"] = {token: _bias(token, value, n_vocab) for token, value in bias.items()}
     breakers = fields.get("dry_sequence_breakers")
     if isinstance(breakers, list) and fields.get("dry_multiplier") and all(isinstance(one, str) for one in breakers):

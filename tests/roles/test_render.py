@@ -194,6 +194,14 @@ def test_limits_reach_the_unit(render: Render) -> None:
     assert all(line in text for line in ("MemoryMax=20G\n", "CPUQuota=400%\n", "Nice=5\n"))
 
 
+def test_a_unit_has_the_hosts_memory_at_most_and_is_started_again_for_ever(debian: Rendered) -> None:
+    text = debian.text("llamaherd-server.service")
+    most = re.search(r"^MemoryMax=(\d+)$", text, re.MULTILINE)
+    assert most
+    assert 0 < int(most[1])
+    assert "StartLimitIntervalSec=0\n" in text
+
+
 def test_stopping_waits_longer_than_draining(render: Render) -> None:
     unit = render("debian12", llamaherd_server_drain_timeout_s=90)
     assert "TimeoutStopSec=105\n" in unit.text("llamaherd-server.service")

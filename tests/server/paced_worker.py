@@ -57,6 +57,7 @@ SLOT_S = float(os.environ.get("PACED_SLOT_MS", "0")) / 1000
 PREFILL = float(os.environ.get("PACED_PREFILL", "5000"))
 TOKENS = int(os.environ.get("PACED_TOKENS", "64"))
 HEARTBEAT_S = 1.0
+DEADLY = "die"  # the prompt that ends this worker as soon as it has begun
 
 Events = list[Started | Delta | Finished | Failed]
 MODEL = ModelInfo(
@@ -166,6 +167,9 @@ class Paced:
             sequence.ready = max(now - self._pace, sequence.arrived) + sequence.n_prompt / PREFILL
             self._running[sequence.request.id] = sequence
             events.append(Started(sequence.request.id, sequence.n_prompt, 0))
+            if sequence.request.prompt == DEADLY:
+                self._channel.send(events.pop())
+                os.kill(os.getpid(), signal.SIGSEGV)
         busy = len(self._running)
         n_tokens = 0
         for sequence in list(self._running.values()):

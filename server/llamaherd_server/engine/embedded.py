@@ -161,16 +161,14 @@ class EmbeddedEngine:
         elif isinstance(message, Retuned):
             self._settings = message.settings
             self._deliver(message)
-        elif isinstance(message, Tokens | Text | Embedded | Failed):
+        elif isinstance(message, Started | Tokens | Text | Embedded | Failed):
             self._deliver(message)
 
     def on_gone(self) -> None:
-        reason = self._supervisor.last_error or "the engine has gone"
-        if self._supervisor.state == "failed":
-            self._end(list(self._open.values()), EngineError("engine_stopped", reason))
-            return
         lost = [call for call in self._open.values() if not call.survives]
         self._end(lost, EngineError("engine_crashed", "the engine ended while it worked on this request"))
+        if refusal := self._supervisor.refusal:
+            self._end(list(self._open.values()), EngineError("engine_stopped", refusal))
 
     # --- questions and answers -----------------------------------------------------------------------------------
 
@@ -194,8 +192,8 @@ class EmbeddedEngine:
 
     def _ask(self, question: Question) -> _Call:
         """Send the question; while there is no worker to take it, it waits for the next one."""
-        if self._supervisor.state in ("failed", "stopped"):
-            raise EngineError("engine_stopped", self._supervisor.last_error or "the engine is stopped")
+        if refusal := self._supervisor.refusal:
+            raise EngineError("engine_stopped", refusal)
         try:
             call = self._open[question.id] = _Call(question, frame(question))
         except UnicodeEncodeError:

@@ -22,6 +22,7 @@ from llamaherd_server.engine.base import LIVES, EngineError, EngineStatus, Event
 from llamaherd_server.engine.native_process import NativeProcess
 from llamaherd_server.engine.native_room import check_room
 from llamaherd_server.engine.supervisor import Supervisor
+from llamaherd_server.engine.trial import Trials
 from llamaherd_server.protocol import (
     Adapter,
     Delta,
@@ -35,11 +36,13 @@ from llamaherd_server.protocol import (
     ModelInfo,
     NativeConfig,
     Ready,
+    Sampling,
     Started,
     Stats,
     Step,
     TokenLogprob,
 )
+from llamaherd_server.sampling_values import BadValue, checked
 
 # How long running generations get before other settings come into force.
 RETUNE_DRAIN_S = 30.0
@@ -86,6 +89,7 @@ class NativeEngine:
         self._changed = asyncio.Event()
         self._running = 0
         self._retuning = asyncio.Lock()
+        self._trials = Trials(model_path)
 
     async def start(self) -> None:
         await check_room(self._native)
@@ -97,6 +101,7 @@ class NativeEngine:
             raise EngineError("internal", self._supervisor.last_error or "llama-server did not start")
 
     async def stop(self) -> None:
+        self._trials.close()
         await self._supervisor.stop()
         self._tell()
 
@@ -120,6 +125,9 @@ class NativeEngine:
         self._listener = listener
 
     async def generate(self, request: Generate) -> AsyncGenerator[Event, None]:
+        request = msgspec.structs.replace(
+            request, sampling=Sampling(**self._bounded(msgspec.structs.asdict(request.sampling)))
+        )
         prompt = request.prompt
         if isinstance(prompt, str) and not (request.add_special and request.parse_special):
             prompt = await self.tokenize(prompt, add_special=request.add_special, parse_special=request.parse_special)
@@ -186,7 +194,9 @@ class NativeEngine:
     @asynccontextmanager
     async def asked(self, path: str, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
         """A 200 whose body is still to be read; raises EngineError, then too. Leaving it cancels the work."""
-        response = await self._sent("POST", path, body)
+        if isinstance(grammar := body.get("grammar"), str) and grammar:
+            await self._trials.run(grammar)
+        response = await self._sent("POST", path, self._bounded(body))
         self._running += 1
         try:
             yield response
@@ -198,6 +208,14 @@ class NativeEngine:
             self._running -= 1
             await response.aclose()
             self._tell()
+
+    def _bounded(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The body with sampling values that llama.cpp can take; raises EngineError."""
+        n_vocab = self._model.n_vocab if self._model else 2**31
+        try:
+            return checked(body, n_vocab=n_vocab, context=self._native.settings.ctx_per_slot)
+        except BadValue as error:
+            raise EngineError("invalid_value", str(error), error.field) from None
 
     async def _answer(self, path: str, body: dict[str, Any]) -> Any:
         async with self.asked(path, body) as response:
@@ -223,9 +241,9 @@ class NativeEngine:
 
     async def _serving(self) -> NativeProcess:
         """The process, once there is one that takes requests."""
-        while (state := self.status().state) != "ready" or not self._process.alive:
-            if state in ("failed", "stopped"):
-                raise EngineError("engine_stopped", self._supervisor.last_error or "the engine is stopped")
+        while self.status().state != "ready" or not self._process.alive:
+            if refusal := self._supervisor.refusal:
+                raise EngineError("engine_stopped", refusal)
             await self._change()
         return self._process
 

@@ -16,7 +16,9 @@ import msgspec
 from llamaherd_server.protocol import FromWorker
 from llamaherd_server.worker.channel import LENGTH_BYTES
 
-KEPT_LINES = 20
+KEPT_LINES, LAST_CHARS = 20, 500
+LINE_BYTES = 2**15  # longer ones are cut in pieces
+LOG_S = 5.0  # what a process of the engine's own leaves open is not waited for
 GRACE_S = 5.0
 _decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 
@@ -36,13 +38,13 @@ class ChildProcess:
         return self._process.pid
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
 
     async def ended(self) -> str:
         """Wait for its end; how it ended and, where it wrote any, its last words."""
         code = await self._process.wait()
-        await self._log
+        await asyncio.wait((self._log,), timeout=LOG_S)
+        self._log.cancel()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         last = f": {self._last_lines[-1]}" if self._last_lines else ""
         return f"the engine ended with {how}{last}"
@@ -58,16 +60,30 @@ class ChildProcess:
         await self.ended()
 
     def _ask_to_end(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGTERM)
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.returncode is None:  # else the pid may be another's
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     async def _pass_on_log(self) -> None:
+        """Line by line. It never stops: a process whose pipe is full would stand still in the middle of a request."""
         assert self._process.stderr is not None  # noqa: S101 (it was asked for as a pipe)
-        async for line in self._process.stderr:
-            text = line.decode(errors="replace").rstrip()
-            if text:
-                self._last_lines.append(text)
-            sys.stderr.write(f"{text}\n")
+        rest = b""
+        while part := await self._process.stderr.read(LINE_BYTES):
+            *lines, rest = (rest + part).split(b"\n")
+            if len(rest) > LINE_BYTES:
+                lines, rest = [*lines, rest], b""
+            for line in lines:
+                self._pass_on(line)
+        self._pass_on(rest)
+
+    def _pass_on(self, line: bytes) -> None:
+        if text := line.decode(errors="replace").rstrip():
+            self._last_lines.append(text[:LAST_CHARS])
+            with contextlib.suppress(OSError):  # a disk that is full
+                sys.stderr.write(f"{text}\n")
 
 
 class WorkerProcess(ChildProcess):

@@ -15,9 +15,10 @@ from llamaherd_server.protocol import Failed, FromWorker, Loading, Ready
 
 log = structlog.get_logger()
 
-MAX_FAILURES_IN_A_ROW = 5
 FIRST_BACKOFF_S = 0.5
-LONGEST_BACKOFF_S = 30.0
+LONGEST_BACKOFF_S = 60.0
+# From so many failures in a row on, requests are refused until there is a worker, rather than kept waiting for one.
+REFUSED_FROM_FAILURES = 3
 # A worker that has been ready for this long has put the failures before it behind.
 SETTLED_S = 60.0
 
@@ -60,8 +61,8 @@ class Supervisor:
     """`config` is asked for the worker's configuration before each start.
 
     A worker that is ready speaks once a second, and after every step: one that is silent for `heartbeat_timeout_s` is
-    wedged, as is one that is not ready after `load_timeout_s`. One that says why it cannot load its model, or a first
-    one that never became ready, is not started again.
+    wedged, as is one that is not ready after `load_timeout_s`. A first one that never became ready is not started
+    again. Once there was one, the next is started after a back-off, however many fail.
     """
 
     def __init__(
@@ -82,11 +83,20 @@ class Supervisor:
         self._new_process = new_process
         self._process: Process | None = None
         self._task: asyncio.Task[None] | None = None
+        self._failures = 0  # in a row
         self._settled = asyncio.Event()  # the first worker is ready, or never will be
 
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
+
+    @property
+    def refusal(self) -> str | None:
+        """Why there is no worker, nor will be soon."""
+        gone = self.state in ("failed", "stopped")
+        if gone or (self.state == "restarting" and self._failures >= REFUSED_FROM_FAILURES):
+            return self.last_error or f"the engine is {self.state}"
+        return None
 
     @property
     def heartbeat_age_s(self) -> float:
@@ -115,28 +125,24 @@ class Supervisor:
             self._process.send(frame)
 
     async def _run(self) -> None:
-        try:
-            await self._keep_running()
-        except Exception as error:
-            self.last_error = repr(error)
-            self.state = "failed"
-            self._listener.on_gone()
-            raise
-
-    async def _keep_running(self) -> None:
-        """One worker after the other, until one cannot load its model or too many fail in a row."""
-        failures = 0
+        """One worker after the other, until the first one cannot start."""
         while self.state != "failed":
-            lived_s = await self._run_one()
-            failures = 1 if lived_s > SETTLED_S else failures + 1
-            if failures > MAX_FAILURES_IN_A_ROW or not self._settled.is_set():
-                self.state = "failed"
-            if self.state != "failed":
+            try:
+                lived_s = await self._run_one()
+            except Exception as error:  # no process could be started, for want of memory or file descriptors
+                self.last_error, lived_s = f"the engine's process could not be run: {error!r}", 0.0
+                if self._process:
+                    self._process.kill()
+            self._failures = 1 if lived_s > SETTLED_S else self._failures + 1
+            if self._settled.is_set():
                 self.state = "restarting"
                 self.restarts += 1
+            else:
+                self.state = "failed"
             self._listener.on_gone()
             if self.state == "restarting":
-                await asyncio.sleep(min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (failures - 1)))
+                log.warning("engine ended", error=self.last_error, failures=self._failures)
+                await asyncio.sleep(min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(self._failures - 1, 16)))
         self._settled.set()
 
     async def _run_one(self) -> float:
@@ -145,8 +151,7 @@ class Supervisor:
         load_until = time.monotonic() + self._load_timeout_s
         await process.start(self._config())
         self._process = process
-        refusal = silence = None
-        ready_at = None
+        refusal = silence = ready_at = None
         try:
             while message := await process.receive(
                 load_until - time.monotonic() if ready_at is None else self._heartbeat_timeout_s
@@ -169,8 +174,4 @@ class Supervisor:
             process.kill()
         end = await process.ended()
         self.last_error = refusal or silence or end
-        if refusal:
-            self.state = "failed"
-        else:
-            log.warning("engine ended", error=self.last_error)
         return 0.0 if ready_at is None else time.monotonic() - ready_at

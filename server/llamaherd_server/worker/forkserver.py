@@ -25,8 +25,8 @@ PREPARE_S = 2.0
 PREPARE_S_PER_MIB = 2.0
 TOKEN_S = 0.5
 # Tokens that a grammar is tried with before it is taken: what is costly from the start is refused before the answer is
-# begun. More where nothing bounds its cost later, in llama-server.
-TRIAL_TOKENS, LONG_TRIAL_TOKENS = 3, 24
+# begun.
+TRIAL_TOKENS = 3
 MEMORY_BYTES = 512 * 2**20
 KNOWN_GRAMMARS, KNOWN_CHARS = 256, 2**23
 ALLOWED = b"\1"
@@ -35,13 +35,14 @@ _NO_DEVICES = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "GGML_VK_V
 
 
 class Job(msgspec.Struct, frozen=True):
-    """Texts to tokenise, and a grammar to compile and to keep to for `trial` tokens."""
+    """Texts to tokenise, and a grammar to compile and to keep to for `trial` tokens, none above `trial_s`."""
 
     texts: list[str] = []
     add_special: bool = False
     parse_special: bool = True
     grammar: str | None = None
     trial: int = TRIAL_TOKENS
+    trial_s: float = TOKEN_S
 
 
 class Prepared(msgspec.Struct):
@@ -79,6 +80,11 @@ class Forkserver:
                     self._end()
                     self._hand_over(theirs)
         return Child(self, job, ours)
+
+    def has_passed(self, grammar: str) -> bool:
+        """Whether a trial of the grammar has shown nothing against it."""
+        with self._lock:
+            return self._known.get(grammar, self) is None
 
     def remember(self, grammar: str, refusal: RequestError | None) -> None:
         """Refuse the grammar at once when it comes again, or take it without a trial."""

@@ -142,7 +142,7 @@ class Grammars:
             if job.grammar is not None:
                 self._compile(job.grammar)
                 if job.trial:
-                    self._try(job.trial)
+                    self._try(job.trial, job.trial_s)
                     self._lib.llama_sampler_free(self._sampler)
                     self._compile(job.grammar)
         except Refused as refused:
@@ -178,7 +178,7 @@ class Grammars:
         line = " ".join(text.split())
         raise Refused(line if len(line) <= REASON_CHARS else f"{line[:REASON_CHARS]}…")
 
-    def _try(self, tokens: int) -> None:
+    def _try(self, tokens: int, token_s: float) -> None:
         """Keep to the grammar for so many tokens, any that it allows; raises Refused where one takes too long."""
         rng = random.Random(0)  # noqa: S311 (any walk will do)
         for _ in range(tokens):
@@ -187,8 +187,8 @@ class Grammars:
             if not allowed or (token := rng.choice(allowed)) in self._vocabulary.eog_tokens:
                 return
             self._accept(token)
-            if time.process_time() - began > TOKEN_S:
-                raise Refused(f"it takes more than {TOKEN_S:g} s for a token: simplify it")
+            if time.process_time() - began > token_s:
+                raise Refused(f"it takes more than {token_s:g} s for a token: simplify it")
 
     def _allows(self, token: int) -> bool:
         return self._apply(self._records[token]) == b"\0"

@@ -31,7 +31,9 @@ TELLING = 64  # tokens from which on a step tells how long a token of a prompt t
 class Scheduler:
     """Sequences in, one Step of events out at each turn. Not for threads: whoever calls it owns the context."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, announce: Callable[[Started], None] | None = None) -> None:
+        """`announce` gets what a step starts before it is computed; without it, that is among the step's events."""
+        self._announce = announce or self._event
         self.waiting: list[Sequence] = []  # by arrival
         self._events: list[Started | Delta | Finished | Failed] = []
         self._step = self._preemptions = self._cached = self._prompt = 0
@@ -94,6 +96,9 @@ class Scheduler:
         events, self._events = self._events, []
         return Step(events, self._stats(computed, watch))
 
+    def _event(self, event: Started) -> None:
+        self._events.append(event)
+
     # --- admit ---------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
@@ -128,7 +133,7 @@ class Scheduler:
             sequence.begin(length)
             self._cached += length
             self._prompt += sequence.n_prompt
-            self._events.append(Started(sequence.request.id, sequence.n_prompt, length))
+            self._announce(Started(sequence.request.id, sequence.n_prompt, length))
 
     # --- plan ----------------------------------------------------------------------------------------------------
 

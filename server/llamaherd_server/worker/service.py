@@ -33,7 +33,7 @@ class Service:
         self._interrupt = Interrupt(lib, log)
         self._context = Context(self._model, config.settings, self._interrupt)
         self._context.warm_up()
-        self._scheduler = Scheduler(self._context)
+        self._scheduler = Scheduler(self._context, channel.send)
         causal = self._context.generates and self._model.attends_backwards
         self._embedder = Embedder(self._model, self._interrupt, causal=causal)
         load_s = time.perf_counter() - began

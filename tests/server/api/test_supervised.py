@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from llamaherd_server.keyfile import add
+from llamaherd_server.quota import CRASHES
 
 from ..conftest import START_S, Server, paced, running
 
@@ -100,6 +101,38 @@ def test_the_log_has_one_line_a_request_and_nothing_of_what_was_said(tmp_path: P
         "path": "/v1/chat/completions",
     }
     assert 0 < lines[1]["ttft_ms"] < lines[1]["ms"]
+
+
+def test_requests_that_kill_workers_are_not_tried_again_and_cost_their_key_not_the_server(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    bad, good = ({"Authorization": f"Bearer {add(keys, {'name': name})}"} for name in ("bad", "good"))
+    url = "/v1/completions"
+    with running(tmp_path, paced(), auth={"keys_file": keys}) as server:
+        client = httpx.Client(base_url=server.url, timeout=START_S)
+        codes = []
+        while "rate" not in codes and len(codes) < 20:
+            answer = client.post(url, json={"prompt": "die", "max_tokens": 2}, headers=bad)
+            codes.append(answer.json()["error"]["code"] if answer.status_code == 503 else "rate")
+            until(lambda: client.get("/readyz").status_code == 200)
+        assert codes == ["engine_crashed"] * CRASHES + ["rate"]
+        assert (answer.status_code, int(answer.headers["Retry-After"]) > 0) == (429, True)
+        assert client.post(url, json={"prompt": "x", "max_tokens": 2}, headers=good).status_code == 200
+        assert server.log.read_text().count('"event":"engine ended"') == CRASHES
+        assert '"key":"bad"' in server.log.read_text()
+        assert server.process.poll() is None
+
+
+def test_workers_that_keep_dying_never_end_the_server(tmp_path: Path) -> None:
+    with running(tmp_path, paced()) as server:
+        for number in range(5):
+            until(lambda: httpx.get(f"{server.url}/readyz").status_code == 200)
+            os.kill(worker(server), signal.SIGKILL)
+            until(lambda: engine(server)["restarts"] > number)  # noqa: B023
+        assert httpx.get(f"{server.url}/livez").status_code == 200
+        refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"})
+        assert (refused.status_code, "Retry-After" in refused.headers) == (503, True)
+        until(lambda: httpx.get(f"{server.url}/readyz").status_code == 200)
+        assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
