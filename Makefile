@@ -23,11 +23,13 @@ setup: ## Make the locked environment in .venv
 
 .PHONY: demo
 demo: ## Boot a host, deploy, tune, verify; print the table and a curl line; BUDGET=10m tunes longer
-	@DEMO_STARTED=$$(date +%s) sh -c 'scripts/bootstrap && exec $(BIN)/python -m demo up'
+	@export DEMO_STARTED=$$(date +%s); scripts/bootstrap $$([ -e "$(HERD)/llama.cpp/current" ] || echo 2500) && \
+	  $(RUN) exec $(BIN)/python -m demo up
 
 .PHONY: demo-down
-demo-down: setup ## Remove every trace of the demo but its caches
-	@$(RUN) $(BIN)/python -m demo down
+demo-down: ## Remove every trace of the demo but its caches
+	@if [ -e $(BIN)/python ] || [ -e build/demo ] || [ -e /run/llamaherd-demo ]; then \
+	  scripts/bootstrap && $(RUN) $(BIN)/python -m demo down; else echo "demo: there is nothing to remove"; fi
 
 .PHONY: engine
 engine: setup ## llama.cpp and a model for tests and benchmarks, built once

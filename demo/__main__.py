@@ -2,62 +2,94 @@
 
 from __future__ import annotations
 
-import os
+import signal
 import sys
 
-from demo import process, show
-from demo.stages import ROOT, Stage, StageFailed, Timer, forget_tuning, playbook
+from demo import claims, process, show
+from demo.jobs import end_jobs
+from demo.stages import ROOT, Stage, StageFailed, Timer, forget_tuning, playbook, ssh_connections
+from demo.tuning import tune
 
 LAB = "inventories/lab"
 LOOPBACK = "inventories/loopback"
-REAL_HOSTS = "ansible-playbook -i inventories/local playbooks/deploy.yml"
+REAL_HOSTS = ".venv/bin/ansible-playbook -K -i inventories/local playbooks/deploy.yml"
 
 
 def up() -> None:
+    with claims.checkout():
+        try:
+            with ssh_connections():
+                run()
+        except KeyboardInterrupt:
+            ignore_signals()
+            print("\n━━━ interrupted: ending what runs ━━━", flush=True)
+            remove()
+            sys.exit("demo: interrupted; nothing is left running, and `make demo` goes on with what was built so far")
+
+
+def run() -> None:
     timer = Timer()
-    try:
-        timer.run(Stage("boot a lab host", lambda: playbook(LAB, "lab.yml")))
-    except StageFailed as failure:
-        print(f"\nLeft out: systemd, nginx and TLS, because {failure}; on real hosts: {REAL_HOSTS}\n", flush=True)
-        up_as_process(timer, str(failure))
+    if not (obstacle := claims.lab_obstacle()):
+        try:
+            timer.run(Stage("boot a lab host", lambda: playbook(LAB, "lab.yml")))
+        except StageFailed as failure:
+            obstacle = str(failure)
+            claims.release_lab()
+    if obstacle:
+        reason = obstacle.splitlines()[0]
+        print(f"\nLeft out: systemd, nginx and TLS, because {reason}; on real hosts: {REAL_HOSTS}\n", flush=True)
+        run_process(timer, reason)
         return
     forget_tuning(LAB, "herd1")
     timer.run(Stage("deploy: build, model, server, nginx", lambda: playbook(LAB, "deploy.yml")))
-    timer.run(Stage("tune: Locust through https", lambda: tune(LAB)))
+    timer.run(Stage("tune: Locust through https", lambda: tune(LAB, "herd1")))
     timer.run(Stage("verify: testinfra", lambda: playbook(LAB, "verify.yml")))
     show.lab(timer.stages, ROOT / LAB)
 
 
-def up_as_process(timer: Timer, reason: str) -> None:
+def run_process(timer: Timer, reason: str) -> None:
     forget_tuning(LOOPBACK, "localhost")
     process.stop()
-    timer.run(Stage("deploy: build, model, server", lambda: playbook(LOOPBACK, "deploy.yml")))
-    timer.run(Stage("start the server as a process", process.start))
-    timer.run(Stage("tune: Locust on loopback", lambda: tune(LOOPBACK)))
-    show.loopback(timer.stages, reason)
+    with process.held_port() as port:
+        variables = process.variables(port)
+        with claims.shared_build():
+            timer.run(Stage("deploy: build, model, server", lambda: playbook(LOOPBACK, "deploy.yml", "-e", variables)))
+    timer.run(Stage("start the server as a process", lambda: process.start(port)))
+    timer.run(Stage("tune: Locust on loopback", lambda: tune(LOOPBACK, "localhost", "-e", variables)))
+    show.loopback(timer.stages, port, reason)
 
 
 def down() -> None:
+    claims.end_running_demo()
+    with claims.checkout():
+        remove()
+    print("demo: nothing is left running; the caches stay in ~/.cache/llamaherd")
+
+
+def remove() -> None:
+    """End what this checkout's demo runs: processes first, then the lab host."""
+    end_jobs(ROOT / "build")
     process.stop()
-    try:
+    if claims.lab_is_ours():
         playbook(LAB, "lab.yml", "-e", "llamaherd_lab_state=absent")
-    except StageFailed as failure:
-        print(f"no lab host to remove: {failure}")
+        claims.release_lab()
 
 
-def tune(inventory: str) -> None:
-    """For as long as BUDGET says, as in `make demo BUDGET=10m`, or else the inventory."""
-    budget = os.environ.get("BUDGET")
-    playbook(inventory, "tune.yml", *(["-e", f"llamaherd_loadgen_budget={budget}"] if budget else []))
+def ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":
     verbs = {"up": up, "down": down}
     if len(sys.argv) != 2 or sys.argv[1] not in verbs:
         sys.exit("usage: python -m demo up|down")
+    # A shell starts background commands with SIGINT ignored; `make demo-down` and a closed terminal end the demo too.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         verbs[sys.argv[1]]()
     except StageFailed as failure:
         sys.exit(f"demo: {failure}")
     except KeyboardInterrupt:
-        sys.exit("demo: interrupted; `make demo` starts afresh, `make demo-down` removes what there is")
+        sys.exit("demo: interrupted; `make demo-down` removes what there is")

@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from demo.stages import ROOT
+from demo.stages import ROOT, StageFailed
+from demo.tuning import measured
 
 MODEL = "smollm2-135m-instruct"
 Stages = list[dict[str, str | float]]
@@ -18,11 +19,10 @@ def lab(stages: Stages, inventory: Path) -> None:
     summarise("lab", stages, host="herd1", endpoint="https://198.18.0.11/v1", secrets=secrets, ca=secrets / "ca.crt")
 
 
-def loopback(stages: Stages, left_out: str) -> None:
+def loopback(stages: Stages, port: int, left_out: str) -> None:
     secrets = ROOT / "inventories/loopback/.secrets"
-    summarise(
-        "process", stages, host="localhost", endpoint="http://127.0.0.1:8080/v1", secrets=secrets, left_out=left_out
-    )
+    endpoint = f"http://127.0.0.1:{port}/v1"
+    summarise("process", stages, host="localhost", endpoint=endpoint, secrets=secrets, left_out=left_out)
 
 
 def summarise(
@@ -39,11 +39,15 @@ def summarise(
     verdict = json.loads((folder / "verdict.json").read_text())
     key_file = secrets / "keys/default"
     print_table(verdict["table"])
+    if not measured(folder):
+        raise StageFailed("tuning measured no setting; a longer one may: make demo BUDGET=20m")
     print(f"\n{verdict['sentence']}")
     print(f"\nreport  {folder / 'report.html'}")
     for stage in stages:
         print(f"  {stage['seconds']:>6.0f} s  {stage['stage']}")
     print(f"  {sum(float(stage['seconds']) for stage in stages):>6.0f} s  in all")
+    if left_out:
+        print(f"       -    systemd, nginx and TLS: left out, because {left_out}")
     print(f"\nTry it:\n\n{curl(endpoint, key_file, ca)}\n\n`make demo-down` removes it.")
     result = {
         "mode": mode,

@@ -1,0 +1,44 @@
+"""The tuning stage, which has to end with measured settings however slow the machine is."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+from demo.stages import ROOT, StageFailed, playbook
+
+_LONGER = 4
+
+
+def tune(inventory: str, host: str, *arguments: str) -> None:
+    """Tune for as long as BUDGET (`make demo BUDGET=10m`) or the inventory says; longer where that gives no choice."""
+    budget = os.environ.get("BUDGET")
+    folder = ROOT / "build/tune" / host
+    (folder / "budget.json").unlink(missing_ok=True)
+    started = time.monotonic()
+    try:
+        playbook(inventory, "tune.yml", *arguments, *(["-e", f"llamaherd_loadgen_budget={budget}"] if budget else []))
+    except StageFailed:
+        if not (folder / "budget.json").exists():
+            raise
+    if not (needed_s := longer_budget_s(folder, time.monotonic() - started)):
+        return
+    print(f"\nThat budget gives no choice on this machine; tuning again with {needed_s} s.\n", flush=True)
+    playbook(inventory, "tune.yml", *arguments, "-e", f"llamaherd_loadgen_budget={needed_s}s")
+
+
+def longer_budget_s(folder: Path, took_s: float) -> int:
+    """What the tuner says that it needs, or several times what it took to measure nothing; 0 where it has measured."""
+    if (folder / "budget.json").exists():
+        needed_s: float = json.loads((folder / "budget.json").read_text())["needed_s"]
+        return math.ceil(needed_s)
+    return 0 if measured(folder) else math.ceil(_LONGER * took_s)
+
+
+def measured(folder: Path) -> bool:
+    """Whether a tuning run measured at least one setting."""
+    table = json.loads((folder / "verdict.json").read_text())["table"]
+    return any(row.get("output_tokens_per_s") for row in table)
