@@ -198,7 +198,7 @@ def test_a_unit_has_the_hosts_memory_at_most_and_is_started_again_for_ever(debia
     text = debian.text("llamaherd-server.service")
     most = re.search(r"^MemoryMax=(\d+)$", text, re.MULTILINE)
     assert most
-    assert 0 < int(most[1])
+    assert int(most[1]) > 0
     assert "StartLimitIntervalSec=0\n" in text
 
 
