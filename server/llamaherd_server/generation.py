@@ -65,7 +65,8 @@ class Run:
         self._arrived = arrived
         self._serving = serving
         self._key = key
-        self._requests = [msgspec.structs.replace(request, owner=key.name) for request in requests]
+        scope = key.name if serving.limits.prompt_cache_scope == "key" else ""
+        self._requests = [msgspec.structs.replace(one, owner=key.name, cache_scope=scope) for one in requests]
         self._n = n
         self._events: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []

@@ -25,6 +25,7 @@ _TICK_S = 1.0
 # Loading has no deadline of its own: as long as this process turns, systemd is asked for this much more time.
 _START_EXTENSION_S = 30
 _RETRY_AFTER_S = 5
+_INTAKE_S = 5.0  # an engine that has taken nothing in for so long is not ready
 # How long streams get to send their last error event once the engine has been stopped under them.
 _FLUSH_S = 5.0
 
@@ -57,7 +58,11 @@ class Lifecycle:
         )
 
     def ready(self) -> bool:
-        return not self.draining and all(engine.status().state == "ready" for engine in self._engines)
+        """Whether a request would be taken in now, by each engine."""
+        statuses = [engine.status() for engine in self._engines]
+        return not self.draining and all(
+            status.state == "ready" and status.intake_age_s < _INTAKE_S for status in statuses
+        )
 
     def refusal(self, serving: Serving | None = None) -> ApiError | None:
         """The 503 for a new request to that model, or to whichever is up; None where it is taken.

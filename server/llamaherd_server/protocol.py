@@ -121,6 +121,7 @@ class Generate(Struct, tag="generate", kw_only=True):
     sampling: Sampling = field(default_factory=Sampling)
     logprobs: int | None = None  # None: off; n: the chosen token's and the n most likely ones'
     cache_prompt: bool = True
+    cache_scope: str = ""  # the KV cells of a prefix are shared among requests of the same one
     owner: str = ""  # whose it is: what is slow to make ready is done in turns among owners
     preserved: list[str] = field(default_factory=list)  # control tokens that are text here: others are not told
 

@@ -9,7 +9,7 @@ import ipaddress
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -165,6 +165,9 @@ class LimitSettings(Section):
     max_generations: int = Field(default=128, ge=1)
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
     drain_timeout_s: float = Field(default=30, ge=0)
+    # Who shares the computed beginnings of prompts: requests of the same key, or all. Times and `cached_tokens` tell a
+    # client what others that it shares with have asked.
+    prompt_cache_scope: Literal["key", "server"] = "key"
     # How long an engine may take from its start until it has computed a first token.
     load_timeout_s: float = Field(default=900, gt=0)
     # Above the slowest step, which is a whole batch of prompt on this host.

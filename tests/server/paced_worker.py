@@ -166,10 +166,11 @@ class Paced:
             sequence = self._waiting.popleft()
             sequence.ready = max(now - self._pace, sequence.arrived) + sequence.n_prompt / PREFILL
             self._running[sequence.request.id] = sequence
-            events.append(Started(sequence.request.id, sequence.n_prompt, 0))
+            started = Started(sequence.request.id, sequence.n_prompt, 0)
             if sequence.request.prompt == DEADLY:
-                self._channel.send(events.pop())
+                self._channel.send(started)
                 os.kill(os.getpid(), signal.SIGSEGV)
+            events.append(started)
         busy = len(self._running)
         n_tokens = 0
         for sequence in list(self._running.values()):

@@ -38,7 +38,10 @@ class EngineError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """A snapshot for /readyz, /metrics and /admin/engine. `heartbeat_age_s` is the time since the worker last spoke."""
+    """A snapshot for /readyz, /metrics and /admin/engine. `heartbeat_age_s` is the time since the last step.
+
+    `intake_age_s` is how long what takes requests in has not answered; 0: it has.
+    """
 
     kind: EngineKind
     state: EngineState
@@ -50,6 +53,7 @@ class EngineStatus:
     load_s: float | None
     pid: int | None
     last_error: str | None
+    intake_age_s: float = 0.0
 
 
 class Engine(Protocol):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -41,6 +43,7 @@ from llamaherd_server.worker.channel import frame
 
 Question: TypeAlias = Generate | Retune | Tokenize | Detokenize | Embed
 Answer: TypeAlias = Started | Delta | Finished | Failed | Retuned | Tokens | Text | Embedded
+PROBE_S = 1.0
 T = TypeVar("T", Retuned, Tokens, Text, Embedded)
 
 
@@ -89,14 +92,19 @@ class EmbeddedEngine:
         self._listener: Callable[[Stats], None] = lambda _: None
         self._ids = itertools.count(1)
         self._open: dict[int, _Call] = {}
+        self._probing: asyncio.Task[None] | None = None
+        self._probed: float | None = None  # when a probe was sent that is not answered yet
         self._supervisor = Supervisor(self._config, self, heartbeat_timeout_s, load_timeout_s=load_timeout_s)
 
     async def start(self) -> None:
         await self._supervisor.start()
         if self._supervisor.state == "failed":
             raise EngineError("internal", self._supervisor.last_error or "the engine did not start")
+        self._probing = asyncio.create_task(self._probe())
 
     async def stop(self) -> None:
+        if self._probing:
+            self._probing.cancel()
         self._end(list(self._open.values()), EngineError("engine_stopped", "the server is stopping"))
         await self._supervisor.stop()
 
@@ -113,6 +121,7 @@ class EmbeddedEngine:
             load_s=self._load_s,
             pid=supervisor.pid,
             last_error=supervisor.last_error,
+            intake_age_s=time.monotonic() - self._probed if self._probed else 0.0,
         )
 
     def observe(self, listener: Callable[[Stats], None]) -> None:
@@ -169,6 +178,15 @@ class EmbeddedEngine:
         self._end(lost, EngineError("engine_crashed", "the engine ended while it worked on this request"))
         if refusal := self._supervisor.refusal:
             self._end(list(self._open.values()), EngineError("engine_stopped", refusal))
+
+    async def _probe(self) -> None:
+        """Ask the worker for a trifle again and again, by the way of all requests."""
+        while True:
+            self._probed = time.monotonic()
+            with suppress(EngineError):
+                await self.tokenize("")
+            self._probed = None
+            await asyncio.sleep(PROBE_S)
 
     # --- questions and answers -----------------------------------------------------------------------------------
 

@@ -95,7 +95,6 @@ class NativeProcess(ChildProcess):
             while not await self.exited(_HEARTBEAT_S if self._ready else _LOADING_POLL_S):
                 with suppress(httpx.HTTPError):  # it does not listen yet, still loads, or ends
                     message: FromWorker = await (self._beat() if self._ready else self._introduce())
-                    self.heard = time.monotonic()
                     return message
         return None
 

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections import deque
 
 import msgspec
@@ -30,7 +29,6 @@ class ChildProcess:
     _log: asyncio.Task[None]
 
     def __init__(self) -> None:
-        self.heard = time.monotonic()
         self._last_lines: deque[str] = deque(maxlen=KEPT_LINES)
 
     @property
@@ -113,7 +111,6 @@ class WorkerProcess(ChildProcess):
                 message = _decoder.decode(await self._reader.readexactly(size))
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
-        self.heard = time.monotonic()
         return message
 
     async def ended(self) -> str:

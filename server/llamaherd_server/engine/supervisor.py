@@ -11,7 +11,7 @@ import structlog
 
 from llamaherd_server.engine.base import EngineState
 from llamaherd_server.engine.process import WorkerProcess
-from llamaherd_server.protocol import Failed, FromWorker, Loading, Ready
+from llamaherd_server.protocol import Failed, FromWorker, Loading, Ready, Text, Tokens
 
 log = structlog.get_logger()
 
@@ -19,6 +19,7 @@ FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 60.0
 # From so many failures in a row on, requests are refused until there is a worker, rather than kept waiting for one.
 REFUSED_FROM_FAILURES = 3
+_LEAST_WAIT_S = 0.1
 # A worker that has been ready for this long has put the failures before it behind.
 SETTLED_S = 60.0
 
@@ -39,8 +40,6 @@ class Listener(Protocol):
 class Process(Protocol):
     """What a supervisor needs of an engine's process; engine.process.WorkerProcess has the words for it."""
 
-    heard: float
-
     @property
     def pid(self) -> int: ...
 
@@ -60,9 +59,9 @@ class Process(Protocol):
 class Supervisor:
     """`config` is asked for the worker's configuration before each start.
 
-    A worker that is ready speaks once a second, and after every step: one that is silent for `heartbeat_timeout_s` is
-    wedged, as is one that is not ready after `load_timeout_s`. A first one that never became ready is not started
-    again. Once there was one, the next is started after a back-off, however many fail.
+    A worker that is ready speaks once a second, and after every step: one whose computing thread is silent for
+    `heartbeat_timeout_s` is wedged, as is one that is not ready after `load_timeout_s`. A first one that never became
+    ready is not started again. Once there was one, the next is started after a back-off, however many fail.
     """
 
     def __init__(
@@ -84,6 +83,7 @@ class Supervisor:
         self._process: Process | None = None
         self._task: asyncio.Task[None] | None = None
         self._failures = 0  # in a row
+        self._beat = time.monotonic()  # when the thread that computes last spoke
         self._settled = asyncio.Event()  # the first worker is ready, or never will be
 
     @property
@@ -100,7 +100,7 @@ class Supervisor:
 
     @property
     def heartbeat_age_s(self) -> float:
-        return time.monotonic() - self._process.heard if self._process else 0.0
+        return time.monotonic() - self._beat if self._process else 0.0
 
     async def start(self) -> None:
         """Return when the first worker is ready, or when there will be none: `state` tells which."""
@@ -145,17 +145,21 @@ class Supervisor:
                 await asyncio.sleep(min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(self._failures - 1, 16)))
         self._settled.set()
 
+    def _patience_s(self, until: float | None) -> float:
+        """How long to wait for the next message: until then, or until the heartbeat's timeout."""
+        return max(_LEAST_WAIT_S, (until or self._beat + self._heartbeat_timeout_s) - time.monotonic())
+
     async def _run_one(self) -> float:
         """A worker's life; for how many seconds it was ready."""
         process = self._new_process()
         load_until = time.monotonic() + self._load_timeout_s
         await process.start(self._config())
-        self._process = process
+        self._process, self._beat = process, time.monotonic()
         refusal = silence = ready_at = None
         try:
-            while message := await process.receive(
-                load_until - time.monotonic() if ready_at is None else self._heartbeat_timeout_s
-            ):
+            while message := await process.receive(self._patience_s(load_until if ready_at is None else None)):
+                if not isinstance(message, Tokens | Text | Failed):  # these come from the threads beside it
+                    self._beat = time.monotonic()
                 if isinstance(message, Ready):
                     ready_at = time.monotonic()
                     self.state = "ready"

@@ -17,6 +17,7 @@ class Slot:
     sequence: Sequence | None = None
     tokens: list[int] = field(default_factory=list)
     cells: list[int] = field(default_factory=list)
+    scope: str = ""  # whose requests may share the cells
     used: int = 0  # the step of its last request's end
 
     @property

@@ -29,6 +29,8 @@ def best_source(slots: list[Slot], tokens: list[int], least: int) -> tuple[Slot 
     """
     most = len(tokens) - 1
     shared = [(min(common(slot.tokens, tokens), slot.length, most), slot) for slot in slots]
+    if not shared:
+        return None, 0
     length, slot = max(shared, key=lambda pair: pair[0])
     return (slot, length) if length >= least else (None, 0)
 

@@ -108,8 +108,9 @@ class Scheduler:
                 return
             source, length = None, 0
             if sequence.request.cache_prompt and sequence.state is None:
-                source, length = best_source(self._kv.slots, sequence.tokens, self._backend.least_shared)
-                if is_coming(self._kv.slots, sequence.tokens, length):
+                slots = [slot for slot in self._kv.slots if slot.scope == sequence.request.cache_scope]
+                source, length = best_source(slots, sequence.tokens, self._backend.least_shared)
+                if is_coming(slots, sequence.tokens, length):
                     continue
             place = find_place(self._kv, sequence, source, length)
             if place is None:
@@ -127,7 +128,7 @@ class Scheduler:
                 self._kv.share(place.source, slot, length)
         if sequence.state is not None:
             length = self._unpark(sequence, place)
-        slot.sequence, slot.tokens = sequence, sequence.tokens
+        slot.sequence, slot.tokens, slot.scope = sequence, sequence.tokens, sequence.request.cache_scope
         sequence.slot, sequence.computed = slot.number, length
         if not sequence.started:
             sequence.begin(length)

@@ -52,6 +52,16 @@ def test_a_wedged_engine_is_restarted_and_what_was_queued_is_served(tmp_path: Pa
         assert (engine(server)["restarts"], "did not speak for 2 s" in engine(server)["last_error"]) == (1, True)
 
 
+def test_an_engine_that_takes_nothing_in_is_not_ready(tmp_path: Path) -> None:
+    with running(tmp_path, paced()) as server:
+        os.kill(worker(server), signal.SIGSTOP)
+        until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
+        assert httpx.get(f"{server.url}/livez").status_code == 200
+        os.kill(worker(server), signal.SIGCONT)
+        until(lambda: httpx.get(f"{server.url}/readyz").status_code == 200)
+        assert engine(server)["restarts"] == 0
+
+
 def test_a_client_that_reads_nothing_loses_its_slot(tmp_path: Path) -> None:
     body = json.dumps({"prompt": "x", "max_tokens": 1_000_000, "n": 8, "stream": True}).encode()
     settings = {"parallel": 8, "ctx_per_slot": 2**20}
@@ -109,7 +119,7 @@ def test_requests_that_kill_workers_are_not_tried_again_and_cost_their_key_not_t
     url = "/v1/completions"
     with running(tmp_path, paced(), auth={"keys_file": keys}) as server:
         client = httpx.Client(base_url=server.url, timeout=START_S)
-        codes = []
+        codes: list[str] = []
         while "rate" not in codes and len(codes) < 20:
             answer = client.post(url, json={"prompt": "die", "max_tokens": 2}, headers=bad)
             codes.append(answer.json()["error"]["code"] if answer.status_code == 503 else "rate")

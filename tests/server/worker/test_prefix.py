@@ -36,6 +36,10 @@ def test_a_beginning_that_is_too_short_is_none() -> None:
     assert best_source([holding(0, [5])], [1, 2], least=1) == (None, 0)
 
 
+def test_where_there_is_no_slot_to_share_there_is_no_beginning() -> None:
+    assert best_source([], [1, 2, 3], least=1) == (None, 0)
+
+
 def test_only_computed_tokens_count() -> None:
     slot = Slot(0, tokens=[1, 2, 3, 4], cells=[0, 1])
     assert best_source([slot], [1, 2, 3, 4, 5], least=1) == (slot, 2)

@@ -230,6 +230,20 @@ def test_a_cancelled_leader_leaves_its_place_to_a_follower() -> None:
     assert [event.id for event in run(scheduler) if isinstance(event, Finished)] == [2]
 
 
+def test_only_requests_of_the_same_scope_share_a_prefix() -> None:
+    scheduler = Scheduler(FakeContext(EngineSettings(parallel=4, batch=64, ubatch=16), 400))
+    prompt = list(range(40))
+    cached = {}
+    for number, scope in enumerate(["a", "b", "a", ""]):
+        one = sequence(number, prompt, 2)
+        one.request.cache_scope = scope
+        scheduler.add(one)
+        scheduler.step()  # the first ones still run when the next ones come
+        cached[number] = one
+    run(scheduler)
+    assert [one.cached > 0 for one in cached.values()] == [False, False, True, False]
+
+
 def test_a_request_that_wants_no_cache_computes_its_whole_prompt() -> None:
     scheduler = Scheduler(FakeContext(EngineSettings(parallel=2, batch=64, ubatch=64), 400))
     for number in (1, 2):
