@@ -8,10 +8,11 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, model_validator
 
 from llamaherd_server.api.answer import answer, json_response, run_of
+from llamaherd_server.api.bias import resolve_biases
 from llamaherd_server.api.chat_fields import MOST_TOOLS, Message, NamedChoice, ResponseFormat, ToolField, choice_of
 from llamaherd_server.api.chat_shape import ChatShape
 from llamaherd_server.api.conversation import Conversation, prepare
-from llamaherd_server.api.fields import GenerationFields
+from llamaherd_server.api.fields import GenerationFields, Ignored, Limit
 from llamaherd_server.api.llama_server import MediaRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.api.wire import Options
@@ -24,8 +25,9 @@ class ChatRequest(GenerationFields):
     """A chat to continue."""
 
     messages: list[Message] = Field(min_length=1, max_length=4096, description="The chat so far.")
-    max_completion_tokens: int | None = Field(None, ge=1, description="OpenAI's newer name of `max_tokens`.")
+    max_completion_tokens: Limit = Field(None, description="OpenAI's newer name of `max_tokens`.")
     response_format: ResponseFormat | None = Field(None, description="Not together with `grammar`.")
+    json_schema: Any = Field(None, description="llama-server's short form of a `response_format` of that type.")
     logprobs: bool = Field(False, description="True: the log probability of each token of the answer.")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="So many alternatives for each; needs `logprobs`.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables for the chat template.")
@@ -40,14 +42,35 @@ class ChatRequest(GenerationFields):
     reasoning_format: Literal["auto", "none", "deepseek"] | None = Field(
         None, description="`none`: reasoning stays in `content`. Default: it goes to `reasoning_content`."
     )
+    add_generation_prompt: bool | None = Field(
+        None, description="False: the assistant's last turn is continued. Not true with `continue_final_message`."
+    )
+    continue_final_message: bool = Field(False, description="True: the assistant's last turn is continued.")
+    modalities: list[Literal["text"]] | None = Field(None, description="Only text.")
+    prediction: Ignored = None
+    verbosity: Ignored = None
 
     @model_validator(mode="after")
     def _supported(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise unsupported("top_logprobs", "top_logprobs: needs logprobs: true")
-        if self.response_format and self.response_format.wanted() is not None and self.grammar:
-            raise unsupported("grammar", "grammar: not together with response_format")
+        if self.grammar and self._answer_schema() is not None:
+            raise unsupported("grammar", "grammar: not together with response_format or json_schema")
+        last = self.messages[-1]
+        continues = last.role == "assistant" and not last.tool_calls
+        if self.continue_final_message and (self.add_generation_prompt or not continues):
+            message = (
+                "continue_final_message: needs an assistant's last turn without calls, and no add_generation_prompt"
+            )
+            raise unsupported("continue_final_message", message)
+        if self.add_generation_prompt is False and not continues:
+            message = "add_generation_prompt: false only where the assistant's last turn is to be continued"
+            raise unsupported("add_generation_prompt", message)
         return self
+
+    def _answer_schema(self) -> Any | None:
+        wanted = self.response_format.wanted() if self.response_format else None
+        return self.json_schema if wanted is None else wanted
 
     def conversation(self) -> Conversation:
         """What is to be rendered and how the answer must look; raises ApiError."""
@@ -56,7 +79,7 @@ class ChatRequest(GenerationFields):
         return Conversation(
             messages=[message.for_template() for message in self.messages],
             choice=choice_of([tool.tool() for tool in self.tools or ()], wanted, parallel=self.parallel_tool_calls),
-            answer_schema=self.response_format.wanted() if self.response_format else None,
+            answer_schema=self._answer_schema(),
             answer_strict=bool(self.response_format and self.response_format.strict),
             variables={**(self.chat_template_kwargs or {}), **effort},
             split_reasoning=self.reasoning_format != "none",
@@ -68,11 +91,12 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a chat, in the model's own chat format."""
     state = state_of(request)
     state.check_model(body.model, request.state.key)
+    await resolve_biases(state, body)
     chat = await prepare(state, body.conversation())
     requests = [
         chat.generate(
             body.sampling(index),
-            max_tokens=body.max_completion_tokens or body.limit(),
+            max_tokens=body.max_completion_tokens or body.max_tokens,
             stop=body.stop or [],
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             cache_prompt=body.cache_prompt,

@@ -3,94 +3,178 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, model_validator
 
-from llamaherd_server.api.fields import Body
+from llamaherd_server.api.fields import Body, Lenient
+from llamaherd_server.chat.surrogates import without_halves
 from llamaherd_server.chat.tools import Choice, Tool
 from llamaherd_server.errors import ApiError, unsupported
 
 MOST_TOOLS = 128
-Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+# Levels of a call's arguments that are handed to templates as they are: Python's json and Jinja recurse.
+MAX_DEPTH = 64
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 
 
-class TextPart(Body):
+def by_type(*known: str) -> Discriminator:
+    """Chooses a union's member by the object's `type`, which is also its tag; the member of all others is `other`."""
+
+    def tag(value: Any) -> str:
+        kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+        return kind if kind in known else "other"
+
+    return Discriminator(tag)
+
+
+def only_types(*kinds: str | None) -> BeforeValidator:
+    """Leaves out tools of other types, which somebody else's server has."""
+
+    def only(tools: Any) -> Any:
+        if not isinstance(tools, list):
+            return tools
+        return [tool for tool in tools if not isinstance(tool, dict) or tool.get("type") in kinds]
+
+    return BeforeValidator(only)
+
+
+class TextPart(Lenient):
     """A part of a message's content."""
 
-    type: Literal["text"]
-    text: str
+    type: Literal["text", "input_text", "output_text", "refusal", "thinking", "reasoning"] = "text"
+    text: str = ""
+    refusal: str = Field("", description="With type `refusal`: its text.")
 
 
 def _joined(content: Any) -> Any:
-    """Content parts as one text, joined by line ends as llama.cpp does."""
+    """Content parts as one text, joined by line ends as llama.cpp does; what the model thought is no part of it."""
     if not isinstance(content, list):
         return content
     for part in content:
-        if isinstance(part, dict) and part.get("type", "text") not in ("text", "refusal"):
-            raise unsupported("messages", f"messages: content of type {part['type']!r} is not supported: send text")
-    return "\n".join(TextPart.model_validate(part).text for part in content)
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind not in _TEXT_PARTS:
+            raise unsupported("messages", f"messages: content of type {kind!r} is not supported: send text")
+    parts = [TextPart.model_validate(part) for part in content]
+    return "\n".join(part.text or part.refusal for part in parts if part.type not in ("thinking", "reasoning"))
 
 
-class CalledFunction(Body):
+_TEXT_PARTS = get_args(TextPart.model_fields["type"].annotation)
+
+
+def arguments_text(arguments: Any) -> str:
+    """A call's arguments as text: clients send what the model wrote, or what they have parsed it to."""
+    try:
+        return arguments if isinstance(arguments, str) else json.dumps(arguments)
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
+
+
+class CalledFunction(Lenient):
     """What was called."""
 
-    name: Name
-    arguments: str = Field(description="A JSON object, as text.")
+    name: str = ""
+    arguments: Annotated[str, BeforeValidator(arguments_text, json_schema_input_type=str | dict[str, Any])] = Field(
+        "", description="What the model wrote: a JSON object as text, or whatever came of the attempt."
+    )
 
 
-class ToolCall(Body):
-    """A call that the model made."""
+class CalledCustom(Lenient):
+    """A tool of OpenAI's type `custom`, which takes text."""
 
-    id: str = Field(min_length=1, max_length=256)
-    type: Literal["function"] = "function"
-    function: CalledFunction
+    name: str = ""
+    input: str = ""
 
 
-class Message(Body):
-    """One turn of a chat."""
+class ToolCall(Lenient):
+    """A call that the model made, with any name and arguments: an earlier answer is never refused."""
 
-    role: str = Field(min_length=1, max_length=64, description="As the model's chat template knows it.")
+    id: str = Field("", max_length=256)
+    function: CalledFunction | None = None
+    custom: CalledCustom | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        if self.custom is not None:
+            return template_call(self.id, self.custom.name, json.dumps({"input": self.custom.input}))
+        name, arguments = (self.function.name, self.function.arguments) if self.function else ("", "")
+        return template_call(self.id, name, arguments)
+
+
+class Message(Lenient):
+    """One turn of a chat: of the fields that SDKs and servers write, those that a chat template can use."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"] = Field(
+        description="`function` is OpenAI's older word for `tool`."
+    )
     content: Annotated[str | None, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart] | None)] = (
-        Field(None, description="Text, or parts of type `text`, joined by line ends. Not needed beside calls.")
+        Field(
+            None,
+            description="Text, or parts of type `text`, joined by line ends. Only assistants and tools may lack it.",
+        )
     )
     name: str | None = Field(None, max_length=256, description="Given to the chat template.")
-    tool_calls: list[ToolCall] | None = Field(None, max_length=MOST_TOOLS, description="Calls made in this turn.")
+    tool_calls: list[ToolCall] = Field([], max_length=MOST_TOOLS, description="Calls made in this turn.")
+    function_call: CalledFunction | None = Field(None, description="OpenAI's older form of `tool_calls`.")
     tool_call_id: str | None = Field(None, max_length=256, description="Whose result this turn is.")
     reasoning_content: str | None = Field(None, description="Given to the chat template.")
-    refusal: None = Field(None, description="Only null.")
-    annotations: list[Any] | None = Field(None, max_length=0, description="Only an empty list.")
-    audio: None = Field(None, description="Only null.")
-    function_call: None = Field(None, description="Only null: see `tool_calls`.")
+    reasoning: Any = Field(None, description="Another name of `reasoning_content`.")
+    refusal: str | None = Field(None, description="The content, where there is none.")
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.content is None and not self.tool_calls:
-            raise ValueError("content is missing: only a message with tool_calls may leave it out")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError('tool_calls belong to the role "assistant"')
+        if self.content is None and self.role not in ("assistant", "tool", "function"):
+            raise ValueError(f'content is missing: a message of the role "{self.role}" needs it')
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError('a message of the role "tool" needs tool_call_id')
         return self
 
     def for_template(self) -> dict[str, Any]:
-        """As transformers' templates expect it: the arguments of calls as objects."""
-        message = self.model_dump(exclude_none=True, exclude={"annotations"})
-        message.setdefault("content", "")
-        for call in message.get("tool_calls", ()):
-            call["function"]["arguments"] = arguments_object(call["function"]["arguments"])
+        """As transformers' templates expect it."""
+        message: dict[str, Any] = {"role": self.role, "content": self.content or self.refusal or ""}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.role in ("tool", "function"):
+            message |= {"role": "tool", "tool_call_id": self.tool_call_id or ""}
+        if self.role == "assistant":
+            calls = [call.for_template() for call in self.tool_calls]
+            if self.function_call and not calls:
+                calls = [template_call("", self.function_call.name, self.function_call.arguments)]
+            if calls:
+                message["tool_calls"] = calls
+            thought = self.reasoning_content or self.reasoning
+            if thought and isinstance(thought, str):
+                message["reasoning_content"] = thought
         return message
 
 
-def arguments_object(arguments: str) -> Any:
-    """A call's arguments as templates expect them."""
+def template_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    """A call as transformers' templates expect it: its arguments as an object."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments_object(arguments)}}
+
+
+def arguments_object(arguments: str) -> dict[str, Any]:
+    """What is not a JSON object, or is nested too deep, stands in one."""
     try:
-        return json.loads(arguments or "{}")
-    except ValueError:
-        return arguments  # what a model wrote and a client sent back, broken as it is
+        value = json.loads(without_halves(arguments) or "{}")
+    except (ValueError, RecursionError):
+        value = arguments
+    return value if isinstance(value, dict) and not _nested(value, MAX_DEPTH) else {"raw": arguments}
 
 
-class Function(Body):
+def _nested(value: Any, depth: int) -> bool:
+    """Whether `value` is nested more than `depth` levels deep."""
+    level = [value]
+    for _ in range(depth):
+        level = [inner for one in level if isinstance(one, dict | list) for inner in _members(one)]
+    return bool(level)
+
+
+def _members(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+class Function(Lenient):
     """A function that the model may call."""
 
     name: Name
@@ -99,7 +183,7 @@ class Function(Body):
     strict: bool | None = Field(None, description="True: calls always follow the schema, also with tool_choice auto.")
 
 
-class ToolField(Body):
+class ToolField(Lenient):
     """A tool of the request."""
 
     type: Literal["function"]
@@ -154,11 +238,14 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    unwrapped: Any = Field(None, alias="schema", description="llama-server's place for the schema, of either type.")
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError('json_schema belongs to type "json_schema", and is required there')
+        if self.type == "text" and self._schema() is not None:
+            raise ValueError('a schema belongs to the type "json_schema" or "json_object", not "text"')
+        if self.type == "json_schema" and self._schema() is None:
+            raise ValueError('json_schema is missing: the type "json_schema" needs it')
         return self
 
     @property
@@ -168,6 +255,10 @@ class ResponseFormat(Body):
 
     def wanted(self) -> Any | None:
         """The JSON schema to enforce; None: any text."""
-        if self.type == "json_object":
-            return {"type": "object"}
-        return self.json_schema.json_schema if self.json_schema else None
+        if self.type == "text":
+            return None
+        schema = self._schema()
+        return {"type": "object"} if schema in (None, {}) else schema
+
+    def _schema(self) -> Any | None:
+        return self.json_schema.json_schema if self.json_schema else self.unwrapped

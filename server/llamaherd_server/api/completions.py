@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BeforeValidator, Field, model_validator
 
 from llamaherd_server.api.answer import answer, run_of
+from llamaherd_server.api.bias import resolve_biases
 from llamaherd_server.api.completion_shape import CompletionShape
 from llamaherd_server.api.fields import GenerationFields
 from llamaherd_server.api.routing import ModelRoute
@@ -62,11 +63,12 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue each prompt."""
     state = state_of(request)
     state.check_model(body.model, request.state.key)
+    await resolve_biases(state, body)
     requests = [
         Generate(
             id=0,
             prompt=_with_suffix(state.model_info(), prompt, body.suffix),
-            max_tokens=body.limit(),
+            max_tokens=body.max_tokens,
             stop=body.stop or [],
             sampling=body.sampling(index),
             logprobs=body.logprobs,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+import re
+from typing import Annotated, Any, Literal
 
 import msgspec
 from pydantic import (
@@ -16,11 +17,14 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from llamaherd_server.errors import unknown_field, unsupported
+from llamaherd_server.errors import unknown_field
 from llamaherd_server.protocol import Sampling
 
 _STOPS = 16
 _INT32 = 2**31 - 1
+_TOKEN_ID = re.compile(r"-?[0-9]{1,10}")
+# Far below any logit, yet finite: JSON has no infinity.
+_FORBIDDEN = -1e6
 
 
 def _fail_fast(schema: Any) -> None:
@@ -34,10 +38,14 @@ def _fail_fast(schema: Any) -> None:
             _fail_fast(part)
 
 
-class Body(BaseModel):
-    """A request's body. A field that it does not know is an error that names the nearest one."""
+class Lenient(BaseModel):
+    """An object of a request: a null counts as absent, and fields that it does not know are ignored.
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    For what SDKs, other servers and this one write and clients send back (messages, items, blocks) or hand through
+    (tools). A field ignored there cannot change how the answer is generated.
+    """
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -48,11 +56,22 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
+
+class Body(Lenient):
+    """A request's body, or its options. An unknown field is an error that names the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
     def _known(cls, body: Any) -> Any:
         if isinstance(body, dict):
             known = [field.alias or name for name, field in cls.model_fields.items()]
-            for name in body:
-                if name not in known:
+            for name, value in body.items():
+                if name not in known and value is not None:
                     raise unknown_field(name, known)
         return body
 
@@ -61,13 +80,17 @@ def _as_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-def _as_pairs(bias: Any) -> Any:
-    """llama-server's list of [token, bias] as OpenAI's object."""
+def _as_biases(bias: Any) -> Any:
+    """llama-server's list of [token, bias] as an object; a token may be text, and the bias false forbids it."""
     if isinstance(bias, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in bias):
         try:
-            return dict(bias)
+            bias = dict(bias)
         except TypeError:
             return bias
+    elif isinstance(bias, dict):
+        bias = {int(key) if _TOKEN_ID.fullmatch(str(key)) else key: value for key, value in bias.items()}
+    if isinstance(bias, dict):
+        return {key: _FORBIDDEN if value is False else value for key, value in bias.items()}
     return bias
 
 
@@ -77,14 +100,25 @@ def _without_nul(grammar: str) -> str:
     return grammar
 
 
+def _limit(tokens: int) -> int | None:
+    if tokens == 0:
+        raise ValueError("must be at least 1, or -1 for no limit")
+    return None if tokens == -1 else tokens
+
+
+# A number of tokens; None: no limit.
+Limit = Annotated[int, Field(ge=-1, le=_INT32), AfterValidator(_limit)] | None
 Text = Annotated[str, Field(min_length=1, max_length=1024)]
+BiasedText = Annotated[str, Field(min_length=1, max_length=64)]
+Ignored = Annotated[Any, Field(description="Accepted and ignored.")]
 
 
 class StreamOptions(Body):
     """Options of a stream."""
 
     include_usage: bool = Field(False, description="True: the last chunk, with no choices, carries `usage`.")
-    include_obfuscation: bool | None = Field(None, description="Accepted and ignored: chunks are never padded.")
+    include_obfuscation: Any = Field(None, description="Accepted and ignored: chunks are never padded.")
+    continuous_usage_stats: Any = Field(None, description="Accepted and ignored: the usage comes at the end.")
 
 
 class SamplingFields(Body):
@@ -117,8 +151,13 @@ class SamplingFields(Body):
         None, description="Equal seeds and fields give equal samples; choice i uses seed + i. -1 or null: random."
     )
     logit_bias: Annotated[
-        dict[int, float] | None, BeforeValidator(_as_pairs, json_schema_input_type=dict[int, float] | list[Any] | None)
-    ] = Field(None, max_length=4096, description="Token id to bias; also as a list of [token id, bias].")
+        dict[int | BiasedText, float] | None,
+        BeforeValidator(_as_biases, json_schema_input_type=dict[str, float | Literal[False]] | list[Any] | None),
+    ] = Field(
+        None,
+        max_length=4096,
+        description="Token id, or text, to bias; false: never. Also as a list of [token, bias].",
+    )
     ignore_eos: bool | None = Field(None, description="True: never stop at the end-of-sequence token.")
     grammar: Annotated[str, AfterValidator(_without_nul)] | None = Field(
         None, max_length=2**20, description="GBNF grammar with the root rule `root`; an invalid one is a 400."
@@ -142,32 +181,19 @@ class GenerationFields(SamplingFields):
     stream: bool = Field(False, description="True: server-sent events, ended by `data: [DONE]`.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
     n: int = Field(1, ge=1, le=128, description="Independent completions of each prompt, generated in parallel.")
-    max_tokens: int | None = Field(
-        None,
-        ge=-1,
-        le=_INT32,
-        description="Most tokens of a completion; -1 or null: up to the context's end.",
-    )
+    max_tokens: Limit = Field(None, description="Most tokens of a completion; -1 or null: up to the context's end.")
     stop: Annotated[list[Text] | None, BeforeValidator(_as_list, json_schema_input_type=str | list[str] | None)] = (
         Field(None, max_length=_STOPS, description="Strings that end the completion; they are not part of it.")
     )
     cache_prompt: bool = Field(True, description="False: compute all of the prompt, whatever the KV cache has.")
     timings_per_token: bool = Field(False, description="True: the last chunk or the response carries `timings`.")
-    user: str | None = Field(None, description="Accepted and ignored.")
-    metadata: dict[str, str] | None = Field(None, description="Accepted and ignored.")
-    store: bool | None = Field(None, description="Accepted and ignored: nothing is stored.")
-    service_tier: str | None = Field(None, description="Accepted and ignored.")
-    safety_identifier: str | None = Field(None, description="Accepted and ignored.")
-    prompt_cache_key: str | None = Field(None, description="Accepted and ignored: equal prefixes are always shared.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise unsupported("stream_options", "stream_options: only with stream: true")
-        if self.max_tokens == 0:
-            raise unsupported("max_tokens", "max_tokens: must be at least 1, or -1 for no limit")
-        return self
-
-    def limit(self) -> int | None:
-        """`max_tokens` as the engine takes it."""
-        return None if self.max_tokens == -1 else self.max_tokens
+    user: Ignored = None
+    metadata: Ignored = None
+    store: Ignored = None
+    service_tier: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Any = Field(None, description="Accepted and ignored: equal prefixes are always shared.")
+    prompt_cache_retention: Ignored = None
+    prompt_cache_options: Ignored = None
+    id_slot: Any = Field(None, description="Accepted and ignored: the scheduler chooses the slot.")
+    return_progress: Any = Field(None, description="Accepted and ignored.")

@@ -5,15 +5,25 @@ https://docs.anthropic.com/en/api/messages
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, Tag, model_validator
 
 from llamaherd_server.api.answer import answer, json_response, run_of
-from llamaherd_server.api.chat_fields import MOST_TOOLS, Name, choice_of
+from llamaherd_server.api.bias import resolve_biases
+from llamaherd_server.api.chat_fields import (
+    MOST_TOOLS,
+    Name,
+    arguments_text,
+    by_type,
+    choice_of,
+    only_types,
+    template_call,
+)
 from llamaherd_server.api.conversation import Conversation, prepare
-from llamaherd_server.api.fields import Body, SamplingFields, Text
+from llamaherd_server.api.fields import Body, Ignored, Lenient, SamplingFields, Text
 from llamaherd_server.api.messages_shape import MessagesShape
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
@@ -25,114 +35,129 @@ router = APIRouter(route_class=ModelRoute)
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": MessagesErrorBody}, "5XX": {"model": MessagesErrorBody}}
 
 
-class CacheControl(Body):
-    """Accepted and ignored: equal prefixes are always shared."""
-
-    type: Literal["ephemeral"]
-    ttl: str | None = None
-
-
-class TextBlock(Body):
+class TextBlock(Lenient):
     """Text."""
 
     type: Literal["text"]
     text: str
-    cache_control: CacheControl | None = None
-    citations: list[Any] | None = Field(None, max_length=0, description="Only an empty list.")
 
 
-class ThinkingBlock(Body):
+class ThinkingBlock(Lenient):
     """What the model thought; given to the chat template."""
 
     type: Literal["thinking"]
-    thinking: str
-    signature: str | None = Field(None, description="Accepted and ignored.")
+    thinking: str = ""
 
 
-class ToolUseBlock(Body):
-    """A call that the model made."""
+class ToolUseBlock(Lenient):
+    """A call that the model made, with any name and input: an earlier answer is never refused."""
 
     type: Literal["tool_use"]
-    id: str = Field(min_length=1, max_length=256)
-    name: Name
-    input: dict[str, Any]
-    cache_control: CacheControl | None = None
+    id: str = Field("", max_length=256)
+    name: str = ""
+    input: Annotated[str, BeforeValidator(arguments_text, json_schema_input_type=dict[str, Any])] = "{}"
 
 
-def _blocks(content: Any) -> Any:
-    """Text as a block; what is neither text nor of a tool is refused by name."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if isinstance(content, list):
-        for block in content:
-            kind = block.get("type") if isinstance(block, dict) else None
-            if kind in ("image", "document", "search_result", "container_upload"):
-                raise unsupported("messages", f"messages: a block of type {kind!r} is not supported: send text")
-    return content
+class OtherBlock(Lenient):
+    """Any other type: ignored in the assistant's turns (thinking that is encrypted, tools of Anthropic's servers)."""
+
+    type: str
 
 
-class ToolResultBlock(Body):
-    """What came of a call."""
+def _as_blocks(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _refuse_others(blocks: list[Any], allowed: Collection[str] = ()) -> None:
+    """Raise for a block that cannot be shown to the model."""
+    for block in blocks:
+        if isinstance(block, OtherBlock) and block.type not in allowed:
+            raise unsupported("messages", f"messages: a block of type {block.type!r} is not supported: send text")
+
+
+def _texts(blocks: list[Any]) -> str:
+    return "\n".join(block.text for block in blocks if isinstance(block, TextBlock))
+
+
+ResultBlock = Annotated[Annotated[TextBlock, Tag("text")] | Annotated[OtherBlock, Tag("other")], by_type("text")]
+
+
+class ToolResultBlock(Lenient):
+    """What came of a call; whether that was an error is for its content to say."""
 
     type: Literal["tool_result"]
-    tool_use_id: str = Field(min_length=1, max_length=256)
-    content: Annotated[list[TextBlock], BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock])] = Field(
-        [], description="Text, or blocks of it."
-    )
-    is_error: bool = Field(False, description="Accepted; the content is what tells the model.")
-    cache_control: CacheControl | None = None
+    tool_use_id: str = Field("", max_length=256)
+    content: Annotated[
+        list[ResultBlock],
+        BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock]),
+    ] = Field([], description="Text, or blocks of it.")
+
+    @model_validator(mode="after")
+    def _supported(self) -> Self:
+        _refuse_others(self.content, ["tool_reference"])
+        return self
 
 
-Block = Annotated[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
+Block = Annotated[
+    Annotated[TextBlock, Tag("text")]
+    | Annotated[ThinkingBlock, Tag("thinking")]
+    | Annotated[ToolUseBlock, Tag("tool_use")]
+    | Annotated[ToolResultBlock, Tag("tool_result")]
+    | Annotated[OtherBlock, Tag("other")],
+    by_type("text", "thinking", "tool_use", "tool_result"),
+]
 
 
-class Turn(Body):
+class Turn(Lenient):
     """One turn of a conversation; `system` stands where it is, if the model's template can."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[Block], BeforeValidator(_blocks, json_schema_input_type=str | list[Block])] = Field(
-        min_length=1, description="Text, or blocks of text, thinking, tool use and tool results."
+    content: Annotated[list[Block], BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block])] = Field(
+        [], description="Text, or blocks of text, thinking, tool use and tool results."
     )
+
+    @model_validator(mode="after")
+    def _supported(self) -> Self:
+        if self.role != "assistant":
+            _refuse_others(self.content)
+            if not self.content:
+                raise ValueError(f"content is missing: a turn of the role {self.role!r} needs it")
+        return self
 
     def for_template(self) -> list[dict[str, Any]]:
         """As transformers' templates expect it: results are turns of their own."""
         results = [
-            {"role": "tool", "tool_call_id": block.tool_use_id, "content": _text(block.content)}
+            {"role": "tool", "tool_call_id": block.tool_use_id, "content": _texts(block.content)}
             for block in self.content
             if isinstance(block, ToolResultBlock)
         ]
         calls = [
-            {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": block.input}}
+            template_call(block.id, block.name, block.input)
             for block in self.content
             if isinstance(block, ToolUseBlock)
         ]
         thoughts = "".join(block.thinking for block in self.content if isinstance(block, ThinkingBlock))
-        texts = [block for block in self.content if isinstance(block, TextBlock)]
+        text = _texts(self.content)
         message = {
             "role": self.role,
-            "content": _text(texts),
+            "content": text,
             **({"tool_calls": calls} if calls else {}),
             **({"reasoning_content": thoughts} if thoughts else {}),
         }
-        return [*results, message] if texts or calls or not results else results
+        return [*results, message] if text or calls or not results else results
 
 
-def _text(blocks: list[TextBlock]) -> str:
-    return "\n".join(block.text for block in blocks)
-
-
-class MessagesTool(Body):
-    """A tool that the model may use."""
+class MessagesTool(Lenient):
+    """A tool that the model may use. One of another type is of Anthropic's servers, and left out."""
 
     type: Literal["custom"] | None = None
     name: Name
     description: str | None = None
     input_schema: dict[str, Any] = Field(description="A JSON schema.")
     strict: bool = Field(False, description="True: calls always follow the schema.")
-    cache_control: CacheControl | None = None
 
 
-class ToolChoice(Body):
+class ToolChoice(Lenient):
     """Whether tools are used. `any` and `tool` are enforced by grammar."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -146,7 +171,7 @@ class ToolChoice(Body):
         return {"any": "required", "tool": f"={self.name}"}.get(self.type, self.type)
 
 
-class Thinking(Body):
+class Thinking(Lenient):
     """Whether the model should think first; given to the chat template as `enable_thinking`."""
 
     type: Literal["enabled", "disabled", "adaptive"]
@@ -154,14 +179,14 @@ class Thinking(Body):
     display: str | None = Field(None, description="Accepted and ignored.")
 
 
-class OutputFormat(Body):
+class OutputFormat(Lenient):
     """The form of the answer, enforced while it is generated."""
 
     type: Literal["json_schema"]
     json_schema: Any = Field(alias="schema")
 
 
-class OutputConfig(Body):
+class OutputConfig(Lenient):
     """How the answer should be."""
 
     format: OutputFormat | None = None
@@ -173,19 +198,30 @@ class CountRequest(Body):
 
     model: str = Field(description="A name of /v1/models.")
     messages: list[Turn] = Field(min_length=1, max_length=4096, description="The conversation so far.")
-    system: Annotated[
-        list[TextBlock] | None, BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock] | None)
-    ] = Field(None, description="What stands before the conversation.")
-    tools: list[MessagesTool] | None = Field(None, max_length=MOST_TOOLS, description="Tools that may be used.")
+    system: Annotated[list[TextBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock])] = (
+        Field([], description="What stands before the conversation.")
+    )
+    tools: Annotated[list[MessagesTool], only_types(None, "custom")] = Field(
+        [], max_length=MOST_TOOLS, description="Tools that may be used; those of Anthropic's servers are left out."
+    )
     tool_choice: ToolChoice | None = Field(None, description="Default: auto.")
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    context_management: dict[str, Any] | None = Field(None, description="Accepted and ignored: nothing is cleared.")
+    context_management: Any = Field(None, description="Accepted and ignored: nothing is cleared.")
+    cache_control: Any = Field(None, description="Accepted and ignored: equal prefixes are always shared.")
+    betas: Ignored = None
+    speed: Ignored = None
+    inference_geo: Ignored = None
+    metadata: Ignored = None
+    service_tier: Ignored = None
+    diagnostics: Ignored = None
+    user_profile_id: Ignored = None
+    workspace_id: Ignored = None
 
     def conversation(self) -> Conversation:
         """What is to be rendered and how the answer must look; raises ApiError."""
-        system = [{"role": "system", "content": _text(self.system)}] if self.system else []
-        tools = [Tool(tool.name, tool.description, tool.input_schema, tool.strict) for tool in self.tools or ()]
+        system = [{"role": "system", "content": _texts(self.system)}] if self.system else []
+        tools = [Tool(tool.name, tool.description, tool.input_schema, tool.strict) for tool in self.tools]
         choice = self.tool_choice or ToolChoice.model_validate({"type": "auto"})
         config = self.output_config or OutputConfig.model_validate({})
         variables: dict[str, Any] = {} if config.effort is None else {"reasoning_effort": config.effort}
@@ -211,8 +247,6 @@ class MessagesRequest(CountRequest, SamplingFields):
     max_tokens: int = Field(ge=1, le=2**31 - 1, description="Most tokens of the answer.")
     stop_sequences: list[Text] = Field([], max_length=16, description="Texts that end the answer.")
     stream: bool = Field(False, description="True: server-sent events.")
-    metadata: dict[str, Any] | None = Field(None, description="Accepted and ignored.")
-    service_tier: str | None = Field(None, description="Accepted and ignored.")
 
 
 @router.post("/v1/messages", response_class=Response, responses=_ERRORS)
@@ -221,6 +255,7 @@ async def messages(body: MessagesRequest, request: Request) -> Response:
     state = state_of(request)
     state.check_model(body.model, request.state.key)
     chat = await prepare(state, body.conversation())
+    await resolve_biases(state, body)
     generation = chat.generate(body.sampling(), max_tokens=body.max_tokens, stop=body.stop_sequences)
     shape = MessagesShape(state.model_name, chat.reader)
     return await answer(request, run_of(request, [generation]), shape, stream=body.stream)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from typing import Any
 
 from llamaherd_server.api.answer import Choice
 from llamaherd_server.api.blocks import Block, Blocks, blocks_of
-from llamaherd_server.api.wire import event
+from llamaherd_server.api.chat_fields import arguments_object
+from llamaherd_server.api.wire import encode, event
 from llamaherd_server.chat.formats import Reader
 from llamaherd_server.chat.reply import Piece
 from llamaherd_server.engine.base import Event
@@ -48,7 +48,7 @@ class MessagesShape:
         if isinstance(happened, Delta):
             return self._told(self._parser.feed(happened.text))
         rest = self._told(self._parser.finish())
-        rest += b"".join(event("content_block_stop", index=block.index) for _, block, _ in self._blocks.close())
+        rest += b"".join(self._closed(block) for _, block, _ in self._blocks.close())
         usage = _usage(happened.prompt_tokens, happened.cached_tokens, happened.completion_tokens)
         return rest + event("message_delta", delta=_stop(happened, self._parser.calls), usage=usage)
 
@@ -58,12 +58,20 @@ class MessagesShape:
             if what == "open":
                 empty = _content(Block(block.index, block.kind, block.id, block.name))
                 events += event("content_block_start", index=block.index, content_block=empty)
-            elif what == "more":
-                kind, name = _DELTAS[block.kind]
-                events += event("content_block_delta", index=block.index, delta={"type": kind, name: text})
-            else:
-                events += event("content_block_stop", index=block.index)
+            elif what == "close":
+                events += self._closed(block)
+            elif block.kind != "call":
+                events += self._delta(block, text)
         return events
+
+    def _closed(self, block: Block) -> bytes:
+        """The end of a block; all of a call's input comes with it, as Anthropic's library fails on invalid JSON."""
+        given = self._delta(block, encode(arguments_object(block.text)).decode()) if block.kind == "call" else b""
+        return given + event("content_block_stop", index=block.index)
+
+    def _delta(self, block: Block, text: str) -> bytes:
+        kind, name = _DELTAS[block.kind]
+        return event("content_block_delta", index=block.index, delta={"type": kind, name: text})
 
     def end(self, usage: Usage) -> bytes:
         """The event after which nothing comes."""
@@ -88,17 +96,10 @@ class MessagesShape:
 
 def _content(block: Block) -> dict[str, Any]:
     if block.kind == "call":
-        return {"type": "tool_use", "id": block.id, "name": block.name, "input": _object(block.text)}
+        return {"type": "tool_use", "id": block.id, "name": block.name, "input": arguments_object(block.text)}
     if block.kind == "reasoning":
         return {"type": "thinking", "thinking": block.text, "signature": ""}
     return {"type": "text", "text": block.text, "citations": None}
-
-
-def _object(arguments: str) -> Any:
-    try:
-        return json.loads(arguments or "{}")
-    except ValueError:
-        return {}  # cut off by max_tokens, which stop_reason tells
 
 
 def _stop(end: Finished, calls: int) -> dict[str, Any]:

@@ -5,15 +5,25 @@ https://platform.openai.com/docs/api-reference/responses
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, Tag, model_validator
 
 from llamaherd_server.api.answer import answer, run_of
-from llamaherd_server.api.chat_fields import MOST_TOOLS, Name, arguments_object, choice_of
+from llamaherd_server.api.bias import resolve_biases
+from llamaherd_server.api.chat_fields import (
+    MOST_TOOLS,
+    Name,
+    arguments_text,
+    by_type,
+    choice_of,
+    only_types,
+    template_call,
+)
 from llamaherd_server.api.conversation import Conversation, prepare
-from llamaherd_server.api.fields import Body, SamplingFields, StreamOptions
+from llamaherd_server.api.fields import Body, Ignored, Lenient, Limit, SamplingFields, StreamOptions
 from llamaherd_server.api.responses_shape import ResponsesShape
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
@@ -23,14 +33,12 @@ from llamaherd_server.errors import unsupported
 router = APIRouter(route_class=ModelRoute)
 
 
-class Part(Body):
+class Part(Lenient):
     """A part of a text."""
 
-    type: Literal["input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text"]
+    type: Literal["input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text"] = "text"
     text: str = ""
-    refusal: str | None = None
-    annotations: list[Any] | None = Field(None, description="Accepted and ignored.")
-    logprobs: list[Any] | None = Field(None, description="Accepted and ignored.")
+    refusal: str = Field("", description="With type `refusal`: its text.")
 
 
 def _joined(content: Any) -> Any:
@@ -39,69 +47,92 @@ def _joined(content: Any) -> Any:
     for part in content:
         if isinstance(part, dict) and str(part.get("type")).startswith(("input_image", "input_file", "input_audio")):
             raise unsupported("input", f"input: a part of type {part['type']!r} is not supported: send text")
-    return "\n".join(Part.model_validate(part).text for part in content)
+    parts = map(Part.model_validate, content)
+    return "\n".join(part.text or part.refusal for part in parts)
 
 
 Content = Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[Part])]
 
 
-class _Item(Body):
-    id: str | None = Field(None, description="Accepted and ignored.")
-    status: str | None = Field(None, description="Accepted and ignored.")
-
-
-class MessageItem(_Item):
+class MessageItem(Lenient):
     """A turn."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: Content
-    phase: str | None = Field(None, description="Accepted and ignored.")
+    content: Content = ""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.role != "assistant" and "content" not in self.model_fields_set:
+            raise ValueError(f"content is missing: a turn of the role {self.role!r} needs it")
+        return self
 
 
-class CallItem(_Item):
-    """A call that the model made."""
+class CallItem(Lenient):
+    """A call that the model made, with any name and arguments: an earlier answer is never refused."""
 
     type: Literal["function_call"]
-    call_id: str = Field(min_length=1, max_length=256)
-    name: Name
-    arguments: str = Field(description="A JSON object, as text.")
+    call_id: str = Field(max_length=256)
+    name: str = ""
+    arguments: Annotated[str, BeforeValidator(arguments_text)] = Field("{}", description="A JSON object, as text.")
 
 
-class OutputItem(_Item):
+class CustomCallItem(Lenient):
+    """A call of a tool that takes text."""
+
+    type: Literal["custom_tool_call"]
+    call_id: str = Field(max_length=256)
+    name: str = ""
+    input: str = ""
+
+
+class OutputItem(Lenient):
     """What came of a call."""
 
-    type: Literal["function_call_output"]
-    call_id: str = Field(min_length=1, max_length=256)
-    output: Content
+    type: Literal["function_call_output", "custom_tool_call_output"]
+    call_id: str = Field(max_length=256)
+    output: Content = ""
 
 
-class ReasoningItem(_Item):
+class ReasoningItem(Lenient):
     """What the model thought; given to the chat template."""
 
     type: Literal["reasoning"]
-    summary: list[Part] = Field(default_factory=list)
-    content: list[Part] | None = None
-    encrypted_content: str | None = Field(None, description="Accepted and ignored.")
+    summary: list[Part] = Field([])
+    content: list[Part] = Field([])
 
 
-Item = Annotated[MessageItem | CallItem | OutputItem | ReasoningItem, Field(discriminator="type")]
+class OtherItem(Lenient):
+    """Any other type: ignored. Tools of OpenAI's servers, and references to items that nobody stored here."""
+
+    type: str
 
 
-def _without_nulls(item: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in item.items() if value is not None}
+Item = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[CustomCallItem, Tag("custom_tool_call")]
+    | Annotated[OutputItem, Tag("function_call_output")]
+    | Annotated[OutputItem, Tag("custom_tool_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[OtherItem, Tag("other")],
+    by_type(
+        *("message", "function_call", "custom_tool_call", "function_call_output", "custom_tool_call_output"),
+        "reasoning",
+    ),
+]
 
 
 def _items(given: Any) -> Any:
-    """Text as a turn of the user; a turn may leave its type out, and an item of OpenAI's client has nulls in it."""
+    """Text as a turn of the user; a turn may leave its type out."""
     if isinstance(given, str):
         return [{"type": "message", "role": "user", "content": given}]
     if isinstance(given, list):
-        return [{"type": "message", **_without_nulls(item)} if isinstance(item, dict) else item for item in given]
+        return [{**item, "type": item.get("type") or "message"} if isinstance(item, dict) else item for item in given]
     return given
 
 
-class FunctionTool(Body):
+class FunctionTool(Lenient):
     """A function that the model may call."""
 
     type: Literal["function"]
@@ -111,13 +142,6 @@ class FunctionTool(Body):
     strict: bool | None = Field(None, description="True: calls always follow the schema, also with tool_choice auto.")
 
 
-def _functions(tools: Any) -> Any:
-    for tool in tools if isinstance(tools, list) else ():
-        if isinstance(tool, dict) and tool.get("type") != "function":
-            raise unsupported("tools", f"tools: type {tool.get('type')!r} is not supported: only functions are")
-    return tools
-
-
 class NamedChoice(Body):
     """The one tool to call."""
 
@@ -125,12 +149,10 @@ class NamedChoice(Body):
     name: str
 
 
-class TextFormat(Body):
+class TextFormat(Lenient):
     """The form of the answer, enforced while it is generated."""
 
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = Field(None, description="Accepted and ignored.")
-    description: str | None = Field(None, description="Accepted and ignored.")
     json_schema: Any = Field(None, alias="schema", description="With type json_schema.")
     strict: bool | None = Field(None, description="True: what of the schema cannot be enforced is a 400.")
 
@@ -139,19 +161,16 @@ class TextFormat(Body):
         return {"json_object": {"type": "object"}, "json_schema": self.json_schema}.get(self.type)
 
 
-class TextSettings(Body):
+class TextSettings(Lenient):
     """How the answer is written."""
 
     format: TextFormat | None = None
-    verbosity: str | None = Field(None, description="Accepted and ignored.")
 
 
-class ReasoningSettings(Body):
+class ReasoningSettings(Lenient):
     """How much to think."""
 
     effort: str | None = Field(None, description="Given to the chat template as `reasoning_effort`.")
-    summary: str | None = Field(None, description="Accepted and ignored: the reasoning itself is told.")
-    generate_summary: str | None = Field(None, description="Accepted and ignored.")
 
 
 class ResponsesRequest(SamplingFields):
@@ -162,12 +181,12 @@ class ResponsesRequest(SamplingFields):
         min_length=1, max_length=4096, description="Text, or the conversation's items."
     )
     instructions: str | None = Field(None, description="The system message.")
-    max_output_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Most tokens of the answer.")
+    max_output_tokens: Limit = Field(None, description="Most tokens of the answer.")
     stream: bool = Field(False, description="True: server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Accepted and ignored.")
-    tools: Annotated[
-        list[FunctionTool] | None, BeforeValidator(_functions, json_schema_input_type=list[FunctionTool] | None)
-    ] = Field(None, max_length=MOST_TOOLS, description="Functions that may be called.")
+    tools: Annotated[list[FunctionTool], only_types("function")] = Field(
+        [], max_length=MOST_TOOLS, description="Functions that may be called; tools of other types are left out."
+    )
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = Field(
         None, description="`required`, or one tool's name: enforced by grammar. Default: auto."
     )
@@ -177,21 +196,26 @@ class ResponsesRequest(SamplingFields):
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables for the chat template.")
-    store: bool | None = Field(None, description="Accepted; nothing is stored, and the answer says so.")
+    store: Any = Field(None, description="Accepted; nothing is stored, and the answer says so.")
     previous_response_id: None = Field(None, description="Only null, as nothing is stored: send the items again.")
     conversation: None = Field(None, description="Only null, as nothing is stored.")
     background: Literal[False] | None = Field(None, description="Only false.")
-    truncation: Literal["disabled"] | None = Field(None, description="Only disabled: what is too long is a 400.")
-    include: list[Literal["reasoning.encrypted_content"]] | None = Field(None, description="Accepted and ignored.")
-    metadata: dict[str, str] | None = Field(None, description="Given back.")
-    user: str | None = Field(None, description="Accepted and ignored.")
-    service_tier: str | None = Field(None, description="Accepted and ignored.")
-    safety_identifier: str | None = Field(None, description="Accepted and ignored.")
-    prompt_cache_key: str | None = Field(None, description="Accepted and ignored: equal prefixes are always shared.")
+    truncation: Literal["auto", "disabled"] | None = Field(None, description="What is too long is a 400, with either.")
+    include: Any = Field(None, description="Accepted and ignored.")
+    metadata: dict[str, Any] | None = Field(None, description="Given back.")
+    client_metadata: Ignored = None
+    context_management: Any = Field(None, description="Accepted and ignored: nothing is compacted.")
+    max_tool_calls: Any = Field(None, description="Accepted and ignored: it counts calls of OpenAI's own tools.")
+    user: Ignored = None
+    service_tier: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Any = Field(None, description="Accepted and ignored: equal prefixes are always shared.")
+    prompt_cache_retention: Ignored = None
+    prompt_cache_options: Ignored = None
 
     def to_prepare(self) -> Conversation:
         """What is to be rendered and how the answer must look; raises ApiError."""
-        tools = [Tool(tool.name, tool.description, tool.parameters, bool(tool.strict)) for tool in self.tools or ()]
+        tools = [Tool(tool.name, tool.description, tool.parameters, bool(tool.strict)) for tool in self.tools]
         wanted = f"={self.tool_choice.name}" if isinstance(self.tool_choice, NamedChoice) else self.tool_choice
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         effort = self.reasoning.effort if self.reasoning else None
@@ -227,16 +251,22 @@ def _turns(items: list[Item]) -> list[dict[str, Any]]:
             turns.append({"role": "assistant", "content": ""})
         return turns[-1]
 
+    def calls() -> list[dict[str, Any]]:
+        made: list[dict[str, Any]] = assistant().setdefault("tool_calls", [])
+        return made
+
     for item in items:
         if isinstance(item, CallItem):
-            function = {"name": item.name, "arguments": arguments_object(item.arguments)}
-            call = {"id": item.call_id, "type": "function", "function": function}
-            assistant().setdefault("tool_calls", []).append(call)
+            calls().append(template_call(item.call_id, item.name, item.arguments))
+        elif isinstance(item, CustomCallItem):
+            calls().append(template_call(item.call_id, item.name, json.dumps({"input": item.input})))
         elif isinstance(item, OutputItem):
             turns.append({"role": "tool", "tool_call_id": item.call_id, "content": item.output})
         elif isinstance(item, ReasoningItem):
             text = "".join(part.text for part in item.content or item.summary)
             turns.append({"role": "assistant", "content": "", **({"reasoning_content": text} if text else {})})
+        elif isinstance(item, OtherItem):
+            continue
         elif item.role == "assistant":
             turn = assistant()
             turn["content"] = "\n".join(filter(None, (turn["content"], item.content)))
@@ -250,6 +280,7 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation, in the shape of OpenAI's responses."""
     state = state_of(request)
     state.check_model(body.model, request.state.key)
+    await resolve_biases(state, body)
     chat = await prepare(state, body.to_prepare())
     generation = chat.generate(body.sampling(), max_tokens=body.max_output_tokens)
     shape = ResponsesShape(state.model_name, chat.reader, body.told_back())

@@ -52,7 +52,7 @@ class ResponsesShape:
             return self._told(self._parser.feed(happened.text), happened.n_tokens)
         self._reason = happened.reason
         rest = self._told(self._parser.finish())
-        return rest + b"".join(self._closed(block) for _, block, _ in self._blocks.close())
+        return rest + b"".join(self._closed(block, self._status()) for _, block, _ in self._blocks.close())
 
     def _told(self, pieces: list[Piece], n_tokens: int = 0) -> bytes:
         events = b""
@@ -62,8 +62,11 @@ class ResponsesShape:
             elif what == "more":
                 events += self._event(f"{_kind(block)}.delta", **self._at(block), delta=text, **_logprobs(block))
             else:
-                events += self._closed(block)
+                events += self._closed(block, "completed")
         return events
+
+    def _status(self) -> str:
+        return "completed" if self._reason == "stop" else "incomplete"
 
     def _opened(self, block: Block) -> bytes:
         item = self._item(Block(block.index, block.kind, block.id, block.name), "in_progress")
@@ -72,19 +75,19 @@ class ResponsesShape:
             return events
         return events + self._event("response.content_part.added", **self._at(block), part=_part(block.kind, ""))
 
-    def _closed(self, block: Block) -> bytes:
+    def _closed(self, block: Block, status: str) -> bytes:
         if block.kind == "call":
             done = self._event(f"{_kind(block)}.done", **self._at(block), name=block.name, arguments=block.text)
         else:
             done = self._event(f"{_kind(block)}.done", **self._at(block), text=block.text, **_logprobs(block))
             part = _part(block.kind, block.text)
             done += self._event("response.content_part.done", **self._at(block), part=part)
-        item = self._item(block, "completed")
+        item = self._item(block, status)
         return done + self._event("response.output_item.done", output_index=block.index, item=item)
 
     def end(self, usage: Usage) -> bytes:
         """The event with the whole response."""
-        status = "completed" if self._reason == "stop" else "incomplete"
+        status = self._status()
         return self._event(f"response.{status}", response=self._response(status, self._blocks, usage))
 
     def error(self, error: ApiError) -> bytes:
@@ -95,8 +98,8 @@ class ResponsesShape:
     def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
         """The response in one object."""
         [choice] = choices
-        blocks = blocks_of(choice.deltas, self._reader.parser())
-        return self._response("completed" if choice.end.reason == "stop" else "incomplete", blocks, usage)
+        self._reason = choice.end.reason
+        return self._response(self._status(), blocks_of(choice.deltas, self._reader.parser()), usage)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         self._sequence += 1
@@ -107,7 +110,9 @@ class ResponsesShape:
             **self._head,
             "status": status,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "output": [self._item(block, "completed") for block in blocks.done],
+            # what the limit cut off is the last item
+            "output": [self._item(block, "completed") for block in blocks.done[:-1]]
+            + [self._item(block, status) for block in blocks.done[-1:]],
             "usage": None if usage is None else _usage(usage, blocks.reasoning_tokens),
         }
 
@@ -120,7 +125,7 @@ class ResponsesShape:
 
     def _item(self, block: Block, status: str) -> dict[str, Any]:
         item: dict[str, Any] = {"id": self._item_id(block), "status": status}
-        content = [_part(block.kind, block.text)] if status == "completed" else []
+        content = [] if status == "in_progress" else [_part(block.kind, block.text)]
         if block.kind == "call":
             called = {"call_id": block.id, "name": block.name, "arguments": block.text}
             return {"type": "function_call", **item, **called}

@@ -14,8 +14,17 @@ from llamaherd_server.errors import ApiError
 from llamaherd_server.meter import Usage
 from llamaherd_server.protocol import Finished
 
-encode = msgspec.json.encode
 _DONE = b"data: [DONE]\n\n"
+# Line ends that JSON may hold as they are, and at which clients in Python (httpx's iter_lines) would cut an event.
+_LINE_ENDS = [(char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029"]
+
+
+def encode(value: Any) -> bytes:
+    """`value` as JSON on one line, for a stream's event."""
+    text = msgspec.json.encode(value)
+    for raw, escaped in _LINE_ENDS:
+        text = text.replace(raw, escaped)
+    return text
 
 
 @dataclass(frozen=True, slots=True)

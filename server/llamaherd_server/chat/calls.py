@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from llamaherd_server.chat.reply import Malformed, Source, Writer
 from llamaherd_server.chat.subschemas import is_of, property_kinds
+from llamaherd_server.chat.surrogates import without_halves
 
 Schemas: TypeAlias = Mapping[str, Any]  # the parameters' schema by the tool's name
 Body: TypeAlias = Callable[[Source, Writer, Schemas], Generator[None, None, None]]
@@ -39,8 +40,9 @@ def json_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, Non
     if not name:
         raise Malformed
     if not begun:
+        given = _unquoted(held) or "{}"
         writer.begin_call(name)
-        writer.arguments(_unquoted(held) or "{}")
+        writer.arguments(given)
 
 
 def json_calls(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
@@ -101,9 +103,9 @@ def _stream(source: Source, writer: Writer, name: str) -> Generator[None, None, 
     if not name or not source.rest:
         raise Malformed
     if source.rest[0] != "{":  # a quoted object, or null
-        text = yield from _text(source)
+        given = _unquoted((yield from _text(source))) or "{}"
         writer.begin_call(name)
-        writer.arguments(_unquoted(text) or "{}")
+        writer.arguments(given)
         return True
     writer.begin_call(name)
     source.mark()
@@ -112,11 +114,7 @@ def _stream(source: Source, writer: Writer, name: str) -> Generator[None, None, 
 
 
 def _value(source: Source) -> Generator[None, None, Any]:
-    text = yield from _text(source)
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise Malformed from None
+    return _loads((yield from _text(source)))
 
 
 def _text(source: Source) -> Generator[None, None, str]:
@@ -135,18 +133,25 @@ def _before(source: Source, marker: str) -> Generator[None, None, str]:
 def _unquoted(text: str) -> str:
     """Arguments that some models put into a string, as the object that they are."""
     if text.startswith('"'):
-        text = str(json.loads(text))
+        text = str(_loads(text))
     return "" if text.strip() == "null" else text
 
 
 def _typed(value: str, kinds: frozenset[str] | None) -> str:
     """A parameter's text as JSON: as JSON where it is that, and of a type that is allowed; else as a string."""
     if kinds is None or kinds != {"string"}:
-        with suppress(ValueError):
-            found = json.loads(value)
+        with suppress(Malformed, RecursionError):
+            found = _loads(value)
             if not kinds or "string" not in kinds or any(is_of(found, kind) for kind in kinds):
                 return _json(found)
     return _json(value)
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(without_halves(text))
+    except (ValueError, RecursionError):
+        raise Malformed from None
 
 
 def _json(value: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from llamaherd_server.chat.surrogates import Whole
 from llamaherd_server.worker.text import overlap
 
 
@@ -84,6 +85,7 @@ class Writer:
         self._id_length = id_length
         self._spaces = ""
         self._begun = False
+        self._whole = Whole()
 
     def content(self, text: str) -> None:
         body = text if self._begun else text.lstrip()
@@ -103,11 +105,13 @@ class Writer:
         self._spaces, self._begun = "", False
 
     def end(self) -> None:
+        self._end_call()
         if self._spaces:
             self.pieces.append(Content(self._spaces))
             self._spaces = ""
 
     def begin_call(self, name: str) -> None:
+        self._end_call()
         self.calls += 1
         if self._wanted():
             made = uuid.uuid4().hex
@@ -115,6 +119,12 @@ class Writer:
             self.pieces.append(CallBegin(self.calls - 1, call_id, name))
 
     def arguments(self, text: str) -> None:
+        self._arguments(self._whole.feed(text))
+
+    def _end_call(self) -> None:
+        self._arguments(self._whole.finish())
+
+    def _arguments(self, text: str) -> None:
         if text and self._wanted():
             self.pieces.append(CallArguments(self.calls - 1, text))
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from llamaherd_server.engine.base import EngineError, Event
-from llamaherd_server.protocol import Delta, Generate, Logprob, Started, TokenLogprob
+from llamaherd_server.protocol import Delta, Generate, Logprob, Sampling, Started, TokenLogprob
 
 from .conftest import Serve
 from .double import Double, finished
@@ -56,6 +56,129 @@ async def test_streams_usage_and_timings_on_request(serve: Serve) -> None:
     assert chunks[-1]["usage"]["completion_tokens"] == 3
     assert chunks[-2]["timings"]["predicted_n"] == 3
     assert chunks[0]["usage"] is None
+
+
+async def test_an_event_is_one_line_whatever_the_model_writes(serve: Serve) -> None:
+    said = "a\x85b\u2028c\u2029d"
+
+    async def script(request: Generate) -> AsyncGenerator[Event, None]:
+        yield Started(request.id, 5, 2)
+        yield Delta(id=request.id, text=said, n_tokens=1)
+        yield finished(request, 1)
+
+    async with serve(Double(script=script)) as served:
+        lines = (await served.chat(stream=True)).text.splitlines()
+    lines = [line for line in lines if line.startswith("data: {")]
+    deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines]
+    assert "".join(delta.get("content", "") for delta in deltas) == said
+
+
+NULLS = (
+    *("stream", "n", "logprobs", "stop", "functions", "function_call", "modalities", "verbosity", "stream_options"),
+    *("model", "temperature", "top_p", "seed", "logit_bias", "max_tokens", "max_completion_tokens", "tools", "user"),
+    *(
+        "tool_choice",
+        "response_format",
+        "metadata",
+        "store",
+        "audio",
+        "prediction",
+        "web_search_options",
+        "json_schema",
+    ),
+)
+
+
+async def test_a_null_counts_as_absent(serve: Serve) -> None:
+    async with serve(double := Double()) as served:
+        reply = await served.chat(**dict.fromkeys(NULLS))
+        required = await served.http.post("/v1/chat/completions", json={"messages": None})
+    assert reply.status_code == 200
+    assert double.seen[0].sampling == Sampling()
+    assert required.json()["error"]["param"] == "messages"
+
+
+@pytest.mark.parametrize(
+    ("message", "rendered"),
+    [
+        ({"content": None}, "assistant\n"),
+        ({"content": None, "refusal": "No."}, "assistant\nNo."),
+        ({"content": [{"type": "refusal", "refusal": "No."}]}, "assistant\nNo."),
+        ({"content": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}]}, "assistant\na"),
+        ({"content": "a", "reasoning": "r", "reasoning_details": [{"type": "x"}], "id": None, "type": None}, "nt\na"),
+        (
+            {"content": "a", "parsed": {"x": 1}, "annotations": [{"type": "url"}], "audio": {"id": "x"}},
+            "nt\na",
+        ),
+        ({"tool_calls": [{"index": 0, "id": None, "type": None, "function": {"name": "f", "arguments": None}}]}, "{}"),
+        ({"tool_calls": [{"id": "c", "function": {"name": "f", "arguments": {"a": 1}}}]}, '{"a": 1}'),
+        ({"tool_calls": [{"id": "c", "type": "custom", "custom": {"name": "f", "input": "x"}}]}, '{"input": "x"}'),
+        ({"function_call": {"name": "f", "arguments": '{"a": 1}'}}, '{"a": 1}'),
+        ({"tool_calls": [{"id": "c", "function": {"name": "f", "arguments": '{"a": '}}]}, '{"raw": "{\\"a\\": "}'),
+    ],
+)
+async def test_a_message_that_others_wrote_is_history(serve: Serve, message: dict[str, Any], rendered: str) -> None:
+    async with serve(double := Double()) as served:
+        reply = await served.chat(
+            messages=[
+                {"role": "user", "content": "x"},
+                {"role": "assistant", **message},
+                {"role": "user", "content": "y"},
+            ]
+        )
+    assert reply.status_code == 200, reply.text
+    assert rendered in str(double.seen[0].prompt)
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({"response_format": {"type": "json_object", "schema": {"const": "42"}}}, "42"),
+        ({"response_format": {"type": "json_schema", "schema": {"const": "42"}}}, "42"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"const": "42"}}}}, "42"),
+        ({"json_schema": {"const": "42"}}, "42"),
+        ({"response_format": {"type": "json_object"}}, "{"),
+    ],
+)
+async def test_a_schema_may_stand_where_llama_server_has_it(serve: Serve, fields: dict[str, Any], grammar: str) -> None:
+    async with serve(double := Double()) as served:
+        assert (await served.chat(**fields)).status_code == 200
+    assert grammar in str(double.seen[0].sampling.grammar)
+
+
+@pytest.mark.parametrize(
+    ("bias", "expected"),
+    [
+        ({"5": -100}, {5: -100}),
+        ([[5, False], [6, 1]], {5: -1e6, 6: 1}),
+        ([["a", -2]], {97: -2}),
+        ({"ab": False}, {97: -1e6, 98: -1e6}),
+    ],
+)
+async def test_a_bias_may_be_on_text_and_forbid(serve: Serve, bias: Any, expected: dict[int, float]) -> None:
+    async with serve(double := Double()) as served:
+        assert (await served.chat(logit_bias=bias)).status_code == 200
+    assert double.seen[0].sampling.logit_bias == expected
+
+
+async def test_a_last_assistant_turn_is_continued_by_vllms_fields_too(serve: Serve) -> None:
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Sure"}]
+    async with serve(double := Double()) as served:
+        await served.chat(messages=turns, continue_final_message=True, add_generation_prompt=False)
+        both = await served.chat(messages=turns, continue_final_message=True, add_generation_prompt=True)
+        nothing = await served.chat(continue_final_message=True)
+    assert str(double.seen[0].prompt).endswith("assistant\nSure")
+    assert (both.status_code, nothing.status_code) == (400, 400)
+
+
+async def test_fields_that_cannot_change_the_answer_are_ignored(serve: Serve) -> None:
+    ignored = {
+        **{"user": "u", "metadata": {"a": 1}, "store": True, "service_tier": "auto", "prompt_cache_retention": "24h"},
+        **{"id_slot": 0, "return_progress": True, "verbosity": "low", "max_completion_tokens": -1, "model": ""},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    async with serve(Double()) as served:
+        assert (await served.chat(**ignored)).status_code == 200
 
 
 async def test_n_choices_run_at_once_with_seeds_of_their_own(serve: Serve) -> None:
@@ -115,7 +238,8 @@ async def test_parts_are_joined_and_a_last_assistant_turn_is_continued(serve: Se
     ("fields", "status", "param", "message"),
     [
         ({"temperatur": 1}, 400, "temperatur", "did you mean 'temperature'?"),
-        ({"messages": [{"role": "user", "contnt": "x"}]}, 400, "messages.0.contnt", "did you mean 'content'?"),
+        ({"messages": [{"role": "user", "contnt": "x"}]}, 400, "messages.0", "content is missing"),
+        ({"messages": [{"role": "nobody", "content": "x"}]}, 400, "messages.0.role", "'assistant'"),
         ({"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
         ({"temperature": "hot"}, 400, "temperature", "valid number"),
         ({"messages": []}, 400, "messages", "at least 1"),
@@ -130,7 +254,6 @@ async def test_parts_are_joined_and_a_last_assistant_turn_is_continued(serve: Se
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0", "tool_call_id"),
         ({"functions": []}, 400, "functions", "unknown field"),
         ({"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
-        ({"stream_options": {}}, 400, "stream_options", "only with stream"),
         ({"max_tokens": 0}, 400, "max_tokens", "at least 1"),
         ({"stop": [""]}, 400, "stop.0", "at least 1 character"),
         ({"grammar": "root ::= \0"}, 400, "grammar", "NUL"),

@@ -89,6 +89,66 @@ async def test_calls_and_results_reach_the_template(serve: Serve) -> None:
     assert counted.input_tokens == len(str(double.seen[0].prompt))
 
 
+async def test_what_claude_code_sends(serve: Serve) -> None:
+    cache = {"type": "ephemeral", "scope": "global"}
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "Hello", "cache_control": cache}]},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "redacted_thinking", "data": "x"},
+                {"type": "thinking", "thinking": "Hm.", "signature": None},
+                {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {}},
+                {"type": "web_search_tool_result", "tool_use_id": "s1", "content": []},
+                {"type": "tool_use", "id": "t1", "name": "no such/tool", "input": {}, "caller": None},
+            ],
+        },
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "x", "is_error": None}]},
+        {"role": "assistant", "content": []},
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "And now?"},
+    ]
+    extras = {
+        **{"defer_loading": True, "eager_input_streaming": True, "input_examples": [{}], "allowed_callers": ["direct"]},
+        "cache_control": cache,
+    }
+    tools = [{**WEATHER, "name": "w" * 128, **extras}, {"type": "web_search_20250305", "name": "web_search"}]
+    nulls = dict.fromkeys(["stop_sequences", "stream", "thinking", "metadata", "temperature", "container"])
+    body = {"model": "double", "max_tokens": 9, "messages": turns, "tools": tools, "cache_control": cache, **nulls}
+    async with serve(double := saying("ok", template=TEMPLATE)) as served:
+        reply = await served.http.post("/v1/messages", json=body)
+        image = {"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "http://x/"}}]}
+        refused = await served.http.post("/v1/messages", json={**body, "messages": [image]})
+    assert reply.status_code == 200, reply.text
+    assert str(double.seen[0].prompt).endswith("|tool:x|assistant:|system:Be brief.|user:And now?|")
+    assert (refused.status_code, "'image'" in refused.text) == (400, True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ('{"city": "Be', {"raw": '{"city": "Be'}),
+        ('{"city": "\\ud83d"}', {"city": "\ufffd"}),
+        ('{"city": "\\ud83d\\ude00"}', {"city": "\U0001f600"}),
+        ('{"city": 1e999}', {"city": None}),
+        ("[]", {"raw": "[]"}),
+    ],
+)
+async def test_a_calls_input_is_an_object_whatever_the_model_wrote(
+    serve: Serve, written: str, read: dict[str, Any], stream: bool
+) -> None:
+    call = f'<tool_call>\n{{"name": "weather", "arguments": {written}'
+    ask: Any = {"model": "double", "max_tokens": 999, "messages": HELLO, "tools": [WEATHER]}
+    async with serve(saying(*call, template=TEMPLATE)) as served:
+        if stream:
+            async with client(served).messages.stream(**ask) as events:
+                message: Any = await events.get_final_message()
+        else:
+            message = await client(served).messages.create(**ask)
+    assert message.content[-1].input == read
+
+
 async def test_a_stop_sequence_is_told(serve: Serve) -> None:
     async def script(request: Any) -> Any:
         from .double import finished

@@ -96,6 +96,46 @@ async def test_items_of_an_earlier_response_are_turns(serve: Serve) -> None:
     assert double.seen[1].sampling.grammar
 
 
+async def test_items_and_tools_that_codex_sends(serve: Serve) -> None:
+    items: Any = [
+        {"role": "user", "content": [{"type": "input_text", "text": "Hello"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": None, "encrypted_content": "x"},
+        {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {"type": "search", "query": "x"}},
+        {"type": "item_reference", "id": "msg_1"},
+        {"type": "custom_tool_call", "call_id": "c1", "name": "apply_patch", "input": "*** Begin"},
+        {"type": "custom_tool_call_output", "call_id": "c1", "output": "Done"},
+        {"type": "local_shell_call", "call_id": "c2", "action": {"type": "exec", "command": ["ls"]}},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "And now?"},
+    ]
+    tools = [
+        WEATHER,
+        {"type": "web_search", "external_web_access": True},
+        {"type": "custom", "name": "apply_patch", "format": {"type": "grammar"}},
+        {"type": "namespace", "name": "mcp", "tools": []},
+        {"type": "local_shell"},
+    ]
+    fields = {"client_metadata": {"a": "b"}, "prompt_cache_key": "k", "include": ["reasoning.encrypted_content"]}
+    async with serve(double := saying("ok", template=TEMPLATE)) as served:
+        body = {"model": "double", "input": items, "tools": tools, "truncation": "auto", "conversation": None, **fields}
+        reply = await served.http.post("/v1/responses", json=body)
+    assert reply.status_code == 200, reply.text
+    assert [tool["name"] for tool in reply.json()["tools"]] == ["weather"]
+    assert str(double.seen[0].prompt).endswith("|user:Hello|assistant:[]|tool:Done|assistant:|user:And now?|")
+
+
+async def test_what_the_limit_cut_off_is_incomplete(serve: Serve) -> None:
+    async with serve(Double(tokens=3)) as served:
+        whole = await client(served).responses.create(model="double", input="Hello", max_output_tokens=3)
+        async with client(served).responses.stream(model="double", input="Hello", max_output_tokens=3) as stream:
+            events = [event async for event in stream]
+    done: Any = [event for event in events if event.type == "response.output_item.done"]
+    last: Any = events[-1]
+    items: Any = [whole.output[-1], last.response.output[-1], done[-1].item]
+    assert [item.status for item in items] == ["incomplete"] * 3
+    assert (whole.status, last.type) == ("incomplete", "response.incomplete")
+
+
 async def test_a_schema_for_the_answer(serve: Serve) -> None:
     form: Any = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "integer"}, "strict": True}}
     async with serve(double := Double(tokens=1)) as served:
@@ -108,7 +148,7 @@ async def test_a_schema_for_the_answer(serve: Serve) -> None:
     ("fields", "message"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"tools": [{"type": "web_search"}]}, "only functions"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "needs tools"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "not supported"),
         ({"tool_choice": "required"}, "needs tools"),
         ({"background": True}, "background"),
