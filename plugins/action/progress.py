@@ -76,6 +76,15 @@ def summary(line: str, seconds: float) -> str:
     return f"{line[:100]} {elapsed(seconds)}".strip()
 
 
+def newest(shown: str, lines: list[str]) -> str:
+    """The line that says how far the command is: the last one, or of a build the last that counts its steps."""
+    said = [line for line in lines if line.strip()]
+    steps = [line for line in said if _NINJA.match(line)]
+    if _NINJA.match(shown) or steps:  # what stands between are a compiler's warnings
+        return steps[-1] if steps else shown
+    return said[-1] if said else shown
+
+
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
     _VALID_ARGS = frozenset({"argv", "chdir", "log", "label", "show", "interval", "changed", "password"})
 
@@ -132,6 +141,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
         """Read the log as it grows until the command ends; returns its exit code and the log's last lines."""
         display = Display()
         lines: list[str] = []
+        line = ""
         rest, offset, shown_at, pause = "", 1, time.monotonic(), 0.1
         while True:
             time.sleep(pause)
@@ -142,13 +152,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
             *new, rest = (rest + text).split("\n")
             # A progress bar rewrites its line with \r: only what it says last counts.
             new = [line.rstrip("\r").rpartition("\r")[2] for line in new]
-            lines = [line for line in [*lines, *new] if line.strip()][-TAIL_LINES:]
+            lines = [each for each in [*lines, *new] if each.strip()][-TAIL_LINES:]
+            line = newest(line, new)
             now = time.monotonic()
             if show_all:
-                for line in new:
-                    display.display(f"  {label}: {line}" if line else "")
-            elif lines and state == "running" and now - shown_at >= interval:
-                display.display(f"  {label} {summary(lines[-1], now - started)}")
+                for each in new:
+                    display.display(f"  {label}: {each}" if each else "")
+            elif line and state == "running" and now - shown_at >= interval:
+                display.display(f"  {label} {summary(line, now - started)}")
                 shown_at = now
             if state.startswith("rc="):
                 return int(state.removeprefix("rc=")), [*lines, *([rest] if rest.strip() else [])]

@@ -7,7 +7,8 @@ gpus [{name, architecture, memory_bytes, driver}], cuda {driver, toolkit, nvcc, 
 nvidia-smi says in place of the first; empty where there is none), rocm {root, compiler} (empty likewise),
 listeners [{port, address, pid, command, unit}], free_bytes {path: bytes} for the `paths` given (of the nearest folder
 that exists), links {path: target} for those `links` given that are there, installed (those of the `packages` given that
-dpkg has), python (the version, as `major.minor`, of the `python` given; empty where there is none).
+dpkg has), programs (those of the `programs` given that PATH has), python (the version, as `major.minor`, of the
+`python` given; empty where there is none).
 """
 
 from __future__ import annotations
@@ -192,6 +193,7 @@ def main() -> None:
             "paths": {"type": "list", "elements": "path", "default": []},
             "links": {"type": "list", "elements": "str", "default": []},
             "packages": {"type": "list", "elements": "str", "default": []},
+            "programs": {"type": "list", "elements": "str", "default": []},
             "python": {"type": "str", "required": True},
         },
         supports_check_mode=True,
@@ -209,6 +211,7 @@ def main() -> None:
     }
     facts["links"] = {path: str(Path(path).readlink()) for path in module.params["links"] if Path(path).is_symlink()}
     facts["installed"] = installed(module.params["packages"])
+    facts["programs"] = [name for name in module.params["programs"] if shutil.which(name)]
     facts["free_bytes"] = {path: free_bytes(path) for path in module.params["paths"]}
     module.exit_json(changed=False, ansible_facts={"llamaherd": facts})
 

@@ -26,6 +26,14 @@ def test_a_line_says_how_far_and_how_long(progress: ModuleType, line: str, secon
     assert progress.summary(line, seconds) == expected
 
 
+def test_a_build_shows_its_steps_and_no_fragments_of_warnings(progress: ModuleType) -> None:
+    shown = progress.newest("", ["[1/9] Building", "x.cpp:3:1: warning: unused", "  3 | int y;", "    | ^~~"])
+    assert shown == "[1/9] Building"
+    assert progress.newest(shown, ["    | ^~~", ""]) == "[1/9] Building"
+    assert progress.newest(shown, ["[2/9] Linking"]) == "[2/9] Linking"
+    assert progress.newest("12 % of 94 MiB", ["24 % of 94 MiB", ""]) == "24 % of 94 MiB"
+
+
 def start(progress: ModuleType, log: Path, command: str, environment: str = "") -> None:
     quoted = shlex.quote(str(log))
     job = shlex.quote(progress._JOB.format(command=command, log=quoted))
