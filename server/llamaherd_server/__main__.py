@@ -22,6 +22,7 @@ from llamaherd_server.auth import KeysError
 from llamaherd_server.engine.base import Engine
 from llamaherd_server.engine.embedded import EmbeddedEngine
 from llamaherd_server.engine.native import NativeEngine
+from llamaherd_server.http_protocol import Protocol
 from llamaherd_server.settings import Settings, SettingsError, load
 
 DEFAULT_CONFIG = Path("/etc/llamaherd/server.toml")
@@ -66,7 +67,7 @@ def main() -> None:
     state: AppState = app.state.llamaherd
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=Protocol,
         ws="none",
         lifespan="on",
         log_config=None,

@@ -40,6 +40,8 @@ from llamaherd_server.settings import Settings
 
 # Requests whose inputs the engine may put into one batch.
 _EMBEDDINGS_AT_ONCE = 8
+# Web pages of this machine may call the API, whatever port they are served at.
+_THIS_MACHINE = r"https?://([a-z0-9.-]+\.)?(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 # For the documentation and its "Authorize" button only: it is the Gate that lets in or refuses.
 _DOCUMENTED = [
     Security(HTTPBearer(auto_error=False, description="An API key, where the server has any.")),
@@ -61,7 +63,7 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
     for one, serving in zip(settings.each(), servings, strict=True):
         state = AppState(one, serving, lifecycle, sandbox, states)
         states.update(dict.fromkeys((one.model.name, *one.model.aliases), state))
-    app = FastAPI(title="llamaherd", docs_url="/docs", redoc_url=None, lifespan=_lifespan)
+    app = FastAPI(title="llamaherd", docs_url="/docs", redoc_url=None, lifespan=_lifespan, redirect_slashes=False)
     app.state.llamaherd = states[settings.model.name]
     described: dict[int | str, dict[str, Any]] = {
         status: {"model": error_responses.ErrorBody} for status in ("4XX", "5XX")
@@ -81,13 +83,16 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
     ):
         app.include_router(router, responses=described, dependencies=_DOCUMENTED)
     error_responses.install(app)
-    app.add_middleware(Gate, keys=keys, lifecycle=lifecycle, max_body_bytes=limits.max_body_bytes)
+    app.add_middleware(Gate, keys=keys, lifecycle=lifecycle, quotas=quotas, limits=limits, http=settings.http)
     app.add_middleware(RequestContext, metrics=metrics)
-    if origins := settings.http.cors_origins:
-        exposed = ("X-Request-Id", "Retry-After")
-        app.add_middleware(
-            CORSMiddleware, allow_origins=origins, allow_methods=("*",), allow_headers=("*",), expose_headers=exposed
-        )
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.http.cors_origins,
+        allow_origin_regex=_THIS_MACHINE,
+        allow_methods=("*",),
+        allow_headers=("*",),
+        expose_headers=("X-Request-Id", "Retry-After"),
+    )
     return app
 
 

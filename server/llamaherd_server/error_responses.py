@@ -14,6 +14,8 @@ from starlette.requests import ClientDisconnect
 from llamaherd_server.engine.base import EngineError
 from llamaherd_server.errors import ApiError
 
+# nginx's status for a client that closed the connection; nobody reads the response.
+CLIENT_GONE = 499
 # pydantic error types that this package raises itself; their messages name the field already.
 _OWN_KINDS = ("unknown_field", "unsupported")
 
@@ -82,7 +84,7 @@ async def _on_half_a_character(request: Request, _: UnicodeEncodeError) -> Respo
 
 async def _on_client_gone(request: Request, _: ClientDisconnect) -> Response:
     request.state.log.client_gone = True
-    return Response(status_code=499)  # nginx's number for it; nobody reads this
+    return Response(status_code=CLIENT_GONE)
 
 
 async def _on_bug(request: Request, _: Exception) -> Response:

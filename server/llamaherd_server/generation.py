@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -24,7 +24,7 @@ from llamaherd_server.settings import LimitSettings
 
 # For the cost that the queue expects of a request: what it is taken to generate unless its max_tokens is less, and the
 # characters taken to make one token. What it really used is put right at its end.
-_EXPECTED_OUTPUT = 256
+EXPECTED_OUTPUT = 256
 CHARS_PER_TOKEN = 4
 
 
@@ -68,6 +68,7 @@ class Run:
         scope = key.name if serving.limits.prompt_cache_scope == "key" else ""
         self._requests = [msgspec.structs.replace(one, owner=key.name, cache_scope=scope) for one in requests]
         self._n = n
+        self._reserved = 0.0
         self._events: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._peeked: tuple[int, Event | Exception] | None = None
@@ -76,11 +77,12 @@ class Run:
     async def __aenter__(self) -> Self:
         """Take the places in the queue; raises ApiError when a limit stands against it."""
         serving, key = self._serving, self._key
-        serving.quotas.enter(key)
+        self._reserved = await self._expected_tokens()
+        serving.quotas.reserve(key, self._reserved)
         try:
             tickets = serving.admission.enter(key, [_cost(request) for request in self._requests])
         except ApiError:
-            serving.quotas.leave(key, 0)
+            serving.quotas.settle(key, self._reserved, 0)
             raise
         for index, (request, ticket) in enumerate(zip(self._requests, tickets, strict=True)):
             meter = Meter(
@@ -101,7 +103,17 @@ class Run:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._crashed:
             self._serving.quotas.crashed(self._key)
-        self._serving.quotas.leave(self._key, self.usage.prompt_tokens + self.usage.completion_tokens)
+        used = self.usage.prompt_tokens + self.usage.completion_tokens
+        self._serving.quotas.settle(self._key, self._reserved, used)
+
+    async def _expected_tokens(self) -> float:
+        """What the generations may use: their prompts, and each one's max_tokens."""
+        if self._key.tokens_per_minute is None:
+            return 0
+        engine = self._serving.engine
+        longest = engine.status().settings.ctx_per_slot
+        outputs = sum(min(request.max_tokens or EXPECTED_OUTPUT, longest) for request in self._requests)
+        return outputs + await prompt_tokens(engine, [request.prompt for request in self._requests[:: self._n]])
 
     async def first(self) -> None:
         """Wait for the first event; raises what came instead of it."""
@@ -153,9 +165,17 @@ class Run:
             meter.ended(outcome)
 
 
+async def prompt_tokens(engine: Switch, prompts: Iterable[str | list[int]]) -> int:
+    """How many tokens the prompts have, texts counted as one."""
+    prompts = list(prompts)
+    text = "\n".join(prompt for prompt in prompts if isinstance(prompt, str))
+    tokens = await engine.tokenize(text) if text else []
+    return len(tokens) + sum(len(prompt) for prompt in prompts if not isinstance(prompt, str))
+
+
 def _cost(request: Generate) -> float:
     scale = CHARS_PER_TOKEN if isinstance(request.prompt, str) else 1
-    return len(request.prompt) / scale + min(request.max_tokens or _EXPECTED_OUTPUT, _EXPECTED_OUTPUT)
+    return len(request.prompt) / scale + min(request.max_tokens or EXPECTED_OUTPUT, EXPECTED_OUTPUT)
 
 
 def _told(error: Exception) -> Exception:

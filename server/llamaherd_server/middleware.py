@@ -1,28 +1,34 @@
-"""What every request passes through: an id, one log line, the keys, the body's size limit, the server's readiness.
+"""What every request passes through: an id, one log line, the keys and their limits, the body, the server's readiness.
 
 Plain ASGI: starlette's BaseHTTPMiddleware would put a task and a queue into every stream.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import ExitStack
+from urllib.parse import urlsplit
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaherd_server.auth import ANONYMOUS, Key, KeyStore
-from llamaherd_server.error_responses import error_response
-from llamaherd_server.errors import ApiError
+from llamaherd_server.chat.sandbox import caller
+from llamaherd_server.error_responses import CLIENT_GONE, error_response
+from llamaherd_server.errors import ApiError, shown
 from llamaherd_server.generation import Text
 from llamaherd_server.lifecycle import Lifecycle
 from llamaherd_server.meter import Usage
 from llamaherd_server.metrics import Metrics
-from llamaherd_server.settings import is_loopback
+from llamaherd_server.quota import Quotas
+from llamaherd_server.settings import HttpSettings, LimitSettings, is_loopback
 
 log = structlog.get_logger()
 
@@ -31,6 +37,9 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _OPEN = frozenset({"/livez", "/readyz", "/health", "/docs", "/openapi.json"})
 # What tells who looks from this machine how the server does, without a key.
 _LOCAL = frozenset({"/", "/metrics"})
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+# How often a body that does not come is looked after.
+_TICK_S = 1.0
 # What machines ask for all the time is not worth a line.
 _QUIET = _OPEN | _LOCAL
 
@@ -70,7 +79,10 @@ class RequestLog:
 
 
 class RequestContext:
-    """Gives each request its id (the client's own where it is well-formed), and one log line and count at its end."""
+    """Gives each request its id (the client's own where it is well-formed), and one log line and count at its end.
+
+    HEAD is answered as GET is: uvicorn leaves the body out. A slash at the end of a path changes nothing.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -80,6 +92,9 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        method = scope["method"]
+        path = scope["path"].rstrip("/") or "/"
+        scope = {**scope, "method": "GET" if method == "HEAD" else method, "path": path}
         given = Headers(scope=scope).get("x-request-id", "")
         record = RequestLog(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
         scope.setdefault("state", {})["log"] = record
@@ -94,45 +109,75 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            status, record.client_gone = CLIENT_GONE, True
         finally:
             # The route's pattern, not the path: paths that clients make up must not become metrics.
-            path = getattr(scope.get("route"), "path", "other")
-            self._metrics.responses.labels(scope["method"], path, status).inc()
-            if scope["path"] not in _QUIET:
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.responses.labels(method, route, status).inc()
+            if path not in _QUIET:
                 took_ms = _milliseconds(time.perf_counter() - record.arrived)
-                log.info("request", method=scope["method"], path=path, status=status, ms=took_ms, **record.fields())
+                log.info("request", method=method, path=route, status=status, ms=took_ms, **record.fields())
 
 
 class Gate:
-    """Lets in who has a key, when the server can serve, with a body of bounded size. Whatever is not open is closed."""
+    """Lets in requests with a key (without keys: to this server's own names) and a whole body of bounded size.
 
-    def __init__(self, app: ASGIApp, keys: KeyStore | None, lifecycle: Lifecycle, max_body_bytes: int) -> None:
+    A key's requests are counted here, so that each one counts, whatever becomes of it.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: KeyStore | None,
+        lifecycle: Lifecycle,
+        quotas: Quotas,
+        limits: LimitSettings,
+        http: HttpSettings,
+    ) -> None:
         self._app = app
         self._keys = keys
         self._lifecycle = lifecycle
-        self._max_body_bytes = max_body_bytes
+        self._quotas = quotas
+        self._limits = limits
+        self._http = http
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in _OPEN:
             await self._app(scope, receive, send)
             return
-        try:
-            scope["state"]["key"] = key = self._authenticate(scope)
-            scope["state"]["log"].key = key.name
-            self._check_served(scope)
-        except ApiError as error:
-            await error_response(error, scope["path"])(scope, receive, send)
-            return
-        with self._lifecycle.tracked():
-            await self._app(scope, self._bounded(receive), send)
+        with ExitStack() as stack:
+            try:
+                scope["state"]["key"] = key = self._authenticate(scope)
+                scope["state"]["log"].key = key.name
+                caller.set(key.name)
+                self._check_served(scope)
+                if scope["method"] == "POST" and _is_api(scope):
+                    stack.enter_context(self._quotas.request(key))
+                body = await self._body(scope, receive)
+                self._check_served(scope)
+            except ApiError as error:
+                await error_response(error, scope["path"])(scope, receive, send)
+                return
+            stack.enter_context(self._lifecycle.tracked())
+            await self._app(scope, _after(body, receive), send)
 
     def _authenticate(self, scope: Scope) -> Key:
-        headers = Headers(scope=scope)
-        local = is_loopback(scope["client"][0]) and "x-forwarded-for" not in headers
-        path = scope["path"]
+        headers, path = Headers(scope=scope), scope["path"]
+        ours = self._is_ours(headers.get("host"))
+        # A connection that was reset before it was read has no peer any more.
+        local = ours and scope["client"] and is_loopback(scope["client"][0]) and "x-forwarded-for" not in headers
         if path in _LOCAL and local:
             return ANONYMOUS
         if self._keys is None:
+            # A web page can make its visitor's browser send requests here, by a name that it points to this machine.
+            if not ours:
+                message = f"host {shown(headers['host'])} is not a name of this server: set http.allowed_hosts, or keys"
+                raise ApiError(403, message, code="host_not_allowed")
+            if scope["method"] not in _SAFE and not self._may_write(headers.get("origin")):
+                message = f"origin {shown(headers['origin'])} is not allowed: set http.cors_origins, or keys"
+                raise ApiError(403, message, code="origin_not_allowed")
             if path.startswith("/admin") and not local:
                 raise ApiError(403, "without keys, /admin is for this machine only", code="admin_required")
             return ANONYMOUS
@@ -143,39 +188,83 @@ class Gate:
         if key is None:
             raise _unauthorized("the API key is unknown or has expired")
         if path.startswith("/admin") and not key.admin:
-            raise ApiError(403, f"key {key.name!r} is no admin key", code="admin_required")
+            raise ApiError(403, f"key {key.name!r} is not an admin key", code="admin_required")
         return key
+
+    def _is_ours(self, host: str | None) -> bool:
+        if host is None:  # no browser leaves it out
+            return True
+        name = _host_of(f"//{host}")
+        return is_loopback(name) or name in self._http.allowed_hosts
+
+    def _may_write(self, origin: str | None) -> bool:
+        allowed = self._http.cors_origins
+        return origin is None or "*" in allowed or origin in allowed or self._is_ours(_host_of(origin))
 
     def _check_served(self, scope: Scope) -> None:
         length = Headers(scope=scope).get("content-length", "0")
-        if length.isdecimal() and int(length) > self._max_body_bytes:
+        if length.isdecimal() and int(length) > self._limits.max_body_bytes:
             raise self._too_large()
-        api = scope["path"] not in _LOCAL and not scope["path"].startswith("/admin")
-        if api and (refusal := self._lifecycle.refusal()):
+        if _is_api(scope) and (refusal := self._lifecycle.refusal()):
             raise refusal
 
-    def _bounded(self, receive: Receive) -> Receive:
-        received = 0
-
-        async def bounded() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body; raises ApiError when it is too large, stops coming, or the server shuts down meanwhile."""
+        parts: list[bytes] = []
+        size, more = 0, True
+        started = heard = time.monotonic()
+        while more:
+            try:
+                async with asyncio.timeout(_TICK_S):
+                    message = await receive()
+            except TimeoutError:
+                now = time.monotonic()
+                silent, late = now - heard, now - started
+                if silent > self._limits.idle_client_timeout_s or late > self._limits.request_timeout_s:
+                    text = f"the body stopped after {size} bytes, {silent:.0f} s ago"
+                    raise ApiError(408, text, code="body_timeout", headers={"Connection": "close"}) from None
+                self._check_served(scope)
+                continue
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            parts.append(part := message.get("body", b""))
+            size, more, heard = size + len(part), message.get("more_body", False), time.monotonic()
+            if size > self._limits.max_body_bytes:
                 raise self._too_large()
-            return message
-
-        return bounded
+        return b"".join(parts)
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body is larger than {self._max_body_bytes} bytes", code="body_too_large")
+        message = f"the body is larger than {self._limits.max_body_bytes} bytes"
+        return ApiError(413, message, code="body_too_large")
+
+
+def _is_api(scope: Scope) -> bool:
+    return scope["path"] not in _LOCAL and not scope["path"].startswith("/admin")
+
+
+def _after(body: bytes, receive: Receive) -> Receive:
+    """`receive` for an app, of a request whose body has been read already."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+def _host_of(url: str) -> str:
+    """The name or address in a URL; nothing where it has none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _token(headers: Headers) -> str | None:
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token.strip():
         return token.strip()
-    return headers.get("x-api-key")
+    return headers.get("x-api-key", "").strip() or None
 
 
 def _unauthorized(message: str) -> ApiError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import structlog
 
@@ -18,7 +19,7 @@ WINDOW_S = 60.0
 
 
 class Bucket:
-    """An allowance that refills evenly to `per_minute`. It may be overdrawn: tokens are known only afterwards."""
+    """An allowance that refills evenly to `per_minute`. What is larger than it takes a full one and overdraws it."""
 
     def __init__(self, per_minute: float, now: float) -> None:
         self.per_minute = per_minute
@@ -52,29 +53,35 @@ class Quotas:
         self._running: defaultdict[str, int] = defaultdict(int)
         self._crashes: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=CRASHES))
 
-    def enter(self, key: Key) -> None:
-        """Count a request in, or raise the 429 that says which limit it met. Pair with `leave`."""
+    @contextmanager
+    def request(self, key: Key) -> Iterator[None]:
+        """Count a request for as long as it runs; raises the 429 that names the limit it meets."""
         if wait := self._crash_wait_s(key):
             message = f"the engine ended at {CRASHES} requests of key {key.name!r}: try again in {math.ceil(wait)} s"
             raise ApiError(429, message, code="engine_crashed", retry_after=math.ceil(wait))
         if key.max_concurrent is not None and self._running[key.name] >= key.max_concurrent:
             raise _limited(key, f"{key.max_concurrent} requests at a time", 1.0)
-        requests = self._bucket(key, "requests", key.requests_per_minute)
-        tokens = self._bucket(key, "tokens", key.tokens_per_minute)
-        now = self._clock()
-        if requests and (wait := requests.wait_s(1, now)):
-            raise _limited(key, f"{key.requests_per_minute:g} requests a minute", wait)
-        if tokens and (wait := tokens.wait_s(1, now)):
-            raise _limited(key, f"{key.tokens_per_minute:g} tokens a minute", wait)
-        if requests:
-            requests.take(1)
+        self._take(key, "requests", key.requests_per_minute, 1)
         self._running[key.name] += 1
+        try:
+            yield
+        finally:
+            self._running[key.name] -= 1
 
-    def leave(self, key: Key, tokens: int) -> None:
-        """Count a request out, with the prompt and completion tokens it used."""
-        self._running[key.name] -= 1
+    def reserve(self, key: Key, tokens: float) -> None:
+        """Take the prompt and completion tokens that a request may use, or raise the 429. Pair with `settle`."""
+        self._take(key, "tokens", key.tokens_per_minute, tokens)
+
+    def settle(self, key: Key, reserved: float, used: float) -> None:
+        """Correct what `reserve` took by what was used."""
         if bucket := self._bucket(key, "tokens", key.tokens_per_minute):
-            bucket.take(tokens)
+            bucket.take(used - reserved)
+
+    def _take(self, key: Key, kind: str, per_minute: float | None, amount: float) -> None:
+        if bucket := self._bucket(key, kind, per_minute):
+            if wait_s := bucket.wait_s(max(1, amount), self._clock()):
+                raise _limited(key, f"{per_minute:g} {kind} a minute", wait_s)
+            bucket.take(amount)
 
     def crashed(self, key: Key) -> None:
         """Note that the engine ended at a request of the key. Who has no key is nobody: others would be refused too."""

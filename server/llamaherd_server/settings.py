@@ -37,7 +37,7 @@ class Section(BaseModel):
 
 def is_loopback(host: str) -> bool:
     """Whether `host` can only be reached from this machine."""
-    if host == "localhost":
+    if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -58,6 +58,8 @@ class HttpSettings(Section):
     port: int = Field(default=8080, ge=1, le=65535)
     # Web pages of these origins may call the API; "*": all. None: browsers keep every page out.
     cors_origins: list[str] = []
+    # Without keys: names that clients may use for this server besides this machine's own.
+    allowed_hosts: list[str] = []
 
 
 class AuthSettings(Section):
@@ -159,7 +161,7 @@ class LimitSettings(Section):
     queue_timeout_s: float = Field(default=60, gt=0)
     first_token_timeout_s: float = Field(default=300, gt=0)
     request_timeout_s: float = Field(default=600, gt=0)
-    # A connection that takes none of what it is sent for so long is closed, which cancels its request.
+    # A connection that takes none of what it is sent for so long, or sends none of its request's body, is closed.
     idle_client_timeout_s: float = Field(default=30, ge=1)
     # Generations in one request: its prompts times n.
     max_generations: int = Field(default=128, ge=1)

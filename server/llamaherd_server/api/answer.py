@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -24,6 +24,10 @@ from llamaherd_server.protocol import Delta, Finished, Generate, TokenLogprob
 
 log = structlog.get_logger()
 T = TypeVar("T")
+
+# A stream that has nothing to tell for so long gets a comment, so that nothing on its way takes it for dead.
+KEEP_ALIVE_S = 15.0
+_KEEP_ALIVE = b": keep-alive\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,9 @@ async def answer(request: Request, run: Run, shape: Shape, *, stream: bool) -> R
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(run)
         request.state.log.follow(run.usage, run.texts)
-        await unless_gone(request.receive, run.first())
+        with suppress(TimeoutError):  # what fails later is an event of the stream
+            async with asyncio.timeout(KEEP_ALIVE_S if stream else None):
+                await unless_gone(request.receive, run.first())
         if stream:
             return EventStream(run, shape, stack.pop_all())
         choices = await unless_gone(request.receive, _collected(run))
@@ -91,18 +97,31 @@ class EventStream(Response):
         self._run = run
         self._shape = shape
         self._stack = stack
+        self._sent = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._stack:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            beside = asyncio.create_task(self._keep_alive(send))
             try:
                 await unless_gone(receive, self._send_all(send))
             except ClientDisconnect:
                 scope["state"]["log"].client_gone = True
+            finally:
+                beside.cancel()
+
+    async def _keep_alive(self, send: Send) -> None:
+        while True:
+            before = self._sent
+            await asyncio.sleep(KEEP_ALIVE_S)
+            if self._sent == before:
+                await send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
 
     async def _send_all(self, send: Send) -> None:
         async for chunk in self._chunks():
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            self._sent += 1
+        self._sent += 1
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _chunks(self) -> AsyncIterator[bytes]:

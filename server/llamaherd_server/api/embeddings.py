@@ -17,7 +17,7 @@ from llamaherd_server.api.fields import Body
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.errors import ApiError
-from llamaherd_server.generation import CHARS_PER_TOKEN, late_error
+from llamaherd_server.generation import CHARS_PER_TOKEN, late_error, prompt_tokens
 from llamaherd_server.meter import Usage
 from llamaherd_server.protocol import Embed, Embedded
 
@@ -65,7 +65,10 @@ async def compute(request: Request, question: Embed) -> Embedded:
     serving, key = state_of(request).serving, request.state.key
     usage = Usage()
     request.state.log.follow(usage)
-    serving.quotas.enter(key)
+    reserved = 0.0
+    if key.tokens_per_minute is not None:
+        reserved = await prompt_tokens(serving.engine, question.inputs)
+    serving.quotas.reserve(key, reserved)
     try:
         [ticket] = serving.embeddings.enter(key, [_cost(question)])
         try:
@@ -78,7 +81,7 @@ async def compute(request: Request, question: Embed) -> Embedded:
     except TimeoutError:
         raise late_error(serving.limits, whole=True) from None
     finally:
-        serving.quotas.leave(key, usage.prompt_tokens)
+        serving.quotas.settle(key, reserved, usage.prompt_tokens)
     return answer
 
 

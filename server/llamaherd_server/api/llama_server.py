@@ -22,7 +22,7 @@ from llamaherd_server.api.state import AppState, choose_model, state_of
 from llamaherd_server.engine.base import Engine, EngineError, EngineStatus
 from llamaherd_server.engine.native import NativeEngine
 from llamaherd_server.errors import ApiError
-from llamaherd_server.generation import CHARS_PER_TOKEN, late_error
+from llamaherd_server.generation import CHARS_PER_TOKEN, EXPECTED_OUTPUT, Serving, late_error
 from llamaherd_server.json_body import json_of
 from llamaherd_server.meter import Meter, Usage
 from llamaherd_server.protocol import Delta, Finished, Sampling, Started
@@ -188,10 +188,11 @@ async def _admitted(request: Request, state: AppState, body: dict[str, Any], unt
     by, arrived = (key.name, serving.model), request.state.log.arrived
     meter = Meter(serving.metrics, usage, by=by, arrived=arrived, counts_prompt=True)
     outcome = "cancelled"
-    serving.quotas.enter(key)
+    generations = _generations(body)
+    cost = generations * len(await request.body()) / CHARS_PER_TOKEN
+    reserved = cost + generations * _most_output(body, serving)
+    serving.quotas.reserve(key, reserved)
     try:
-        generations = _generations(body)
-        cost = generations * len(await request.body()) / CHARS_PER_TOKEN
         [ticket] = serving.admission.enter(key, [cost], slots=generations)
         try:
             async with asyncio.timeout_at(until):
@@ -205,7 +206,7 @@ async def _admitted(request: Request, state: AppState, body: dict[str, Any], unt
     except TimeoutError:
         raise late_error(serving.limits, whole=True) from None
     finally:
-        serving.quotas.leave(key, usage.prompt_tokens + usage.completion_tokens)
+        serving.quotas.settle(key, reserved, usage.prompt_tokens + usage.completion_tokens)
 
 
 def _generations(body: dict[str, Any]) -> int:
@@ -216,6 +217,13 @@ def _generations(body: dict[str, Any]) -> int:
     if count < 1:
         raise ApiError(400, f"n: {count} must be at least 1", param="n", code="invalid_value")
     return count * (len(prompts) if several and isinstance(prompts, list) else 1)
+
+
+def _most_output(body: dict[str, Any], serving: Serving) -> int:
+    """The tokens that one generation is expected to have."""
+    longest = serving.engine.status().settings.ctx_per_slot
+    given = [value for name in ("n_predict", "max_tokens") if type(value := body.get(name)) is int and value > 0]
+    return min(*given, longest) if given else min(EXPECTED_OUTPUT, longest)
 
 
 def _count(meter: Meter, timings: dict[str, Any] | None) -> None:

@@ -142,8 +142,11 @@ async def test_browsers_are_kept_out_unless_their_origin_is_named(serve: Serve) 
     ask = {"Origin": "https://ui.example", "Access-Control-Request-Method": "POST"}
     async with serve(Double(), keys=keys()) as served:
         reply = await served.http.get("/v1/models", headers={**ask, **bearer("user")})
-        assert not any(name.startswith("access-control") for name in reply.headers)
-        assert (await served.http.options("/v1/chat/completions", headers=ask)).status_code == 401
+        assert "Access-Control-Allow-Origin" not in reply.headers
+        assert (await served.http.options("/v1/chat/completions", headers=ask)).status_code == 400
+        here = {**ask, "Origin": "http://localhost:3000"}
+        allowed = await served.http.options("/v1/chat/completions", headers=here)
+        assert (allowed.status_code, allowed.headers["Access-Control-Allow-Origin"]) == (200, here["Origin"])
     async with serve(Double(), keys=keys(), http={"cors_origins": ["https://ui.example"]}) as served:
         asked = await served.http.options("/v1/chat/completions", headers=ask)
         assert (asked.status_code, asked.headers["Access-Control-Allow-Origin"]) == (200, "https://ui.example")
@@ -158,3 +161,44 @@ async def test_a_request_may_not_have_more_generations_than_the_operator_allows(
         assert (await served.chat(n=2)).status_code == 200
         refused = await served.chat(n=3)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+
+
+EVIL = {"Host": "evil.example:8080"}
+PUT = {"parallel": 2}
+
+
+async def test_without_keys_only_names_of_this_machine_are_answered(serve: Serve) -> None:
+    async with serve(Double(), http={"allowed_hosts": ["gpu.example"]}) as served:
+        for path in ("/", "/metrics", "/v1/models", "/admin/engine"):
+            refused = await served.http.get(path, headers=EVIL)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "host_not_allowed")
+            for host in ("localhost:8080", "127.0.0.1", "[::1]:8080", "a.localhost", "gpu.example"):
+                assert (await served.http.get(path, headers={"Host": host})).status_code == 200
+        assert (await served.http.put("/admin/engine", headers=EVIL, json=PUT)).status_code == 403
+        assert (await served.http.get("/readyz", headers=EVIL)).status_code == 200
+
+
+async def test_with_keys_an_unknown_host_needs_one_for_metrics(serve: Serve) -> None:
+    async with serve(Double(), keys=keys()) as served:
+        assert (await served.http.get("/metrics", headers=EVIL)).status_code == 401
+        assert (await served.http.get("/", headers=EVIL)).status_code == 401
+        assert (await served.http.get("/v1/models", headers=EVIL | bearer("user"))).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("https://evil.example", 403),
+        ("null", 403),
+        ("http://[", 403),
+        ("https://ui.example", 200),
+        ("http://localhost:3000", 200),
+        ("http://127.0.0.1", 200),
+    ],
+)
+async def test_without_keys_a_foreign_page_changes_nothing(serve: Serve, origin: str, status: int) -> None:
+    async with serve(Double(), http={"cors_origins": ["https://ui.example"]}) as served:
+        headers = {"Origin": origin}
+        assert (await served.http.put("/admin/engine", headers=headers, json=PUT)).status_code == status
+        completed = await served.http.post("/v1/completions", headers=headers, json={"prompt": "x"})
+        assert completed.status_code == status

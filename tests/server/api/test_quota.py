@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import pytest
 
 from llamaherd_server.auth import ANONYMOUS, Key
 from llamaherd_server.errors import ApiError
 from llamaherd_server.quota import CRASH_REFUSED_S, CRASH_WINDOW_S, CRASHES, Quotas
+
+from .conftest import Serve
+from .double import Double
+from .test_auth import bearer, keys
+
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
 
 
 class Clock:
@@ -21,41 +30,55 @@ def test_requests_per_minute_refill_evenly() -> None:
     quotas = Quotas(clock)
     key = Key(name="k", sha256="", requests_per_minute=2)
     for _ in range(2):
-        quotas.enter(key)
-        quotas.leave(key, 0)
-    with pytest.raises(ApiError) as refused:
-        quotas.enter(key)
+        with quotas.request(key):
+            pass
+    with pytest.raises(ApiError) as refused, quotas.request(key):
+        pass
     assert (refused.value.status_code, (refused.value.headers or {})["Retry-After"]) == (429, "30")
     clock.now = 30
-    quotas.enter(key)
+    with quotas.request(key):
+        pass
 
 
-def test_tokens_per_minute_are_taken_afterwards() -> None:
+def test_tokens_are_reserved_and_settled() -> None:
     clock = Clock()
     quotas = Quotas(clock)
     key = Key(name="k", sha256="", tokens_per_minute=60)
-    quotas.enter(key)
-    quotas.leave(key, 90)
+    quotas.reserve(key, 50)
+    with pytest.raises(ApiError, match="60 tokens a minute: try again in 1 s"):
+        quotas.reserve(key, 11)
+    quotas.settle(key, 50, 90)
     with pytest.raises(ApiError, match="60 tokens a minute: try again in 31 s"):
-        quotas.enter(key)
+        quotas.reserve(key, 0)
     clock.now = 31
-    quotas.enter(key)
+    quotas.reserve(key, 1)
+
+
+def test_a_request_larger_than_its_keys_minute_needs_a_full_account() -> None:
+    clock = Clock()
+    quotas = Quotas(clock)
+    key = Key(name="k", sha256="", tokens_per_minute=60)
+    quotas.reserve(key, 600)
+    with pytest.raises(ApiError, match="try again in 600 s"):
+        quotas.reserve(key, 600)
+    quotas.settle(key, 600, 0)
+    quotas.reserve(key, 600)
 
 
 def test_concurrent_requests_are_counted_out() -> None:
     quotas = Quotas(Clock())
     key = Key(name="k", sha256="", max_concurrent=1)
-    quotas.enter(key)
-    with pytest.raises(ApiError, match="1 requests at a time"):
-        quotas.enter(key)
-    quotas.leave(key, 0)
-    quotas.enter(key)
+    with quotas.request(key), pytest.raises(ApiError, match="1 requests at a time"), quotas.request(key):
+        pass
+    with quotas.request(key):
+        pass
 
 
 def test_keys_do_not_share_an_account() -> None:
     quotas = Quotas(Clock())
-    quotas.enter(Key(name="a", sha256="", requests_per_minute=1))
-    quotas.enter(Key(name="b", sha256="", requests_per_minute=1))
+    for name in "ab":
+        with quotas.request(Key(name=name, sha256="", requests_per_minute=1)):
+            pass
 
 
 def test_a_key_at_whose_requests_the_engine_ends_again_and_again_is_refused_for_a_while() -> None:
@@ -63,15 +86,16 @@ def test_a_key_at_whose_requests_the_engine_ends_again_and_again_is_refused_for_
     quotas = Quotas(clock)
     key, other = Key(name="k", sha256=""), Key(name="other", sha256="")
     for _ in range(CRASHES):
-        quotas.enter(key)
-        quotas.crashed(key)
-        quotas.leave(key, 0)
-    quotas.enter(other)
-    with pytest.raises(ApiError, match="key 'k'") as refused:
-        quotas.enter(key)
+        with quotas.request(key):
+            quotas.crashed(key)
+    with quotas.request(other):
+        pass
+    with pytest.raises(ApiError, match="key 'k'") as refused, quotas.request(key):
+        pass
     assert (refused.value.status_code, (refused.value.headers or {})["Retry-After"]) == (429, f"{CRASH_REFUSED_S:.0f}")
     clock.now = CRASH_REFUSED_S
-    quotas.enter(key)
+    with quotas.request(key):
+        pass
 
 
 def test_crashes_that_lie_far_apart_refuse_nobody_nor_do_those_of_clients_without_a_key() -> None:
@@ -82,5 +106,50 @@ def test_crashes_that_lie_far_apart_refuse_nobody_nor_do_those_of_clients_withou
         quotas.crashed(key)
         quotas.crashed(ANONYMOUS)
         clock.now += CRASH_WINDOW_S
-        quotas.enter(key)
-        quotas.enter(ANONYMOUS)
+        with quotas.request(key), quotas.request(ANONYMOUS):
+            pass
+
+
+ROUTES: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", CHAT),
+    ("/apply-template", CHAT),
+    ("/v1/completions", {"prompt": "x"}),
+    ("/v1/messages", {"model": "double", "max_tokens": 1, **CHAT}),
+    ("/v1/messages/count_tokens", {"model": "double", **CHAT}),
+    ("/v1/responses", {"input": "x"}),
+    ("/v1/embeddings", {"input": "x"}),
+    ("/v1/rerank", {"query": "x", "documents": ["y"]}),
+    ("/tokenize", {"content": "x"}),
+    ("/detokenize", {"tokens": [65]}),
+    ("/completion", {"prompt": "x"}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), ROUTES)
+@pytest.mark.parametrize("headers", [{"Authorization": "bearer  user"}, {"X-Api-Key": "user"}])
+async def test_every_route_counts_for_the_same_key(
+    serve: Serve, path: str, body: dict[str, Any], headers: dict[str, str]
+) -> None:
+    async with serve(Double(), keys=keys(requests_per_minute="2")) as served:
+        await served.http.post("/tokenize", json={"content": "x"}, headers=bearer("user"))
+        first = await served.http.post(path, json=body, headers=headers)
+        second = await served.http.post(path, json=body, headers=headers)
+    assert first.status_code != 429
+    assert (second.status_code, "2 requests a minute" in second.text) == (429, True)
+
+
+@pytest.mark.parametrize(("path", "body"), ROUTES)
+async def test_a_keys_models_hold_at_every_route(serve: Serve, path: str, body: dict[str, Any]) -> None:
+    async with serve(Double(), keys=keys(models='["other"]')) as served:
+        refused = await served.http.post(path, json=body, headers=bearer("user"))
+    assert (refused.status_code, "may not use model 'double'" in refused.text) == (403, True)
+
+
+async def test_a_burst_stays_within_the_tokens_of_a_minute(serve: Serve) -> None:
+    double = Double(tokens=1, pace_s=0.05)
+    async with serve(double, keys=keys(tokens_per_minute="100")) as served:
+        served.http.headers.update(bearer("user"))
+        body = {"prompt": "x" * 20, "max_tokens": 10}
+        burst = await asyncio.gather(*(served.http.post("/v1/completions", json=body) for _ in range(64)))
+    assert [reply.status_code for reply in burst].count(200) == 3
+    assert len(double.seen) == 3

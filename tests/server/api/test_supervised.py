@@ -69,7 +69,9 @@ def test_a_client_that_reads_nothing_loses_its_slot(tmp_path: Path) -> None:
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
-            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+            head = (
+                "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+            )
             client.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body)
             until(lambda: engine(server)["stats"]["slots_busy"] == 8)
             until(lambda: engine(server)["stats"]["slots_busy"] == 0)
