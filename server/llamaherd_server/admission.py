@@ -67,12 +67,14 @@ class Admission:
         parallel: int,
         max_queue_tokens: float = math.inf,
         max_generations: int = 128,
+        holds: Callable[[Key], bool] = lambda _: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_queue = max_queue
         self._max_queue_tokens = max_queue_tokens
         self._max_generations = min(max_generations, max_queue)
         self._timeout_s = timeout_s
+        self._holds = holds
         self._clock = clock
         self._flows: dict[str, _Flow] = {}
         self._virtual = 0.0
@@ -155,8 +157,11 @@ class Admission:
             if flow.running + slots > self._most(flow, now) or self.running + slots > self.limit:
                 return  # none goes before it, or it would wait for ever
             ticket = flow.waiting.popleft()
-            ticket.slots = slots
             self._unqueue(flow, ticket)
+            if not self._holds(ticket.key):
+                _refuse(ticket, ApiError(401, "the API key was revoked or has expired", code="invalid_api_key"))
+                continue
+            ticket.slots = slots
             self._virtual = max(self._virtual, flow.finish)
             flow.finish = max(flow.finish, self._virtual) + ticket.cost / ticket.key.priority
             flow.since = ticket.started_at = now
@@ -179,8 +184,7 @@ class Admission:
     def _push_out(self, flow: _Flow) -> None:
         ticket = flow.waiting.pop()
         self._unqueue(flow, ticket)
-        if not ticket.admitted.done():
-            ticket.admitted.set_exception(self._full())
+        _refuse(ticket, self._full())
 
     def _unqueue(self, flow: _Flow, ticket: Ticket) -> None:
         flow.cost -= ticket.cost
@@ -196,3 +200,8 @@ class Admission:
             f"{self._max_queue} of {self._max_queue_tokens:.0f} may"
         )
         return ApiError(429, message, code="queue_full", retry_after=self._retry_after_s())
+
+
+def _refuse(ticket: Ticket, error: ApiError) -> None:
+    if not ticket.admitted.done():  # a caller that has gone will leave in a moment
+        ticket.admitted.set_exception(error)

@@ -57,7 +57,7 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
     keys = KeyStore(settings.auth.keys_file) if settings.auth.keys_file else None
     limits = settings.limits
     metrics, quotas, sandbox = Metrics(), Quotas(), Sandbox()
-    servings = [_serving(one, Switch(one, make), quotas, metrics) for one in settings.each()]
+    servings = [_serving(one, Switch(one, make), quotas, metrics, keys) for one in settings.each()]
     lifecycle = Lifecycle(servings, limits, metrics.totals, keys)
     states: dict[str, AppState] = {}
     for one, serving in zip(settings.each(), servings, strict=True):
@@ -96,18 +96,22 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
     return app
 
 
-def _serving(settings: Settings, engine: Switch, quotas: Quotas, metrics: Metrics) -> Serving:
+def _serving(settings: Settings, engine: Switch, quotas: Quotas, metrics: Metrics, keys: KeyStore | None) -> Serving:
     """One model's queues before its engine."""
     limits = settings.limits
+    holds = keys.holds if keys else lambda _: True
     admission = Admission(
         max_queue=limits.max_queue,
         max_queue_tokens=limits.max_queue_tokens,
         max_generations=limits.max_generations,
         timeout_s=limits.queue_timeout_s,
         parallel=settings.engine.settings.parallel,
+        holds=holds,
     )
     # Embeddings have a context of their own and need no slot: a queue of their own, as fair and as bounded.
-    embedding = Admission(max_queue=limits.max_queue, timeout_s=limits.queue_timeout_s, parallel=_EMBEDDINGS_AT_ONCE)
+    embedding = Admission(
+        max_queue=limits.max_queue, timeout_s=limits.queue_timeout_s, parallel=_EMBEDDINGS_AT_ONCE, holds=holds
+    )
     metrics.follow(settings.model.name, engine, admission)
     return Serving(engine, admission, embedding, quotas, metrics, settings.model.name, limits, settings.log.texts)
 

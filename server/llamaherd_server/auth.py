@@ -31,9 +31,13 @@ class Key(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     expires: datetime.datetime | None = None
     priority: float = 1.0
 
+    @property
+    def expired(self) -> bool:
+        return self.expires is not None and self.expires <= datetime.datetime.now(datetime.UTC)
+
 
 class _KeysFile(Struct, forbid_unknown_fields=True):
-    keys: list[Key] = []
+    keys: list[Key]
 
 
 # Who calls when no keys are configured: anyone on this machine.
@@ -48,6 +52,7 @@ class KeyStore:
         self._path = path
         self._version = self._file_version()
         self._keys = read_keys(path)
+        self._warn_if_none()
 
     def find(self, token: str) -> Key | None:
         """The key that `token` is the secret of, whose time has not run out."""
@@ -57,16 +62,21 @@ class KeyStore:
         for key in self._keys:  # all of them, so that the time taken does not tell which one matched
             if hmac.compare_digest(key.sha256, digest):
                 found = key
-        if found is not None and found.expires is not None and found.expires <= datetime.datetime.now(datetime.UTC):
-            return None
-        return found
+        return None if found is None or found.expired else found
 
-    def _file_version(self) -> tuple[int, int, int] | None:
+    def holds(self, key: Key) -> bool:
+        """Whether the key is still in the file, whatever its limits are now, and its time has not run out."""
+        self._reload_if_changed()
+        same = (one for one in self._keys if (one.name, one.sha256) == (key.name, key.sha256))
+        return any(not one.expired for one in same)
+
+    def _file_version(self) -> tuple[int, ...] | None:
         try:
             stat = self._path.stat()
         except OSError:
             return None
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+        # Who writes a file may set its mtime, not its ctime.
+        return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
     def _reload_if_changed(self) -> None:
         version = self._file_version()
@@ -83,13 +93,21 @@ class KeyStore:
             log.error("keys not reloaded", error=str(error))
         else:
             log.info("keys reloaded", count=len(self._keys))
+            self._warn_if_none()
+
+    def _warn_if_none(self) -> None:
+        if not self._keys:
+            log.warning("no keys: every request is refused until `llamaherd-server keys add NAME` makes one")
 
 
 def read_keys(path: Path, known_as: Path | None = None) -> list[Key]:
     """The keys of a file, which errors call `known_as`; raises KeysError."""
     known_as = known_as or path
     try:
-        keys = convert(tomllib.loads(path.read_text()), _KeysFile).keys
+        table = tomllib.loads(path.read_text())
+        if "keys" not in table:  # a file that is being written may be empty; `keys = []` is meant
+            raise KeysError(f"{known_as}: no keys: make one with `llamaherd-server keys add NAME`")
+        keys = convert(table, _KeysFile).keys
     except OSError as error:
         raise KeysError(f"{known_as}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
@@ -99,8 +117,6 @@ def read_keys(path: Path, known_as: Path | None = None) -> list[Key]:
     names = [key.name for key in keys]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise KeysError(f"{known_as}: two keys have the same name, {twice!r}")
-    if not keys:
-        raise KeysError(f"{known_as}: no keys; there must be one: `llamaherd-server keys add NAME` makes it")
     return keys
 
 

@@ -28,6 +28,8 @@ from llamaherd_server.auth import Key, KeysError, read_keys
 
 # A key's table, with the comment lines right above it.
 _TABLE = re.compile(r"(?:^[ \t]*#[^\n]*\n)*^[ \t]*\[\[[ \t]*keys[ \t]*\]\]", re.MULTILINE)
+# What is left when the last key has been taken out.
+_NONE = "keys = []\n"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DEFAULTS = {field.name: field.default for field in fields(Key)}
 
@@ -71,7 +73,7 @@ def add(path: Path, values: dict[str, Any]) -> str:
     lines = [f"{name} = {_toml(value)}" for name, value in asdict(key).items() if value != _DEFAULTS[name]]
     with _replaced(path) as text:
         table = "\n".join(["[[keys]]", *lines, ""])
-        text.append(f"{text.pop().rstrip()}\n\n{table}".lstrip())
+        text.append(f"{text.pop().replace(_NONE, '').rstrip()}\n\n{table}".lstrip())
     return secret
 
 
@@ -82,10 +84,10 @@ def revoke(path: Path, name: str) -> None:
         starts = [match.start() for match in _TABLE.finditer(whole)]
         for start, end in zip(starts, [*starts[1:], len(whole)], strict=True):
             if tomllib.loads(whole[start:end])["keys"][0].get("name") == name:
-                text.append(whole[:start] + whole[end:])
+                text.append(whole[:start] + whole[end:] if len(starts) > 1 else f"{_NONE}{whole[:start]}{whole[end:]}")
                 return
-        there = ", ".join(key.name for key in read_keys(path))
-        raise KeysError(f"{path}: no key {name!r}; there is {there}")
+        available = ", ".join(key.name for key in read_keys(path)) or "none"
+        raise KeysError(f"{path}: unknown key {name!r}; available: {available}")
 
 
 @contextmanager

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import os
 
 import httpx
 import pytest
 
 from llamaherd_server.auth import KeysError
+from llamaherd_server.keyfile import revoke
+from llamaherd_server.protocol import EngineSettings
 
-from .conftest import Serve
+from .conftest import Serve, until
 from .double import Double
 
 
@@ -86,6 +90,32 @@ async def test_keys_are_reloaded_when_their_file_changes(serve: Serve) -> None:
         assert await status() == 200  # the old ones stay
         path.write_text(keys().replace(hashlib.sha256(b"user").hexdigest(), "0" * 64))
         assert await status() == 401
+
+
+async def test_a_keys_file_swapped_in_place_with_its_old_time_is_read(serve: Serve) -> None:
+    async with serve(Double(), keys=keys()) as served:
+        path = served.state.settings.auth.keys_file
+        assert path is not None
+        before = path.stat()
+        path.write_text(keys().replace(hashlib.sha256(b"user").hexdigest(), "0" * 64))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (path.stat().st_mtime_ns, path.stat().st_size) == (before.st_mtime_ns, before.st_size)
+        assert (await served.http.get("/v1/models", headers=bearer("user"))).status_code == 401
+
+
+async def test_a_queued_request_of_a_revoked_key_does_not_run(serve: Serve) -> None:
+    double = Double(tokens=3, pace_s=0.1, settings=EngineSettings(parallel=1))
+    async with serve(double, keys=keys()) as served:
+        path = served.state.settings.auth.keys_file
+        assert path is not None
+        served.http.headers.update(bearer("user"))
+        asked = [asyncio.create_task(served.chat()) for _ in range(6)]
+        await until(lambda: served.state.serving.admission.queued > 0)
+        revoke(path, "user")
+        statuses = [(await reply).status_code for reply in asked]
+    running = len(double.seen)
+    assert sorted(statuses) == [200] * running + [401] * (6 - running)
+    assert running < 6
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_what_a_person_wrote_stays(path: Path) -> None:
         (("add", "a b"), "use up to 64 letters"),
         (("add", "b", "--priority", "1000"), "priority 1000.0 must be between"),
         (("add", "b", "--max-concurrent", "0"), "max_concurrent 0 must be above 0"),
-        (("revoke", "eve"), "no key 'eve'; there is ada, tuner"),
+        (("revoke", "eve"), "unknown key 'eve'; available: ada, tuner"),
     ],
 )
 def test_a_mistake_is_one_line_and_changes_nothing(path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -106,11 +106,14 @@ def test_a_mistake_is_one_line_and_changes_nothing(path: Path, arguments: tuple[
     assert [entry.name for entry in path.parent.iterdir()] == ["keys.toml"]
 
 
-def test_the_last_key_stays_for_a_file_without_keys_is_not_read(path: Path) -> None:
-    revoke(path, "ada")
-    done = keys("--file", path, "revoke", "tuner")
-    assert "no keys; there must be one" in done.stderr
-    assert "tuner" in path.read_text()
+def test_the_last_key_can_be_revoked_and_a_new_one_added(path: Path) -> None:
+    for name in ("ada", "tuner"):
+        assert keys("--file", path, "revoke", name).returncode == 0
+    assert path.read_text().splitlines()[:2] == ["keys = []", "# the team's keys"]
+    assert keys("--file", path, "list").stdout.count("\n") == 1
+    secret = add(path, {"name": "new"})
+    assert path.read_text().splitlines()[:3] == ["# the team's keys", "", "[[keys]]"]
+    assert KeyStore(path).find(secret) is not None
 
 
 def test_writers_at_the_same_time_lose_nothing(path: Path) -> None:
@@ -129,3 +132,15 @@ async def test_a_running_server_knows_at_once(serve: Serve) -> None:
         assert (await served.http.get("/admin/engine", headers=headers)).status_code == 403
         revoke(path, "new")
         assert (await served.http.get("/v1/models", headers=headers)).status_code == 401
+
+
+async def test_without_a_key_left_nobody_is_let_in(serve: Serve) -> None:
+    async with serve(Double(), keys=BY_HAND) as served:
+        path = served.state.settings.auth.keys_file
+        assert path is not None
+        headers = {"Authorization": f"Bearer {add(path, {'name': 'new'})}"}
+        for name in ("ada", "tuner", "new"):
+            assert (await served.http.get("/v1/models", headers=headers)).status_code == 200
+            revoke(path, name)
+        assert (await served.http.get("/v1/models", headers=headers)).status_code == 401
+        assert (await served.http.get("/v1/models")).status_code == 401
