@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import OrderedDict
 from contextlib import suppress
 
@@ -28,6 +29,8 @@ TOKEN_S = 0.5
 # begun.
 TRIAL_TOKENS = 3
 MEMORY_BYTES = 512 * 2**20
+SLOW_S, SLOW_NICE = 0.1, 10
+PID_BYTES = 4
 KNOWN_GRAMMARS, KNOWN_CHARS = 256, 2**23
 ALLOWED = b"\1"
 # No device: a child has no use for one, and a driver does not survive a fork.
@@ -134,14 +137,18 @@ class Child:
         self._socket = sock
         self._answer = bytearray()
         self._closed = False
+        self._pid = 0
+        self._asked = time.monotonic()
 
     def prepared(self) -> list[list[int]]:
         """The tokens of the job's texts, once they are there and its grammar compiles; raises RequestError."""
         try:
             with suppress(BrokenPipeError, ConnectionResetError):  # it has died; reading says so
                 self._socket.sendall(frame(self._job))
-            if not self._socket.recv(1):
+            self._pid = int.from_bytes(self._socket.recv(PID_BYTES), "little")
+            if not self._pid:
                 raise RequestError("internal", None, "no process could be started for this request's texts")
+            self._readable(SLOW_S)
             size = int.from_bytes(self._read(LENGTH_BYTES), "big")
             done = _prepared.decode(self._read(size))
         except (EOFError, OSError):
@@ -154,6 +161,7 @@ class Child:
 
     def ask(self, token: int) -> None:
         """Have the grammar accept `token`, if it allows it; `answer` says whether it did."""
+        self._asked = time.monotonic()
         self._tell(token)
 
     def answer(self, n_vocab: int, wait_s: float) -> bytes | None:
@@ -163,7 +171,7 @@ class Child:
         """
         try:
             while self._answer[:1] != ALLOWED and len(self._answer) < 1 + n_vocab:
-                if not select.select([self._socket], [], [], wait_s)[0]:
+                if not self._readable(wait_s):
                     return None
                 if not (part := self._socket.recv(1 + n_vocab - len(self._answer))):
                     raise EOFError
@@ -184,6 +192,15 @@ class Child:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
         self._socket.close()
+
+    def _readable(self, wait_s: float) -> bool:
+        """Wait; a child that has been at work for long gets less of the CPU than those that compute."""
+        ready = bool(select.select([self._socket], [], [], wait_s)[0])
+        if not ready and self._pid and time.monotonic() - self._asked > SLOW_S:
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, self._pid, SLOW_NICE)
+            self._pid = 0
+        return ready
 
     def _tell(self, token: int) -> None:
         with suppress(OSError):  # it has died; its missing answer says so

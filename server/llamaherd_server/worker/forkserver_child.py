@@ -26,6 +26,7 @@ from llamaherd_server.worker.channel import LENGTH_BYTES, frame
 from llamaherd_server.worker.forkserver import (
     ALLOWED,
     MEMORY_BYTES,
+    PID_BYTES,
     PREPARE_S,
     PREPARE_S_PER_MIB,
     TOKEN_S,
@@ -35,7 +36,6 @@ from llamaherd_server.worker.forkserver import (
 from llamaherd_server.worker.lib import load
 from llamaherd_server.worker.vocabulary import Vocabulary
 
-NICE = 5  # below the step thread: on a busy host a costly grammar slows its own request
 REASON_CHARS = 200
 PARSE_ERROR = b"error parsing grammar: "
 # Bytes of a llama_token_data, of which the last of the logit's is 0xff once a sampler has made 0 to minus infinity.
@@ -65,7 +65,6 @@ def main() -> None:
     vocabulary = Vocabulary(lib, handle)
     grammars = Grammars(vocabulary, said)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a child
-    os.nice(NICE)
     gc.freeze()
     while True:
         try:
@@ -84,7 +83,7 @@ def main() -> None:
 def be_child(grammars: Grammars, end: socket.socket) -> NoReturn:
     """Do the job, and be the grammar until the other end closes."""
     try:
-        end.send(b"!")
+        end.send(os.getpid().to_bytes(PID_BYTES, "little"))
         job = _job.decode(_read(end, int.from_bytes(_read(end, LENGTH_BYTES), "big")))
         limit(PREPARE_S + PREPARE_S_PER_MIB * sum(map(len, job.texts)) / 2**20)
         end_with(end, True)

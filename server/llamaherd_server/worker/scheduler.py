@@ -23,8 +23,8 @@ from llamaherd_server.worker.stopwatch import Stopwatch
 
 # How long a step of prompts alone may take, in seconds, going by the steps before: a host's watchdog looks at steps.
 TOGETHER_S = 10.0
-# How long a step waits for the grammars of sequences, in seconds: with others beside them, and without.
-LATE_S, LATE_ALONE_S = 0.002, 0.02
+# How long a step waits for the grammars of sequences, as a share of its decoding and in seconds; without others beside.
+LATE_SHARE, LATE_S, LATE_ALONE_S = 0.1, 0.002, 0.02
 TELLING = 64  # tokens from which on a step tells how long a token of a prompt takes
 
 
@@ -238,9 +238,10 @@ class Scheduler:
                 self._take(sequence, row, partial(self._backend.sample, sequence, row), watch)
 
     def _take_late(self, watch: Stopwatch) -> None:
-        """Tokens that wait for a grammar. A slow one misses steps, and holds none up for longer than LATE_S."""
+        """Tokens that wait for a grammar. A slow one misses steps, and holds the others up for a small part of one."""
         late = [sequence for sequence in self.running if not sequence.pending]
-        until = time.monotonic() + (LATE_S if len(late) < len(self.running) else LATE_ALONE_S)
+        beside = max(LATE_S, LATE_SHARE * watch.decode_s)
+        until = time.monotonic() + (beside if len(late) < len(self.running) else max(beside, LATE_ALONE_S))
         for sequence in late:
             wait_s = max(0.0, until - time.monotonic())
             self._take(sequence, None, partial(self._backend.late, sequence, wait_s), watch)
