@@ -66,6 +66,12 @@ class CompletionShape:
         return {
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{one.text.decode(errors="replace"): one.logprob for one in token.top} for token in tokens],
+            "top_logprobs": [_top(token) for token in tokens],
             "text_offset": offsets,
         }
+
+
+def _top(token: TokenLogprob) -> dict[str, float]:
+    """The most likely tokens and, as OpenAI has it, the chosen one, though it were one more than was asked for."""
+    most_likely = {one.text.decode(errors="replace"): one.logprob for one in token.top}
+    return most_likely | {token.text.decode(errors="replace"): token.logprob}

@@ -99,14 +99,16 @@ def timings_object(event: Finished) -> dict[str, Any]:
     return {
         "cache_n": event.cached_tokens,
         **_rates("prompt", prompt_n, event.prompt_s),
-        **_rates("predicted", event.completion_tokens, event.decode_s),
+        **_rates("predicted", event.completion_tokens, event.decode_s, begun=1),  # the first one is the prompt's
     }
 
 
-def _rates(name: str, count: int, seconds: float) -> dict[str, float]:
+def _rates(name: str, count: int, seconds: float, begun: int = 0) -> dict[str, float]:
+    """`begun`: of the `count` tokens, those that were there when the time began."""
+    timed = max(0, count - begun)
     return {
         f"{name}_n": count,
         f"{name}_ms": seconds * 1000,
-        f"{name}_per_token_ms": seconds * 1000 / count if count else 0.0,
-        f"{name}_per_second": count / seconds if seconds else 0.0,
+        f"{name}_per_token_ms": seconds * 1000 / timed if timed else 0.0,
+        f"{name}_per_second": timed / seconds if timed and seconds else 0.0,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -291,7 +292,8 @@ def _completion(request: Generate, prompt: str | list[int]) -> dict[str, Any]:
     return {
         **{name: value for name, value in sampling.items() if value is not None},
         "seed": -1 if request.sampling.seed is None else request.sampling.seed,
-        "logit_bias": list(request.sampling.logit_bias.items()),
+        # no JSON has infinity: llama-server's word for never is false
+        "logit_bias": [(token, bias > -math.inf and bias) for token, bias in request.sampling.logit_bias.items()],
         "prompt": prompt,
         "n_predict": -1 if request.max_tokens is None else request.max_tokens,
         "stop": request.stop,

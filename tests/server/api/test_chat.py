@@ -55,6 +55,7 @@ async def test_streams_usage_and_timings_on_request(serve: Serve) -> None:
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == 3
     assert chunks[-2]["timings"]["predicted_n"] == 3
+    assert chunks[-2]["timings"]["predicted_per_second"] == pytest.approx(2 / 0.02)  # the first one is the prompt's
     assert chunks[0]["usage"] is None
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
+from ..conftest import Server
 from .conftest import Serve
 from .double import MODEL, Double
 
@@ -62,3 +64,14 @@ async def test_a_model_that_can_fills_in_the_middle(serve: Serve) -> None:
         [model] = (await served.http.get("/v1/models")).json()["data"]
     assert [one.prompt for one in double.seen] == ["<pre>def f(<suf>): pass<mid>", "<pre>x<suf>): pass<mid>"]
     assert "infill" in model["capabilities"]
+
+
+@pytest.mark.parametrize("most_likely", [0, 2])
+def test_the_chosen_token_is_among_the_likely_ones(server: Server, most_likely: int) -> None:
+    body = {"prompt": "Once", "max_tokens": 12, "temperature": 5, "top_k": 0, "min_p": 0, "logprobs": most_likely}
+    logprobs = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["logprobs"]
+    for token, logprob, top in zip(
+        logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+    ):
+        assert top[token] == logprob
+        assert len(top) <= most_likely + 1
