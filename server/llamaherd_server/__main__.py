@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
+import gc
 import os
 import signal
 import socket
@@ -83,6 +84,7 @@ def main() -> None:
         server.should_exit = True
 
     state.lifecycle.over = stop
+    gc.freeze()  # a full collection during a large request would go through all modules too
     uvloop.run(_serve(server, listener, state))
     sys.exit(state.lifecycle.exit_code)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -31,8 +32,7 @@ _POOL = ThreadPoolExecutor(2, "json")
 async def json_of(request: Request) -> Any:
     """The request's body, decoded once; raises the 400 for one that is not JSON or costs too much."""
     if not hasattr(request.state, "json"):
-        body = await request.body()
-        request.state.json = await _run(decode, body, size=len(body))
+        request.state.json = await beside(request, partial(decode, await request.body()))
     return request.state.json
 
 
@@ -40,28 +40,30 @@ async def validated(request: Request, adapter: TypeAdapter[T]) -> T:
     """The request's body as what `adapter` makes of it; raises the 400 that names the first mistake."""
     value = await json_of(request)
     try:
-        return await _run(adapter.validate_python, value, size=len(await request.body()))
+        return await beside(request, partial(adapter.validate_python, value))
     except ValidationError as error:
         raise of_validation(error) from None
+
+
+async def beside(request: Request, work: Callable[[], T]) -> T:
+    """`work()`, whose cost grows with the request's body: on a thread where that is large."""
+    if len(await request.body()) <= _INLINE_BYTES:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_POOL, work)
 
 
 def decode(body: bytes) -> Any:
     """The value of a JSON text in UTF-8; raises ApiError."""
     body = body.removeprefix(b"\xef\xbb\xbf")
-    _check_cost(body)
+    check_cost(body)
     try:
         return from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
-async def _run(work: Callable[[Any], T], argument: Any, *, size: int) -> T:
-    if size <= _INLINE_BYTES:
-        return work(argument)
-    return await asyncio.get_running_loop().run_in_executor(_POOL, work, argument)
-
-
-def _check_cost(body: bytes) -> None:
+def check_cost(body: bytes) -> None:
+    """Raises the 400 for a JSON text that costs too much to decode."""
     if body.count(b'"') <= MAX_STRINGS and _containers(body) <= MAX_CONTAINERS and body.count(b",") <= MAX_VALUES:
         return
     # Texts may hold any number of these characters: count again without them.

@@ -17,6 +17,7 @@ from llamaherd_server.api.llama_server import MediaRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.api.wire import Options
 from llamaherd_server.errors import unsupported
+from llamaherd_server.json_body import beside
 
 router = APIRouter(route_class=MediaRoute)
 
@@ -92,7 +93,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     state = state_of(request)
     state.check_model(body.model, request.state.key)
     await resolve_biases(state, body)
-    chat = await prepare(state, body.conversation())
+    chat = await prepare(state, await beside(request, body.conversation))
     requests = [
         chat.generate(
             body.sampling(index),
@@ -110,5 +111,5 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
 @router.post("/apply-template", response_class=Response)
 async def apply_template(body: ChatRequest, request: Request) -> Response:
     """The prompt that a chat becomes, without computing anything, as llama-server has it."""
-    chat = await prepare(state_of(request), body.conversation())
+    chat = await prepare(state_of(request), await beside(request, body.conversation))
     return json_response({"prompt": chat.prompt})

@@ -12,6 +12,7 @@ from llamaherd_server.api.fields import Body, Lenient
 from llamaherd_server.chat.surrogates import without_halves
 from llamaherd_server.chat.tools import Choice, Tool
 from llamaherd_server.errors import ApiError, unsupported
+from llamaherd_server.json_body import check_cost
 
 MOST_TOOLS = 128
 # Levels of a call's arguments that are handed to templates as they are: Python's json and Jinja recurse.
@@ -154,10 +155,11 @@ def template_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
 
 
 def arguments_object(arguments: str) -> dict[str, Any]:
-    """What is not a JSON object, or is nested too deep, stands in one."""
+    """What is not a JSON object, is nested too deep or costs too much stands in one."""
     try:
+        check_cost(arguments.encode(errors="replace"))
         value = json.loads(without_halves(arguments) or "{}")
-    except (ValueError, RecursionError):
+    except (ApiError, ValueError, RecursionError):
         value = arguments
     return value if isinstance(value, dict) and not _nested(value, MAX_DEPTH) else {"raw": arguments}
 

@@ -30,6 +30,7 @@ from llamaherd_server.api.state import state_of
 from llamaherd_server.chat.tools import Tool
 from llamaherd_server.error_responses import MessagesErrorBody
 from llamaherd_server.errors import unsupported
+from llamaherd_server.json_body import beside
 
 router = APIRouter(route_class=ModelRoute)
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": MessagesErrorBody}, "5XX": {"model": MessagesErrorBody}}
@@ -254,7 +255,7 @@ async def messages(body: MessagesRequest, request: Request) -> Response:
     """Answer a conversation, in Anthropic's shape."""
     state = state_of(request)
     state.check_model(body.model, request.state.key)
-    chat = await prepare(state, body.conversation())
+    chat = await prepare(state, await beside(request, body.conversation))
     await resolve_biases(state, body)
     generation = chat.generate(body.sampling(), max_tokens=body.max_tokens, stop=body.stop_sequences)
     shape = MessagesShape(state.model_name, chat.reader)
@@ -266,6 +267,6 @@ async def count_tokens(body: CountRequest, request: Request) -> Response:
     """How many tokens a conversation has in the model's own chat format."""
     state = state_of(request)
     state.check_model(body.model, request.state.key)
-    chat = await prepare(state, body.conversation())
+    chat = await prepare(state, await beside(request, body.conversation))
     tokens = await state.engine.tokenize(chat.prompt, add_special=chat.add_special)
     return json_response({"input_tokens": len(tokens)})

@@ -29,6 +29,7 @@ from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.chat.tools import Tool
 from llamaherd_server.errors import unsupported
+from llamaherd_server.json_body import beside
 
 router = APIRouter(route_class=ModelRoute)
 
@@ -281,7 +282,7 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
     state = state_of(request)
     state.check_model(body.model, request.state.key)
     await resolve_biases(state, body)
-    chat = await prepare(state, body.to_prepare())
+    chat = await prepare(state, await beside(request, body.to_prepare))
     generation = chat.generate(body.sampling(), max_tokens=body.max_output_tokens)
     shape = ResponsesShape(state.model_name, chat.reader, body.told_back())
     return await answer(request, run_of(request, [generation]), shape, stream=body.stream)

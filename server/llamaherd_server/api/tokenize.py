@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
+from llamaherd_server.api.answer import json_response
 from llamaherd_server.api.fields import Body
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
@@ -28,15 +29,15 @@ class DetokenizeRequest(Body):
     tokens: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(description="Token ids.")
 
 
-@router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+@router.post("/tokenize", response_class=Response)
+async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """The model's tokens of a text."""
     engine = state_of(request).engine
     tokens = await engine.tokenize(body.content, add_special=body.add_special, parse_special=body.parse_special)
-    return {"tokens": tokens}
+    return json_response({"tokens": tokens})
 
 
-@router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any]:
+@router.post("/detokenize", response_class=Response)
+async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of tokens."""
-    return {"content": await state_of(request).engine.detokenize(body.tokens)}
+    return json_response({"content": await state_of(request).engine.detokenize(body.tokens)})

@@ -68,6 +68,14 @@ async def test_long_requests_that_people_send_are_served(serve: Serve, path: str
     assert reply.status_code == 200, reply.text[:300]
 
 
+async def test_arguments_of_a_call_that_cost_too_much_are_passed_on_as_text(serve: Serve) -> None:
+    function = {"name": "f", "arguments": f'{{"a": {repeated("{}", MAX_CONTAINERS)}}}'}
+    calls = [{"id": "a", "type": "function", "function": function}]
+    async with serve(Double()) as served:
+        reply = await served.chat(messages=[{"role": "assistant", "content": "", "tool_calls": calls}, MESSAGE])
+    assert reply.status_code == 200
+
+
 def test_an_image_of_many_megabytes_is_decoded() -> None:
     url = "data:image/png;base64," + "A" * 2**25
     assert decode(json.dumps({"url": url}).encode()) == {"url": url}
