@@ -28,9 +28,11 @@ from llamaherd_server.api import (
 )
 from llamaherd_server.api.state import AppState
 from llamaherd_server.auth import KeyStore
+from llamaherd_server.chat import template
 from llamaherd_server.chat.sandbox import Sandbox
 from llamaherd_server.engine.base import Engine
 from llamaherd_server.engine.switch import Switch
+from llamaherd_server.errors import ApiError
 from llamaherd_server.generation import Serving
 from llamaherd_server.lifecycle import Lifecycle
 from llamaherd_server.metrics import Metrics
@@ -42,6 +44,7 @@ from llamaherd_server.settings import Settings
 _EMBEDDINGS_AT_ONCE = 8
 # Web pages of this machine may call the API, whatever port they are served at.
 _THIS_MACHINE = r"https?://([a-z0-9.-]+\.)?(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+_POLL_S = 0.2
 # For the documentation and its "Authorize" button only: it is the Gate that lets in or refuses.
 _DOCUMENTED = [
     Security(HTTPBearer(auto_error=False, description="An API key, where the server has any.")),
@@ -116,17 +119,27 @@ def _serving(settings: Settings, engine: Switch, quotas: Quotas, metrics: Metric
     return Serving(engine, admission, embedding, quotas, metrics, settings.model.name, limits, settings.log.texts)
 
 
+async def _check_templates(state: AppState) -> None:
+    """Find out what each model's chat template can print, once the model is loaded and before the first chat."""
+    for one in state.all():
+        while (model := one.engine.status().model) is None:  # noqa: ASYNC110 (whatever loads it)
+            await asyncio.sleep(_POLL_S)
+        await template.check(one.sandbox, model, one.model_name)
+
+
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Serve from the first moment, so that probes are answered while the model loads."""
     state: AppState = app.state.llamaherd
     await state.sandbox.start()
-    living = asyncio.create_task(state.lifecycle.run())
+    tasks = [asyncio.create_task(state.lifecycle.run()), asyncio.create_task(_check_templates(state))]
     try:
         yield
     finally:
-        living.cancel()
-        with suppress(asyncio.CancelledError):
-            await living
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with suppress(asyncio.CancelledError, ApiError):
+                await task
         await state.lifecycle.stop()
         await state.sandbox.stop()

@@ -84,7 +84,8 @@ class AdapterSettings(Section):
 class ModelSettings(Section):
     """A model that is served. `gpu_layers` -1: all; `mmproj`: a multimodal projector, for llama-server.
 
-    `chat_template`: a Jinja file that goes before the GGUF's own. `aliases`: of the only model, ["*"] unless given.
+    `chat_template`: a Jinja file that goes before the GGUF's own. `chat_template_kwargs`: variables for it, where a
+    request gives none of the name. `aliases`: of the only model, ["*"] unless given.
     """
 
     name: ModelName
@@ -93,6 +94,7 @@ class ModelSettings(Section):
     gpu_layers: int = Field(default=-1, ge=-1)
     mmproj: ExistingFile | None = None
     chat_template: ExistingFile | None = None
+    chat_template_kwargs: dict[str, Any] = {}
     lora: list[AdapterSettings] = []
 
     def adapters(self) -> list[Adapter]:

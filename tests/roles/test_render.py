@@ -253,6 +253,7 @@ def test_what_is_a_models_own_reaches_the_server(render: Render, tmp_path: Path)
     source = {"kind": "https", "url": "https://example.com/model.gguf"}
     lora = {"name": "tone", "sha256": "b" * 64, "source": source, "scale": 0.5}
     own = {"settings": {"ctx_per_slot": 1024}, "engine": "llama-server", "chat_template": str(template), "lora": [lora]}
+    own["chat_template_kwargs"] = {"enable_thinking": False, "reasoning_effort": "low"}
     model = {"name": "smollm2-135m-instruct", "sha256": "a" * 64, "source": source, **own}
     found = render("debian12", llamaherd_models=[model], llamaherd_settings={"parallel": 2, "ctx_per_slot": 4096})
     store = found.state_dir / "models"
@@ -263,6 +264,7 @@ def test_what_is_a_models_own_reaches_the_server(render: Render, tmp_path: Path)
     assert loaded.engine.kind == "llama-server"
     assert loaded.engine.settings == EngineSettings(parallel=2, ctx_per_slot=1024)
     assert loaded.model.chat_template == expected
+    assert loaded.model.chat_template_kwargs == {"enable_thinking": False, "reasoning_effort": "low"}
     assert [(one.path, one.scale) for one in loaded.model.lora] == [(store / f"{'b' * 64}.gguf", 0.5)]
 
 

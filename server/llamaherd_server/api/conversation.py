@@ -10,7 +10,7 @@ import msgspec
 from llamaherd_server.api.state import AppState
 from llamaherd_server.chat import template
 from llamaherd_server.chat.formats import HARMONY, HERMES, Reader, format_of, thinking_of
-from llamaherd_server.chat.tools import AnswerSchema, Choice, reply_grammar, told, with_ids_of
+from llamaherd_server.chat.tools import AnswerSchema, Choice, reply_grammar, with_ids_of
 from llamaherd_server.errors import ApiError
 from llamaherd_server.protocol import Generate, Sampling
 
@@ -60,16 +60,16 @@ async def prepare(state: AppState, conversation: Conversation) -> Prepared:
     model = state.model_info()
     source = model.chat_template or template.CHATML
     choice, messages = conversation.choice, conversation.messages
-    known = format_of(source)
+    traits = (await template.found(state.sandbox, model)).traits
+    known = None if traits.foreign_tools else format_of(source)
     form = known or HERMES if choice.tools or known is HARMONY else None
-    if "developer" not in source:  # OpenAI's newer word for it
-        messages = [{**one, "role": "system"} if one["role"] == "developer" else one for one in messages]
     if known is None:
-        messages = told(messages, choice.tools)
+        traits = msgspec.structs.replace(traits, foreign_tools=True)
     elif known.id_length:
         messages = list(with_ids_of(known.id_length, messages))
-    tools = [tool.for_template() for tool in choice.tools] if known and choice.tools else None
-    prompt = await template.render(state.sandbox, model, messages, conversation.variables, tools)
+    variables = {**state.settings.model.chat_template_kwargs, **conversation.variables}
+    tools = [tool.for_template() for tool in choice.tools]
+    prompt = await template.render(state.sandbox, model, messages, variables, tools=tools, traits=traits)
     thinking = thinking_of(source) if conversation.split_reasoning and form is not HARMONY else None
     reader = Reader(
         form=form,

@@ -8,8 +8,10 @@ import json
 from typing import Any, NoReturn
 
 import msgspec
-from jinja2 import Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Template, TemplateError, Undefined, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import SandboxedEnvironment
 
 OUTPUT_CHARS = 8 * 2**20
 
@@ -32,11 +34,22 @@ def render(rendering: Rendering) -> str:
     return "".join(pieces)
 
 
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}`, with which transformers marks what an assistant said."""
+
+    tags = {"generation"}  # noqa: RUF012 (as declared in Extension)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @functools.lru_cache(maxsize=4)
 def _compiled(template: str) -> Template:
-    # What transformers' apply_chat_template offers a template, which is what templates are written against.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    # What transformers' apply_chat_template offers a template, which is what templates are written against; lists can
+    # be appended to, as in llama.cpp.
+    environment = SandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
@@ -45,7 +58,12 @@ def _compiled(template: str) -> Template:
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    return json.dumps(value, ensure_ascii=ensure_ascii, default=_listed, **options)
+
+
+def _listed(value: Any) -> Any:
+    """What filters such as `map` return, as a list; an undefined value as null."""
+    return None if isinstance(value, Undefined) else list(value)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from llamaherd_server.chat import jinja
+import structlog
+
+from llamaherd_server.chat.adapt import Found, Prompting, Traits, prompt_of, traits_of
 from llamaherd_server.chat.sandbox import Sandbox, SandboxError
 from llamaherd_server.errors import ApiError
 from llamaherd_server.protocol import ModelInfo
+
+log = structlog.get_logger()
 
 # For a model whose GGUF has no template: ChatML, which most instruction-tuned models understand.
 CHATML = (
@@ -16,30 +20,51 @@ CHATML = (
 )
 
 
+_FINDING_CPU_S = 10.0
+_found: dict[str, Found] = {}  # by template: there are as many as models
+
+
+async def found(sandbox: Sandbox, model: ModelInfo) -> Found:
+    """What the model's template cannot do, found out once. Raises ApiError where no process can be had for it."""
+    source = model.chat_template or CHATML
+    if source not in _found:
+        try:
+            _found[source] = await sandbox.in_child(traits_of, source, _FINDING_CPU_S)
+        except SandboxError as error:
+            _found[source] = Found(Traits(), {"every conversation": str(error)})
+    return _found[source]
+
+
+async def check(sandbox: Sandbox, model: ModelInfo, name: str) -> None:
+    """Log the kinds of conversations that the template of the model `name` does not print."""
+    if failures := (await found(sandbox, model)).failures:
+        log.warning("the chat template does not print these conversations whole", model=name, **{"not": failures})
+
+
 async def render(
     sandbox: Sandbox,
     model: ModelInfo,
     messages: list[dict[str, Any]],
-    extra: dict[str, Any] | None = None,
+    variables: dict[str, Any] | None = None,
+    *,
     tools: list[dict[str, Any]] | None = None,
+    traits: Traits | None = None,
 ) -> str:
-    """The prompt for `messages`; `extra` are the request's own template variables. Raises ApiError.
+    """The prompt for `messages`; `variables` are the request's and the model's own, for the template. Raises ApiError.
 
     Where the last message is the assistant's, the answer continues it, as llama-server does.
     """
     last = messages[-1]
     prefill = last["content"] if last["role"] == "assistant" and "tool_calls" not in last else None
-    context = {
-        **(extra or {}),
-        "messages": messages if prefill is None else messages[:-1],
-        "tools": tools,
-        "add_generation_prompt": True,
-        "bos_token": model.bos_token,
-        "eos_token": model.eos_token,
-    }
+    prompting = Prompting(
+        template=model.chat_template or CHATML,
+        messages=messages if prefill is None else messages[:-1],
+        tools=tools or [],
+        traits=traits or (await found(sandbox, model)).traits,
+        variables={**(variables or {}), "bos_token": model.bos_token, "eos_token": model.eos_token},
+    )
     try:
-        rendering = jinja.Rendering(model.chat_template or CHATML, context)
-        prompt = await sandbox.in_child(jinja.render, rendering)
+        prompt = await sandbox.in_child(prompt_of, prompting)
     except SandboxError as error:
         raise ApiError(400, f"the model's chat template: {error}", param="messages", code="template_error") from None
     return prompt + (prefill or "")

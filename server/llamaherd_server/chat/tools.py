@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,20 +16,6 @@ from llamaherd_server.chat.schema import arguments_rules, bare_rules, grammar_of
 from llamaherd_server.errors import ApiError
 
 _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-# What a model whose template knows no tools is told: the words of Qwen2.5's template, in Hermes' format.
-_INTRODUCTION = """# Tools
-
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>
-{tools}
-</tools>
-
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
-<tool_call>
-{{"name": <function-name>, "arguments": <args-json-object>}}
-</tool_call>"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,32 +147,6 @@ def _parameters(tool: Tool, name: str) -> dict[str, str]:
     return {**rules, name: " ".join(elements) or '""'}
 
 
-def told(messages: list[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """The messages for a template that knows no tools: they go into the system message, calls and results are text."""
-    introduction = _INTRODUCTION.format(tools="\n".join(_json(tool.for_template()) for tool in tools)) if tools else ""
-    result: list[dict[str, Any]] = []
-    for message in messages:
-        if message["role"] == "tool":
-            text = f"<tool_response>\n{message['content']}\n</tool_response>"
-            if result and result[-1].get("tool_results"):
-                result[-1]["content"] += f"\n{text}"
-            else:
-                result.append({"role": "user", "content": text, "tool_results": True})
-        elif calls := message.get("tool_calls"):
-            written = "\n".join(f"<tool_call>\n{_json(call['function'])}\n</tool_call>" for call in calls)
-            result.append({"role": "assistant", "content": "\n".join(filter(None, (message["content"], written)))})
-        else:
-            result.append(message)
-    for message in result:
-        message.pop("tool_results", None)
-    if not introduction:
-        return result
-    if result[0]["role"] == "system":
-        first = {**result[0], "content": f"{result[0]['content']}\n\n{introduction}".lstrip()}
-        return [first, *result[1:]]
-    return [{"role": "system", "content": introduction}, *result]
-
-
 def with_ids_of(length: int, messages: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The messages with call ids of `length` letters and digits, which Mistral's templates insist on."""
 
@@ -202,7 +161,3 @@ def with_ids_of(length: int, messages: Iterable[dict[str, Any]]) -> Iterator[dic
         if "tool_calls" in message:
             changed["tool_calls"] = [{**call, "id": short(call["id"])} for call in message["tool_calls"]]
         yield changed
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)

@@ -56,6 +56,7 @@ def serve(tmp_path: Path) -> Serve:
         **limits: Any,
     ) -> AsyncIterator[Served]:
         named = {"name": "double", "path": model, **({} if aliases is None else {"aliases": [*aliases]})}
+        named["chat_template_kwargs"] = {"enable_thinking": False}
         table: dict[str, Any] = {"model": named, "limits": limits, "http": http or {}}
         table["engine"] = {"parallel": double.settings.parallel}
         if keys is not None:

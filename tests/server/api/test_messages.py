@@ -83,7 +83,7 @@ async def test_calls_and_results_reach_the_template(serve: Serve) -> None:
             model="double", max_tokens=5, messages=HELLO, tools=[WEATHER], tool_choice={"type": "any"}
         )
         counted = await client(served).messages.count_tokens(model="double", messages=turns, tools=[WEATHER])
-    assert str(double.seen[0].prompt).endswith("|user:Hello|assistant:[Bern]|tool:Rain|user:And now?|")
+    assert str(double.seen[0].prompt).endswith("|user:Hello|assistant:[weather Bern]|tool:Rain|user:And now?|")
     assert double.seen[1].sampling.grammar
     assert forced.content
     assert counted.input_tokens == len(str(double.seen[0].prompt))

@@ -92,7 +92,7 @@ async def test_items_of_an_earlier_response_are_turns(serve: Serve) -> None:
                 {"type": "function_call_output", "call_id": call.call_id, "output": "Rain"},
             ],
         )
-    assert str(double.seen[1].prompt).endswith("|user:Hello|assistant:[Bern]|tool:Rain|")
+    assert str(double.seen[1].prompt).endswith("|user:Hello|assistant:[weather Bern]|tool:Rain|")
     assert double.seen[1].sampling.grammar
 
 

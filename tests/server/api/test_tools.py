@@ -28,7 +28,8 @@ WEATHER = {
 TEMPLATE = (
     "{% if tools %}{% for tool in tools %}{{ tool.function.name }} <tool_call> arguments{% endfor %}|{% endif %}"
     "{% for message in messages %}{{ message.role }}:{{ message.content }}"
-    "{% for call in message.tool_calls %}[{{ call.function.arguments.city }}]{% endfor %}|{% endfor %}"
+    "{% for call in message.tool_calls %}[{{ call.function.name }} {{ call.function.arguments.values() | join }}]"
+    "{% endfor %}|{% endfor %}"
     "{% if enable_thinking %}<think>\n{% endif %}{# </think> #}"
 )
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
@@ -100,7 +101,7 @@ async def test_templates_get_arguments_as_objects(serve: Serve) -> None:
         await served.chat(messages=TURNS, tools=[WEATHER])
         rendered = await served.http.post("/apply-template", json={"messages": TURNS, "tools": [WEATHER]})
     assert rendered.json() == {"prompt": double.seen[0].prompt}
-    assert double.seen[0].prompt == ("weather <tool_call> arguments|user:Well?|assistant:[Bern]|tool:Rain|")
+    assert double.seen[0].prompt == ("weather <tool_call> arguments|user:Well?|assistant:[weather Bern]|tool:Rain|")
 
 
 async def test_a_template_without_tools_is_told_of_them_in_the_system_message(serve: Serve) -> None:

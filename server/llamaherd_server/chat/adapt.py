@@ -1,0 +1,256 @@
+"""Conversations in the form that a chat template can print: found out by rendering it, before the first request."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+from llamaherd_server.chat.conversations import KINDS
+from llamaherd_server.chat.jinja import Rendering, render
+
+Messages = list[dict[str, Any]]
+
+# What a model whose template knows no tools is told: the words of Qwen2.5's template, in Hermes' format.
+_INTRODUCTION = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+# A template prints its own tools if it prints these conversations.
+_OF_TOOLS = ("tools", "tools and a system message", "a call", "a call with text")
+_ALL = tuple(kind.name for kind in KINDS)
+_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+_FAILED = 100  # an error weighs more than all the texts that a prompt can lack
+
+
+class Traits(msgspec.Struct, frozen=True):
+    """What a template cannot do by itself."""
+
+    listed_tools: bool = False  # it wants a list of tools, also where there are none
+    text_arguments: bool = False  # it wants the arguments of calls as text
+    mapped_arguments: bool = False  # it wants them as a mapping, whatever they are
+    single_calls: bool = False  # it prints one call in a turn
+    one_system: bool = False  # it prints one system message only, at the beginning
+    no_system: bool = False  # it prints none
+    alternating: bool = False  # it wants user and assistant in turns
+    user_first: bool = False  # it wants the user to begin
+    parts: bool = False  # it wants contents as lists of parts
+    foreign_tools: bool = False  # it prints no tools, or not their calls and results
+
+
+class Found(msgspec.Struct):
+    """The traits of a template, and the kinds of conversations that it does not print whole even so, with the error."""
+
+    traits: Traits
+    failures: dict[str, str]
+
+
+class Prompting(msgspec.Struct):
+    """What a prompt is made of; `variables` are the request's and the model's own, and its tokens."""
+
+    template: str
+    messages: Messages
+    tools: list[dict[str, Any]]
+    traits: Traits
+    variables: dict[str, Any]
+
+
+def prompt_of(prompting: Prompting) -> str:
+    """The prompt; called in a sandboxed child."""
+    context = context_of(prompting.messages, prompting.tools, prompting.traits, prompting.variables)
+    return render(Rendering(prompting.template, context))
+
+
+def traits_of(template: str) -> Found:
+    """The traits with which most kinds of conversations are printed whole; called in a sandboxed child."""
+    traits, failures = Traits(), _failures(template, Traits())
+    for name in Traits.__struct_fields__ * 2:  # one may only help beside a later one
+        other = msgspec.structs.replace(traits, **{name: True})
+        if failures and other != traits:
+            fewer = _failures(template, other)
+            kinds = _OF_TOOLS if name == "foreign_tools" else _ALL
+            if _weight(fewer, kinds) < _weight(failures, kinds):
+                traits, failures = other, fewer
+    for name in Traits.__struct_fields__:  # what helped at first may be needless beside what came later
+        other = msgspec.structs.replace(traits, **{name: False})
+        if other != traits and _weight(same := _failures(template, other), _ALL) <= _weight(failures, _ALL):
+            traits, failures = other, same
+    told = {kind: text if isinstance(text, str) else f"leaves out {', '.join(text)}" for kind, text in failures.items()}
+    return Found(traits, told)
+
+
+def _failures(template: str, traits: Traits) -> dict[str, str | list[str]]:
+    """For each kind that is not printed whole: the error, or what is missing."""
+    failures: dict[str, str | list[str]] = {}
+    for kind in KINDS:
+        try:
+            prompt = render(
+                Rendering(
+                    template, context_of(kind.messages, list(kind.tools), traits, {**_TOKENS, **dict(kind.variables)})
+                )
+            )
+        except Exception as error:
+            failures[kind.name] = str(error) or type(error).__name__
+            continue
+        if missing := [text for text in kind.texts if text not in prompt]:
+            failures[kind.name] = missing
+    return failures
+
+
+def _weight(failures: dict[str, str | list[str]], kinds: Iterable[str]) -> int:
+    problems = (failures[kind] for kind in kinds if kind in failures)
+    return sum(_FAILED if isinstance(problem, str) else len(problem) for problem in problems)
+
+
+def context_of(
+    messages: Messages, tools: list[dict[str, Any]], traits: Traits, variables: dict[str, Any]
+) -> dict[str, Any]:
+    """A template's variables: `variables`, and the conversation as it can print it."""
+    messages = [{**one, "role": "system"} if one["role"] == "developer" else dict(one) for one in messages]
+    if traits.foreign_tools:
+        messages, tools = told(messages, tools), []
+    steps: tuple[tuple[bool, Callable[[Messages], Messages]], ...] = (
+        (traits.text_arguments, lambda given: _with_arguments(given, _as_text)),
+        (traits.mapped_arguments, lambda given: _with_arguments(given, _as_mapping)),
+        (traits.single_calls, _single_calls),
+        (traits.one_system or traits.no_system, _one_system),
+        (traits.no_system, _no_system),
+        (traits.user_first, _user_first),
+        (traits.alternating, _alternating),
+        (traits.parts, _in_parts),
+    )
+    for wanted, step in steps:
+        messages = step(messages) if wanted else messages
+    return {
+        "enable_thinking": True,  # as llama-server has it
+        "date_string": datetime.datetime.now().astimezone().strftime("%d %b %Y"),
+        **variables,
+        "messages": messages,
+        "tools": tools or ([] if traits.listed_tools else None),
+        "add_generation_prompt": True,
+    }
+
+
+def _with_arguments(messages: Messages, convert: Callable[[Any], Any]) -> Messages:
+    def converted(call: dict[str, Any]) -> dict[str, Any]:
+        return {**call, "function": {**call["function"], "arguments": convert(call["function"]["arguments"])}}
+
+    return [
+        {**one, "tool_calls": [converted(call) for call in one["tool_calls"]]} if one.get("tool_calls") else one
+        for one in messages
+    ]
+
+
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else _json(arguments)
+
+
+def _as_mapping(arguments: Any) -> dict[str, Any]:
+    return arguments if isinstance(arguments, dict) else {"arguments": arguments}
+
+
+def _single_calls(messages: Messages) -> Messages:
+    """Calls that were made in parallel as one after the other, each with its result."""
+    result: Messages = []
+    taken: list[int] = []
+    for at, one in enumerate(messages):
+        if at in taken:
+            continue
+        calls = one.get("tool_calls") or []
+        if len(calls) < 2:
+            result.append(one)
+            continue
+        for number, call in enumerate(calls):
+            found = [
+                later
+                for later in range(at + 1, len(messages))
+                if messages[later].get("tool_call_id") == call["id"] and later not in taken
+            ]
+            taken += found
+            result.append({**one, "content": "" if number else one["content"], "tool_calls": [call]})
+            result += [messages[later] for later in found]
+    return result
+
+
+def _one_system(messages: Messages) -> Messages:
+    """The first system messages as one, those that come later as the user's."""
+    count = next((at for at, one in enumerate(messages) if one["role"] != "system"), len(messages))
+    rest = [{**one, "role": "user"} if one["role"] == "system" else one for one in messages[count:]]
+    return [*_joined(messages[:count]), *rest]
+
+
+def _no_system(messages: Messages) -> Messages:
+    """The system message as the beginning of the user's first one."""
+    if not messages or messages[0]["role"] != "system":
+        return messages
+    system, *rest = messages
+    return _joined([{"role": "user", "content": system["content"]}, *rest[:1]]) + rest[1:]
+
+
+def _user_first(messages: Messages) -> Messages:
+    at = 1 if messages and messages[0]["role"] == "system" else 0
+    if messages[at:] and messages[at]["role"] != "user":
+        return [*messages[:at], {"role": "user", "content": ""}, *messages[at:]]
+    return messages
+
+
+def _alternating(messages: Messages) -> Messages:
+    return _joined(messages)
+
+
+def _joined(messages: Messages) -> Messages:
+    """Neighbours of one role as one message; calls and their results stay what they are."""
+    result: Messages = []
+    for one in messages:
+        last = result[-1] if result else {}
+        if one["role"] != last.get("role") or one["role"] == "tool" or "tool_calls" in last or "tool_calls" in one:
+            result.append(one)
+        else:
+            result[-1] = {**last, "content": "\n\n".join(filter(None, (last["content"], one["content"])))}
+    return result
+
+
+def _in_parts(messages: Messages) -> Messages:
+    return [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+
+
+def told(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages for a template that knows no tools: they go into the system message, calls and results are text."""
+    introduction = _INTRODUCTION.format(tools="\n".join(_json(tool) for tool in tools)) if tools else ""
+    result: list[dict[str, Any]] = []
+    for message in messages:
+        if message["role"] == "tool":
+            text = f"<tool_response>\n{message['content']}\n</tool_response>"
+            if result and result[-1].get("tool_results"):
+                result[-1]["content"] += f"\n{text}"
+            else:
+                result.append({"role": "user", "content": text, "tool_results": True})
+        elif calls := message.get("tool_calls"):
+            written = "\n".join(f"<tool_call>\n{_json(call['function'])}\n</tool_call>" for call in calls)
+            result.append({"role": "assistant", "content": "\n".join(filter(None, (message["content"], written)))})
+        else:
+            result.append(message)
+    for message in result:
+        message.pop("tool_results", None)
+    if not introduction:
+        return result
+    if result[0]["role"] == "system":
+        first = {**result[0], "content": f"{result[0]['content']}\n\n{introduction}".lstrip()}
+        return [first, *result[1:]]
+    return [{"role": "system", "content": introduction}, *result]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,117 @@
+"""Conversations of every kind that a chat template meets: a model's is rendered with all of them when it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+_PARAMETERS = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "get_weather", "description": "Tells the weather", "parameters": _PARAMETERS},
+}
+CLOCK: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "read_clock", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A conversation as templates are given it, and texts that must be in the prompt."""
+
+    name: str
+    messages: list[dict[str, Any]]
+    tools: tuple[dict[str, Any], ...] = ()
+    texts: tuple[str, ...] = ()
+    variables: tuple[tuple[str, Any], ...] = ()
+
+
+def _system(text: str = "S-one") -> dict[str, Any]:
+    return {"role": "system", "content": text}
+
+
+def _user(text: str = "U-one") -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def _said(text: str = "A-one", **fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **fields}
+
+
+def _call(number: int = 1, name: str = "get_weather", **arguments: Any) -> dict[str, Any]:
+    return {"id": f"call0000{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _broken(arguments: str) -> dict[str, Any]:
+    return {"id": "call00001", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+
+
+def _result(number: int = 1, text: str = "R-one", name: str = "get_weather") -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": f"call0000{number}", "name": name, "content": text}
+
+
+_ASKED = _said("", tool_calls=[_call(place="P-one")])
+_TWO = _said("", tool_calls=[_call(place="P-one"), _call(2, "read_clock")])
+
+KINDS = (
+    Kind("one question", [_user()], texts=("U-one",)),
+    Kind("a system message", [_system(), _user()], texts=("S-one", "U-one")),
+    Kind("a developer message", [{"role": "developer", "content": "S-one"}, _user()], texts=("S-one", "U-one")),
+    Kind("two system messages", [_system(), _system("S-two"), _user()], texts=("S-one", "S-two", "U-one")),
+    Kind(
+        "a system message later",
+        [_user(), _said(), _system(), _user("U-two")],
+        texts=("U-one", "A-one", "S-one", "U-two"),
+    ),
+    Kind("several turns", [_user(), _said(), _user("U-two")], texts=("U-one", "A-one", "U-two")),
+    Kind(
+        "several turns after a system message",
+        [_system(), _user(), _said(), _user("U-two"), _said("A-two"), _user("U-three")],
+        texts=("S-one", "U-one", "A-one", "U-two", "A-two", "U-three"),
+    ),
+    Kind("two questions in a row", [_user(), _user("U-two")], texts=("U-one", "U-two")),
+    Kind("an assistant that begins", [_said(), _user()], texts=("A-one", "U-one")),
+    Kind("two answers in a row", [_user(), _said(), _said("A-two"), _user("U-two")], texts=("A-one", "A-two", "U-two")),
+    Kind("an empty system message", [_system(""), _user()], texts=("U-one",)),
+    Kind("an empty answer", [_user(), _said(""), _user("U-two")], texts=("U-one", "U-two")),
+    Kind("reasoning", [_user(), _said(reasoning_content="T-one"), _user("U-two")], texts=("U-one", "A-one", "U-two")),
+    Kind("names", [{**_user(), "name": "N-one"}, _said(), _user("U-two")], texts=("U-one", "A-one", "U-two")),
+    Kind("without thinking", [_user()], texts=("U-one",), variables=(("enable_thinking", False),)),
+    Kind("tools", [_user()], (WEATHER, CLOCK), ("U-one", "get_weather", "read_clock")),
+    Kind("tools and a system message", [_system(), _user()], (WEATHER,), ("S-one", "U-one", "get_weather")),
+    Kind("a call", [_user(), _ASKED, _result()], (WEATHER,), ("U-one", "P-one", "R-one")),
+    Kind(
+        "a call with text",
+        [_user(), _said(tool_calls=[_call(place="P-one")]), _result(), _said("A-two"), _user("U-two")],
+        (WEATHER,),
+        ("U-one", "P-one", "R-one", "A-two", "U-two"),
+    ),
+    Kind(
+        "parallel calls",
+        [_user(), _TWO, _result(), _result(2, "R-two", "read_clock")],
+        (WEATHER, CLOCK),
+        ("P-one", "read_clock", "R-one", "R-two"),
+    ),
+    Kind(
+        "calls one after the other, with reasoning",
+        [
+            _user(),
+            {**_ASKED, "reasoning_content": "T-one"},
+            _result(),
+            _said("", tool_calls=[_call(2, place="P-two")], reasoning_content="T-two"),
+            _result(2, "R-two"),
+            _said("A-two"),
+            _user("U-two"),
+        ],
+        (WEATHER,),
+        ("P-one", "R-one", "P-two", "R-two", "A-two", "U-two"),
+    ),
+    Kind(
+        "a call whose arguments are not JSON",
+        [_user(), _said("", tool_calls=[_broken('{"place": "P-one')]), _result()],
+        (WEATHER,),
+        ("P-one", "R-one"),
+    ),
+    Kind("calls of tools that are gone", [_system(), _user(), _ASKED, _result()], (), ("S-one", "P-one", "R-one")),
+)
