@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shlex
@@ -38,6 +39,10 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], Callable[[str], Any]]] = {
     "threads_batch": (("-tb", "--threads-batch"), int),
     "kv_unified": (("-kvu", "--kv-unified", "LLAMA_ARG_KV_UNIFIED"), lambda word: _WORDS.get(word, word) == "on"),
 }
+_MMPROJ = ("-mm", "--mmproj", "LLAMA_ARG_MMPROJ")
+_CHAT_TEMPLATE = ("--chat-template-file", "LLAMA_ARG_CHAT_TEMPLATE_FILE")
+# Both may be given more than once, and each may list several.
+_LORA, _LORA_SCALED = "--lora", "--lora-scaled"
 _NOT_UNIFIED = ("-no-kvu", "--no-kv-unified")
 # What llamaherd always does, or does in a way of its own.
 _COVERED = {
@@ -57,15 +62,19 @@ def adopt_llama_server(service: Sequence[str], environment_files: Sequence[str] 
 
     `service` has a line of each, as `busctl --json=short get-property` prints them: drop-ins, continued lines, quotes
     and specifiers are systemd's own reading. Returns path (the GGUF, "" where the unit names none), hub (what -hf
-    names), name, aliases, port, gpu_layers and settings (with what the unit says alone), ctx_size and parallel as
-    llama-server counts them (0: not said), and left: flag and reason for the rest.
+    names), mmproj and chat_template (paths, or ""), lora (name, path and scale of each), name, aliases, port,
+    gpu_layers and settings (with what the unit says alone), ctx_size and parallel as llama-server counts them (0: not
+    said), and left: flag and reason for the rest.
     """
     commands, assignments, folder = (json.loads(line)["data"] for line in service)
     environment = {name: value for name, _, value in (each.partition("=") for each in assignments)}
     for text in environment_files:
         environment |= _assignments(text.replace("\\\n", "").splitlines())
     words = list(_expanded(commands[-1][1] if commands else [], environment))
-    flags = {name: value for name, value in environment.items() if name.startswith("LLAMA_")} | dict(_flags(words))
+    flags = {name: value for name, value in environment.items() if name.startswith("LLAMA_")}
+    for flag, value in _flags(words):
+        repeated = flag in (_LORA, _LORA_SCALED) and flag in flags
+        flags[flag] = f"{flags[flag]},{value}" if repeated else value
     unclear: dict[str, str] = {}
 
     def take(names: tuple[str, ...], kind: Callable[[str], Any], default: Any) -> Any:
@@ -76,10 +85,19 @@ def adopt_llama_server(service: Sequence[str], environment_files: Sequence[str] 
             unclear[found[0][0]] = f"{found[0][1] or 'nothing'} is not understood"
             return default
 
-    path = take(_MODEL, lambda name: str(PurePosixPath(folder.removeprefix("!") or "/", name)), "")
+    def located(name: str) -> str:
+        return str(PurePosixPath(folder.removeprefix("!") or "/", name))
+
+    path = take(_MODEL, located, "")
     adopted: dict[str, Any] = {
         "path": path,
         "hub": take(_HUB, str, ""),
+        "mmproj": take(_MMPROJ, located, ""),
+        "chat_template": take(_CHAT_TEMPLATE, located, ""),
+        "lora": [
+            {"name": PurePosixPath(file).name.removesuffix(".gguf"), "path": located(file), "scale": scale}
+            for file, scale in [*take((_LORA,), _loras, []), *take((_LORA_SCALED,), _scaled_loras, [])]
+        ],
         "name": re.sub(r"[^\w.-]+", "-", PurePosixPath(path).name.removesuffix(".gguf").lower()),
         "aliases": take(_ALIAS, lambda names: [name.strip() for name in names.split(",")], []),
         "port": take(_PORT, int, 8080),
@@ -98,6 +116,16 @@ def adopt_llama_server(service: Sequence[str], environment_files: Sequence[str] 
     }
     adopted["left"] = [{"flag": flag, "reason": reason} for flag, reason in (unclear | left).items()]
     return adopted
+
+
+def _loras(value: str) -> list[tuple[str, float]]:
+    return [(file, 1.0) for file in next(csv.reader([value]))]
+
+
+def _scaled_loras(value: str) -> list[tuple[str, float]]:
+    """Those of FNAME:SCALE,…; raises ValueError where one has no scale."""
+    pairs = [item.rpartition(":") for item in next(csv.reader([value]))]
+    return [(file, float(scale)) for file, _, scale in pairs]
 
 
 def _assignments(lines: Sequence[str]) -> Iterator[tuple[str, str]]:

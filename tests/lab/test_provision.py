@@ -84,3 +84,27 @@ def test_the_embedded_engine_refuses_a_prebuilt_archive(pair: Herd, prebuilt: di
     assert run.rc != 0
     assert "llamaherd_engine to llama-server" in run.errors[0]
     assert set(run.changed.values()) == {0}
+
+
+LOCK = (
+    'import fcntl, time; f = open("/var/lib/dpkg/lock-frontend", "w"); fcntl.lockf(f, fcntl.LOCK_EX); time.sleep(600)'
+)
+
+
+def install(herd: Herd, *packages: str, **variables: object) -> Run:
+    extra = json.dumps({"packages": packages, **variables})
+    return herd.play("../tests/lab/plays/packages.yml", "-e", extra, "--limit", "t1")
+
+
+def test_a_package_that_no_source_has_is_one_line(pair: Herd) -> None:
+    [error] = install(pair, "tree", "no-such-package").errors
+    assert "package sources have no no-such-package; run `apt update`" in error
+
+
+def test_packages_wait_for_the_lock(pair: Herd) -> None:
+    pair.sh("t1", f"systemd-run --quiet --unit=lock python3 -c '{LOCK}'; sleep 1")
+    [error] = install(pair, "tree", llamaherd_packages_wait_s=2).errors
+    assert "locked by process" in error
+    assert "raise llamaherd_packages_wait_s" in error
+    pair.sh("t1", "systemd-run --quiet --on-active=15 systemctl stop lock")
+    assert install(pair, "tree").rc == 0

@@ -195,6 +195,7 @@ def test_one_changed_setting_restarts_only_the_server(herd: Herd) -> None:
 LLAMA_SERVER = """
 mkdir -p /run/systemd/system/llama-server@one.service.d '/srv/llama/My Models'
 ln -sf /var/lib/llamaherd/models/smollm2-135m-instruct.gguf '/srv/llama/My Models/Small one.gguf'
+echo lora >/srv/llama/tone.gguf; echo eye >/srv/llama/eye.gguf
 cat >/run/systemd/system/llama-server@.service <<'UNIT'
 [Service]
 WorkingDirectory=/srv/llama
@@ -205,7 +206,7 @@ ExecStart=/usr/bin/llama-server \\
   -m "My Models/Small %i.gguf" \\
   # as many as there are people
   -c 4096 -np 2 --port=${PORT} $EXTRA \\
-  --cache-type-k=q8_0 -fa --mlock
+  --cache-type-k=q8_0 -fa --mlock --mmproj eye.gguf --lora-scaled tone.gguf:0.5 --chat-template-file chat.jinja
 UNIT
 printf '[Service]\nEnvironment=LLAMA_ARG_THREADS=3\n' >/run/systemd/system/llama-server@one.service.d/threads.conf
 printf 'PORT=8081\nEXTRA="-ub 256 --alias=small,mini"\n' >/run/llama-one
@@ -229,6 +230,10 @@ def test_adopt_prints_an_inventory_from_a_llama_server_unit(herd: Herd, tmp_path
     assert variables["llamaherd_models"][0]["aliases"] == ["small", "mini"]
     model = variables["llamaherd_models"][0]
     assert model["sha256"] == herd.sh("t1", f"sha256sum '{model['source']['path']}'").split()[0]
+    sums = [herd.sh("t1", f"sha256sum /srv/llama/{name}.gguf").split()[0] for name in ("tone", "eye")]
+    assert [model["lora"][0]["sha256"], variables["llamaherd_models"][1]["sha256"]] == sums
+    assert (model["mmproj"], model["lora"][0]["scale"]) == (variables["llamaherd_models"][1]["name"], 0.5)
+    assert model["chat_template"] == "/srv/llama/chat.jinja"
     check = load("plugins/action/check_variables.py", "llamaherd_check_adopted")
     known = check.known_variables()
     assert [line for name, value in variables.items() for line in check.mistakes(name, value, known[name])] == []

@@ -61,3 +61,8 @@ def llama_server_filters() -> ModuleType:
 @pytest.fixture(scope="session")
 def fetch_model() -> ModuleType:
     return load("roles/model/files/fetch_model.py", "llamaherd_fetch_model")
+
+
+@pytest.fixture(scope="session")
+def packages() -> ModuleType:
+    return load("plugins/filter/packages.py", "llamaherd_packages_filters")

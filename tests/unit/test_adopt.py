@@ -37,6 +37,9 @@ def test_flags_become_variables(llama_server_filters: ModuleType) -> None:
     assert adopted == {
         "path": "/var/lib/llama/models/My Model qwen.gguf",
         "hub": "",
+        "mmproj": "",
+        "chat_template": "",
+        "lora": [],
         "name": "my-model-qwen",
         "aliases": ["Qwen 7B", "qwen"],
         "port": 8081,
@@ -76,6 +79,22 @@ def test_ways_to_say_it(llama_server_filters: ModuleType, arguments: list[str], 
     adopted = llama_server_filters.adopt_llama_server(told(arguments))
     assert (adopted["path"], adopted["settings"]) == ("/m.gguf", settings)
     assert adopted["left"] == []
+
+
+def test_what_a_model_has_beside_its_weights_is_taken_over(llama_server_filters: ModuleType) -> None:
+    loras = ["--lora", "a.gguf,/b/b.gguf", "--lora=c.gguf", "--lora-scaled", "d.gguf:0.5"]
+    arguments = ["llama-server", "-m", "m.gguf", *loras, "-mm", "eye.gguf", "--chat-template-file", "/chat.jinja"]
+    adopted = llama_server_filters.adopt_llama_server(told(arguments, folder="/srv"))
+    assert adopted["left"] == []
+    assert (adopted["mmproj"], adopted["chat_template"]) == ("/srv/eye.gguf", "/chat.jinja")
+    assert [(one["name"], one["path"], one["scale"]) for one in adopted["lora"]] == [
+        ("a", "/srv/a.gguf", 1),
+        ("b", "/b/b.gguf", 1),
+        ("c", "/srv/c.gguf", 1),
+        ("d", "/srv/d.gguf", 0.5),
+    ]
+    unclear = llama_server_filters.adopt_llama_server(told(["llama-server", "-m", "/m", "--lora-scaled", "d.gguf"]))
+    assert unclear["left"] == [{"flag": "--lora-scaled", "reason": "d.gguf is not understood"}]
 
 
 def test_what_is_no_number_is_told_and_not_guessed(llama_server_filters: ModuleType) -> None:
