@@ -74,6 +74,27 @@ def test_a_second_demo_in_a_checkout_is_refused() -> None:
         pass
 
 
+def test_a_lab_host_of_another_checkout_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As long as its demo runs; one that was killed, or whose checkout is gone, owns nothing."""
+    other = tmp_path / "other"
+    owner = tmp_path / "owner"
+    owner.write_text(str(other))
+    monkeypatch.setattr(claims, "_LAB_OWNER", owner)
+    monkeypatch.setattr(claims, "_LAB", tmp_path / "lab")
+    monkeypatch.setattr(claims, "_LAB_RUN", tmp_path / "run")
+    assert not claims.lab_is_ours()
+    (tmp_path / "lab/hosts/herd1").mkdir(parents=True)
+    (other / "build/demo").mkdir(parents=True)
+    with monkeypatch.context() as there:
+        there.setattr(claims, "ROOT", other)
+        with claims.checkout():
+            there.undo()
+            assert not claims.lab_is_ours()
+            assert f"belongs to the demo in {other}" in capsys.readouterr().out
+
+
 def test_an_interrupted_build_ends_with_all_that_it_started(tmp_path: Path) -> None:
     log = tmp_path / "a build/build.log"
     log.parent.mkdir()
