@@ -11,23 +11,26 @@ from pathlib import Path
 from demo.stages import ROOT, StageFailed, playbook
 
 _LONGER = 4
+_ATTEMPTS = 3
 
 
 def tune(inventory: str, host: str, *arguments: str) -> None:
     """Tune for as long as BUDGET (`make demo BUDGET=10m`) or the inventory says; longer where that gives no choice."""
     budget = os.environ.get("BUDGET")
     folder = ROOT / "build/tune" / host
-    (folder / "budget.json").unlink(missing_ok=True)
-    started = time.monotonic()
-    try:
-        playbook(inventory, "tune.yml", *arguments, *(["-e", f"llamaherd_loadgen_budget={budget}"] if budget else []))
-    except StageFailed:
-        if not (folder / "budget.json").exists():
-            raise
-    if not (needed_s := longer_budget_s(folder, time.monotonic() - started)):
-        return
-    print(f"\nThat budget gives no choice on this machine; tuning again with {needed_s} s.\n", flush=True)
-    playbook(inventory, "tune.yml", *arguments, "-e", f"llamaherd_loadgen_budget={needed_s}s")
+    for attempt in range(1, _ATTEMPTS + 1):
+        (folder / "budget.json").unlink(missing_ok=True)
+        started = time.monotonic()
+        try:
+            within = ["-e", f"llamaherd_loadgen_budget={budget}"] if budget else []
+            playbook(inventory, "tune.yml", *arguments, *within)
+        except StageFailed:
+            if attempt == _ATTEMPTS or not (folder / "budget.json").exists():
+                raise
+        if attempt == _ATTEMPTS or not (needed_s := longer_budget_s(folder, time.monotonic() - started)):
+            return
+        budget = f"{needed_s}s"
+        print(f"\nThat budget gives no choice on this machine; tuning again with {needed_s} s.\n", flush=True)
 
 
 def longer_budget_s(folder: Path, took_s: float) -> int:
