@@ -15,11 +15,15 @@ INVALID = -1  # the batch was refused; nothing has changed
 
 
 class Backend(Protocol):
-    """`size` is its KV cells; a common prefix of fewer than `least_shared` tokens is not worth sharing."""
+    """`size` is its KV cells; a common prefix of fewer than `least_shared` tokens is not worth copying.
+
+    In the slot that has them, `least_in_place` are enough.
+    """
 
     settings: EngineSettings
     size: int
     least_shared: int
+    least_in_place: int
 
     def decode(self, shares: list[Share]) -> int:
         """Compute the next tokens of each sequence, as many as its share; one of the codes above."""

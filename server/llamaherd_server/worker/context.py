@@ -38,7 +38,8 @@ class Context:
         self._memory = lib.llama_get_memory(self._handle)
         self.generates = bool(self._memory)  # an encoder, for embeddings only, keeps nothing of a token
         self._batch = Batch(lib, settings.batch)
-        self.least_shared = (1 if settings.kv_unified else LEAST_COPIED) if model.has_cells else sys.maxsize
+        self.least_in_place = 1 if model.has_cells else sys.maxsize
+        self.least_shared = max(self.least_in_place, 1 if settings.kv_unified else LEAST_COPIED)
 
     def close(self) -> None:
         self._lib.llama_free(self._handle)

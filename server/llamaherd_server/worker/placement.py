@@ -20,18 +20,24 @@ class Place:
     length: int
 
 
-def find_place(kv: KvCache, sequence: Sequence, source: Slot | None, length: int) -> Place | None:
+def find_place(kv: KvCache, sequence: Sequence, source: Slot | None, length: int, least: int = 1) -> Place | None:
     """Where `sequence` goes, given the best `source` for its beginning; cached prefixes make way, oldest first.
 
+    A prefix of fewer than `least` tokens is not copied, but taken over in a slot that loses little or makes way anyway.
     None: not while the others run. Alone a sequence always finds a place.
     """
     idle = kv.idle
     if not idle:
         return None
     target = min(idle, key=lambda slot: (slot.length > 0, slot.used))
-    # A source's own cells serve best where nothing of them is lost, or where some must be given up anyway.
-    if source in idle and (source.length == length or target.length):
+    # A source's own cells serve best where nothing of them is lost, or where some must be given up anyway; where the
+    # prefix is too short to be copied, where most of them stay.
+    if source in idle and (
+        source.length == length or (target.length if length >= least else 2 * length >= source.length)
+    ):
         target = source
+    elif length < least and source is not target:
+        source, length = None, 0
     running = [slot.sequence for slot in kv.slots if slot.sequence]
     wanted = sum(_claim(one) - one.computed for one in running) + _claim(sequence) - length
     while kv.free + _freed(target, source, length) < wanted:

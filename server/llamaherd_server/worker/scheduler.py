@@ -109,10 +109,10 @@ class Scheduler:
             source, length = None, 0
             if sequence.request.cache_prompt and sequence.state is None:
                 slots = [slot for slot in self._kv.slots if slot.scope == sequence.request.cache_scope]
-                source, length = best_source(slots, sequence.tokens, self._backend.least_shared)
+                source, length = best_source(slots, sequence.tokens, self._backend.least_in_place)
                 if is_coming(slots, sequence.tokens, length):
                     continue
-            place = find_place(self._kv, sequence, source, length)
+            place = find_place(self._kv, sequence, source, length, self._backend.least_shared)
             if place is None:
                 return
             self.waiting.remove(sequence)

@@ -57,6 +57,7 @@ class FakeContext:
         self.settings = settings
         self.size = cells if settings.kv_unified else cells * settings.parallel
         self.least_shared = 1 if settings.kv_unified else 4
+        self.least_in_place = 1
         self.slots: dict[int, list[Cell]] = {slot: [] for slot in range(settings.parallel)}
         self.batches: list[list[Share]] = []
         self.calls = 0

@@ -230,6 +230,17 @@ def test_a_cancelled_leader_leaves_its_place_to_a_follower() -> None:
     assert [event.id for event in run(scheduler) if isinstance(event, Finished)] == [2]
 
 
+def test_with_split_kv_a_short_prefix_is_taken_over_in_place_and_not_copied() -> None:
+    scheduler = Scheduler(FakeContext(EngineSettings(parallel=2, batch=64, ubatch=16, kv_unified=False), 100))
+    cached = []
+    for number, prompt in enumerate([[1, 2, 3], [1, 2, 3], [7], [1, 2, 3, 2, 5], [1, 7, 7, 7, 7, 7]]):
+        one = sequence(number, prompt, 2)
+        scheduler.add(one)
+        run(scheduler)
+        cached.append(one.cached)
+    assert cached == [0, 2, 0, 4, 0]
+
+
 def test_only_requests_of_the_same_scope_share_a_prefix() -> None:
     scheduler = Scheduler(FakeContext(EngineSettings(parallel=4, batch=64, ubatch=16), 400))
     prompt = list(range(40))
