@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import random
+import secrets
+
+
+def fresh_seed() -> int:
+    """A seed that no earlier run had: a server that has seen a prompt answers it from its cache."""
+    return secrets.randbits(32)
 
 
 def seeded(*parts: int | str) -> random.Random:

@@ -16,8 +16,8 @@ from llamaherd_loadtest.samples import CUT_OFF, Sample
 from llamaherd_loadtest.session import LoadSession, Share, Source
 from llamaherd_loadtest.users import ClosedLoopUser
 
-_LEAST_ROUNDS = 2  # requests for each user that a window should hold
 _LONGEST_WINDOW = 4  # times the window asked for
+_STEP = 0.25  # of that window, by which it is made longer
 
 logging.getLogger("locust").setLevel(logging.WARNING)
 
@@ -35,15 +35,30 @@ class RunFailed(Exception):
     """There was no full-load window; the message says why."""
 
 
+class NotWarmedUp(RunFailed):
+    """The load was not full in time: the server may only be slow. `waited_s` is how long it had."""
+
+    def __init__(self, warmed: int, users: int, waited_s: float) -> None:
+        super().__init__(f"only {warmed} of {users} users had warmed up after {waited_s:.0f} s")
+        self.waited_s = waited_s
+
+
 def closed_loop(
-    target: Target, client: ChatClient, source: Source, *, concurrency: int, window_s: float, warm_up_s: float
+    target: Target,
+    client: ChatClient,
+    source: Source,
+    *,
+    concurrency: int,
+    window_s: float,
+    warm_up_s: float,
+    rounds: int = 2,
 ) -> Run:
     """Keep `concurrency` requests in flight: warm up, then measure for `window_s` seconds, or on a slow host for up
-    to four times as long, until there are two requests for each user.
+    to four times as long, until there are `rounds` requests for each user.
 
     The window opens when each user has ended its warm-up request and handed its slot over, without a pause between, so
-    the load is full from the first moment on. Raises RunFailed where that takes more than `warm_up_s` seconds, or
-    where requests only fail.
+    the load is full from the first moment on. Raises NotWarmedUp where none does so for `warm_up_s` seconds, and
+    RunFailed where requests only fail.
     """
     environment = Environment(host=target.url)
     session = LoadSession(client, source, environment.events.request.fire)
@@ -53,7 +68,7 @@ def closed_loop(
         runner.start(concurrency, spawn_rate=concurrency)
         _wait_for_full_load(session, concurrency, warm_up_s)
         monitor, start = HealthMonitor(), clock()
-        _wait_for_requests(session, _LEAST_ROUNDS * concurrency, window_s)
+        _wait_for_requests(session, rounds * concurrency, window_s)
         end = clock()
         cpu, lag = monitor.stop()
     finally:
@@ -62,6 +77,15 @@ def closed_loop(
         raise RunFailed(_last_error(session))
     in_flight = sum(max(0.0, min(s.end, end) - max(s.sent, start)) for s in session.samples) / (end - start)
     return Run(session.samples, start, end, Health(cpu=cpu, lag_p95_s=lag, concurrency=in_flight / concurrency))
+
+
+def at_once(client: ChatClient, source: Source, *, concurrency: int, within_s: float) -> list[Sample]:
+    """Send `concurrency` requests together; what is not answered `within_s` seconds later is cut off."""
+    session = LoadSession(client, source, lambda **_: None, Share(total=concurrency))
+    dispatcher = gevent.spawn(session.dispatch, clock(), itertools.repeat(0.0))
+    dispatcher.join(within_s)
+    dispatcher.kill()
+    return session.samples
 
 
 def open_loop(
@@ -86,7 +110,7 @@ def open_loop(
     dispatcher.join(None if drain_s is None else arrivals[-1] + drain_s)
     dispatcher.kill()
     end = clock()
-    cpu, lag = monitor.stop()
+    cpu, lag = monitor.stop(start + warm_up_s)
     if session.hopeless.is_set():
         raise RunFailed(_last_error(session))
     if late := sum(s.outcome == CUT_OFF for s in session.samples):
@@ -95,21 +119,23 @@ def open_loop(
 
 
 def _wait_for_full_load(session: LoadSession, concurrency: int, timeout_s: float) -> None:
-    deadline = clock() + timeout_s
+    started, warmed, deadline = clock(), 0, clock() + timeout_s
     while session.warmed < concurrency:
         if session.hopeless.is_set():
             raise RunFailed(_last_error(session))
+        if session.warmed > warmed:  # a server that gets on is only slow
+            warmed, deadline = session.warmed, clock() + timeout_s
         if clock() > deadline:
-            raise RunFailed(f"only {session.warmed} of {concurrency} users had warmed up after {timeout_s:g} s")
+            raise NotWarmedUp(warmed, concurrency, clock() - started)
         gevent.sleep(0.01)
 
 
 def _wait_for_requests(session: LoadSession, least: int, window_s: float) -> None:
-    already = session.completed
-    for _ in range(_LONGEST_WINDOW):
-        session.hopeless.wait(window_s)
-        if session.hopeless.is_set() or session.completed - already >= least:
-            return
+    least += session.completed
+    longest = clock() + _LONGEST_WINDOW * window_s
+    session.hopeless.wait(window_s)
+    while session.completed < least and not session.hopeless.is_set() and clock() < longest:
+        session.hopeless.wait(_STEP * window_s)
 
 
 def _last_error(session: LoadSession) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 from llamaherd_loadtest.limits import parse_limit
 from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement
-from llamaherd_loadtest.tune.search import Bench, Search
+from llamaherd_loadtest.tune.pace import Calibrated
+from llamaherd_loadtest.tune.search import Bench, Search, in_flight
 from llamaherd_loadtest.tune.settings import Settings
 
 LIMITS = [parse_limit("ttft_p95=2s"), parse_limit("tpot_p95=100ms")]
@@ -84,9 +85,62 @@ class SimulatedServer:
         )
 
 
+class BusyServer(SimulatedServer):
+    """A host as slow as `request_s` seconds a request under CURRENT say, that others slow down by `busy` (a standard
+    deviation of the logarithm) and whose client spoils the share `spoiled` of the windows.
+
+    Its windows cost what the live bench's do: each slot warms up, then a request a slot is waited for.
+    """
+
+    def __init__(self, seed: int, *, request_s: float, busy: float = 0.3, spoiled: float = 0.0) -> None:
+        super().__init__(seed)
+        self._memory = math.inf
+        self._others = random.Random(f"{seed} others")
+        self._busy, self._spoiled = busy, spoiled
+        self._speed *= int(CURRENT["parallel"]) * TOKENS / request_s / self.truth(CURRENT)[0]
+
+    def calibrated(self, load: Load = SLOTS) -> Calibrated:
+        took_s = self.request_s(CURRENT, load) * self._slower()
+        return Calibrated(in_flight(CURRENT, load), took_s, took_s)
+
+    def request_s(self, settings: Settings, load: Load = SLOTS) -> float:
+        return in_flight(settings, load) * TOKENS / self.truth(settings)[0]
+
+    def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
+        concurrency, slower = in_flight(settings, load), self._slower()
+        request_s, patience_s = self.request_s(settings, load) * slower, 20 + 2 * window_s
+        if request_s > patience_s:
+            return Measurement(took_s=patience_s, fault="invalid: not warmed up", request_s=patience_s)
+        lasted_s = max(window_s, min(4 * window_s, request_s))
+        measured = super().measure(settings, window_s, seed, load)
+        measured.took_s, measured.request_s = request_s + lasted_s, request_s
+        measured.requests = int(concurrency * lasted_s / request_s)
+        measured.score = measured.tokens_per_s = measured.tokens_per_s / slower
+        if not measured.requests or self._others.random() < self._spoiled:
+            measured.fault = "invalid: the client was late"
+        return measured
+
+    def _slower(self) -> float:
+        return math.exp(abs(self._others.gauss(0, self._busy)))
+
+
 def search(
-    server: SimulatedServer, current: Settings, *, budget_s: float, seed: int, bench: Bench | None = None
+    server: SimulatedServer,
+    current: Settings,
+    *,
+    budget_s: float,
+    seed: int,
+    bench: Bench | None = None,
+    calibrated: Calibrated | None = None,
 ) -> Search:
     """A search over the whole grid from `current`; `bench` stands before the server where given."""
     others = [settings for settings in GRID if settings != current]
-    return Search([current, *others], LIMITS, always=1, budget_s=budget_s, bench=bench or server, seed=seed)
+    return Search(
+        [current, *others],
+        LIMITS,
+        always=1,
+        budget_s=budget_s,
+        bench=bench or server,
+        seed=seed,
+        calibrated=calibrated,
+    )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 from llamaherd_loadtest.limits import parse_limit
-from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement
+from llamaherd_loadtest.tune.evidence import SLOTS, Judgement, Load, Measurement, judge_errors
 from llamaherd_loadtest.tune.search import Search
 from llamaherd_loadtest.tune.settings import Settings
+from llamaherd_loadtest.tune.verdict import make_verdict
 
 from .simulated import CURRENT, GRID, GRID_S, LIMITS, SimulatedServer, search
 
@@ -54,6 +57,63 @@ def test_faults_are_measured_once_and_the_search_goes_on() -> None:
     assert len(launched) < len(faults), "what needs no less memory is not launched"
     assert not any(SimulatedServer(seed).fits(record.settings) for record in faults)
     assert not choice.record.fault
+
+
+class Spoiling:
+    """A client that is too slow in `share` of the windows, those of the current settings first of all."""
+
+    def __init__(self, server: SimulatedServer, share: float) -> None:
+        self._server, self._draw, self._share, self._first = server, random.Random(1), share, True
+
+    def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
+        measured = self._server.measure(settings, window_s, seed, load)
+        if self._first or self._draw.random() < self._share:
+            measured.fault = measured.fault or "invalid: event loop"
+        self._first = False
+        return measured
+
+
+def test_invalid_windows_cost_their_time_and_nothing_else() -> None:
+    shares = []
+    for seed in SEEDS[:30]:
+        server = SimulatedServer(seed)
+        tried = search(server, CURRENT, budget_s=BUDGET_S, seed=seed, bench=Spoiling(SimulatedServer(seed), 0.05))
+        choice = tried.run()
+        assert choice.measured
+        shares.append(server.truth(choice.record.settings)[0] / server.truth(server.best())[0])
+    assert sum(share >= 0.95 for share in shares) >= 0.85 * len(shares)
+
+
+def test_settings_that_are_always_spoiled_are_set_aside() -> None:
+    tried = search(SimulatedServer(3), CURRENT, budget_s=3000, seed=3, bench=Spoiling(SimulatedServer(3), 1.0))
+    choice = tried.run()
+    assert (choice.change, choice.measured, choice.reason) == (False, False, "invalid: event loop")
+    assert tried.steps > 3, "the current settings are tried for as long as there is time"
+    assert make_verdict(tried, choice, []).table[0].verdict == "invalid: event loop"
+
+
+def test_a_few_failed_requests_say_nothing() -> None:
+    class Failing:
+        """The current settings fail `errors` of 81 requests; no others are better."""
+
+        def __init__(self, errors: int) -> None:
+            self._errors = errors
+
+        def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
+            current = settings == CURRENT
+            speed = 100.0 if current else 60.0
+            errors = self._errors if current else 0
+            return Measurement(
+                took_s=1.4 * window_s, score=speed, tokens_per_s=speed, requests=81 - errors, errors=errors
+            )
+
+    for errors, changes in ((0, False), (1, False), (20, True)):
+        tried = Search([CURRENT, GRID[0]], LIMITS, always=1, budget_s=60, bench=Failing(errors), seed=1)
+        assert tried.run().change == changes
+    judged = {
+        errors: judge_errors([Measurement(took_s=1.0, requests=81 - errors, errors=errors)]) for errors in range(4)
+    }
+    assert list(judged.values()) == [Judgement.PASSES, Judgement.UNRESOLVED, Judgement.UNRESOLVED, Judgement.MISSES]
 
 
 def test_limits_that_nothing_meets_keep_the_settings_and_name_the_nearest_miss() -> None:

@@ -135,6 +135,46 @@ def test_a_killed_search_is_resumed_from_the_settings_that_it_found(
     assert in_force(double) == before == verdict(tmp_path)["current"]
 
 
+def test_a_budget_that_is_too_small_names_one_that_does(
+    start_double: Callable[..., Double], key_file: Path, tmp_path: Path
+) -> None:
+    """Requests of 60 tokens take about 1.3 s: four windows of them do not fit into 4 s."""
+    long = tmp_path / "long.yml"
+    long.write_text("{name: long, description: long, prompt: {median: 20}, output: {median: 60}}")
+    double = start_double()
+    arguments = [double, key_file, tmp_path, "--space", "ubatch=128", "--workload", str(long)]
+    refused = run(*arguments, "--budget", "4s")
+    assert (refused.returncode, refused.stderr.count("\n")) == (4, 1), refused.stderr
+    budget = json.loads((tmp_path / "budget.json").read_text())
+    assert budget["budget_s"] == 4
+    assert f"give --budget {budget['needed_s']:.0f}s" in refused.stderr
+    assert not (tmp_path / "verdict.json").exists() and not double.get("/applied")
+    done = run(*arguments, "--budget", f"{budget['needed_s']:g}s")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "budget.json").exists()
+    assert len([row for row in verdict(tmp_path)["table"] if row["windows"]]) == 2
+
+
+def test_two_tuners_do_not_measure_one_server(
+    start_double: Callable[..., Double], key_file: Path, tmp_path: Path
+) -> None:
+    double = start_double()
+    arguments = command(double, key_file, tmp_path / "first", "--space", "ubatch=128", "--budget", "20s")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        lines = [first.stdout.readline() for _ in range(2)]
+        second = run(double, key_file, tmp_path / "second", "--space", "ubatch=128")
+        while first.poll() is None:  # within a window, sooner or later
+            httpx.put(double.url + "/admin/engine", json={"ubatch": 64}, headers={"Authorization": f"Bearer {KEY}"})
+            time.sleep(0.3)
+        _, errors = first.communicate(timeout=60)
+    assert lines[1].startswith("  1 screen")
+    assert (second.returncode, second.stderr.count("\n")) == (2, 1)
+    assert f"another tuner is measuring {double.url}" in second.stderr
+    assert first.returncode == 2
+    assert "no longer has the settings that were being measured (ubatch " in errors and "→ 64)" in errors
+
+
 def test_nothing_to_compare_takes_no_time(start_double: Callable[..., Double], key_file: Path, tmp_path: Path) -> None:
     done = run(start_double(), key_file, tmp_path, "--space", "parallel=4")
     assert done.returncode == 0, done.stderr

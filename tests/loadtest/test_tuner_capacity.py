@@ -7,9 +7,8 @@ import re
 
 import pytest
 
-from llamaherd_loadtest.tune.beliefs import Judgement
 from llamaherd_loadtest.tune.capacity import Capacity, find_capacity, judge, settle
-from llamaherd_loadtest.tune.evidence import Measurement
+from llamaherd_loadtest.tune.evidence import Judgement, Measurement
 
 from .simulated import CURRENT, LIMITS, SimulatedServer, search
 

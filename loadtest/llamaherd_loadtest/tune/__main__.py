@@ -1,6 +1,8 @@
-"""`python -m llamaherd_loadtest.tune`. Exit status: 0 with a verdict, 2 for what makes a search impossible.
+"""`python -m llamaherd_loadtest.tune`.
 
-With --in-service 0 for settings that are better than those before them, and 3 for others.
+Exit status: 0 with a choice, 2 for what makes a search impossible, 4 for a budget that is too small (budget.json in
+--out then names one that would do), 5 where no window of the current settings was valid. With --in-service 0 for
+settings that are better than those before them, and 3 for others.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import sys
 
 from llamaherd_loadtest.probe import ServerUnusable
 from llamaherd_loadtest.tune.in_service import measure_again
-from llamaherd_loadtest.tune.job import tune
+from llamaherd_loadtest.tune.job import BudgetTooSmall, tune
 from llamaherd_loadtest.tune.options import parse
 from llamaherd_loadtest.tune.progress import say
 from llamaherd_loadtest.tune.signals import Interrupted
@@ -27,9 +29,9 @@ def main() -> int:
             say(sentence)
             return 0 if better else 3
         verdict = tune(options)
-    except (ServerUnusable, ValueError, OSError) as error:
+    except (BudgetTooSmall, ServerUnusable, ValueError, OSError) as error:
         sys.stderr.write(f"tune: {error}\n")
-        return 2
+        return 4 if isinstance(error, BudgetTooSmall) else 2
     except Interrupted as reason:
         sys.stderr.write(f"tune: {reason}; the settings found at the start are in force again\n")
         return reason.exit_status
@@ -38,7 +40,9 @@ def main() -> int:
         return 130
     say(verdict.sentence)
     say(f"Report: {options.out / 'report.html'}")
-    return 0
+    if not verdict.measured:
+        sys.stderr.write(f"tune: no window of the current settings was valid: {verdict.sentence}\n")
+    return 0 if verdict.measured else 5
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ class Applier(Protocol):
 
     def apply(self, settings: Settings) -> None: ...
 
+    def check(self, settings: Settings) -> None: ...
+
     def wait_ready(self) -> None: ...
 
     def watch(self) -> EngineWatch: ...
@@ -68,7 +70,7 @@ class AdminApplier:
     """Retunes a server alive through GET and PUT {url}/admin/engine."""
 
     def __init__(self, url: str, key: str = "", ca: Path | None = None) -> None:
-        self._base = url.rstrip("/")
+        self._base = url.rstrip("/").removesuffix("/v1")
         self._url = self._base + "/admin/engine"
         self._session = requests.Session()
         self._session.verify = str(ca) if ca else True
@@ -98,10 +100,17 @@ class AdminApplier:
             raise Refused(f"the server died when these settings were applied: {error}") from error
         if response.status_code != 200:
             raise Refused(_error(response), does_not_fit=_code(response) == "does_not_fit")
-        in_force = msgspec.json.decode(response.content, type=EngineState).settings
-        kept = {k: in_force.get(k, "none") for k, v in settings.items() if in_force.get(k) != v and v != _AUTOMATIC}
-        if kept:
-            raise Refused(f"the server did not take {difference(kept, {k: settings[k] for k in kept})}")
+        found = msgspec.json.decode(response.content, type=EngineState).settings
+        if other := _other(settings, found):
+            raise Refused(f"the server did not take {difference(other, {name: settings[name] for name in other})}")
+
+    def check(self, settings: Settings) -> None:
+        """Raises ServerUnusable where other settings are in force than these, which were applied before."""
+        if other := _other(settings, self.state().settings):
+            raise ServerUnusable(
+                f"{self._url} no longer has the settings that were being measured ({difference(settings, other)}): end "
+                "what changes them, such as another tuner, and start again"
+            )
 
     def wait_ready(self) -> None:
         """Wait for a server that died and is being restarted. Raises ServerUnusable if it does not come back."""
@@ -131,6 +140,12 @@ class AdminApplier:
             ) from error
         except requests.RequestException as error:
             raise ServerUnusable(f"{self._url} cannot be reached: {_innermost(error)}") from error
+
+
+def _other(wanted: Settings, found: Settings) -> Settings:
+    """Of `found`, what is not as `wanted`."""
+    names = [name for name, value in wanted.items() if value != _AUTOMATIC and found.get(name) != value]
+    return {name: found.get(name, "none") for name in names}
 
 
 def _innermost(error: BaseException) -> BaseException:

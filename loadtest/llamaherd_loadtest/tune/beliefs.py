@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from enum import StrEnum
 
 import numpy as np
 from msgspec import Struct
 
 from llamaherd_loadtest.limits import Limit
-from llamaherd_loadtest.tune.evidence import MAX_ERROR_SHARE, Record, limit_noise, score_noise
+from llamaherd_loadtest.tune.evidence import Judgement, Record, judge_errors, limit_noise, score_noise
 from llamaherd_loadtest.tune.surrogate import Array, Belief, Grid
 
 _DRAWS = 100
@@ -18,14 +17,6 @@ _MISS = 0.45  # what missing a limit costs, as a logarithm of the score
 _PENALTY = 4.0  # and, for each such logarithm of the miss, on top: near misses stay above far ones
 _LENIENCY = 0.5  # how many standard deviations a finalist may come nearer to a limit for nothing
 _LIMIT_MARGIN = 0.55  # standard deviations from a limit that count as clear of it
-
-
-class Judgement(StrEnum):
-    """Does a setting keep its limits? UNRESOLVED: it is too close to one for the noise."""
-
-    PASSES = "passes"
-    UNRESOLVED = "unresolved"
-    MISSES = "misses"
 
 
 class Beliefs(Struct, frozen=True):
@@ -63,9 +54,10 @@ class Beliefs(Struct, frozen=True):
 
     def judge(self, row: int, record: Record) -> tuple[Judgement, str]:
         """The worst judgement of a measured setting, and the limit's name (or "error_rate")."""
-        if record.error_share > MAX_ERROR_SHARE:
-            return Judgement.MISSES, "error_rate"
-        worst = (Judgement.PASSES, "")
+        errors = judge_errors(record.windows)
+        worst = (errors, "" if errors is Judgement.PASSES else "error_rate")
+        if errors is Judgement.MISSES:
+            return worst
         for limit, belief in self.excess:
             mean, margin = float(belief.mean[row]), _LIMIT_MARGIN * float(belief.sd[row])
             if mean - margin > 0:

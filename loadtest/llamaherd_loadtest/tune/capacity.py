@@ -9,8 +9,7 @@ from statistics import fmean
 from msgspec import Struct
 
 from llamaherd_loadtest.limits import Limit
-from llamaherd_loadtest.tune.beliefs import Judgement
-from llamaherd_loadtest.tune.evidence import MAX_ERROR_SHARE, Measurement
+from llamaherd_loadtest.tune.evidence import Judgement, Measurement, judge_errors
 
 _TRIES = 3  # windows for a load that one window leaves unresolved
 _FAR = 4  # times the slots: beyond it requests only wait
@@ -60,10 +59,12 @@ def find_capacity(measure: Callable[[int], Judgement | None], slots: int) -> Cap
 
 def judge(windows: Sequence[Measurement], limits: Sequence[Limit], noise: Callable[[Limit], float]) -> Judgement:
     """Do windows of one load keep the limits? `noise` is one window's standard deviation of a figure's logarithm."""
-    errors, requests = sum(m.errors for m in windows), sum(m.requests for m in windows)
-    if any(m.fault for m in windows) or errors > MAX_ERROR_SHARE * (errors + requests):
-        return Judgement.MISSES
-    worst = Judgement.PASSES
+    windows = [m for m in windows if not m.invalid]
+    if not windows:
+        return Judgement.UNRESOLVED
+    worst = Judgement.MISSES if any(m.fault for m in windows) else judge_errors(windows)
+    if worst is Judgement.MISSES:
+        return worst
     for limit in limits:
         logs = [math.log(max(m.observed[limit.name], 1e-6) / limit.ms) for m in windows if limit.name in m.observed]
         margin = noise(limit) / math.sqrt(max(len(logs), 1))
@@ -86,4 +87,4 @@ def settle(
         windows.append(window)
         if decide(windows) is not Judgement.UNRESOLVED:
             break
-    return decide(windows) if windows else None
+    return decide(windows) if any(not m.invalid for m in windows) else None

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from llamaherd_loadtest.tune.beliefs import Judgement
-from llamaherd_loadtest.tune.evidence import Noise, Record
+from llamaherd_loadtest.tune.evidence import Judgement, Noise, Record
 from llamaherd_loadtest.tune.objective import TOKENS, Objective
 from llamaherd_loadtest.tune.settings import LLAMA_CPP_DEFAULTS, key
 
@@ -26,13 +25,17 @@ class Contender(Struct, frozen=True):
 
 
 class Choice(Struct, frozen=True, kw_only=True):
-    """What to run, and why. `gain` over the current settings, and its half interval `margin`, are shares."""
+    """What to run, and why. `gain` over the current settings, and its half interval `margin`, are shares.
+
+    `measured` is false where each window of the current settings was spoiled, so that nothing was compared.
+    """
 
     record: Record
     change: bool
     reason: str
     gain: float = 0.0
     margin: float = 0.0
+    measured: bool = True
 
 
 class _Comparison(Struct, frozen=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
 from statistics import NormalDist, fmean
 
 from msgspec import Struct, field
@@ -18,7 +19,9 @@ from llamaherd_loadtest.tune.settings import Settings
 _PRIOR_WINDOWS = 4
 _PRIOR_SCORE_NOISE = 0.10
 _PRIOR_LATENCY_NOISE = 0.15
-MAX_ERROR_SHARE = 0.01
+_MAX_SPOILED = 3
+_MAX_ERROR_SHARE = 0.01
+_DOUBT = 0.05  # the chance of so many errors, or more, by which a server that has no more than that share is doubted
 
 
 class Load(Struct, frozen=True):
@@ -55,10 +58,11 @@ class Measurement(Struct, kw_only=True):
 
     `score` is what the search makes as large as it can: see Objective.
 
-    `fault` says why its figures do not count: "not launched: …", "failed: …" or "invalid: …"; `does_not_fit` that the
-    server had not the memory. `took_s` is all the time
-    that it cost, the change of settings and the warm-up included. `stalls` are, for each request, the second of the
-    window at which it ended and its largest gap in ms.
+    `fault` says why its figures do not count: "not launched: …" and "failed: …" are the settings' own, "invalid: …" is
+    missing data, as where the client was too slow; `does_not_fit` that the server had not the memory. `took_s` is all
+    the time that it cost, the change of settings and the warm-up included; `request_s` what a request took, also in a
+    window that is invalid. `stalls` are, for each request, the second of the window at which it ended and its largest
+    gap in ms.
     """
 
     took_s: float
@@ -77,6 +81,12 @@ class Measurement(Struct, kw_only=True):
     engine: list[EngineSample] = field(default_factory=list)
     client_cpu: float = 0.0
     client_lag_ms: float = 0.0
+    request_s: float = 0.0
+
+    @property
+    def invalid(self) -> bool:
+        """Whether it says nothing about the settings."""
+        return self.fault.startswith("invalid")
 
 
 class Record(Struct):
@@ -89,8 +99,18 @@ class Record(Struct):
 
     @property
     def fault(self) -> str:
-        """The first fault, if any: one is enough to rule settings out."""
-        return next((m.fault for m in self.all_windows if m.fault), self.ruled_out)
+        """Why the settings do not work, if so: one failure is enough to rule them out, missing data are none."""
+        return next((m.fault for m in self.all_windows if m.fault and not m.invalid), self.ruled_out)
+
+    @property
+    def spoiled(self) -> str:
+        """Why the last invalid window is; empty where there is none."""
+        return next((m.fault for m in reversed(self.all_windows) if m.invalid), "")
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether windows were spoiled so often that trying again is a waste."""
+        return not self.figures and sum(m.invalid for m in self.all_windows) >= _MAX_SPOILED
 
     @property
     def all_windows(self) -> list[Measurement]:
@@ -104,18 +124,36 @@ class Record(Struct):
     @property
     def windows(self) -> list[Measurement]:
         """What figures rest on: the confirming windows only, once there are any (a search's best is a lucky one)."""
-        return [m for m in self.confirming or self.screening if not m.fault]
+        return _valid(self.confirming) or _valid(self.screening)
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether its figures rest on confirming windows."""
+        return bool(_valid(self.confirming))
 
     @property
     def log_score(self) -> float:
         """Mean logarithm of the score."""
         return fmean(math.log(max(m.score, 1e-9)) for m in self.windows)
 
-    @property
-    def error_share(self) -> float:
-        """Failed requests over all."""
-        errors = sum(m.errors for m in self.windows)
-        return errors / max(errors + sum(m.requests for m in self.windows), 1)
+
+class Judgement(StrEnum):
+    """Does a setting keep its limits? UNRESOLVED: it is too close to one for the noise."""
+
+    PASSES = "passes"
+    UNRESOLVED = "unresolved"
+    MISSES = "misses"
+
+
+def judge_errors(windows: Sequence[Measurement]) -> Judgement:
+    """Whether at most 1 % of requests fail: one failed request of 81 does not say, nor do two."""
+    errors = sum(m.errors for m in windows)
+    total = errors + sum(m.requests for m in windows)
+    if errors <= _MAX_ERROR_SHARE * total:
+        return Judgement.PASSES
+    mean = _MAX_ERROR_SHARE * total  # of a Poisson distribution
+    fewer = sum(math.exp(k * math.log(mean) - mean - math.lgamma(k + 1)) for k in range(errors))
+    return Judgement.MISSES if 1 - fewer < _DOUBT else Judgement.UNRESOLVED
 
 
 class Noise(Struct, frozen=True):
@@ -143,11 +181,15 @@ def _pooled(records: Iterable[Record], figure: Callable[[Measurement], float], p
     squares, freedom = prior**2 * _PRIOR_WINDOWS, float(_PRIOR_WINDOWS)
     for record in records:
         for windows in (record.screening, record.confirming):
-            logs = [math.log(figure(m)) for m in windows if figure(m) > 0]
+            logs = [math.log(figure(m)) for m in _valid(windows) if figure(m) > 0]
             if len(logs) > 1:
                 squares += _squares(logs)
                 freedom += len(logs) - 1
     return Noise(math.sqrt(squares / freedom), freedom)
+
+
+def _valid(windows: Iterable[Measurement]) -> list[Measurement]:
+    return [m for m in windows if not m.fault]
 
 
 def _squares(values: Sequence[float]) -> float:

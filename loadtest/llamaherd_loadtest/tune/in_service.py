@@ -7,15 +7,15 @@ import secrets
 
 from llamaherd_loadtest.report.write import write_report
 from llamaherd_loadtest.tune.applier import AdminApplier
-from llamaherd_loadtest.tune.beliefs import Judgement
 from llamaherd_loadtest.tune.capacity import judge
-from llamaherd_loadtest.tune.evidence import Record, limit_noise, score_noise
+from llamaherd_loadtest.tune.evidence import Judgement, Record, limit_noise, score_noise
 from llamaherd_loadtest.tune.live import LiveBench
 from llamaherd_loadtest.tune.options import Options
 from llamaherd_loadtest.tune.settings import Settings, difference
 from llamaherd_loadtest.tune.verdict import Row, read_verdict, write_verdict
 
 _WINDOWS = 3
+_TRIES = 6  # where some are invalid
 _WINDOW_S = 10.0  # where the search's were shorter
 _CONFIDENCE = 0.95
 
@@ -42,8 +42,9 @@ def measure_again(options: Options) -> tuple[bool, str]:
     seed = secrets.randbits(24) if options.seed is None else options.seed
     bench, record = LiveBench(options, applier, seed), Record(verdict.chosen)
     window_s = max(_WINDOW_S, float(str(verdict.provenance.get("window_s", 0))))
-    for i in range(_WINDOWS):
-        record.confirming.append(bench.measure(verdict.chosen, window_s, seed + i, options.load))
+    for i in range(_TRIES):
+        if len(record.windows) < _WINDOWS and not record.fault:
+            record.confirming.append(bench.measure(verdict.chosen, window_s, seed + i, options.load))
     better, sentence = _compare(options, record, next(r for r in verdict.table if r.settings == verdict.current))
     verdict.provenance["in_service"] = sentence
     write_verdict(path, verdict)
@@ -52,12 +53,12 @@ def measure_again(options: Options) -> tuple[bool, str]:
 
 
 def _compare(options: Options, record: Record, before: Row) -> tuple[bool, str]:
-    if record.fault:
-        return False, f"in service: {record.fault}"
+    if record.fault or not record.figures:
+        return False, f"in service: {record.fault or record.spoiled}"
     if judge(record.confirming, options.limits, lambda limit: limit_noise([record], limit).sigma) is Judgement.MISSES:
         return False, "in service these settings miss a limit"
     gain = record.log_score - math.log(before.score)
-    margin = score_noise([record]).margin(_CONFIDENCE, 1 / _WINDOWS + 1 / max(before.windows, 1))
+    margin = score_noise([record]).margin(_CONFIDENCE, 1 / len(record.windows) + 1 / max(before.windows, 1))
     words = options.objective.in_words(math.expm1(gain), math.expm1(margin))
     if "misses" in before.verdict:
         return True, f"in service these settings keep the limits; beside those before them: {words}"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
+import os
 import secrets
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,23 +22,49 @@ from llamaherd_loadtest.tune.evidence import SLOTS
 from llamaherd_loadtest.tune.journal import Journal, ReplayBench
 from llamaherd_loadtest.tune.live import LiveBench
 from llamaherd_loadtest.tune.options import Options
+from llamaherd_loadtest.tune.pace import Calibrated, needed_s
 from llamaherd_loadtest.tune.progress import Progress, say
-from llamaherd_loadtest.tune.search import Search, Step
+from llamaherd_loadtest.tune.search import Search, Step, in_flight, least_rounds, pair
 from llamaherd_loadtest.tune.settings import Settings, difference, key
 from llamaherd_loadtest.tune.signals import interruptible
 from llamaherd_loadtest.tune.space import DEFAULT_SPACE, Pruned, candidates, parse_space, prune
 from llamaherd_loadtest.tune.verdict import Verdict, make_verdict, read_verdict, write_verdict
 
+_CALIBRATION_SHARE = 0.5  # of the time budget: where one request takes longer, there is no time for more
 _CAPACITY_SHARE = 0.2  # of the time budget
 _CAPACITY_FROM_S = 300.0  # below, all of it goes into the choice
+
+
+class BudgetTooSmall(Exception):
+    """No choice can be made within the budget; the message names one that would do, and budget.json holds both."""
+
+
+@contextmanager
+def _alone(subject: str) -> Iterator[None]:
+    """Raises ServerUnusable where another tuner of this machine and user is measuring `subject`."""
+    name = f"llamaherd-tune-{os.getuid()}-{hashlib.sha256(subject.encode()).hexdigest()[:16]}.lock"
+    path = Path(tempfile.gettempdir()) / name
+    with path.open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ServerUnusable(
+                f"another tuner is measuring {subject} (it holds {path}): wait until it has ended, or end it"
+            ) from None
+        yield
 
 
 def tune(options: Options) -> Verdict:
     """Search, put back the settings found at the start, write verdict and report.
 
-    Raises ServerUnusable and ValueError for what makes a search impossible, and Interrupted; whatever ends the search
-    early, the settings are put back and what was measured is written.
+    Raises ServerUnusable, BudgetTooSmall and ValueError for what makes a search impossible, and Interrupted; whatever
+    ends the search early, the settings are put back and what was measured is written.
     """
+    with _alone(options.subject):
+        return _tune(options)
+
+
+def _tune(options: Options) -> Verdict:
     applier = AdminApplier(options.admin_url, options.admin_key, options.target.ca)
     found = applier.state()
     if found.state != "ready":
@@ -51,9 +81,10 @@ def tune(options: Options) -> Verdict:
         say(f"An earlier search was killed with its own settings in force: {back}")
         _restore(applier, launch[0])
     bench = LiveBench(options, applier, journal.seed)
-    progress = Progress(launch)
+    calibrated = _calibrated(options, bench, journal, launch)
+    progress, budget_s = Progress(launch), options.budget_s - calibrated.took_s
     climbs = options.limits and options.load == SLOTS and options.budget_s >= _CAPACITY_FROM_S
-    capacity_s = _CAPACITY_SHARE * options.budget_s if climbs else 0.0
+    capacity_s = _CAPACITY_SHARE * budget_s if climbs else 0.0
 
     def on_step(step: Step) -> None:
         journal.record(step)
@@ -63,29 +94,62 @@ def tune(options: Options) -> Verdict:
         launch,
         options.limits,
         always=always,
-        budget_s=options.budget_s - capacity_s,
+        budget_s=budget_s - capacity_s,
         bench=ReplayBench(bench, journal.resumed, journal.trying),
         seed=journal.seed,
         objective=options.objective,
         load=options.load,
+        calibrated=calibrated,
         on_step=on_step,
     )
-    say(f"{len(launch)} settings to search, {len(pruned)} ruled out; windows of {search.window_s:.0f} s")
+    say(
+        f"{len(launch)} settings to search, {len(pruned)} ruled out; a request takes {calibrated.request_s:.1f} s with "
+        f"{calibrated.concurrency} in flight: windows of {search.window_s(launch[0]):.0f} s"
+    )
     choice = capacity = None
     try:
         with _room(options.out), interruptible():
             choice = search.run()
-            capacity = None if choice.record.fault else search.capacity(choice.record.settings, capacity_s)
+            if choice.record.figures and not choice.record.fault:
+                capacity = search.capacity(choice.record.settings, capacity_s)
     finally:
         _restore(applier, launch[0])
         verdict = make_verdict(search, choice, pruned)
         verdict.capacity = str(capacity or "")
         verdict.limits = {limit.name: limit.ms for limit in options.limits}
         verdict.workload = msgspec.to_builtins(options.workload) | {"need_tokens": options.workload.need}
-        verdict.provenance = _provenance(options, found, search, journal.seed) | {"measured": verdict.figures}
+        verdict.provenance = _provenance(options, found, search, journal.seed) | {
+            "spent_s": round(calibrated.took_s + search.spent_s, 1),
+            "request_s": round(calibrated.request_s, 2),
+            "window_s": round(search.window_s(verdict.chosen), 1),
+            "measured": verdict.figures,
+        }
         _write(options, verdict)
     journal.close()
     return verdict
+
+
+def _calibrated(options: Options, bench: LiveBench, journal: Journal, launch: Sequence[Settings]) -> Calibrated:
+    """What a request takes under the load of the search.
+
+    Raises BudgetTooSmall, and ServerUnusable where no request is answered.
+    """
+    (options.out / "budget.json").unlink(missing_ok=True)
+    found = journal.calibrated or bench.calibrated(
+        in_flight(launch[0], options.load), journal.seed * 1000, _CALIBRATION_SHARE * options.budget_s
+    )
+    journal.calibrate(found)
+    needed = needed_s(found, pair(launch, options.load), options.budget_s, least_rounds(options.load))
+    if len(launch) > 1 and needed > options.budget_s:
+        budget = {"needed_s": needed, "budget_s": options.budget_s}
+        (options.out / "budget.json").write_bytes(msgspec.json.encode(budget) + b"\n")
+        journal.close()  # a host that is less busy next time is measured anew
+        raise BudgetTooSmall(
+            f"a budget of {options.budget_s:g} s is too small to compare settings: one request takes "
+            f"{found.request_s:.1f} s with {found.concurrency} in flight; give --budget {needed:.0f}s "
+            "(llamaherd_loadgen_budget)"
+        )
+    return found
 
 
 def _divide(options: Options, found: Settings) -> tuple[int, list[Settings], list[Pruned]]:
@@ -155,9 +219,7 @@ def _provenance(options: Options, found: EngineState, search: Search, seed: int)
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
         "budget_s": options.budget_s,
-        "spent_s": round(search.spent_s, 1),
         "windows": search.steps,
-        "window_s": round(search.window_s, 1),
         "command": options.command,
     }
 

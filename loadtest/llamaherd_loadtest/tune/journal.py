@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Struct, field
 
 from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement
+from llamaherd_loadtest.tune.pace import Calibrated
 from llamaherd_loadtest.tune.search import Bench, Step
 from llamaherd_loadtest.tune.settings import Settings
 
@@ -36,7 +37,7 @@ class Done(Struct, tag="done", frozen=True):
     """The last line of a search that came to its end."""
 
 
-Line = Header | Trying | StepLine | Done
+Line = Header | Calibrated | Trying | StepLine | Done
 _decoder = msgspec.json.Decoder(Line)
 
 
@@ -44,7 +45,8 @@ class Journal:
     """Appends to one file, and knows the steps of an unfinished search that it found there.
 
     `current` are the settings that the search is to improve: those in force, `found`, or what the unfinished search
-    found before it was killed with others in force.
+    found before it was killed with others in force. `calibrated` is None until a search has found out how slow the host
+    is.
     """
 
     def __init__(self, path: Path, fingerprint: str, seed: int, found: Settings) -> None:
@@ -52,14 +54,20 @@ class Journal:
         self._path = path
         lines = _read(path)
         self.resumed: list[Step] = []
+        self.calibrated: Calibrated | None = None
         self.seed, self.current = seed, found
         if lines and isinstance(lines[0], Header) and lines[0].fingerprint == fingerprint and Done() not in lines:
             tried = [line.settings for line in lines if isinstance(line, Trying)][-2:]
             if lines[0].found == found or any({**found, **settings} == found for settings in tried):
                 self.seed, self.current = lines[0].seed, lines[0].found
+                self.calibrated = next((line for line in lines if isinstance(line, Calibrated)), None)
                 self.resumed = [line.step for line in lines if isinstance(line, StepLine)]
         path.write_bytes(b"")
         self._append(Header(fingerprint, self.seed, self.current))
+
+    def calibrate(self, calibrated: Calibrated) -> None:
+        """Note what the search's windows are fitted to."""
+        self._append(calibrated)
 
     def trying(self, settings: Settings) -> None:
         self._append(Trying(settings))

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 from llamaherd_loadtest.arrivals import Arrivals
 from llamaherd_loadtest.client import ChatClient, clock
-from llamaherd_loadtest.drive import Run, RunFailed, closed_loop, open_loop
+from llamaherd_loadtest.dice import fresh_seed
+from llamaherd_loadtest.drive import NotWarmedUp, Run, RunFailed, at_once, closed_loop, open_loop
 from llamaherd_loadtest.limits import observe
-from llamaherd_loadtest.probe import calibrate
-from llamaherd_loadtest.samples import OK, write_samples
-from llamaherd_loadtest.summary import counted, summarise
+from llamaherd_loadtest.probe import ServerUnusable, calibrate
+from llamaherd_loadtest.samples import CUT_OFF, OK, Sample, write_samples
+from llamaherd_loadtest.summary import counted, in_words, summarise
 from llamaherd_loadtest.tune.applier import Applier, Refused
 from llamaherd_loadtest.tune.evidence import SLOTS, EngineSample, Load, Measurement
 from llamaherd_loadtest.tune.options import Options
+from llamaherd_loadtest.tune.pace import Calibrated
 from llamaherd_loadtest.tune.settings import Settings
 from llamaherd_loadtest.workload import Prompts
 
-_ATTEMPTS = 2  # of a run that the client spoiled
 _WARM_UP = 0.2  # of an open loop's window
 _LEAST_ARRIVALS = 8
 
@@ -27,21 +30,52 @@ class LiveBench:
         """Raises ServerUnusable where requests are not answered."""
         self._target, self._client, self._applier = options.target, ChatClient(options.target), applier
         self._workload, self._limits, self._objective = options.workload, options.limits, options.objective
-        self._calibration = calibrate(self._client, options.target, seed)
+        # A search that is resumed, and one that is measured again, must not find its prompts in the server's cache.
+        self._fresh = fresh_seed() << 64 if options.seed is None else 0
+        self._calibration = calibrate(self._client, options.target, self._fresh + seed)
         self._samples_dir = options.out / "samples"
         self._samples_dir.mkdir(parents=True, exist_ok=True)
+
+    def calibrated(self, concurrency: int, seed: int, within_s: float) -> Calibrated:
+        """Find out what a request takes with so many in flight: after `within_s` seconds, from what arrived by then.
+
+        Raises ServerUnusable where requests fail.
+        """
+        started = clock()
+        samples = at_once(self._client, self._prompts(seed), concurrency=concurrency, within_s=within_s)
+        running = [sample for sample in samples if sample.outcome in (OK, CUT_OFF)]
+        told = [sample for sample in running if sample.outcome == OK or sample.gaps]
+        times = [self._whole_s(sample) for sample in told or running]
+        if not times:
+            raise ServerUnusable(
+                f"{self._target.url} answers none of {concurrency} requests: {samples[0].outcome}: {samples[0].detail}"
+            )
+        return Calibrated(concurrency, fmean(times), clock() - started)
+
+    def _whole_s(self, sample: Sample) -> float:
+        """What the whole request takes; where it was cut off, as its answer went on until then."""
+        if sample.outcome == OK:
+            return sample.e2e
+        tokens = self._workload.output.median
+        if sample.ttft is not None and sample.gaps:
+            return max(sample.e2e, sample.ttft + fmean(sample.gaps) * (tokens - 1))
+        return sample.e2e * tokens
 
     def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
         """One window. Settings that are refused, or that kill the server, are a fault of theirs.
 
-        Raises ServerUnusable where the server does not come back.
+        Raises ServerUnusable where the server does not come back, or somebody else has changed its settings.
         """
         started = clock()
         try:
             self._applier.apply(settings)
             measurement = self._load(load, int(settings["parallel"]), window_s, seed)
+            self._applier.check(settings)
         except Refused as failure:
             measurement = self._fault(f"not launched: {failure}", does_not_fit=failure.does_not_fit)
+        except NotWarmedUp as failure:
+            measurement = self._fault(f"invalid: {failure}")
+            measurement.request_s = failure.waited_s
         except RunFailed as failure:
             measurement = self._fault(f"failed: {failure}")
         measurement.took_s = clock() - started
@@ -53,29 +87,29 @@ class LiveBench:
 
     def _load(self, load: Load, slots: int, window_s: float, seed: int) -> Measurement:
         concurrency = load.concurrency or slots
-        for _ in range(_ATTEMPTS):
-            prompts = Prompts(self._workload, model=self._target.model, seed=seed, calibration=self._calibration)
-            watch = self._applier.watch()
-            try:
-                if load.rate:
-                    run = self._arrivals(load.rate, prompts, window_s, seed)
-                else:
-                    run = closed_loop(
-                        self._target,
-                        self._client,
-                        prompts,
-                        concurrency=concurrency,
-                        window_s=window_s,
-                        warm_up_s=20 + 2 * window_s,
-                    )
-            finally:
-                engine = watch.stop()
-            write_samples(self._samples_dir / f"{seed}.jsonl", run.samples)
-            measurement = self._sum_up(run, engine)
-            measurement.concurrency = 0 if load.rate else concurrency
-            if not measurement.fault:
-                break
+        prompts, watch = self._prompts(seed), self._applier.watch()
+        try:
+            if load.rate:
+                run = self._arrivals(load.rate, prompts, window_s, seed)
+            else:
+                run = closed_loop(
+                    self._target,
+                    self._client,
+                    prompts,
+                    concurrency=concurrency,
+                    window_s=window_s,
+                    warm_up_s=20 + 2 * window_s,
+                    rounds=1,
+                )
+        finally:
+            engine = watch.stop()
+        write_samples(self._samples_dir / f"{seed}.jsonl", run.samples)
+        measurement = self._sum_up(run, engine)
+        measurement.concurrency = 0 if load.rate else concurrency
         return measurement
+
+    def _prompts(self, seed: int) -> Prompts:
+        return Prompts(self._workload, model=self._target.model, seed=self._fresh + seed, calibration=self._calibration)
 
     def _arrivals(self, rate: float, prompts: Prompts, window_s: float, seed: int) -> Run:
         """An open loop: a fifth of the window warms up, and what is in flight after it has as long as it was to end."""
@@ -92,7 +126,9 @@ class LiveBench:
         observed = {limit.name: observe(limit, inside) for limit in wanted}
         fault = f"invalid: {summary.fault}" if summary.fault else ""
         if not ok:
-            fault = f"failed: no request ended within the window of {summary.window_s:.0f} s"
+            fault = f"invalid: no request ended within the window of {summary.window_s:.0f} s"
+        if not ok and summary.errors:
+            fault = f"failed: no request was answered: {in_words(summary)[0]}"
         return Measurement(
             took_s=0.0,
             fault=fault,
@@ -110,4 +146,5 @@ class LiveBench:
             engine=engine,
             client_cpu=run.health.cpu,
             client_lag_ms=run.health.lag_p95_s * 1000,
+            request_s=fmean(s.e2e for s in ok) if ok else summary.window_s,
         )

@@ -5,7 +5,6 @@ Time is what measurements say they took, so a replayed journal and a simulated s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
@@ -15,11 +14,12 @@ from msgspec.structs import replace
 
 from llamaherd_loadtest.dice import seeded
 from llamaherd_loadtest.limits import Limit
-from llamaherd_loadtest.tune.beliefs import Beliefs, Judgement, believe
+from llamaherd_loadtest.tune.beliefs import Beliefs, believe
 from llamaherd_loadtest.tune.capacity import Capacity, find_capacity, judge, settle
 from llamaherd_loadtest.tune.decide import Choice, Contender, choose
-from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement, Record, limit_noise, score_noise
+from llamaherd_loadtest.tune.evidence import SLOTS, Judgement, Load, Measurement, Record, limit_noise, score_noise
 from llamaherd_loadtest.tune.objective import TOKENS, Objective
+from llamaherd_loadtest.tune.pace import Calibrated, Pace, Plan
 from llamaherd_loadtest.tune.settings import Settings, label
 from llamaherd_loadtest.tune.space import needs_as_much
 from llamaherd_loadtest.tune.surrogate import Grid
@@ -31,8 +31,6 @@ _CLEAR = 3  # times its margin: a gain that needs no more windows of the current
 _RANDOM_SHARE = 0.25  # of the screening, before the windows' own evidence leads
 _ARRIVALS_SHARE = 0.25  # of the time for the capacity
 _ARRIVALS_LOAD = 0.8  # of the capacity: more would only queue
-_OVERHEAD = 0.4  # of a window, for changing settings and warming up; corrected by what measurements take
-_MAX_WINDOW_S = 30.0
 
 
 class Bench(Protocol):
@@ -65,11 +63,13 @@ class Search:
         seed: int,
         objective: Objective = TOKENS,
         load: Load = SLOTS,
+        calibrated: Calibrated | None = None,
         on_step: Callable[[Step], None] = lambda _: None,
     ) -> None:
         """The first of `candidates` are the current settings; the first `always` are never left out.
 
-        All windows but those of `capacity` are under `load`.
+        All windows but those of `capacity` are under `load`. `calibrated` is what a request took under
+        it; without, requests are taken for short until windows show otherwise.
         """
         self.records = [Record(settings) for settings in candidates]
         self.limits, self.objective, self.load = limits, objective, load
@@ -78,17 +78,25 @@ class Search:
         self._grid = Grid(candidates)
         self._always, self._budget_s, self._bench, self._seed = always, budget_s, bench, seed
         self.on_step = on_step
-        # A larger budget buys both more windows and longer ones: 150 s make 14 of 7 s, 15 minutes 36 of 18 s.
-        self.window_s = min(0.6 * math.sqrt(budget_s), _MAX_WINDOW_S)
+        self._pace = Pace()
+        if calibrated:
+            self._pace.observe(calibrated.concurrency, calibrated.request_s)
+        self._plan = Plan(budget_s, self._pace, pair(candidates, load), least_rounds(load))
+        self._planned_s = self._took_s = 0.0  # of windows that came to their end
 
     def run(self) -> Choice:
         """Screen, confirm and choose."""
-        confirm_s = max(self._budget_s * _CONFIRM_SHARE, min(_MIN_CONFIRM * self._cost_s, self._budget_s * 0.6))
         if len(self.records) == 1:
             return Choice(record=self.records[0], change=False, reason="there are no other settings to try")
+        cost_s = self._cost_s(0)
+        confirm_s = max(self._budget_s * _CONFIRM_SHARE, min(_MIN_CONFIRM * cost_s, self._budget_s * 0.6))
         self._screen(self._budget_s - confirm_s)
-        self._confirm(finalists=max(1, min(3, int(confirm_s / self._cost_s) // 4)))
+        self._confirm(finalists=max(1, min(3, int(confirm_s / cost_s) // 4)))
         return self._choose()
+
+    def window_s(self, settings: Settings) -> float:
+        """How long a window of these settings is to last under the search's load."""
+        return self._plan.window_s(in_flight(settings, self.load))
 
     def beliefs(self) -> Beliefs:
         """What the windows so far say of all candidates."""
@@ -96,16 +104,31 @@ class Search:
 
     def _screen(self, until_s: float) -> None:
         """The settings that are always in and a random few; then, window by window, what may turn out best."""
-        first = [*range(self._always), *self._shuffled_rest()]
         random_until_s = until_s * _RANDOM_SHARE
-        for row in first:
-            if row >= self._always and (self.spent_s >= random_until_s or self._over(until_s)):
-                break
+        first = [*range(self._always), *self._shuffled_rest()]
+        while not self._failed() and (rows := self._screenable(until_s)):
+            if first and first[0] >= self._always and self.spent_s >= random_until_s:
+                first = []
+            row = rows[0] if len(rows) == 1 else next((r for r in first if r in rows), None)
+            if row is None:
+                row = self.beliefs().next({*range(len(self.records))} - {*rows}, self._dice())
+            first = [r for r in first if r != row]
             self._measure("screen", row)
-            if self.records[0].fault:
-                return
-        while not self._over(until_s) and not self.records[0].fault:
-            self._measure("screen", self.beliefs().next(self._faulted(), self._dice()))
+
+    def _screenable(self, until_s: float) -> list[int]:
+        """What there is time to measure: the current settings until they were, then what can be confirmed beside them.
+
+        Where the budget is short, the first other setting may take of the time to confirm, or all of it.
+        """
+        end_s = {row: self.spent_s + self._cost_s(row) for row in range(len(self.records)) if not self._set_aside(row)}
+        measured = [row for row, record in enumerate(self.records) if record.figures]
+        if 0 not in measured:
+            return [0] if end_s[0] <= self._budget_s else []
+        round_s = {row: self._round_s([0, row]) for row in end_s}
+        if len(measured) > 1:
+            return [row for row, end in end_s.items() if end <= until_s and until_s + round_s[row] <= self._budget_s]
+        others = sorted((row for row in end_s if row and end_s[row] <= self._budget_s), key=end_s.__getitem__)
+        return [row for row in others if end_s[row] + round_s[row] <= self._budget_s] or others[:1]
 
     def _confirm(self, finalists: int) -> None:
         """Interleave as A B … B A with fresh prompts, so that a drift of the host hits all alike.
@@ -113,28 +136,38 @@ class Search:
         Each round is of the settings that look best by then: one that falls behind leaves its time to the next, and so
         do the current ones once they are clearly beaten.
         """
-        if self.records[0].fault:
-            return
-        order, forwards = [0, *self._finalists(finalists)], True
-        while order != [0] and not self._over(self._budget_s, windows=len(order)):
-            for row in order:
+        current, forwards = [0], True
+        while not self._failed() and (others := self._finalists(finalists, current)):
+            for row in [*current, *others][:: 1 if forwards else -1]:
                 self._measure("confirm", row)
             choice = self._choose()
             current = [] if choice.gain > _CLEAR * choice.margin > 0 else [0]
             forwards = not forwards
-            order = [*current, *self._finalists(finalists)][:: 1 if forwards else -1]
 
-    def _finalists(self, count: int) -> list[int]:
-        return self.beliefs().best(count, {0, *self._faulted(), *self._unmeasured()})
+    def _finalists(self, count: int, current: Sequence[int]) -> list[int]:
+        """Up to `count` that look best, as many as one round has time for beside `current`."""
+        if not self.records[0].figures:
+            return []
+        left_s = self._budget_s - self.spent_s
+        rows = range(1, len(self.records))
+        unfit = [r for r in rows if not self.records[r].figures or self._round_s([*current, r]) > left_s]
+        found = self.beliefs().best(count, {0, *unfit, *filter(self._set_aside, rows)})
+        while found and self._round_s([*current, *found]) > left_s:
+            found.pop()
+        return found
 
     def _dice(self) -> np.random.Generator:
         return np.random.default_rng([self._seed, self.steps])
 
     def _choose(self) -> Choice:
         current = self.records[0]
-        confirmed = [row for row, r in enumerate(self.records) if r.confirming and not r.fault]
-        if current.fault or 0 not in confirmed:
-            return Choice(record=current, change=False, reason=current.fault or "there was no time to confirm another")
+        confirmed = [row for row, r in enumerate(self.records) if r.confirmed and not r.fault]
+        if current.fault:
+            return Choice(record=current, change=False, reason=current.fault)
+        if not current.figures:
+            return Choice(record=current, change=False, reason=current.spoiled, measured=False)
+        if 0 not in confirmed:
+            return Choice(record=current, change=False, reason="there was no time to confirm another")
         beliefs = self.beliefs()
         contenders = [
             Contender(self.records[row], float(beliefs.score.mean[row]), beliefs.judge(row, self.records[row])[0])
@@ -161,14 +194,16 @@ class Search:
             return judge(windows, self.limits, lambda limit: limit_noise(self.records, limit).sigma)
 
         def climb(concurrency: int) -> Measurement | None:
-            if self._over(climb_until_s):
+            load = Load(concurrency)
+            if self._over(climb_until_s, settings, load):
                 return None
-            window = self._window("load", settings, until_s, Load(concurrency))
+            window = self._window("load", settings, until_s, load)
             answered[concurrency] = window.requests_per_s
             return window
 
         def arrive() -> Measurement | None:
-            return None if self._over(until_s) else self._window("arrivals", settings, until_s, Load(rate=rate))
+            load = Load(rate=rate)
+            return None if self._over(until_s, settings, load) else self._window("arrivals", settings, until_s, load)
 
         found = find_capacity(lambda load: settle(lambda: climb(load), decide), int(settings["parallel"]))
         if found is None or not found.keeps:
@@ -189,27 +224,57 @@ class Search:
 
     def _window(self, phase: Phase, settings: Settings, until_s: float, load: Load) -> Measurement:
         self.steps += 1
-        measurement = self._bench.measure(settings, self.window_s, self._seed * 1000 + self.steps, load)
+        concurrency = in_flight(settings, load)
+        window_s, planned_s = self._plan.window_s(concurrency), self._plan.cost_s(concurrency)
+        measurement = self._bench.measure(settings, window_s, self._seed * 1000 + self.steps, load)
         self.spent_s += measurement.took_s
+        self._pace.observe(concurrency, measurement.request_s)
+        if not measurement.fault:
+            self._planned_s, self._took_s = self._planned_s + planned_s, self._took_s + measurement.took_s
         self.on_step(Step(self.steps, phase, settings, measurement, max(0.0, until_s - self.spent_s)))
         return measurement
 
-    @property
-    def _cost_s(self) -> float:
-        """Seconds that one more window takes."""
-        expected = self.window_s * (1 + _OVERHEAD)
-        return max(expected, self.spent_s / self.steps) if self.steps else expected
+    def _round_s(self, rows: Sequence[int]) -> float:
+        """Seconds that one window of each of `rows` takes."""
+        return sum(map(self._cost_s, rows))
 
-    def _over(self, until_s: float, windows: int = 1) -> bool:
-        return self.spent_s + windows * self._cost_s > until_s
+    def _cost_s(self, row: int) -> float:
+        return self._takes_s(self.records[row].settings, self.load)
+
+    def _takes_s(self, settings: Settings, load: Load) -> float:
+        """Seconds that one more window takes: as planned, and as much longer as windows took so far."""
+        slower = max(1.0, self._took_s / self._planned_s) if self._planned_s else 1.0
+        return slower * self._plan.cost_s(in_flight(settings, load))
+
+    def _over(self, until_s: float, settings: Settings, load: Load) -> bool:
+        return self.spent_s + self._takes_s(settings, load) > until_s
 
     def _shuffled_rest(self) -> list[int]:
         rest = list(range(self._always, len(self.records)))
         seeded(self._seed, "order").shuffle(rest)
         return rest
 
-    def _faulted(self) -> set[int]:
-        return {row for row, record in enumerate(self.records) if record.fault}
+    def _failed(self) -> bool:
+        """Whether the current settings do not work, so that there is nothing to compare others with."""
+        return bool(self.records[0].fault)
 
-    def _unmeasured(self) -> set[int]:
-        return {row for row, record in enumerate(self.records) if not record.figures}
+    def _set_aside(self, row: int) -> bool:
+        """Whether it is not measured any more. The current settings are tried for as long as there is time."""
+        record = self.records[row]
+        return bool(record.fault) or (row > 0 and record.hopeless)
+
+
+def in_flight(settings: Settings, load: Load) -> int:
+    """The requests that a load keeps in flight with `settings`; of arrivals, at most as many as there are slots."""
+    return load.concurrency or int(settings["parallel"])
+
+
+def pair(candidates: Sequence[Settings], load: Load) -> tuple[int, int]:
+    """Requests in flight under the current settings, the first, and under the others that need the fewest."""
+    loads = [in_flight(settings, load) for settings in candidates]
+    return loads[0], min(loads[1:] or loads)
+
+
+def least_rounds(load: Load) -> int:
+    """Requests that a window lasts at least, one after the other: what arrived last has a window's time to end."""
+    return 2 if load.rate else 1

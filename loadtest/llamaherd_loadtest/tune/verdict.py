@@ -11,9 +11,8 @@ import msgspec
 from msgspec import Struct, field
 
 from llamaherd_loadtest.quantiles import estimate
-from llamaherd_loadtest.tune.beliefs import Judgement
 from llamaherd_loadtest.tune.decide import Choice
-from llamaherd_loadtest.tune.evidence import SLOTS, Record
+from llamaherd_loadtest.tune.evidence import SLOTS, Judgement, Record
 from llamaherd_loadtest.tune.objective import Objective
 from llamaherd_loadtest.tune.search import Search
 from llamaherd_loadtest.tune.settings import Settings, difference, key, label
@@ -43,7 +42,8 @@ class Row(Struct, kw_only=True):
 
 
 class Verdict(Struct, kw_only=True):
-    """What verdict.json holds. `partial`: the search was interrupted, and nothing was chosen.
+    """What verdict.json holds. `partial`: the search was interrupted, and nothing was chosen. `measured` is false where
+    each window of the current settings was spoiled, so that nothing was compared.
 
     `capacity` says in words what load the chosen settings carry; empty where there was no time to find out.
     """
@@ -52,6 +52,7 @@ class Verdict(Struct, kw_only=True):
     verdict: str
     sentence: str
     partial: bool = False
+    measured: bool = True
     objective: str = "tokens"
     load: str = str(SLOTS)
     capacity: str = ""
@@ -80,8 +81,13 @@ def read_verdict(path: Path) -> Verdict:
 
 
 def write_verdict(path: Path, verdict: Verdict) -> None:
-    """Write `verdict` as JSON. Raises OSError."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(verdict), indent=2) + b"\n")
+    """Write `verdict` as JSON, whole or not at all. Raises OSError."""
+    new = path.with_suffix(".new")
+    try:
+        new.write_bytes(msgspec.json.format(msgspec.json.encode(verdict), indent=2) + b"\n")
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def make_verdict(search: Search, choice: Choice | None, pruned: Sequence[Pruned]) -> Verdict:
@@ -92,6 +98,7 @@ def make_verdict(search: Search, choice: Choice | None, pruned: Sequence[Pruned]
         verdict="change" if choice and choice.change else "keep",
         sentence=_sentence(choice, current, search.objective),
         partial=choice is None,
+        measured=choice is not None and choice.measured,
         objective=search.objective.name,
         load=str(search.load),
         current=current,
@@ -125,15 +132,15 @@ def _table(search: Search, chosen: Settings, pruned: Sequence[Pruned]) -> list[R
 
 def _row(search: Search, index: int, record: Record, chosen: Settings, named: tuple[str, ...]) -> Row:
     row = Row(label=label(record.settings, named), settings=record.settings, verdict="")
-    if record.fault:
-        row.verdict = record.fault
+    if record.fault or not record.figures:
+        row.verdict = record.fault or record.spoiled
         return row
     ttft = sorted(v for m in record.windows for v in m.ttft_ms)
     tpot = sorted(v for m in record.windows for v in m.tpot_ms)
     row.output_tokens_per_s = geometric_mean(max(m.tokens_per_s, 1e-9) for m in record.windows)
     row.score = math.exp(record.log_score)
     row.requests, row.errors = sum(m.requests for m in record.windows), sum(m.errors for m in record.windows)
-    row.windows, row.confirmed = len(record.windows), bool(record.confirming)
+    row.windows, row.confirmed = len(record.windows), record.confirmed
     if ttft:
         p95 = estimate(ttft, 0.95)
         row.ttft_p95_ms, row.resolved = p95.value, p95.resolved
