@@ -19,14 +19,14 @@ import yaml
 from llamaherd_loadtest.summary import Distribution, Summary
 
 _ARGS = (
-    *("workload", "prompt_tokens", "max_tokens", "seed", "requests", "limits", "num_users", "run_time"),
+    *("workload", "prompt_tokens", "max_tokens", "requests", "limits", "num_users", "run_time"),
     *("rate", "arrivals", "burst", "trace_speed"),
 )
 
 
-def to_benchmark_report(summary: Summary, options: Any, parallelism: int) -> str:
+def to_benchmark_report(summary: Summary, options: Any, parallelism: int, seed: int) -> str:
     """The report as YAML. `options` are Locust's with ours, `parallelism` the processes that sent the load."""
-    native = {name: value for name in _ARGS if (value := getattr(options, name, None))}
+    native = {name: value for name in _ARGS if (value := getattr(options, name, None))} | {"seed": seed}
     end = datetime.now(UTC)
     report = {
         "version": "0.2.1",

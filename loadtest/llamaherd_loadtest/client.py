@@ -16,7 +16,7 @@ from pathlib import Path
 import gevent
 import msgspec
 from geventhttpclient.connectionpool import ConnectionPool, SSLConnectionPool
-from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
+from geventhttpclient.response import HTTPParseError
 from geventhttpclient.url import URL
 from msgspec import Struct
 
@@ -30,10 +30,14 @@ POOL = 65536
 # What the kernel says when this machine, not the server, cannot open one more connection.
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM}
 PATH = "/v1/chat/completions"
+_UNFINISHED = ("abort", "cancelled", "error")  # finish reasons of answers that are not whole
 
 
 class Target(Struct, frozen=True, kw_only=True):
-    """Where the load goes. `ca` is the only authority trusted, the system's where None; `timeout_s` is per request."""
+    """Where the load goes: `url` is the API's root, with or without its /v1.
+
+    `ca` is the only authority trusted, the system's where None; `timeout_s` is per request.
+    """
 
     url: str
     model: str = ""
@@ -50,7 +54,9 @@ class ChatClient:
         self._timeout_s = target.timeout_s
         if not (target.key.isascii() and target.key.isprintable()):
             raise ValueError("the API key has characters that no header can carry: it is one line of printable ASCII")
-        headers = [f"Host: {URL(target.url).netloc}", "Content-Type: application/json", "Accept: text/event-stream"]
+        url = URL(target.url)
+        self._prefix = url.path.rstrip("/").removesuffix("/v1")
+        headers = [f"Host: {url.netloc}", "Content-Type: application/json", "Accept: text/event-stream"]
         self._head = "\r\n".join(headers + [f"Authorization: Bearer {target.key}"] * bool(target.key))
         try:
             self._pool = _pool(target)
@@ -96,20 +102,13 @@ class ChatClient:
         sample.end = clock()
 
     def _ask(self, method: str, path: str, body: bytes, take: Callable[[Pieces], None] | None = None) -> Answer:
-        head = f"{method} {path} HTTP/1.1\r\n{self._head}\r\nContent-Length: {len(body)}\r\n\r\n"
-        request = head.encode() + body
-        try:
-            return self._exchange(request, take)
-        except HTTPConnectionClosed:  # a kept-alive connection that the server closed just as we took it
-            return self._exchange(request, take)
-
-    def _exchange(self, request: bytes, take: Callable[[Pieces], None] | None) -> Answer:
+        head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._head}\r\nContent-Length: {len(body)}\r\n\r\n"
         connection = self._pool.get_socket()
         connection.settimeout(None)  # requests have a deadline as a whole, not for each read
         answer = Answer(connection, take)
         try:
             with suppress(BrokenPipeError, ConnectionResetError):  # who does not read to the end may have answered
-                connection.sendall(request)
+                connection.sendall(head.encode() + body)
             answer.wait()
         finally:
             done = self._pool.release_socket if answer.should_close() else self._pool.return_socket
@@ -139,6 +138,9 @@ class _Noted:
         self._sample, self._text = sample, text
         self._rest = bytearray()
         self._last: Chunk | None = None
+        self._finish_reason = ""
+        self._size = self._first_size = 0  # characters, of all events and of the first
+        self._reasons = False
 
     def take(self, pieces: Pieces) -> None:
         """Raises _StreamError, and msgspec.DecodeError where an event is not a chunk's JSON."""
@@ -152,12 +154,15 @@ class _Noted:
     def finish(self, answer: Answer) -> None:
         """The answer is over: was it whole?"""
         sample = self._sample
+        sample.first_share = self._first_size / max(self._size, 1)
         if answer.status_code != 200:
             sample.outcome, sample.detail = f"http {answer.status_code}", _error_text(answer.body())
             return
         self.take([(clock(), bytearray(b"\n"))])  # a last line may lack its end
-        if self._last is None or not (self._last is END or self._last.finished):
+        if self._last is None or not (self._last is END or self._finish_reason):
             sample.outcome, sample.detail = "truncated", "the stream ended without a finish reason"
+        elif self._finish_reason in _UNFINISHED:
+            sample.outcome, sample.detail = "truncated", f"the server ended the answer early: {self._finish_reason}"
         elif sample.first is None:
             sample.outcome, sample.detail = "empty", "the answer had no text"
 
@@ -165,19 +170,25 @@ class _Noted:
         sample = self._sample
         if chunk.choices or chunk is END:
             self._last = chunk
-        if chunk.has_text:
+            self._finish_reason = chunk.finish_reason or self._finish_reason
+        if size := chunk.size:
+            self._size += size
+            self._reasons = self._reasons or chunk.reasons
             if sample.last is None:
-                sample.first = arrival
+                sample.first, self._first_size = arrival, size
             else:
                 sample.gaps.append(arrival - sample.last)
             sample.last = arrival
             if self._text is not None:
                 self._text.append(chunk.text)
-        if chunk.error is not None:
+        if chunk.is_error:
             raise _StreamError(chunk.error_message)
         if chunk.usage is not None:
             sample.prompt_tokens = chunk.usage.prompt_tokens
             sample.completion_tokens = chunk.usage.completion_tokens
+            details = chunk.usage.completion_tokens_details
+            if details is not None and not self._reasons:
+                sample.hidden_tokens = details.reasoning_tokens or 0
             if chunk.usage.prompt_tokens_details is not None:
                 sample.cached_tokens = chunk.usage.prompt_tokens_details.cached_tokens
         if chunk.timings is not None and chunk.timings.prompt_ms is not None:

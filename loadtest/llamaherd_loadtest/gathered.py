@@ -47,7 +47,8 @@ def gather(parts: Sequence[Part], missing: int, limits: Sequence[Limit]) -> Gath
     samples = sorted((s for part in shifted for s in part.samples), key=lambda s: (s.index, s.turn))
     start, end = max(part.start for part in shifted), min(part.end for part in shifted)
     users, warmed = sum(part.users for part in parts), sum(part.warmed for part in parts)
-    fault = f"{missing} load generators did not report: their requests are missing" if missing else ""
+    fault = "" if samples else "no request was sent"
+    fault = f"{missing} load generators did not report: their requests are missing" if missing else fault
     if warmed < users or end <= start:
         fault = f"the load was never full: {warmed} of {users} users had warmed up: measure for longer"
         start, end = min(part.start for part in shifted), max(part.end for part in shifted) + 1e-9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import gevent
@@ -13,6 +14,7 @@ from llamaherd_loadtest.quantiles import quantile
 _TICK_S = 0.02
 MAX_CPU = 0.85
 MAX_LAG_S = 0.05
+LAG_SHARE = 0.1  # of the median TTFT: on a slow host a late client matters less
 MIN_CONCURRENCY = 0.9
 
 
@@ -26,35 +28,38 @@ class Health(Struct, frozen=True, kw_only=True):
     lag_p95_s: float
     concurrency: float = 1.0
 
-    @property
-    def fault(self) -> str:
-        """Why the run is invalid; empty where it is valid."""
+    def fault(self, ttft_s: float = 0.0) -> str:
+        """Why a run is invalid whose median TTFT was `ttft_s`; empty where it is valid."""
         if self.cpu > MAX_CPU:
             return f"CPU: the client used {self.cpu:.0%} of its core (limit {MAX_CPU:.0%}): use more load generators"
-        if self.lag_p95_s > MAX_LAG_S:
-            late, limit = self.lag_p95_s * 1000, MAX_LAG_S * 1000
-            return f"event loop: the client's timers were {late:.0f} ms late at p95 (limit {limit:.0f})"
+        limit_s = max(MAX_LAG_S, LAG_SHARE * ttft_s)
+        if self.lag_p95_s > limit_s:
+            late = self.lag_p95_s * 1000
+            return f"event loop: the client's timers were {late:.0f} ms late at p95 (limit {limit_s * 1000:.0f})"
         if self.concurrency < MIN_CONCURRENCY:
             return f"only {self.concurrency:.0%} of the requested concurrency was in flight"
         return ""
 
 
 class HealthMonitor:
-    """Watches this process from `start` to `stop`."""
+    """Watches this process until `stop`."""
 
     def __init__(self) -> None:
-        self._lags: list[float] = [0.0]
+        self._ticks = [(clock(), time.process_time(), 0.0)]  # when, CPU seconds so far, how late
         self._watcher = gevent.spawn(self._watch)
-        self._cpu, self._wall = time.process_time(), clock()
 
-    def stop(self) -> tuple[float, float]:
-        """End it: (share of one core used, p95 of the timers' lag in seconds)."""
+    def stop(self, start: float = 0.0, end: float = math.inf) -> tuple[float, float]:
+        """End it: (share of one core used, p95 of the timers' lag in seconds), both between `start` and `end`."""
         self._watcher.kill()
-        cpu = (time.process_time() - self._cpu) / max(clock() - self._wall, 1e-9)
-        return cpu, quantile(sorted(self._lags), 0.95)
+        self._ticks.append((clock(), time.process_time(), 0.0))
+        inside = [tick for tick in self._ticks if start <= tick[0] <= end] or self._ticks[-1:]
+        (first, cpu_before, _), (last, cpu_after, _) = inside[0], inside[-1]
+        cpu = (cpu_after - cpu_before) / max(last - first, 1e-9)
+        return cpu, quantile(sorted(lag for _, _, lag in inside), 0.95)
 
     def _watch(self) -> None:
         while True:
             due = clock() + _TICK_S
             gevent.sleep(_TICK_S)
-            self._lags.append(clock() - due)
+            now = clock()
+            self._ticks.append((now, time.process_time(), now - due))

@@ -72,6 +72,13 @@ def meets(limits: Sequence[Limit], sample: Sample) -> bool:
     )
 
 
+def missed_already(limits: Sequence[Limit], sample: Sample, at: float) -> bool:
+    """Whether a request that is in flight `at` that time of the client's clock is past one of the limits."""
+    age_ms = 1000 * (at - sample.scheduled)
+    waits = sample.first is None or sample.first > at
+    return any(age_ms > limit.ms for limit in limits if limit.metric == "e2e" or (limit.metric == "ttft" and waits))
+
+
 def observe(limit: Limit, samples: list[Sample]) -> float | None:
     """The limited figure of these requests, milliseconds; None where no request has it."""
     values = sorted(v * 1000 for s in samples if s.outcome == OK for v in _values(limit.metric, s))

@@ -30,7 +30,7 @@ def add_options(parser: Any, *, open_loop: bool = False) -> None:
     )
     add("--prompt-tokens", type=int, default=0, help="length of each prompt; 0: as the workload says")
     add("--max-tokens", type=int, default=0, help="length of each answer; 0: as the workload says")
-    add("--seed", type=int, default=0, help="prompts and arrivals are the same for the same seed")
+    add("--seed", type=int, default=0, help="prompts and arrivals are the same for the same; 0: a new one")
     add("--requests", type=int, default=0, help="end the test after so many conversations; 0: at --run-time")
     add("--request-timeout", type=float, default=600.0, help="seconds")
     add("--limits", default="", help="for goodput: ttft_p95=2s,itl_p95=100ms or a name such as mlperf-llama2-70b")

@@ -7,6 +7,7 @@ the workers send it their samples. So the requests of a run are the same for the
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from msgspec import Struct
 
 from llamaherd_loadtest.benchmark_report import to_benchmark_report
 from llamaherd_loadtest.client import clock
+from llamaherd_loadtest.dice import fresh_seed
 from llamaherd_loadtest.gathered import Gathered, Part, gather
 from llamaherd_loadtest.health import HealthMonitor
 from llamaherd_loadtest.locust_options import DEFAULT_WORKLOAD, FILES, add_options
@@ -42,12 +44,20 @@ class Plan(Struct, frozen=True):
     """What one process is to send; an open loop starts at `start`, seconds since the epoch."""
 
     share: Share
+    seed: int
     probed: Probed
     start: float
 
 
+_measured: list[type[User]] = []
+
+
 def measure(user: type[User], *, open_loop: bool = False) -> None:
-    """Let `user`'s tests be measured: call it once, at the end of a locustfile."""
+    """Let `user`'s tests be measured: call it once, at the end of a locustfile. Exits where another one has."""
+    _measured.append(user)
+    if len(_measured) > 1:
+        names = " and ".join(one.__name__ for one in _measured)
+        sys.exit(f"locust: one locustfile measures at a time, not {names}: start Locust once for each")
     run = LocustRun(user, open_loop=open_loop)
     events.init_command_line_parser.add_listener(lambda parser, **_: add_options(parser, open_loop=open_loop))
     events.init.add_listener(run.connect)
@@ -55,6 +65,7 @@ def measure(user: type[User], *, open_loop: bool = False) -> None:
     events.spawning_complete.add_listener(run.spawned)
     events.test_stopping.add_listener(run.stopping)
     events.test_stop.add_listener(run.stop)
+    events.quitting.add_listener(run.quit)
 
 
 class LocustRun:
@@ -66,6 +77,7 @@ class LocustRun:
         self._parts, self._gathered, self._workers, self._done = list[Part](), Event(), 0, 0
         self._session: LoadSession | None = None
         self._full_at = self._stopped_at = 0.0
+        self._written = False
 
     def connect(self, environment: Any, runner: Any, **_: Any) -> None:
         """Listen to the other processes."""
@@ -87,13 +99,13 @@ class LocustRun:
         """A test starts. A server or an option that cannot be used ends it with one clear line."""
         try:
             vars(environment.parsed_options).update(self._files)  # a form sent to Locust's page could have set them
-            self._opening = Opening(environment.parsed_options, self._checked(environment.host or ""))
+            plan = self._take() if isinstance(self._runner, WorkerRunner) else None
+            self._seed = plan.seed if plan else environment.parsed_options.seed or fresh_seed()
+            self._opening = Opening(environment.parsed_options, self._checked(environment.host or ""), self._seed)
             if isinstance(self._runner, MasterRunner):
                 self._hand_out(self._opening.probe())
-            elif isinstance(self._runner, WorkerRunner):
-                self._begin(self._take())
             else:
-                self._begin(self._plans(self._opening.probe(), 1)[0])
+                self._begin(plan or self._plans(self._opening.probe(), 1)[0])
         except (ServerUnusable, ValueError, OSError) as error:
             environment.process_exit_code = 2
             if isinstance(self._runner, MasterRunner):  # whose StopTest Locust does not heed
@@ -121,6 +133,13 @@ class LocustRun:
         if self._parts:
             self._write(gather(self._parts, self._workers - len(self._parts), self._opening.limits))
 
+    def quit(self, environment: Any, **_: Any) -> None:
+        """Locust ends: a run of the command line that was never begun is no good one."""
+        if not self._written and environment.parsed_options.headless and not isinstance(self._runner, WorkerRunner):
+            if environment.process_exit_code is None:
+                log.error("this run is invalid: it ended before the server had answered a first request")
+            environment.process_exit_code = environment.process_exit_code or 3
+
     def _checked(self, host: str) -> str:
         if self._environment.parsed_options.key_file and self._host and host != self._host:
             raise ValueError(
@@ -131,7 +150,7 @@ class LocustRun:
     def _plans(self, probed: Probed, count: int) -> list[Plan]:
         self._parts, self._gathered, self._workers, self._done = [], Event(), count, 0
         total, start = self._environment.parsed_options.requests, time.time() + (_LEAD_S if count > 1 else 0.0)
-        return [Plan(Share(index, count, total), probed, start) for index in range(count)]
+        return [Plan(Share(index, count, total), self._seed, probed, start) for index in range(count)]
 
     def _hand_out(self, probed: Probed) -> None:
         ready = [worker.id for worker in self._runner.clients.ready]
@@ -150,6 +169,7 @@ class LocustRun:
     def _begin(self, plan: Plan) -> None:
         source = self._opening.source(plan.probed)
         self._session = LoadSession(self._opening.client, source, self._environment.events.request.fire, plan.share)
+        self._session.on_figure = self._show
         self._session.drain_s = self._environment.stop_timeout or 0.0
         self._user.session = self._session
         self._monitor, self._full_at, self._stopped_at = HealthMonitor(), 0.0, 0.0
@@ -159,6 +179,10 @@ class LocustRun:
             start = clock() + plan.start - time.time()
             self._opens_at = start + warm_up_s
             self._dispatcher = gevent.spawn(self._session.dispatch, start, self._opening.offsets(), warm_up_s)
+
+    def _show(self, name: str, seconds: float) -> None:
+        """In a row of its own, which Locust's totals leave out: requests a second and their times are of requests."""
+        self._environment.stats.get(name, "SSE").log(seconds * 1000, 0)
 
     def _watch(self, session: LoadSession) -> None:
         session.done.wait()
@@ -183,15 +207,15 @@ class LocustRun:
         self._watcher.kill()
         if self._open_loop:
             self._dispatcher.kill()
-        cpu, lag = self._monitor.stop()
         users, start = sum(self._runner.final_user_classes_count.values()), max(self._full_at, session.warmed_at)
         warmed = session.warmed if self._full_at else 0
         if self._open_loop:
             users, warmed, start = 0, 0, self._opens_at
-        elif self._environment.parsed_options.think:  # fewer requests are in flight than there are users
+        elif self._environment.parsed_options.think or session.total:  # not all users have a request in flight
             users, warmed = 0, 0
         elif self._environment.shape_class is not None:  # the load is meant to change: all of it counts
             users, warmed, start = 0, 0, min((s.sent for s in session.samples), default=self._stopped_at)
+        cpu, lag = self._monitor.stop(start, self._stopped_at)
         return Part(
             samples=session.samples,
             epoch=time.time() - clock(),
@@ -215,15 +239,17 @@ class LocustRun:
             self._gathered.set()
 
     def _write(self, gathered: Gathered) -> None:
+        self._written = True
         options = self._environment.parsed_options
         if options.samples:
             write_samples(Path(options.samples), gathered.samples)
         if options.summary:
             Path(options.summary).write_bytes(msgspec.json.format(msgspec.json.encode(gathered.summary)) + b"\n")
         if options.benchmark_report:
-            report = to_benchmark_report(gathered.summary, options, self._workers)
+            report = to_benchmark_report(gathered.summary, options, self._workers, self._seed)
             Path(options.benchmark_report).write_text(report, encoding="utf-8")
-        for line in in_words(gathered.summary):
+        for line in (*in_words(gathered.summary), f"to send the same requests again: --seed {self._seed}"):
             log.info(line)
         if gathered.summary.fault:
             log.error("this run is invalid: %s", gathered.summary.fault)
+            self._environment.process_exit_code = 3

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from llamaherd_loadtest.client import ChatClient, Target
+from llamaherd_loadtest.dice import fresh_seed
 from llamaherd_loadtest.drive import RunFailed, closed_loop
 from llamaherd_loadtest.probe import ServerUnusable, calibrate
 from llamaherd_loadtest.summary import Summary, summarise
@@ -20,7 +21,7 @@ def main() -> None:
     """Print a Summary; exits with one line on stderr where there is nothing to sum up."""
     parser = options("llamaherd_loadtest.measure", __doc__)
     parser.add_argument("--concurrency", type=int, required=True, help="requests in flight, best the server's parallel")
-    tell(parser, lambda args: measure(target(args), args.workload, args.concurrency, args.window))
+    tell(parser, lambda args: measure(target(args), args.workload, args.concurrency, args.window, args.seed))
 
 
 def tell(parser: argparse.ArgumentParser, measured: Callable[[argparse.Namespace], msgspec.Struct]) -> None:
@@ -42,6 +43,7 @@ def options(module: str, description: str | None) -> argparse.ArgumentParser:
     add("--key-file", type=Path, help="file that holds the API key")
     add("--model", default="", help="the model's name")
     add("--workload", default="chat", help=f"{', '.join(workload_names())}, or a .yml file")
+    add("--seed", type=int, help="of the prompts; a new one each time if not given")
     add("--window", type=float, default=10.0, help="seconds (default: %(default)s)")
     return parser
 
@@ -52,9 +54,10 @@ def target(args: argparse.Namespace) -> Target:
     return Target(url=args.url, model=args.model, key=key, ca=args.ca)
 
 
-def measure(server: Target, workload: str, concurrency: int, window_s: float, seed: int = 0) -> Summary:
-    """A closed loop of `concurrency` for `window_s` seconds. Raises ServerUnusable, RunFailed, ValueError."""
-    client = ChatClient(server)
+def measure(server: Target, workload: str, concurrency: int, window_s: float, seed: int | None = None) -> Summary:
+    """A closed loop of `concurrency` for `window_s` seconds, with prompts that the server has not seen unless `seed`
+    says otherwise. Raises ServerUnusable, RunFailed, ValueError."""
+    client, seed = ChatClient(server), fresh_seed() if seed is None else seed
     try:
         calibration = calibrate(client, server, seed)
         prompts = Prompts(load_workload(workload), model=server.model, seed=seed, calibration=calibration)

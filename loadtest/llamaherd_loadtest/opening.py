@@ -28,10 +28,13 @@ class Probed(Struct, frozen=True):
 
 
 class Opening:
-    """One test, as its options say (see `locust_options`). Raises ValueError or OSError where one makes no sense."""
+    """One test, as its options say (see `locust_options`), with the prompts and arrivals of `seed`.
 
-    def __init__(self, options: Any, host: str) -> None:
-        self._options = options
+    Raises ValueError or OSError where an option makes no sense.
+    """
+
+    def __init__(self, options: Any, host: str, seed: int) -> None:
+        self._options, self._seed = options, seed
         self._target = Target(
             url=host,
             model=options.model,
@@ -48,7 +51,7 @@ class Opening:
         facts = ask(self.client, self._target.model)
         target, material = replace(self._target, model=facts.model), self._material
         extra = material.extra if isinstance(material, Workload) else {}
-        calibration = calibrate(self.client, target, self._options.seed, extra, timings=facts.is_llamaherd)
+        calibration = calibrate(self.client, target, self._seed, extra, timings=facts.is_llamaherd)
         check_fits(self.name, material.longest, facts)
         return Probed(facts, calibration)
 
@@ -59,7 +62,7 @@ class Opening:
 
     def source(self, probed: Probed) -> Source:
         """Where the requests come from."""
-        model, calibration, seed = probed.facts.model, probed.calibration, self._options.seed
+        model, calibration, seed = probed.facts.model, probed.calibration, self._seed
         match self._material:
             case Trace() as trace:
                 return TracePrompts(trace, model=model, seed=seed, calibration=calibration)
@@ -73,7 +76,7 @@ class Opening:
         if isinstance(self._material, Trace):
             return self._material.offsets()
         options = self._options
-        return Arrivals(options.arrivals, options.rate, options.seed, options.burst).offsets()
+        return Arrivals(options.arrivals, options.rate, self._seed, options.burst).offsets()
 
     @property
     def _is_trace(self) -> bool:
@@ -85,5 +88,5 @@ class Opening:
             return read_trace(Path(options.trace), options.trace_speed)
         path = Path(options.workload)
         if path.suffix in (".jsonl", ".json"):
-            return read_replay(path, options.seed, options.max_tokens, partial(count_tokens, self.client))
+            return read_replay(path, self._seed, options.max_tokens, partial(count_tokens, self.client))
         return load_workload(options.workload).with_prompt(options.prompt_tokens).with_output(options.max_tokens)

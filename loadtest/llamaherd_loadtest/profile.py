@@ -6,6 +6,7 @@ from itertools import takewhile
 
 from llamaherd_loadtest.capacity import Profile
 from llamaherd_loadtest.client import Target
+from llamaherd_loadtest.dice import fresh_seed
 from llamaherd_loadtest.measure import measure, options, target, tell
 
 
@@ -13,16 +14,17 @@ def main() -> None:
     """Print a Profile; exits with one line on stderr where there is nothing to make it of."""
     parser = options("llamaherd_loadtest.profile", __doc__)
     parser.add_argument("--parallel", type=int, required=True, help="the host's slots")
-    tell(parser, lambda args: measured(target(args), args.workload, args.parallel, args.window))
+    tell(parser, lambda args: measured(target(args), args.workload, args.parallel, args.window, args.seed))
 
 
-def measured(server: Target, workload: str, parallel: int, window_s: float) -> Profile:
+def measured(server: Target, workload: str, parallel: int, window_s: float, seed: int | None = None) -> Profile:
     """Closed loops of 1, 2, 4 … and `parallel` requests. A request alone waits for its prompt and nothing else.
 
     Raises ServerUnusable, RunFailed, ValueError.
     """
     below = takewhile(lambda busy: busy < parallel, (1 << n for n in range(16)))
-    runs = {busy: measure(server, workload, busy, window_s) for busy in (*below, parallel)}
+    first = fresh_seed() if seed is None else seed
+    runs = {busy: measure(server, workload, busy, window_s, first + busy) for busy in (*below, parallel)}
     tpot_s = {busy: run.tpot.mean / 1000 for busy, run in runs.items() if run.tpot}
     alone = runs[1]
     if not (alone.prompt_tokens and alone.ttft and tpot_s):

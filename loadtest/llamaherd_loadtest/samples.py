@@ -32,6 +32,8 @@ class Sample(Struct, kw_only=True):
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     completion_tokens: int | None = None
+    hidden_tokens: int = 0  # of them, reasoning that no event showed
+    first_share: float = 0.0  # of the characters, what the first event with text brought
     prefill: float | None = None  # the server's own time for the prompt, seconds, where it tells
     outcome: str = OK
     detail: str = ""
@@ -54,10 +56,16 @@ class Sample(Struct, kw_only=True):
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first: (tn - t1) / (n - 1), seconds."""
-        if self.first is None or self.last is None or self.tokens < 2:
+        """Time per output token after the first event: (tn - t1) / (n - n1), seconds.
+
+        n are the tokens that events showed, n1 those of the first event: by its share of the characters, and at most
+        those that are left where each other event brings one.
+        """
+        shown = self.tokens - self.hidden_tokens
+        first = max(1.0, min(shown - self.events + 1, self.first_share * shown))
+        if self.first is None or self.last is None or shown - first < 1:
             return None
-        return (self.last - self.first) / (self.tokens - 1)
+        return (self.last - self.first) / (shown - first)
 
     @property
     def queue(self) -> float | None:

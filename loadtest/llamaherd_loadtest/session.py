@@ -56,12 +56,16 @@ class RequestFailed(Exception):
 
 
 class LoadSession:
-    """Shared by all users of a process. `on_request` is Locust's request event (`environment.events.request.fire`)."""
+    """Shared by all users of a process. `on_request` is Locust's request event (`environment.events.request.fire`).
+
+    `on_figure` gets each TTFT and TPOT, by name, in seconds: they are no requests.
+    """
 
     def __init__(
         self, client: ChatClient, source: Source, on_request: Callable[..., Any], share: Share | None = None
     ) -> None:
         share = share or Share()
+        self.total = share.total  # conversations; 0: without end
         self.samples: list[Sample] = []
         self.warmed = 0
         self.warmed_at = 0.0  # when the last user had warmed up, on the client's clock
@@ -69,6 +73,7 @@ class LoadSession:
         self.completed = 0  # counted requests that went well
         self.hopeless = gevent.event.Event()  # set when requests only fail: nothing is left to measure
         self.done = gevent.event.Event()  # set when all of the share is sent and answered
+        self.on_figure: Callable[[str, float], None] = lambda *_: None
         self._client, self._source, self._on_request, self._share = client, source, on_request, share
         self._indices = share.indices()
         self._warm_ups = itertools.count(share.index, share.count)
@@ -162,23 +167,20 @@ class LoadSession:
         gevent.sleep(_RETRY_PAUSE_S)  # a closed loop that fails at once must not hammer the server
 
     def _report(self, sample: Sample) -> None:
-        """Into Locust's statistics, in milliseconds: the request, and TTFT and TPOT as entries of their own."""
+        """Into Locust's statistics: the request, in milliseconds, and its TTFT and TPOT."""
         failure = None if sample.outcome == OK else RequestFailed(f"{sample.outcome}: {sample.detail}".rstrip(": "))
-        self._fire("POST", PATH, sample.e2e, sample.tokens, failure)
-        if failure is None and sample.ttft is not None:
-            self._fire("SSE", "TTFT", sample.ttft)
-        if failure is None and sample.tpot is not None:
-            self._fire("SSE", "TPOT", sample.tpot)
-
-    def _fire(self, kind: str, name: str, seconds: float, length: int = 0, failure: Exception | None = None) -> None:
         self._on_request(
-            request_type=kind,
-            name=name,
-            response_time=seconds * 1000,
-            response_length=length,
+            request_type="POST",
+            name=PATH,
+            response_time=sample.e2e * 1000,
+            response_length=sample.tokens,
             exception=failure,
             context={},
         )
+        if failure is None and sample.ttft is not None:
+            self.on_figure("TTFT", sample.ttft)
+        if failure is None and sample.tpot is not None:
+            self.on_figure("TPOT", sample.tpot)
 
 
 def _van_der_corput(n: int) -> float:

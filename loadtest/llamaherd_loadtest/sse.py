@@ -6,19 +6,24 @@ Only the fields that a measurement needs are decoded; all others are skipped by 
 from __future__ import annotations
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Struct
 
 
 class PromptDetails(Struct, gc=False):
     cached_tokens: int | None = None
 
 
+class CompletionDetails(Struct, gc=False):
+    reasoning_tokens: int | None = None
+
+
 class Usage(Struct, gc=False):
     """Token counts as the server's own tokenizer gives them."""
 
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
     prompt_tokens_details: PromptDetails | None = None
+    completion_tokens_details: CompletionDetails | None = None
 
 
 class Timings(Struct, gc=False):
@@ -27,20 +32,26 @@ class Timings(Struct, gc=False):
     prompt_ms: float | None = None
 
 
+class Part(Struct, gc=False):
+    """One part of a content that is a list."""
+
+    text: str | None = None
+
+
 class Delta(Struct, gc=False):
-    content: str | None = None
+    content: str | list[Part] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: list[msgspec.Raw] | None = None
 
 
 class Choice(Struct, gc=False):
-    delta: Delta = field(default_factory=Delta)
+    delta: Delta | None = None
     finish_reason: str | None = None
 
 
 class ErrorBody(Struct, gc=False):
-    message: str = ""
+    message: str | None = None
     type: str | None = None
     code: str | int | None = None
 
@@ -48,34 +59,57 @@ class ErrorBody(Struct, gc=False):
 class Chunk(Struct, gc=False):
     """One `data:` event. A role-only delta carries no text and does not count as a first token."""
 
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[Choice] | None = None
     usage: Usage | None = None
     timings: Timings | None = None
     error: ErrorBody | str | None = None
+    object: str | None = None
+    message: str | None = None
 
     @property
-    def has_text(self) -> bool:
-        """Whether the event brings output: a non-empty delta of content, reasoning or a tool call."""
-        for choice in self.choices:  # looked at for each event: any() over a generator costs twice as much
+    def size(self) -> int:
+        """How much output the event brings, in characters of content, reasoning and tool calls."""
+        size = 0
+        for choice in self.choices or ():  # looked at for each event: sum() over a generator costs twice as much
             delta = choice.delta
-            if delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls:
-                return True
-        return False
+            if delta is not None:
+                content = delta.content if isinstance(delta.content, str) else _joined(delta.content)
+                size += len(content) + len(delta.reasoning_content or delta.reasoning or "")
+                if delta.tool_calls:
+                    size += sum(len(bytes(call)) for call in delta.tool_calls)
+        return size
 
     @property
-    def finished(self) -> bool:
-        """Whether a choice says why it ended."""
-        return any(choice.finish_reason for choice in self.choices)
+    def reasons(self) -> bool:
+        """Whether the event shows reasoning."""
+        return any(c.delta is not None and (c.delta.reasoning_content or c.delta.reasoning) for c in self.choices or ())
+
+    @property
+    def finish_reason(self) -> str:
+        """Why the answer ended; empty where it goes on."""
+        return next((choice.finish_reason for choice in self.choices or () if choice.finish_reason), "")
 
     @property
     def text(self) -> str:
         """The content that the event brings."""
-        return "".join([choice.delta.content or "" for choice in self.choices])
+        contents = (choice.delta.content for choice in self.choices or () if choice.delta is not None)
+        return "".join(content if isinstance(content, str) else _joined(content) for content in contents)
 
     @property
     def error_message(self) -> str:
-        """The text of an error event; empty where there is none."""
-        return self.error.message if isinstance(self.error, ErrorBody) else self.error or ""
+        """The text of an error event, also in vLLM's older form (object "error"); empty where there is none."""
+        if self.object == "error":
+            return self.message or "error without a message"
+        return (self.error.message if isinstance(self.error, ErrorBody) else self.error) or ""
+
+    @property
+    def is_error(self) -> bool:
+        """Whether the event reports an error."""
+        return self.error is not None or self.object == "error"
+
+
+def _joined(parts: list[Part] | None) -> str:
+    return "".join(part.text or "" for part in parts or ())
 
 
 END = Chunk()

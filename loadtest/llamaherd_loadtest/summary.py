@@ -12,12 +12,13 @@ from collections.abc import Iterable, Sequence
 import msgspec
 from msgspec import Struct
 
-from llamaherd_loadtest.health import MAX_LAG_S, Health
-from llamaherd_loadtest.limits import Limit, meets
+from llamaherd_loadtest.health import MAX_LAG_S, MIN_CONCURRENCY, Health
+from llamaherd_loadtest.limits import Limit, meets, missed_already
 from llamaherd_loadtest.quantiles import Quantile, estimate
 from llamaherd_loadtest.samples import CLIENT, CUT_OFF, OK, Sample
 
 SCHEMA = "llamaherd.summary/2"
+_WEDGED, _SILENCE_S = 3, 2.0  # a server is wedged when it is silent for so many of its longest silences, and seconds
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
 
@@ -31,9 +32,10 @@ class Distribution(Struct, frozen=True):
 
 
 class Goodput(Struct, frozen=True):
-    """Requests that kept all limits. Errors are misses; requests that were cut off are in neither figure.
+    """Requests that kept all limits. Errors are misses, and so are requests that were in flight at the window's end and
+    past a limit by then; all others in flight are in neither figure.
 
-    `attainment` is their share of all that ended in the window, between 0 and 1.
+    `attainment` is the share of those that kept them, between 0 and 1.
     """
 
     limits: list[Limit]
@@ -103,9 +105,11 @@ def summarise(
     events, tokens = sum(s.events for s in ok), sum(s.tokens for s in ok)
     window = end - start
     delay = distribution(s.schedule_delay for s in ok)
+    ttft = distribution(s.ttft for s in ok)
     told = [(s.queue, s.prefill) for s in ok if s.queue is not None and s.prefill is not None]
-    queued, ttft = sum(queue for queue, _ in told), sum(queue + prefill for queue, prefill in told)
-    good = sum(meets(limits, s) for s in inside)
+    queued, waited = sum(queue for queue, _ in told), sum(queue + prefill for queue, prefill in told)
+    waiting = [s for s in samples if not s.warmup and s.sent < end and (s.outcome == CUT_OFF or s.end > end)]
+    good, late = sum(meets(limits, s) for s in inside), sum(missed_already(limits, s, end) for s in waiting)
     return Summary(
         window_s=window,
         requests=len(ok),
@@ -113,7 +117,7 @@ def summarise(
         cut_off=sum(s.outcome == CUT_OFF or s.sent < end < s.end for s in samples),
         output_tokens_per_s=sum(s.tokens_between(start, end) for s in samples) / window,
         requests_per_s=len(ok) / window,
-        ttft=distribution(s.ttft for s in ok),
+        ttft=ttft,
         tpot=distribution(s.tpot for s in ok),
         itl=distribution(gap for s in ok for gap in s.gaps),
         largest_gap=distribution(s.largest_gap for s in ok),
@@ -121,14 +125,18 @@ def summarise(
         schedule_delay=delay,
         prefill=distribution(s.prefill for s in ok),
         queue=distribution(s.queue for s in ok),
-        queue_share=queued / ttft if ttft else None,
-        goodput=Goodput(list(limits), good / window, good / len(inside)) if limits and inside else None,
+        queue_share=queued / waited if waited else None,
+        goodput=Goodput(list(limits), good / window, good / (len(inside) + late)) if limits and inside else None,
         prompt_tokens=distribution((s.prompt_tokens for s in ok), scale=1.0),
         output_tokens=distribution((s.tokens for s in ok), scale=1.0),
         cached_tokens=sum(s.cached_tokens or 0 for s in ok),
         inter_chunk=events < 0.8 * tokens,
         health=health,
-        fault=health.fault or _late(delay) or _out_of_sockets(samples),
+        fault=_failures(inside, health)
+        or health.fault(_median(ttft))
+        or _late(delay)
+        or _out_of_sockets(samples)
+        or _unanswered(samples, inside, start, end),
     )
 
 
@@ -136,6 +144,38 @@ def _late(delay: Distribution | None) -> str:
     p95 = 0.0 if delay is None else delay.quantiles[QUANTILES.index(0.95)].value
     limit = MAX_LAG_S * 1000
     return f"event loop: requests were sent {p95:.0f} ms late at p95 (limit {limit:.0f})" if p95 > limit else ""
+
+
+def _median(ttft: Distribution | None) -> float:
+    return 0.0 if ttft is None else ttft.quantiles[QUANTILES.index(0.5)].value / 1000
+
+
+def _failures(inside: Sequence[Sample], health: Health) -> str:
+    """Requests that fail at once leave the load short of what was asked for: that is no fault of the client."""
+    failed = Counter(f"{s.outcome}: {s.detail}".rstrip(": ") for s in inside if s.outcome != OK)
+    if not failed or health.concurrency >= MIN_CONCURRENCY:
+        return ""
+    return f"{failed.total()} of {len(inside)} requests failed, most with {failed.most_common(1)[0][0]}"
+
+
+def _unanswered(samples: Sequence[Sample], inside: Sequence[Sample], start: float, end: float) -> str:
+    """Why there are no answers, or none to the end of the window."""
+    if not samples:
+        return ""
+    waiting = sum(s.sent < end and (s.outcome == CUT_OFF or s.end > end) for s in samples)
+    if not inside:
+        return (
+            f"no request ended within the window of {end - start:.1f} s, {waiting} were in flight: measure for longer"
+        )
+    heard = max((at for s in samples for at in (s.first, s.last, _ended(s)) if at is not None and at <= end), default=0)
+    silences = (max([(s.end if s.first is None else s.first) - s.sent, *s.gaps]) for s in inside)
+    if waiting and end - heard > max(_WEDGED * max(silences), _SILENCE_S):
+        return f"the server stopped answering: nothing arrived in the last {end - heard:.1f} s, {waiting} in flight"
+    return ""
+
+
+def _ended(sample: Sample) -> float | None:
+    return None if sample.outcome == CUT_OFF else sample.end
 
 
 def _out_of_sockets(samples: Iterable[Sample]) -> str:

@@ -24,6 +24,8 @@ DEFAULT = {"parallel": 4, "batch": 2048, "ubatch": 512, "ctx_per_slot": 2048, "k
 TOKENS = 20
 CONTEXT = 2048
 PREFILL_S = 0.03
+HIDDEN = 100  # tokens
+WEDGED_AFTER = 20  # requests
 # What llama-server repeats in each event.
 ANSWER = {
     "created": 1764000000,
@@ -67,6 +69,7 @@ class Double:
         try:
             while line := await reader.readline():
                 method, path, _ = line.decode().split()
+                prefix, path = ("/tenant", path.removeprefix("/tenant")) if path.startswith("/tenant/") else ("", path)
                 headers = {}
                 while (header := await reader.readline()).strip():
                     name, _, value = header.decode().partition(":")
@@ -77,7 +80,11 @@ class Double:
                 elif time.perf_counter() < self.engine.dead_until:
                     break
                 elif path == "/v1/chat/completions":
-                    await self.chat(json.loads(body), writer)
+                    request = json.loads(body)
+                    if request["model"] == "dropped" and len(self.log) % 2:
+                        self.log[len(self.log) + 1] = {"received": time.perf_counter(), "request": request}
+                        break
+                    await self.chat(request, writer, prefix)
                 else:
                     self.answer(writer, *self.admin(method, path, body))
                 await writer.drain()
@@ -113,9 +120,9 @@ class Double:
         }
         return 200, state
 
-    async def chat(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    async def chat(self, request: dict[str, Any], writer: asyncio.StreamWriter, prefix: str) -> None:
         number = len(self.log) + 1
-        entry: dict[str, Any] = {"received": time.perf_counter(), "sent": [], "request": request}
+        entry: dict[str, Any] = {"received": time.perf_counter(), "sent": [], "request": request, "prefix": prefix}
         self.log[number] = entry
         scenario = request["model"]
         if scenario == "busy":
@@ -127,7 +134,9 @@ class Double:
         if scenario == "engine":
             events = self.engine_events(request)
         else:
+            wedged = scenario == "wedged" and number > WEDGED_AFTER
             events = paced(request["max_tokens"]) if scenario == "paced" else SCENARIOS[scenario]()
+            events = silent() if wedged else events
         async with aclosing(events):
             async for pieces, tokens in events:
                 if writer.is_closing():
@@ -143,13 +152,14 @@ class Double:
             return
         if scenario not in ("error", "truncated"):
             words = sum(len(str(message["content"]).split()) for message in request["messages"])
-            known = scenario in ("engine", "paced")
+            known = scenario in ("engine", "paced", "wedged")
+            hidden = {"completion_tokens_details": {"reasoning_tokens": HIDDEN}} if scenario == "hidden" else {}
             last = {
                 "choices": [],
-                "usage": {"prompt_tokens": words + 10 if known else number, "completion_tokens": count},
+                "usage": {"prompt_tokens": words + 10 if known else number, "completion_tokens": count, **hidden},
                 **({"timings": {"prompt_ms": 1000 * PREFILL_S}} if scenario == "paced" else {}),
             }
-            send(writer, event({}, "length") + b"data: " + json.dumps(last).encode() + b"\n\n")
+            send(writer, event({}, FINISH.get(scenario, "length")) + b"data: " + json.dumps(last).encode() + b"\n\n")
             send(writer, b"data: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")
 
@@ -230,7 +240,49 @@ async def silent() -> Events:
     yield [event({"content": "late"})], 1
 
 
+async def hidden() -> Events:
+    """Reasoning that no event shows, though usage counts it."""
+    await asyncio.sleep(0.1)
+    async for pieces, tokens in constant():
+        yield pieces, tokens
+    yield [], HIDDEN
+
+
+async def bundled() -> Events:
+    """The first event brings half of the tokens."""
+    await asyncio.sleep(0.1)
+    yield [event({"content": "word" * TOKENS})], TOKENS
+    for _ in range(TOKENS):
+        await asyncio.sleep(0.03)
+        yield [event({"content": "word"})], 1
+
+
+async def error_object() -> Events:
+    """As vLLM reported errors before it had an `error` field."""
+    async for item in constant(0.01):
+        yield item
+    yield [b'data: {"object":"error","message":"engine crashed","type":"server_error","code":500}\n\n'], 0
+
+
+async def nulls() -> Events:
+    """Fields that are null, and contents that are lists."""
+    for null in ({"choices": None}, {"choices": [{"index": 0, "delta": None, "finish_reason": None}]}):
+        yield [b"data: " + json.dumps({**null, "usage": None, "error": None}).encode() + b"\n\n"], 0
+    for _ in range(TOKENS):
+        await asyncio.sleep(0.03)
+        parts = [{"type": "text", "text": "x"}, {"type": "image", "text": None}]
+        yield [b"data: " + json.dumps({"choices": [{"delta": {"content": parts}}]}).encode() + b"\n\n"], 1
+
+
+FINISH = {"abort": "abort"}
 SCENARIOS = {
+    "hidden": hidden,
+    "bundled": bundled,
+    "error_object": error_object,
+    "nulls": nulls,
+    "abort": constant,
+    "dropped": constant,
+    "wedged": lambda: constant(0.01, 0.02),
     "constant": constant,
     "jittered": jittered,
     "stalling": stalling,

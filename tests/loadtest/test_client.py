@@ -19,6 +19,7 @@ from llamaherd_loadtest.samples import Sample, read_samples, write_samples
 from llamaherd_loadtest.workload import chat_body
 
 from .conftest import KEY, Double
+from .double import TOKENS
 
 
 def ask(double: Double, scenario: str, streams: int = 1, **target: Any) -> list[Sample]:
@@ -80,6 +81,8 @@ def test_tokens_are_counted_by_usage_not_by_events(double: Double) -> None:
         ("error", "stream_error", "engine crashed"),
         ("truncated", "truncated", "without a finish reason"),
         ("gone", "connection", ""),
+        ("error_object", "stream_error", "engine crashed"),
+        ("abort", "truncated", "the server ended the answer early: abort"),
         ("silent", "timeout", "no end after 1 s"),
     ],
 )
@@ -88,6 +91,36 @@ def test_errors_by_kind(double: Double, scenario: str, outcome: str, detail: str
     assert sample.outcome == outcome
     assert detail in sample.detail
     assert sample.end > sample.sent
+
+
+def test_a_dropped_connection_is_an_error_and_no_request_is_sent_twice(start_double: Callable[..., Double]) -> None:
+    double = start_double()
+    client = ChatClient(Target(url=double.url, key=KEY))
+    outcomes = []
+    for index in range(6):
+        sample = Sample(index=index, scheduled=clock())
+        client.stream(chat_body("dropped", f"hello {index}", 8, ignore_eos=False), sample)
+        outcomes.append(sample.outcome)
+    sent = [entry["request"]["messages"][0]["content"] for entry in double.get("/log").values()]
+    assert sent == [f"hello {index}" for index in range(6)]
+    assert outcomes == ["ok", "connection"] * 3
+
+
+def test_a_url_may_have_a_path_and_the_apis_version(double: Double) -> None:
+    for path, prefix in (("", ""), ("/", ""), ("/v1", ""), ("/tenant", "/tenant"), ("/tenant/v1/", "/tenant")):
+        client, sample = ChatClient(Target(url=double.url + path, key=KEY)), Sample(index=0, scheduled=clock())
+        client.stream(chat_body("constant", "hello", 8, ignore_eos=False), sample)
+        assert sample.outcome == "ok"
+        assert double.get("/log")[str(sample.prompt_tokens)]["prefix"] == prefix
+        assert client.call("/v1/models")[0] == 200
+
+
+@pytest.mark.parametrize(("scenario", "shown"), [("hidden", TOKENS), ("bundled", 2 * TOKENS), ("nulls", TOKENS)])
+def test_tpot_counts_the_tokens_after_the_first_event(double: Double, scenario: str, shown: int) -> None:
+    (sample,) = ask(double, scenario)
+    assert sample.outcome == "ok"
+    assert sample.tokens - sample.hidden_tokens == shown
+    assert sample.tpot == pytest.approx(sum(sample.gaps) / len(sample.gaps))
 
 
 def test_an_error_does_not_poison_the_connection(double: Double) -> None:

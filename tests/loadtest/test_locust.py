@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,61 @@ def test_ttft_and_tpot_are_entries_of_locusts_statistics(double: Double, key_fil
     mean = sum(s.ttft or 0 for s in counted) / len(counted)
     assert stats["TTFT"]["total_response_time"] / len(counted) == pytest.approx(1000 * mean, rel=0.01)
     assert 0 < sum(s.outcome == "cut_off" for s in samples) <= 3
+    rows = re.findall(r"(completions|Aggregated) +(\d+) +0\(0\.00%\)", done.stderr)
+    assert int(rows[-1][1]) == int(rows[-2][1]) > 0, "TTFT and TPOT are no requests"
+
+
+def prompts_of(double: Double) -> list[str]:
+    return [str(entry["request"]["messages"]) for entry in double.get("/log").values()]
+
+
+def test_two_runs_send_no_prompt_twice(start_double: Callable[..., Double], key_file: Path, tmp_path: Path) -> None:
+    double = start_double()
+    where = ["--url", double.url, "--key-file", str(key_file), "--model", "paced", "--window", "1"]
+    for _ in range(2):
+        done = locust("chat.py", double, key_file, tmp_path, "-u", "1", "--requests", "3", "--max-tokens", "2")
+        assert done.returncode == 0, done.stderr
+        assert "to send the same requests again: --seed" in done.stderr
+        for module, load in (("measure", ["--concurrency", "2"]), ("profile", ["--parallel", "2"])):
+            command = [sys.executable, "-m", f"llamaherd_loadtest.{module}", *where, *load]
+            subprocess.run(command, check=True, capture_output=True, timeout=90)
+    prompts = prompts_of(double)
+    assert len(prompts) > 20
+    assert len(prompts) == len(set(prompts))
+
+
+@pytest.mark.parametrize(
+    ("model", "fault"),
+    [
+        ("wedged", "the server stopped answering: nothing arrived"),
+        ("silent", "it ended before the server had answered a first request"),
+    ],
+)
+def test_a_server_that_does_not_answer_is_a_failed_run(
+    start_double: Callable[..., Double], key_file: Path, tmp_path: Path, model: str, fault: str
+) -> None:
+    done = locust("chat.py", start_double(), key_file, tmp_path, "-u", "2", "-r", "2", "-t", "6s", model=model)
+    assert done.returncode == 3, done.stderr
+    assert f"this run is invalid: {fault}" in done.stderr
+
+
+def test_an_open_loop_that_asks_too_much_says_how_many_were_late(
+    start_double: Callable[..., Double], key_file: Path, tmp_path: Path
+) -> None:
+    """4 slots make 4 answers of 20 tokens in about 0.45 s: half of what is asked for, so the queue grows to the end."""
+    more = ["--rate", "18", "--max-tokens", "20", "--limits", "ttft_p95=500ms", "-t", "6s"]
+    locust("chat_open.py", start_double(), key_file, tmp_path, *more)
+    summary = summary_of(tmp_path)
+    assert summary["cut_off"] > 20
+    good = summary["goodput"]["requests_per_s"] * summary["window_s"]
+    assert summary["goodput"]["attainment"] < 0.8 * good / summary["requests"]
+
+
+def test_locustfiles_that_both_measure_are_one_clear_line(double: Double, key_file: Path, tmp_path: Path) -> None:
+    done = locust("chat.py,chat_open.py", double, key_file, tmp_path, "-t", "1s")
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "one locustfile measures at a time, not ChatUser and ChatArrivals: start Locust once for each" in done.stderr
 
 
 def test_an_open_loop_sends_on_schedule_and_counts_latency_from_it(
@@ -192,7 +249,7 @@ def test_workers_on_other_hosts_have_files_of_their_own(double: Double, key_file
     where = ["--worker", "--master-host=127.0.0.1", f"--master-port={port}", f"--host={double.url}"]
     files = ["--key-file=key", "--workload=workload.yml"]
     worker = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILES / "chat.py"), *where, *files]
-    more = ["-u", "4", "-r", "4", "--requests", "12", "--max-tokens", "4"]
+    more = ["-u", "4", "-r", "4", "--requests", "12", "--max-tokens", "4", "--seed", "2"]
     more += ["--workload", os.path.relpath(workload, LOCUSTFILES)]
     key = Path(os.path.relpath(key_file, LOCUSTFILES))
     master = ["--master", "--master-bind-host=127.0.0.1", f"--master-bind-port={port}", "--expect-workers=2"]

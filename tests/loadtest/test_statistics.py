@@ -6,10 +6,12 @@ import math
 import random
 from typing import Any
 
+import gevent
 import pytest
 
+from llamaherd_loadtest.client import clock
 from llamaherd_loadtest.gathered import Part, gather
-from llamaherd_loadtest.health import Health
+from llamaherd_loadtest.health import Health, HealthMonitor
 from llamaherd_loadtest.limits import observe, parse_limit, parse_limits
 from llamaherd_loadtest.quantiles import estimate, quantile
 from llamaherd_loadtest.samples import Sample
@@ -126,6 +128,54 @@ def test_goodput_counts_what_meets_all_limits_and_errors_as_misses() -> None:
     assert goodput is not None
     assert (goodput.requests_per_s, goodput.attainment) == (0.1, 0.25)
     assert summarise([good], 0.0, 10.0, WELL).goodput is None
+
+
+def test_requests_in_flight_past_a_limit_are_misses() -> None:
+    limits = [parse_limit("ttft_p95=2s"), parse_limit("e2e_p95=8s")]
+    good = stream(0.0, 1.0, [0.5])
+    no_token = Sample(index=1, scheduled=7.0, sent=7.0, end=10.0, outcome="cut_off")
+    too_long = stream(1.0, 2.0, [9.0])  # ends after the window
+    in_time = [Sample(index=3, scheduled=9.0, sent=9.0, end=10.0, outcome="cut_off"), stream(5.0, 6.0, [6.0])]
+    goodput = summarise([good, no_token, too_long, *in_time], 0.0, 10.0, WELL, limits).goodput
+    assert goodput is not None
+    assert goodput.attainment == pytest.approx(1 / 3)
+
+
+def test_a_server_that_stops_answering_is_a_fault_and_a_slow_one_is_not() -> None:
+    answered = [stream(t / 10, t / 10 + 0.2, [0.1] * 5) for t in range(10)]
+    hanging = Sample(index=9, scheduled=2.0, sent=2.0, end=20.0, outcome="cut_off")
+    wedged = summarise([*answered, hanging], 0.0, 20.0, WELL).fault
+    assert wedged == "the server stopped answering: nothing arrived in the last 18.4 s, 1 in flight"
+    slow = [stream(0.0, 7.0, [0.1]), Sample(index=9, scheduled=7.1, sent=7.1, end=20.0, outcome="cut_off")]
+    assert summarise(slow, 0.0, 20.0, WELL).fault == ""
+    assert summarise([hanging], 0.0, 20.0, WELL).fault.startswith("no request ended within the window of 20.0 s")
+    assert gather([part([], start=0.0, end=20.0, users=0, warmed=0)], 0, []).summary.fault == "no request was sent"
+
+
+def test_requests_that_fail_are_not_blamed_on_the_client() -> None:
+    failed = [Sample(index=i, scheduled=0.0, end=1.0, outcome="http 429", detail="slow down") for i in range(3)]
+    fault = summarise(
+        [*failed, stream(0.0, 1.0, [0.1])], 0.0, 2.0, Health(cpu=0.1, lag_p95_s=0.0, concurrency=0.5)
+    ).fault
+    assert fault == "3 of 4 requests failed, most with http 429: slow down"
+
+
+def test_a_late_client_spoils_fast_answers_and_not_slow_ones() -> None:
+    late = Health(cpu=0.1, lag_p95_s=0.2)
+    assert summarise([stream(0.0, 1.0, [0.1])], 0.0, 10.0, late).fault.startswith("event loop")
+    assert summarise([stream(0.0, 5.0, [0.1])], 0.0, 10.0, late).fault == ""
+
+
+def test_health_is_that_of_the_window() -> None:
+    monitor = HealthMonitor()
+    gevent.sleep(0.3)
+    start = clock()
+    while clock() < start + 0.3:
+        gevent.sleep(0)
+    end = clock()
+    gevent.sleep(0.3)
+    cpu = [monitor.stop(since, until)[0] for since, until in ((start, end), (0.0, math.inf))]
+    assert cpu[0] > 1.5 * cpu[1]
 
 
 def test_the_ttft_is_split_where_the_server_tells_its_prefill() -> None:
