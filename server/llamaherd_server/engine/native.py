@@ -22,8 +22,8 @@ import msgspec
 from llamaherd_server.engine.base import LIVES, EngineError, EngineStatus, Event
 from llamaherd_server.engine.native_process import NativeProcess
 from llamaherd_server.engine.native_room import check_room
+from llamaherd_server.engine.preparation import Preparation
 from llamaherd_server.engine.supervisor import Supervisor
-from llamaherd_server.engine.trial import Trials
 from llamaherd_server.protocol import (
     Adapter,
     Delta,
@@ -44,6 +44,7 @@ from llamaherd_server.protocol import (
     TokenLogprob,
 )
 from llamaherd_server.sampling_values import BadValue, checked
+from llamaherd_server.worker.forkserver import SHORT_CHARS
 
 # How long running generations get before other settings come into force.
 RETUNE_DRAIN_S = 30.0
@@ -90,7 +91,7 @@ class NativeEngine:
         self._changed = asyncio.Event()
         self._running = 0
         self._retuning = asyncio.Lock()
-        self._trials = Trials(model_path)
+        self._preparation = Preparation(model_path)
 
     async def start(self) -> None:
         await check_room(self._native)
@@ -102,7 +103,7 @@ class NativeEngine:
             raise EngineError("internal", self._supervisor.last_error or "llama-server did not start")
 
     async def stop(self) -> None:
-        self._trials.close()
+        self._preparation.close()
         await self._supervisor.stop()
         self._tell()
 
@@ -130,7 +131,7 @@ class NativeEngine:
             request, sampling=Sampling(**self._bounded(msgspec.structs.asdict(request.sampling)))
         )
         prompt = request.prompt
-        if isinstance(prompt, str) and not (request.add_special and request.parse_special):
+        if isinstance(prompt, str) and (not (request.add_special and request.parse_special) or self._is_long(prompt)):
             prompt = await self.tokenize(prompt, add_special=request.add_special, parse_special=request.parse_special)
         asked = self.asked("/completion", _completion(request, prompt))
         async with asked as response, aclosing(_events(response, request)) as events:
@@ -138,6 +139,9 @@ class NativeEngine:
                 yield event
 
     async def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        if self._is_long(text):
+            await self._serving()  # else there is nobody to take the tokens
+            return await self._preparation.tokenize(text, add_special=add_special, parse_special=parse_special)
         body = {"content": text, "add_special": add_special, "parse_special": parse_special}
         tokens: list[int] = (await self._answer("/tokenize", body))["tokens"]
         return tokens
@@ -196,7 +200,7 @@ class NativeEngine:
     async def asked(self, path: str, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
         """A 200 whose body is still to be read; raises EngineError, then too. Leaving it cancels the work."""
         if isinstance(grammar := body.get("grammar"), str) and grammar:
-            await self._trials.run(grammar)
+            await self._preparation.try_grammar(grammar)
         response = await self._sent("POST", path, self._bounded(body))
         self._running += 1
         try:
@@ -209,6 +213,9 @@ class NativeEngine:
             self._running -= 1
             await response.aclose()
             self._tell()
+
+    def _is_long(self, text: str) -> bool:
+        return len(text) > SHORT_CHARS and self._preparation.possible
 
     def _bounded(self, body: dict[str, Any]) -> dict[str, Any]:
         """The body with sampling values that llama.cpp can take; raises EngineError."""

@@ -21,6 +21,7 @@ import msgspec
 from llamaherd_server.worker.channel import LENGTH_BYTES, frame
 from llamaherd_server.worker.errors import RequestError
 
+SHORT_CHARS = 2**13  # so much text is tokenised in 2 ms, and needs no child
 # CPU time for a request's preparation, and more of it for each MiB of text; then for each token of a grammar.
 PREPARE_S = 2.0
 PREPARE_S_PER_MIB = 2.0

@@ -10,6 +10,7 @@ import fcntl
 import gc
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -38,6 +39,7 @@ from llamaherd_server.worker.vocabulary import Vocabulary
 
 REASON_CHARS = 200
 PARSE_ERROR = b"error parsing grammar: "
+LITERALS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#.*')
 # Bytes of a llama_token_data, of which the last of the logit's is 0xff once a sampler has made 0 to minus infinity.
 CANDIDATE_BYTES, LOGIT_END = 12, 7
 _job = msgspec.msgpack.Decoder(Job)
@@ -129,7 +131,7 @@ class Grammars:
         self._records = [bytes(lib.llama_token_data(token, 0.0, 0.0)) for token in range(vocabulary.n_vocab)]
         self._everything = b"".join(self._records)
         self._sampler: Any = None
-        self._names_tokens = False
+        self._names_tokens = False  # of which their beginnings say nothing
         self._chosen = False  # whether the next token is one of those that the last answer allowed
 
     def prepare(self, job: Job) -> Prepared:
@@ -162,7 +164,7 @@ class Grammars:
 
     def _compile(self, grammar: str) -> None:
         """Raises Refused with llama.cpp's reason, which it prints with the grammar after it."""
-        self._names_tokens = "<" in grammar or "!" in grammar  # perhaps: of these, a beginning says nothing
+        self._names_tokens = any(mark in LITERALS.sub("", grammar) for mark in "<!")
         with tempfile.TemporaryFile() as file:
             os.dup2(file.fileno(), 2)
             self._sampler = self._lib.llama_sampler_init_grammar(

@@ -25,7 +25,7 @@ from llamaherd_server.protocol import (
 from llamaherd_server.worker.channel import Channel
 from llamaherd_server.worker.embedding import Job as EmbeddingJob
 from llamaherd_server.worker.errors import RequestError
-from llamaherd_server.worker.forkserver import Child, Job
+from llamaherd_server.worker.forkserver import SHORT_CHARS, Child, Job
 from llamaherd_server.worker.interrupt import Interrupt
 from llamaherd_server.worker.lanes import Lanes, Task
 from llamaherd_server.worker.memory import total_cells
@@ -37,8 +37,6 @@ from llamaherd_server.worker.text import TextStream
 Work: TypeAlias = Sequence | EmbeddingJob | Cancel | Retune
 
 
-# What is longer, or has a grammar or DRY, is made ready on a lane. Tokenising so much takes 2 ms.
-SHORT_CHARS = 2**13
 SHORT_TOKENS = 2**13
 
 
@@ -125,7 +123,7 @@ class Intake:
 
 
 def is_slow(message: Generate | Tokenize | Detokenize | Embed) -> bool:
-    """Whether making it ready may take long enough that others should pass."""
+    """Whether making it ready may take long enough that others should pass: on a lane, then."""
     if isinstance(message, Detokenize):
         return len(message.tokens) > SHORT_TOKENS
     if isinstance(message, Tokenize):

@@ -85,6 +85,13 @@ def test_a_grammar_that_passes_is_kept_to(server: Server, http: httpx.Client) ->
         assert ask(http, "/completion", grammar=grammar).json()["content"] in (" yes", " no")
 
 
+def test_runs_of_special_tokens_are_tokenised_without_llama_servers_threads(server: Server, http: httpx.Client) -> None:
+    text = "<|im_end|>" * 50_000
+    with beside_a_stream(server, http):
+        assert len(http.post("/tokenize", json={"content": text}).json()["tokens"]) == 50_000
+        assert http.post("/v1/completions", json={"prompt": text}).json()["error"]["param"] == "prompt"
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/completion"])
 def test_values_that_allocate_are_bounded_by_the_context(http: httpx.Client, path: str) -> None:
     fields = {"repeat_last_n": INT32, "repeat_penalty": 1.1, "dry_multiplier": 1, "dry_penalty_last_n": INT32}

@@ -21,6 +21,7 @@ GRAMMARS = {
     "all characters but one": "root ::= [^日]+",
     "one script": "root ::= [一-鿿]+",
     "words": "root ::= " + " | ".join(f'"{word}"' for word in WORDS),
+    "marks in texts": r'root ::= "<a!\"" [^<!\]]* "]<" # <[5]>' + "\n",
     "a token by its name": 'root ::= <[5]> "a" | !<[6]> "b"',
 }
 
