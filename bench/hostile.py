@@ -27,7 +27,7 @@ from bench.servers import WORK, Flags, Running
 from bench.table import BUILD, Metric, Result
 
 STREAMS = 8
-TOKENS = 300  # of one stream, which begins anew until the end
+TOKENS = 100  # of one stream, which begins anew until the end
 ANSWER_S = 5.0
 GIVEN_UP_S = 20.0
 QUIET_S = 20.0  # how long the streams are watched without an attack

@@ -81,8 +81,9 @@ def _grammars() -> Iterator[Attack]:
         "an open class of characters": "root ::= [a-",
         "a rule of a megabyte": "root ::= " + '"' + "a" * 1_000_000 + '" x',
     }
+    cheap = {"a thousand levels of brackets", "repetition to 10 million", "stars of stars"}
     for name, grammar in grammars.items():
-        yield Attack("grammar", name, COMPLETIONS, _completion(grammar=grammar))
+        yield Attack("grammar", name, COMPLETIONS, _completion(grammar=grammar), name not in cheap)
 
 
 def _schemas() -> Iterator[Attack]:
@@ -141,7 +142,7 @@ def _sampling() -> Iterator[Attack]:
         "n_probs of a billion": ({"logprobs": 10**9}, True),
         "64 breakers of a kilobyte": ({"dry_multiplier": 1, "dry_sequence_breakers": ["x" * 1000] * 64}, True),
         "10,000 breakers": ({"dry_multiplier": 1, "dry_sequence_breakers": [f"b{i}" for i in range(10_000)]}, True),
-        "a bias at a float's end with a grammar": ({"logit_bias": {"5": 1e308}, "grammar": 'root ::= "a"'}, True),
+        "a bias at a float's end with a grammar": ({"logit_bias": {"5": 1e308}, "grammar": 'root ::= "a"'}, False),
         "200,000 biases": ({"logit_bias": {str(i): 1 for i in range(200_000)}}, True),
         "a million generations": ({"n": 10**6}, True),
         "a negative number of tokens": ({"max_tokens": -5}, True),
