@@ -23,14 +23,16 @@ from llamaherd_server.worker.errors import RequestError
 
 SHORT_CHARS = 2**13  # so much text is tokenised in 2 ms, and needs no child
 # CPU time for a request's preparation, and more of it for each MiB of text; then for each token of a grammar.
-PREPARE_S = 2.0
+PREPARE_S = 1.0
 PREPARE_S_PER_MIB = 2.0
 TOKEN_S = 0.5
 # Tokens that a grammar is tried with before it is taken: what is costly from the start is refused before the answer is
 # begun.
 TRIAL_TOKENS = 3
 MEMORY_BYTES = 512 * 2**20
-SLOW_S, SLOW_NICE = 0.1, 10
+# And by the clock, where the host has no CPU time to spare for it.
+GRAMMAR_DEADLINE_S = 4.0
+SLOW_S, SLOW_NICE = 0.1, 5
 PID_BYTES = 4
 KNOWN_GRAMMARS, KNOWN_CHARS = 256, 2**23
 ALLOWED = b"\1"
@@ -149,7 +151,8 @@ class Child:
             self._pid = int.from_bytes(self._socket.recv(PID_BYTES), "little")
             if not self._pid:
                 raise RequestError("internal", None, "no process could be started for this request's texts")
-            self._readable(SLOW_S)
+            if not self._readable(SLOW_S) and self._job.grammar is not None and not self._readable(GRAMMAR_DEADLINE_S):
+                raise RequestError("invalid_grammar", "grammar", f"the grammar does not compile: {_OVER_LIMITS}")
             size = int.from_bytes(self._read(LENGTH_BYTES), "big")
             done = _prepared.decode(self._read(size))
         except (EOFError, OSError):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -48,7 +49,11 @@ class Intake:
     be in it: they arrived together.
     """
 
-    def __init__(self, channel: Channel, model: Model, interrupt: Interrupt) -> None:
+    def __init__(
+        self, channel: Channel, model: Model, interrupt: Interrupt, room: Callable[[], int] = lambda: sys.maxsize
+    ) -> None:
+        """`room`: how many tokens a slot holds now."""
+        self._room = room
         self._channel = channel
         self._model = model
         self._interrupt = interrupt
@@ -109,7 +114,7 @@ class Intake:
             if isinstance(message, Embed):
                 work = job_of(self._model, message, task)
             else:
-                work = sequence_of(self._model, message, task)
+                work = sequence_of(self._model, message, task, self._room())
         except RequestError as error:
             self._channel.send(Failed(message.id, error.code, error.message, error.param))
             return
@@ -139,8 +144,8 @@ def slot_tokens(settings: EngineSettings) -> int:
     return min(settings.ctx_per_slot, total_cells(settings))
 
 
-def sequence_of(model: Model, request: Generate, task: Task | None = None) -> Sequence:
-    """Raises RequestError before anything is computed."""
+def sequence_of(model: Model, request: Generate, task: Task | None = None, room: int = sys.maxsize) -> Sequence:
+    """Raises RequestError before anything is computed; a prompt far beyond `room` tokens is not even tokenised."""
     if request.max_tokens is not None and request.max_tokens < 1:
         raise RequestError("invalid_value", "max_tokens", f"max_tokens {request.max_tokens} must be at least 1")
     if request.logprobs is not None and not 0 <= request.logprobs <= model.n_vocab:
@@ -149,6 +154,8 @@ def sequence_of(model: Model, request: Generate, task: Task | None = None) -> Se
     sampling = checked(model, request.sampling)
     prompt, grammar = request.prompt, sampling.grammar
     text = [prompt] if isinstance(prompt, str) else []
+    if isinstance(prompt, str) and len(prompt) > SHORT_CHARS and (least := model.least_tokens(prompt)) >= room:
+        raise _too_long(f"at least {least}", room)
     job = Job(text, request.add_special, request.parse_special, grammar)
     with _prepared(model, job, task) as (tokenized, child):
         tokens = _known(model, prompt if isinstance(prompt, list) else tokenized[0], "prompt")
@@ -186,10 +193,14 @@ def _prepared(model: Model, job: Job, task: Task | None = None) -> Iterator[tupl
 def fit(sequence: Sequence, room: int) -> None:
     """Set what the sequence may grow to in a slot of `room` tokens; raises RequestError where it has no room at all."""
     if sequence.n_prompt >= room:
-        message = f"the prompt has {sequence.n_prompt} tokens, a slot holds {room}: shorten it or raise ctx_per_slot"
-        raise RequestError("context_length_exceeded", "prompt", message)
+        raise _too_long(str(sequence.n_prompt), room)
     new = sequence.request.max_tokens
     sequence.limit = room if new is None else min(room, sequence.n_prompt + new)
+
+
+def _too_long(tokens: str, room: int) -> RequestError:
+    message = f"the prompt has {tokens} tokens, a slot holds {room}: shorten it or raise ctx_per_slot"
+    return RequestError("context_length_exceeded", "prompt", message)
 
 
 def job_of(model: Model, request: Embed, task: Task | None = None) -> EmbeddingJob:

@@ -41,7 +41,7 @@ class Service:
 
     def run(self) -> None:
         """Until the front end closes the channel, which raises Closed."""
-        intake = Intake(self._channel, self._model, self._interrupt)
+        intake = Intake(self._channel, self._model, self._interrupt, lambda: slot_tokens(self._context.settings))
         while True:
             idle = self._scheduler.idle and self._embedder.idle
             for work in intake.take(HEARTBEAT_S if idle else 0):

@@ -10,7 +10,8 @@ from itertools import pairwise
 from typing import Any
 
 # llama.cpp's time for a text grows with the square of its special tokens: a long text is tokenised in pieces.
-PIECE_CHARS = 2**15
+PIECE_CHARS = 2**13
+LLAMA_VOCAB_TYPE_SPM, LLAMA_VOCAB_TYPE_BPE = 1, 2
 
 
 class Vocabulary:
@@ -57,6 +58,16 @@ class Vocabulary:
     def unknown(self, tokens: list[int]) -> int | None:
         """The first of `tokens` that the vocabulary does not have."""
         return next((token for token in tokens if not 0 <= token < self.n_vocab), None)
+
+    def least_tokens(self, text: str) -> int:
+        """How many tokens the text has at least; 0 where the vocabulary leaves parts of a text out."""
+        if self.lib.llama_vocab_type(self.vocab) not in (LLAMA_VOCAB_TYPE_SPM, LLAMA_VOCAB_TYPE_BPE):
+            return 0
+        return len(text.encode()) // self._longest
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(len(self.piece(token, special=True)) for token in range(self.n_vocab))
 
     @cached_property
     def suppressed(self) -> list[int]:

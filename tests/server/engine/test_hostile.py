@@ -163,6 +163,12 @@ async def test_slow_preparation_holds_up_nobody_and_ends_with_its_client(engine:
     assert (await ask(engine, "Wet?", 3, Sampling(grammar=YES))).text in (" yes", " no")
 
 
+async def test_a_text_far_beyond_the_context_is_refused_without_its_tokens(engine: EmbeddedEngine) -> None:
+    with pytest.raises(EngineError, match=r"at least \d+ tokens, a slot holds 512") as error:
+        await ask(engine, "zebra " * 2**18)
+    assert error.value.code == "context_length_exceeded"
+
+
 @pytest.mark.parametrize("text", ["<|im_start|>" * 20_000, "word <|im_end|>\n" * 20_000, "a" * 2**20, "zebra " * 2**16])
 async def test_long_texts_are_tokenised_piece_by_piece_as_in_one_go(engine: EmbeddedEngine, text: str) -> None:
     async with beside_a_stream(engine):
