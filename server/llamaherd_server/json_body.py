@@ -25,7 +25,8 @@ T = TypeVar("T")
 MAX_STRINGS = 2**17  # names of fields too
 MAX_CONTAINERS = 2**16  # objects and arrays
 MAX_VALUES = 2**20
-_INLINE_BYTES = 2**15
+# Less than that costs less than the way to a thread and back.
+INLINE_BYTES = 2**15
 _POOL = ThreadPoolExecutor(2, "json")
 
 
@@ -47,8 +48,11 @@ async def validated(request: Request, adapter: TypeAdapter[T]) -> T:
 
 async def beside(request: Request, work: Callable[[], T]) -> T:
     """`work()`, whose cost grows with the request's body: on a thread where that is large."""
-    if len(await request.body()) <= _INLINE_BYTES:
-        return work()
+    return work() if len(await request.body()) <= INLINE_BYTES else await on_thread(work)
+
+
+async def on_thread(work: Callable[[], T]) -> T:
+    """`work()`, beside the event loop."""
     return await asyncio.get_running_loop().run_in_executor(_POOL, work)
 
 

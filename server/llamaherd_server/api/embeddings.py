@@ -6,8 +6,10 @@ import asyncio
 import base64
 import math
 from array import array
+from functools import partial
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import BeforeValidator, Field
 
@@ -18,6 +20,7 @@ from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.errors import ApiError
 from llamaherd_server.generation import CHARS_PER_TOKEN, late_error, prompt_tokens
+from llamaherd_server.json_body import on_thread
 from llamaherd_server.meter import Usage
 from llamaherd_server.protocol import Embed, Embedded
 
@@ -52,11 +55,7 @@ async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         message = f"dimensions {body.dimensions} is more than the model's {n_embd}"
         raise ApiError(400, message, param="dimensions", code="invalid_value")
     answer = await compute(request, Embed(0, body.input))
-    vectors = (_cut(vector, body.dimensions) for vector in answer.vectors)
-    data = [
-        {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
-        for index, vector in enumerate(vectors)
-    ]
+    data = await on_thread(partial(_items, answer.vectors, body.dimensions, body.encoding_format))
     return json_response({"object": "list", "model": state.model_name, "data": data, "usage": input_usage(answer)})
 
 
@@ -96,6 +95,18 @@ def floats(vector: bytes) -> array[float]:
 
 def _cost(question: Embed) -> float:
     return sum(len(one) / (CHARS_PER_TOKEN if isinstance(one, str) else 1) for one in question.inputs)
+
+
+def _items(vectors: list[bytes], dimensions: int | None, encoding: str) -> list[msgspec.Raw]:
+    """The answer's objects as JSON, one by one: millions of numbers are long in the making."""
+    return [
+        msgspec.Raw(
+            msgspec.json.encode(
+                {"object": "embedding", "index": index, "embedding": _encoded(_cut(vector, dimensions), encoding)}
+            )
+        )
+        for index, vector in enumerate(vectors)
+    ]
 
 
 def _cut(vector: bytes, dimensions: int | None) -> array[float]:

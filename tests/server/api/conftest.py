@@ -19,6 +19,7 @@ import uvicorn
 
 from llamaherd_server.api.state import AppState
 from llamaherd_server.app import create_app
+from llamaherd_server.http_protocol import Protocol
 from llamaherd_server.settings import Settings
 from tests.server.conftest import required
 
@@ -64,7 +65,9 @@ def serve(tmp_path: Path) -> Serve:
             table["auth"] = {"keys_file": tmp_path / "keys.toml"}
         app = create_app(Settings.model_validate(table), lambda _: double)
         listener = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=5))
+        server = uvicorn.Server(
+            uvicorn.Config(app, http=Protocol, log_config=None, lifespan="on", timeout_graceful_shutdown=5)
+        )
         state: AppState = app.state.llamaherd
         state.lifecycle.over = lambda: setattr(server, "should_exit", True)
         task = asyncio.create_task(server._serve([listener]))

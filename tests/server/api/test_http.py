@@ -12,6 +12,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from llamaherd_server import http_protocol
 from llamaherd_server.api import answer
 from tests.server.conftest import Server, paced, running
 
@@ -133,6 +134,16 @@ async def test_a_body_that_stops_coming_is_given_up(serve: Serve) -> None:
         writer.close()
     assert answer_bytes.startswith(b"HTTP/1.1 408")
     assert b"the body stopped after 1 bytes" in answer_bytes
+
+
+@pytest.mark.parametrize("head", [b"GET", b"GET / HTTP/1.1\r\nHost: loc", b"GET /livez HTTP/1.1\r\n\r\nGET / HT"])
+async def test_a_head_that_stops_coming_is_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_S", 0.2)
+    async with serve(Double()) as served:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.http.base_url.port)
+        writer.write(head)
+        assert (await reader.read()).count(b"HTTP/1.1 200") == head.count(b"livez")
+        writer.close()
 
 
 def test_half_sent_requests_do_not_delay_the_exit(tmp_path_factory: pytest.TempPathFactory) -> None:
