@@ -116,7 +116,7 @@ def test_an_interrupted_build_ends_with_all_that_it_started(tmp_path: Path) -> N
     ("files", "expected"),
     [
         ({"budget.json": {"needed_s": 421.5, "budget_s": 180}}, 422),
-        ({"verdict.json": {"table": [{"output_tokens_per_s": None}]}}, 400),
+        ({"verdict.json": {"table": [{"output_tokens_per_s": None}], "provenance": {"budget_s": 100}}}, 400),
         ({"verdict.json": {"table": [{"output_tokens_per_s": None}, {"output_tokens_per_s": 12.5}]}}, 0),
     ],
     ids=["too small", "nothing measured", "measured"],
@@ -126,4 +126,4 @@ def test_a_budget_that_gives_no_choice_is_extended(
 ) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    assert tuning.longer_budget_s(tmp_path, took_s=100) == expected
+    assert tuning.longer_budget_s(tmp_path) == expected
