@@ -9,7 +9,9 @@ from typing import Any
 
 import msgspec
 
+from llamaherd_server.chat.calls import Calls
 from llamaherd_server.chat.conversations import KINDS
+from llamaherd_server.chat.formats import format_of
 from llamaherd_server.chat.jinja import Rendering, render
 
 Messages = list[dict[str, Any]]
@@ -47,6 +49,7 @@ class Traits(msgspec.Struct, frozen=True):
     alternating: bool = False  # it wants user and assistant in turns
     user_first: bool = False  # it wants the user to begin
     parts: bool = False  # it wants contents as lists of parts
+    written_calls: bool = False  # it prints no calls, but what a format writes as content
     foreign_tools: bool = False  # it prints no tools, or not their calls and results
 
 
@@ -69,7 +72,7 @@ class Prompting(msgspec.Struct):
 
 def prompt_of(prompting: Prompting) -> str:
     """The prompt; called in a sandboxed child."""
-    context = context_of(prompting.messages, prompting.tools, prompting.traits, prompting.variables)
+    context = context_of(prompting.template, prompting.messages, prompting.tools, prompting.traits, prompting.variables)
     return render(Rendering(prompting.template, context))
 
 
@@ -98,7 +101,8 @@ def _failures(template: str, traits: Traits) -> dict[str, str | list[str]]:
         try:
             prompt = render(
                 Rendering(
-                    template, context_of(kind.messages, list(kind.tools), traits, {**_TOKENS, **dict(kind.variables)})
+                    template,
+                    context_of(template, kind.messages, list(kind.tools), traits, {**_TOKENS, **dict(kind.variables)}),
                 )
             )
         except Exception as error:
@@ -115,12 +119,14 @@ def _weight(failures: dict[str, str | list[str]], kinds: Iterable[str]) -> int:
 
 
 def context_of(
-    messages: Messages, tools: list[dict[str, Any]], traits: Traits, variables: dict[str, Any]
+    template: str, messages: Messages, tools: list[dict[str, Any]], traits: Traits, variables: dict[str, Any]
 ) -> dict[str, Any]:
     """A template's variables: `variables`, and the conversation as it can print it."""
     messages = [{**one, "role": "system"} if one["role"] == "developer" else dict(one) for one in messages]
     if traits.foreign_tools:
         messages, tools = told(messages, tools), []
+    elif traits.written_calls and (form := format_of(template)) and form.written:
+        messages = [_with_calls(one, form.written) for one in messages]
     steps: tuple[tuple[bool, Callable[[Messages], Messages]], ...] = (
         (traits.text_arguments, lambda given: _with_arguments(given, _as_text)),
         (traits.mapped_arguments, lambda given: _with_arguments(given, _as_mapping)),
@@ -141,6 +147,15 @@ def context_of(
         "tools": tools or ([] if traits.listed_tools else None),
         "add_generation_prompt": True,
     }
+
+
+def _with_calls(message: dict[str, Any], written: Callable[[Calls], str]) -> dict[str, Any]:
+    """A message whose calls are part of its content."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]]
+    rest = {name: value for name, value in message.items() if name != "tool_calls"}
+    return {**rest, "content": message["content"] + written(calls)}
 
 
 def _with_arguments(messages: Messages, convert: Callable[[Any], Any]) -> Messages:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
-from collections.abc import Callable, Generator, Mapping
+import re
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from llamaherd_server.chat.reply import Malformed, Source, Writer
@@ -13,6 +16,7 @@ from llamaherd_server.chat.surrogates import without_halves
 
 Schemas: TypeAlias = Mapping[str, Any]  # the parameters' schema by the tool's name
 Body: TypeAlias = Callable[[Source, Writer, Schemas], Generator[None, None, None]]
+Calls: TypeAlias = list[tuple[str, Any]]  # names and arguments
 _ARGUMENTS = ("arguments", "parameters")
 
 
@@ -78,23 +82,184 @@ def deepseek_call(source: Source, writer: Writer, _: Schemas) -> Generator[None,
         yield from _stream(source, writer, name)
 
 
-def xml_call(source: Source, writer: Writer, schemas: Schemas) -> Generator[None, None, None]:
-    """Qwen3-Coder's `<function=name><parameter=key>value</parameter>…</function>`; values are typed by the schema."""
-    yield from source.expect("<function=")
-    name = yield from _before(source, ">")
+def kimi_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
+    """`functions.name:0<|tool_call_argument_begin|>{…}`."""
+    head = (yield from _before(source, "<|tool_call_argument_begin|>")).strip()
+    yield from _stream(source, writer, head.removeprefix("functions.").rpartition(":")[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Elements:
+    """Calls as elements of text: what stands before and behind a function's name and a parameter's, and behind each.
+
+    `padding` is around values; `typed`: a parameter says whether it is a string.
+    """
+
+    call: tuple[str, str]
+    call_end: str
+    parameter: tuple[str, str]
+    parameter_end: str
+    padding: str = ""
+    typed: bool = False
+
+    def body(self, source: Source, writer: Writer, schemas: Schemas) -> Generator[None, None, None]:
+        """One call, or several."""
+        yield from source.expect(self.call[0])
+        while True:
+            yield from self._call(source, writer, schemas)
+            source.mark()  # what is told already is not content, whatever comes
+            yield from source.spaces()
+            if not (yield from source.literal(self.call[0])):
+                return
+
+    def _call(self, source: Source, writer: Writer, schemas: Schemas) -> Generator[None, None, None]:
+        name = yield from _before(source, self.call[1].rstrip())
+        kinds = property_kinds(schemas.get(name))
+        writer.begin_call(name)
+        separator = "{"
+        while True:
+            yield from source.spaces()
+            if (yield from source.literal(self.call_end.rstrip())):
+                break
+            yield from source.expect(self.parameter[0])
+            behind, *more = self.parameter[1].split()
+            key = yield from _before(source, behind)
+            for mark in more:
+                yield from source.expect(mark)
+            of_key = kinds.get(key)
+            if self.typed and (yield from _before(source, '">')) == "true":
+                of_key = frozenset(("string",))
+            value = yield from _before(source, self.parameter_end.strip())
+            value = value.removeprefix(self.padding).removesuffix(self.padding)
+            writer.arguments(f"{separator}{_json(key)}: {_typed(value, of_key)}")
+            separator = ", "
+        writer.arguments("}" if separator == ", " else "{}")
+
+
+def keyword_calls(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
+    """LFM2's `[name(key=value, …), …]`, in Python's words."""
+    text = yield from _before(source, "<|tool_call_end|>")
+    try:
+        parsed = ast.parse(text.strip(), mode="eval").body
+        calls = [_keyword_call(one) for one in (parsed.elts if isinstance(parsed, ast.List) else [parsed])]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise Malformed from None
+    for name, arguments in calls:
+        writer.begin_call(name)
+        writer.arguments(_json(arguments))
+
+
+def glm_call(source: Source, writer: Writer, schemas: Schemas) -> Generator[None, None, None]:
+    """`name<arg_key>key</arg_key><arg_value>value</arg_value>…`."""
+    head: list[str] = []
+    mark = yield from source.until(("<arg_key>", "</tool_call>"), head.append)
+    name = "".join(head).strip()
+    if mark is None or not name:
+        raise Malformed
     kinds = property_kinds(schemas.get(name))
     writer.begin_call(name)
     separator = "{"
-    while True:
-        yield from source.spaces()
-        if (yield from source.literal("</function>")):
-            break
-        yield from source.expect("<parameter=")
-        key = yield from _before(source, ">")
-        value = (yield from _before(source, "</parameter>")).removeprefix("\n").removesuffix("\n")
+    another = mark == "<arg_key>"
+    while another:
+        key = yield from _before(source, "</arg_key>")
+        yield from source.expect("<arg_value>")
+        value = yield from _before(source, "</arg_value>")
         writer.arguments(f"{separator}{_json(key)}: {_typed(value, kinds.get(key))}")
         separator = ", "
+        yield from source.spaces()
+        another = yield from source.literal("<arg_key>")
     writer.arguments("}" if separator == ", " else "{}")
+
+
+def written_keywords(calls: Calls) -> str:
+    """What `keyword_calls` reads."""
+    pairs = [
+        (name, ", ".join(f"{key}={_json(value)}" for key, value in _mapping(arguments).items()))
+        for name, arguments in calls
+    ]
+    return f"<|tool_call_start|>[{', '.join(f'{name}({text})' for name, text in pairs)}]<|tool_call_end|>"
+
+
+def written_list(calls: Calls) -> str:
+    """Granite's list of JSON objects."""
+    return f"<|tool_call|>{_json([{'name': name, 'arguments': arguments} for name, arguments in calls])}"
+
+
+def _mapping(arguments: Any) -> dict[str, Any]:
+    return arguments if isinstance(arguments, dict) else {"arguments": arguments}
+
+
+def _keyword_call(node: ast.expr) -> tuple[str, dict[str, Any]]:
+    if not isinstance(node, ast.Call) or node.args:
+        raise ValueError
+    return ast.unparse(node.func), {one.arg: _literal(one.value) for one in node.keywords if one.arg}
+
+
+def _literal(node: ast.expr) -> Any:
+    """A Python literal, or one of JSON's names."""
+    if isinstance(node, ast.Name):
+        return {"true": True, "false": False, "null": None}.get(node.id, node.id)
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(one) for one in node.elts]
+    if isinstance(node, ast.Dict):
+        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True) if key}
+    return ast.literal_eval(node)
+
+
+_GEMMA_QUOTE = '<|"|>'
+_GEMMA_TOKEN = re.compile(
+    r'<\|"\|>(?P<text>.*?)<\|"\|>|(?P<json>"(?:\\.|[^"\\])*")|(?P<sign>[][{}:,])|(?P<bare>[^][{}:,]+)', re.DOTALL
+)
+
+
+def gemma_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
+    """`call:name{key:<|"|>text<|"|>,other:[1,true]}<tool_call|>`."""
+    yield from source.expect("call:")
+    text = yield from _before(source, "<tool_call|>")
+    name, brace, rest = text.partition("{")
+    tokens = [
+        (match.lastgroup or "", match[match.lastgroup or ""])
+        for match in _GEMMA_TOKEN.finditer(brace + rest)
+        if match[0].strip()
+    ]
+    try:
+        arguments = _gemma_value(iter(tokens)) if tokens else {}
+    except (StopIteration, ValueError, RecursionError):
+        raise Malformed from None
+    writer.begin_call(name.strip())
+    writer.arguments(_json(arguments))
+
+
+def _gemma_value(tokens: Iterator[tuple[str, str]]) -> Any:
+    """The next value; raises StopIteration where there is none, and ValueError."""
+    return _gemma_from(next(tokens), tokens)
+
+
+def _gemma_from(first: tuple[str, str], tokens: Iterator[tuple[str, str]]) -> Any:
+    kind, text = first
+    if kind == "text":
+        return text
+    if kind == "json":
+        return json.loads(text)
+    if kind == "bare":
+        with suppress(ValueError):
+            return json.loads(text)
+        return {"None": None, "True": True, "False": False}.get(text.strip(), text.strip())
+    if text not in "{[":
+        raise ValueError
+    members: dict[str, Any] = {}
+    items: list[Any] = []
+    while (token := next(tokens)) not in (("sign", "}"), ("sign", "]")):
+        if token == ("sign", ","):
+            continue
+        if text == "[":
+            items.append(_gemma_from(token, tokens))
+            continue
+        key = _gemma_from(token, tokens)
+        if next(tokens) != ("sign", ":"):
+            raise ValueError
+        members[token[1].strip() if token[0] == "bare" else key] = _gemma_value(tokens)
+    return members if text == "{" else items
 
 
 def _stream(source: Source, writer: Writer, name: str) -> Generator[None, None, bool]:

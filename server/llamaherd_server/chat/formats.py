@@ -12,13 +12,22 @@ from functools import partial
 from typing import TypeAlias
 
 from llamaherd_server.chat import calls
-from llamaherd_server.chat.calls import Body, Schemas
+from llamaherd_server.chat.calls import Body, Elements, Schemas
 from llamaherd_server.chat.gbnf import literal
 from llamaherd_server.chat.reply import Malformed, Message, Parser, Source, Writer
 
-THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought\n", "<channel|>"))
 # A rule for one call of a tool: its name and the name of the rule of its arguments.
 CallRule: TypeAlias = Callable[[str, str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Keywords:
+    """Arguments as keys and values: what stands between the two, between pairs, and around a string if not JSON's."""
+
+    between: str
+    separator: str
+    quote: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +36,8 @@ class Format:
 
     `preserved` are the control tokens that must be seen; `skipped` is passed over; `bare`: a call may also begin the
     reply without a marker, with a brace; `joined`: what stands between two calls in a grammar, None: one call only.
+    `elements`, `keywords`: how arguments are written where they are not a JSON object; `tokens`: further control
+    tokens; `written`: calls as a content, for templates that print no calls.
     """
 
     name: str
@@ -42,10 +53,14 @@ class Format:
     unlike: tuple[str, ...] = ()
     bare: bool = False
     id_length: int | None = None
+    elements: Elements | None = None
+    keywords: Keywords | None = None
+    tokens: tuple[str, ...] = ()
+    written: Callable[[calls.Calls], str] | None = None
 
     @property
     def preserved(self) -> list[str]:
-        marks = (self.opens, self.closes.strip(), *self.skipped, "[ARGS]", "[CALL_ID]", "<｜tool▁sep｜>")
+        marks = (self.opens, self.closes.strip(), *self.skipped, *self.tokens, "[ARGS]", "[CALL_ID]", "<｜tool▁sep｜>")
         return [mark for mark in marks if mark]
 
 
@@ -54,9 +69,20 @@ def _json_rule(key: str, name: str, arguments: str) -> str:
     return f'{name_text} {arguments} "}}"'
 
 
-def _xml_rule(name: str, arguments: str) -> str:
-    """`arguments` is here a rule of parameters, made by xml_parameters."""
-    return f"{literal(f'<function={name}>' + chr(10))} {arguments} {literal('</function>')}"
+def _element_rule(elements: Elements, name: str, arguments: str) -> str:
+    """`arguments` is here a rule of parameters, each an element."""
+    return f"{literal(name.join(elements.call))} {arguments} {literal(elements.call_end)}"
+
+
+_QWEN = Elements(("<function=", ">\n"), "</function>", ("<parameter=", ">\n"), "\n</parameter>\n", padding="\n")
+_MINIMAX = Elements(('<invoke name="', '">\n'), "</invoke>\n", ('<parameter name="', '">'), "</parameter>\n")
+_DSML = Elements(
+    ('<｜DSML｜invoke name="', '">\n'),
+    "</｜DSML｜invoke>\n",
+    ('<｜DSML｜parameter name="', '" string="'),
+    "</｜DSML｜parameter>\n",
+    typed=True,
+)
 
 
 HERMES = Format(
@@ -74,9 +100,108 @@ QWEN_CODER = Format(
     signs=("<tool_call>", "<function=", "<parameter="),
     opens="<tool_call>",
     closes="</tool_call>",
-    body=calls.xml_call,
-    call_rule=lambda name, arguments: rf'"<tool_call>\n" {_xml_rule(name, arguments)} "\n</tool_call>"',
+    body=_QWEN.body,
+    call_rule=lambda name, arguments: rf'"<tool_call>\n" {_element_rule(_QWEN, name, arguments)} "\n</tool_call>"',
     joined=r'"\n"',
+    elements=_QWEN,
+)
+MINIMAX = Format(
+    name="minimax-m2",
+    signs=("<minimax:tool_call>", "<invoke name="),
+    opens="<minimax:tool_call>",
+    closes="</minimax:tool_call>",
+    body=_MINIMAX.body,
+    call_rule=partial(_element_rule, _MINIMAX),
+    before=r'"<minimax:tool_call>\n"',
+    after='"</minimax:tool_call>"',
+    elements=_MINIMAX,
+)
+
+
+def _dsml(name: str, block: str, *signs: str) -> Format:
+    return Format(
+        name=name,
+        signs=("｜DSML｜", *signs),
+        opens=f"<｜DSML｜{block}>",
+        closes=f"</｜DSML｜{block}>",
+        body=_DSML.body,
+        call_rule=partial(_element_rule, _DSML),
+        before=literal(f"<｜DSML｜{block}>\n"),
+        after=literal(f"</｜DSML｜{block}>"),
+        elements=_DSML,
+        tokens=("｜DSML｜",),
+    )
+
+
+DEEPSEEK_V3_2 = _dsml("deepseek-v3.2", "function_calls", "function_calls>")
+DEEPSEEK_V4 = _dsml("deepseek-v4", "tool_calls")
+
+
+def _glm(name: str, gap: str, *signs: str) -> Format:
+    elements = Elements(("", gap), "", ("<arg_key>", f"</arg_key>{gap}<arg_value>"), f"</arg_value>{gap}")
+    return Format(
+        name=name,
+        signs=("<tool_call>", "<arg_key>", *signs),
+        opens="<tool_call>",
+        closes="</tool_call>",
+        body=calls.glm_call,
+        call_rule=lambda name, arguments: f'"<tool_call>" {_element_rule(elements, name, arguments)} "</tool_call>"',
+        joined=literal(gap),
+        elements=elements,
+    )
+
+
+GLM = _glm("glm-4", "\n")
+GLM_4_7 = _glm("glm-4.7", "", "{function-name}<arg_key>")
+KIMI = Format(
+    name="kimi-k2",
+    signs=("<|tool_calls_section_begin|>", "<|tool_call_argument_begin|>"),
+    opens="<|tool_call_begin|>",
+    closes="<|tool_call_end|>",
+    body=calls.kimi_call,
+    call_rule=lambda name, arguments: (
+        f'{literal(f"<|tool_call_begin|>functions.{name}:")} [0-9]{{1,3}} "<|tool_call_argument_begin|>" {arguments} '
+        '"<|tool_call_end|>"'
+    ),
+    before='"<|tool_calls_section_begin|>"',
+    after='"<|tool_calls_section_end|>"',
+    skipped=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+    tokens=("<|tool_call_argument_begin|>",),
+)
+LFM2 = Format(
+    name="lfm2",
+    signs=("List of tools: ", "<|im_start|>"),
+    opens="<|tool_call_start|>",
+    closes="<|tool_call_end|>",
+    body=calls.keyword_calls,
+    call_rule=lambda name, arguments: f'{literal(f"{name}(")} {arguments} ")"',
+    joined='", "',
+    before='"<|tool_call_start|>["',
+    after='"]<|tool_call_end|>"',
+    keywords=Keywords("=", ", "),
+    written=calls.written_keywords,
+)
+GEMMA = Format(
+    name="gemma-4",
+    signs=("<|tool_call>call:",),
+    opens="<|tool_call>",
+    closes="<tool_call|>",
+    body=calls.gemma_call,
+    call_rule=lambda name, arguments: f'{literal(f"<|tool_call>call:{name}{{")} {arguments} "}}<tool_call|>"',
+    keywords=Keywords(":", ",", '<|"|>'),
+    tokens=('<|"|>',),
+)
+GRANITE = Format(
+    name="granite-3",
+    signs=("<|tool_call|>", "available_tools"),
+    opens="<|tool_call|>",
+    closes="",
+    body=calls.json_calls,
+    call_rule=partial(_json_rule, "arguments"),
+    before='"<|tool_call|>["',
+    joined='", "',
+    after='"]"',
+    written=calls.written_list,
 )
 LLAMA = Format(
     name="llama-3",
@@ -150,7 +275,10 @@ HARMONY = Format(
     skipped=("<|message|>", "<|start|>", "<|end|>", "<|constrain|>"),
 )
 # The first that fits; HERMES also for models whose template knows no tools.
-FORMATS = (HARMONY, QWEN_CODER, MISTRAL_NAMED, MISTRAL, DEEPSEEK_FENCED, DEEPSEEK, HERMES, LLAMA)
+FORMATS = (
+    *(HARMONY, QWEN_CODER, GEMMA, DEEPSEEK_V3_2, DEEPSEEK_V4, KIMI, MINIMAX, LFM2, GRANITE, GLM_4_7, GLM),
+    *(MISTRAL_NAMED, MISTRAL, DEEPSEEK_FENCED, DEEPSEEK, HERMES, LLAMA),
+)
 
 
 def format_of(template: str) -> Format | None:
@@ -185,7 +313,8 @@ class Reader:
     @property
     def preserved(self) -> list[str]:
         """The control tokens that the engine must not hide."""
-        return [*(self.form.preserved if self.form else ()), *(self.thinking or ())]
+        marks = [mark.removesuffix("thought\n") for mark in self.thinking or ()]
+        return [*(self.form.preserved if self.form else ()), *marks]
 
     @property
     def plain(self) -> bool:

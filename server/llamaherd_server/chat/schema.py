@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from llamaherd_server.chat.arrays import array_rule
-from llamaherd_server.chat.gbnf import PRIMITIVES, repeated, trie
+from llamaherd_server.chat.gbnf import PRIMITIVES, literal, repeated, trie
 from llamaherd_server.chat.language import Term, Terms, TooLarge
 from llamaherd_server.chat.numbers import Bounds, bounds_of
 from llamaherd_server.chat.objects import listed_properties, object_rule
@@ -52,14 +52,16 @@ def arguments_rules(schema: Any, param: str, name: str, *, strict: bool) -> dict
 
 
 def bare_rules(
-    schema: Any, param: str, name: str, *, strict: bool, end: str
+    schema: Any, param: str, name: str, *, strict: bool, end: str | None, quote: str = ""
 ) -> tuple[dict[str, str], list[tuple[str, str, bool]]]:
-    """Rules for the properties of an object, in which strings stand without quotes and `end` comes nowhere.
+    """Rules for the properties of an object; a string among them stands within `quote` and has no `end` in it.
+
+    `end` None: it is JSON's, as all strings within other values are.
 
     Returns them and, for each property, its name, its rule, and whether it is required. Raises as `schema_rules` does.
     """
     with _refusals(param):
-        converter = Converter(schema, name, strict=strict, end=end)
+        converter = Converter(schema, name, strict=strict, end=end, quote=quote)
         return converter.rules, converter.members({"allOf": [schema, {"type": "object"}]})
 
 
@@ -95,8 +97,8 @@ def schema_grammar(schema: Any, param: str, *, strict: bool = True) -> str:
 class Converter:
     """Walks a schema. What it makes is a rule's name or a literal; None: no value satisfies the schema."""
 
-    def __init__(self, root: Any, name: str, *, strict: bool, end: str | None = None) -> None:
-        """`end`: what ends a string that stands without quotes; None: they are in quotes."""
+    def __init__(self, root: Any, name: str, *, strict: bool, end: str | None = None, quote: str = "") -> None:
+        """`end`: what is in no string that is itself the value, and stands within `quote`; None: all are JSON's."""
         if len(json.dumps(root)) > MAX_SCHEMA_BYTES:
             refuse("", f"is larger than {MAX_SCHEMA_BYTES} bytes: shorten it")
         self.rules: dict[str, str] = {}
@@ -112,6 +114,7 @@ class Converter:
         self.terms = Terms()
         self.strings = Strings(self.terms, self.cannot)
         ended = self.terms.sequence(self.terms.all, self.terms.text(end or ""), self.terms.all)
+        self._quote = quote
         self._bare = None if end is None else self.terms.other(ended)  # the texts that need no quotes here
 
     def whole(self, schema: Any) -> dict[str, str]:
@@ -260,7 +263,10 @@ class Converter:
     def _values(self, values: list[Any], schema: Schema, kinds: list[str], where: str) -> str | None:
         """Those of the values that are of the schema's types, and within its bounds."""
         admitted = [value for value in values if self.admits(value, schema, kinds, where)]
-        texts = [value if self._bare and isinstance(value, str) else json_text(value) for value in admitted]
+        texts = [
+            f"{self._quote}{value}{self._quote}" if self._bare and isinstance(value, str) else json_text(value)
+            for value in admitted
+        ]
         return self.share(trie(texts, self.share)) if texts else None
 
     def admits(self, value: Any, schema: Schema, kinds: list[str], where: str) -> bool:
@@ -285,7 +291,9 @@ class Converter:
         try:
             term = self.strings.term(schema, where)
             if self._bare is not None:
-                return self.text(self.terms.both(term, self._bare), escape=False)
+                inside = self.text(self.terms.both(term, self._bare), escape=False)
+                mark = literal(self._quote)
+                return self.share(f"{mark} {inside} {mark}") if inside and self._quote else inside
             inside = "char*" if term is self.terms.all else self.text(term, escape=True)
         except TooLarge as error:
             refuse(where, f"has {', '.join(word for word in ASSERTIONS['string'] if word in schema)}, which {error}")

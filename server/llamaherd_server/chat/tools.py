@@ -9,10 +9,12 @@ from typing import Any
 
 import msgspec
 
-from llamaherd_server.chat.formats import FORMATS, HARMONY, QWEN_CODER, Format, Reader
+from llamaherd_server.chat.calls import Elements
+from llamaherd_server.chat.formats import FORMATS, HARMONY, Format, Keywords, Reader
 from llamaherd_server.chat.gbnf import literal, without
 from llamaherd_server.chat.sandbox import Sandbox, SandboxError
 from llamaherd_server.chat.schema import arguments_rules, bare_rules, grammar_of, schema_rules
+from llamaherd_server.chat.subschemas import property_kinds
 from llamaherd_server.errors import ApiError
 
 _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -111,7 +113,7 @@ def _call_rules(form: Format, choice: Choice) -> dict[str, str]:
     alternatives = []
     for number, tool in enumerate(choice.tools):
         name = f"tool-{number}"
-        rules |= _parameters(tool, name) if form is QWEN_CODER else _arguments(tool, name)
+        rules |= _arguments(form, tool, name)
         alternatives.append(f"({form.call_rule(tool.name, name)})")
     more = f"({form.joined} call)*" if choice.parallel and form.joined is not None else ""
     return {**rules, "call": " | ".join(alternatives), "calls": f"{form.before} call {more} {form.after}"}
@@ -132,19 +134,41 @@ def _after_thinking(form: Format | None, reply: Reply, rules: dict[str, str]) ->
     return {**rules, **without("thought", markers), "root": f"{thought} ({rules['root']})"}
 
 
-def _arguments(tool: Tool, name: str) -> dict[str, str]:
+def _arguments(form: Format, tool: Tool, name: str) -> dict[str, str]:
+    """The rules of a call's arguments, begun by `name`."""
+    if form.elements:
+        return _elements(form.elements, tool, name)
+    if form.keywords:
+        return _keywords(form.keywords, tool, name)
     return arguments_rules(tool.schema, "tools", name, strict=tool.strict)
 
 
-def _parameters(tool: Tool, name: str) -> dict[str, str]:
-    """The rules of a call's parameters where each is an element of text."""
-    end = "\n</parameter>"
+def _elements(form: Elements, tool: Tool, name: str) -> dict[str, str]:
+    end = form.parameter_end.rstrip("\n")
     rules, members = bare_rules(tool.schema, "tools", name, strict=tool.strict, end=end)
-    elements = [
-        f"({literal(f'<parameter={key}>' + chr(10))} {value} {literal(end + chr(10))}){'' if required else '?'}"
-        for key, value, required in members
-    ]
+    kinds = property_kinds(tool.schema)
+    elements = []
+    for key, value, required in members:
+        head = literal(key.join(form.parameter))
+        if form.typed:
+            texts = "string" in kinds.get(key, ())
+            said = '"false"' if not texts else '"true"' if kinds[key] == {"string"} else '("true" | "false")'
+            head = rf'{head} {said} "\">"'
+        elements.append(f"({head} {value} {literal(form.parameter_end)}){'' if required else '?'}")
     return {**rules, name: " ".join(elements) or '""'}
+
+
+def _keywords(form: Keywords, tool: Tool, name: str) -> dict[str, str]:
+    end = form.quote or None
+    rules, members = bare_rules(tool.schema, "tools", name, strict=tool.strict, end=end, quote=form.quote)
+    rest, left, must = '""', '""', False  # what may follow a pair, or come first; whether something must
+    for number, (key, value, required) in reversed(list(enumerate(members))):
+        pair = f"{literal(key + form.between)} {value} {rest}"
+        must = must or required
+        rules[f"{name}-k{number}"] = pair if required or left == '""' else f"{pair} | {left}"
+        left = f"{name}-k{number}"
+        rest = f"{literal(form.separator)} {left}" if must else f"({literal(form.separator)} {left})?"
+    return {**rules, name: left if must or left == '""' else f"{left}?"}
 
 
 def with_ids_of(length: int, messages: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

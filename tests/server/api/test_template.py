@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import msgspec
 import pytest
 
 from llamaherd_server.chat.adapt import Prompting, prompt_of, traits_of
+from llamaherd_server.chat.formats import HARMONY, Reader, format_of, thinking_of
 from llamaherd_server.chat.sandbox import Sandbox
 from llamaherd_server.chat.template import adds_special, render
 from llamaherd_server.errors import ApiError
@@ -165,3 +167,28 @@ async def test_a_requests_variables_cannot_replace_the_messages(rendered: Render
 )
 def test_bos_is_added_once_at_most(add_bos: bool, prompt: str, adds: bool) -> None:
     assert adds_special(msgspec.structs.replace(MODEL, add_bos=add_bos), prompt) is adds
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="see above")
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_calls_are_read_as_real_templates_print_them(template: str) -> None:
+    form, traits = format_of(template), traits_of(template).traits
+    if form is None or traits.foreign_tools:
+        pytest.skip("is given Hermes' format")
+    arguments = {"place": 'Zürich "West"', "days": 2, "deep": {"a": ["x", 1.5]}}
+    parameters = {"type": "object", "properties": {"place": {"type": "string"}, "days": {}, "deep": {}}}
+    tool = {"type": "function", "function": {"name": "get_weather", "description": "", "parameters": parameters}}
+    call = {"id": "call00001", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "U-one"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call00001", "name": "get_weather", "content": "R-one"},
+    ]
+    printed = prompt_of(Prompting(template, turns, [tool], traits, {"bos_token": "<s>", "eos_token": "</s>"}))
+    answer = printed.rpartition("U-one")[2].partition("R-one")[0]
+    if form is HARMONY:
+        answer = answer.partition("<|start|>assistant")[2]
+    if form.bare:
+        answer = answer[answer.index("{") :]
+    calls = Reader(form, thinking_of(template), False, {"get_weather": parameters}).whole(answer).calls
+    assert [(one.name, json.loads(one.arguments)) for one in calls][:1] == [("get_weather", arguments)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from llamaherd_server.chat import formats
-from llamaherd_server.chat.formats import Format, Reader
+from llamaherd_server.chat.formats import Format, Reader, thinking_of
 from llamaherd_server.chat.reply import CallBegin, Message
 from llamaherd_server.chat.tools import Choice, Reply, Tool, grammar_of_reply
 from llamaherd_server.errors import ApiError
@@ -32,11 +32,12 @@ JSON = json.dumps(ASKED, ensure_ascii=False)
 
 @dataclass(frozen=True)
 class Case:
-    """One family: a call as its models write it, and a second one behind it."""
+    """One family: a call as its models write it, a second one behind it, and, if not in JSON, one without arguments."""
 
     form: Format
     one: str
     two: str | None = None
+    empty: str | None = None
 
 
 CASES = [
@@ -50,7 +51,53 @@ CASES = [
         '<tool_call>\n<function=get_weather>\n<parameter=city>\nZürich "West"\n</parameter>\n'
         "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>",
         "\n<tool_call>\n<function=clock>\n</function>\n</tool_call>",
+        "<tool_call>\n<function=clock>\n</function>\n</tool_call>",
     ),
+    Case(
+        formats.GEMMA,
+        '<|tool_call>call:get_weather{city:<|"|>Zürich "West"<|"|>,days:2}<tool_call|>',
+        "<|tool_call>call:clock{}<tool_call|>",
+        "<|tool_call>call:clock{}<tool_call|>",
+    ),
+    Case(
+        formats.DEEPSEEK_V3_2,
+        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n'
+        '<｜DSML｜parameter name="city" string="true">Zürich "West"</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="days" string="false">2</｜DSML｜parameter>\n'
+        "</｜DSML｜invoke>\n</｜DSML｜function_calls>",
+        empty='<｜DSML｜function_calls>\n<｜DSML｜invoke name="clock">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>',
+    ),
+    Case(
+        formats.KIMI,
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+        f"{JSON}<|tool_call_end|><|tool_calls_section_end|>",
+    ),
+    Case(
+        formats.MINIMAX,
+        '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Zürich "West"</parameter>\n'
+        '<parameter name="days">2</parameter>\n</invoke>\n</minimax:tool_call>',
+        empty='<minimax:tool_call>\n<invoke name="clock">\n</invoke>\n</minimax:tool_call>',
+    ),
+    Case(
+        formats.LFM2,
+        '<|tool_call_start|>[get_weather(city="Zürich \\"West\\"", days=2)]<|tool_call_end|>',
+        empty="<|tool_call_start|>[clock()]<|tool_call_end|>",
+    ),
+    Case(
+        formats.GLM,
+        '<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Zürich "West"</arg_value>\n'
+        "<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>",
+        "\n<tool_call>clock\n</tool_call>",
+        "<tool_call>clock\n</tool_call>",
+    ),
+    Case(
+        formats.GLM_4_7,
+        '<tool_call>get_weather<arg_key>city</arg_key><arg_value>Zürich "West"</arg_value>'
+        "<arg_key>days</arg_key><arg_value>2</arg_value></tool_call>",
+        "<tool_call>clock</tool_call>",
+        "<tool_call>clock</tool_call>",
+    ),
+    Case(formats.GRANITE, f'<|tool_call|>[{{"name": "get_weather", "arguments": {JSON}}}]'),
     Case(formats.LLAMA, f'{{"name": "get_weather", "parameters": {JSON}}}'),
     Case(
         formats.MISTRAL,
@@ -147,7 +194,8 @@ def test_arguments_come_as_they_are_written() -> None:
 
 def test_call_ids_are_the_familys() -> None:
     assert reader(formats.HERMES).whole(CASES[0].one).calls[0].id.startswith("call_")
-    mistral = reader(formats.MISTRAL).whole(CASES[3].one).calls[0].id
+    [case] = [case for case in CASES if case.form is formats.MISTRAL]
+    mistral = reader(formats.MISTRAL).whole(case.one).calls[0].id
     assert len(mistral) == 9
     assert mistral.isalnum()
 
@@ -157,6 +205,12 @@ def test_reasoning_is_split_off(form: Format | None) -> None:
     text = "<think>\nHmm, 2 < 3.\n</think>\n\nIt is."
     assert every_way(reader(form, thinking=True), text)[:2] == ("It is.", "\nHmm, 2 < 3.\n")
     assert every_way(reader(form, thinks=True), text.removeprefix("<think>"))[:2] == ("It is.", "\nHmm, 2 < 3.\n")
+
+
+def test_gemmas_reasoning_is_split_off() -> None:
+    gemma = Reader(formats.GEMMA, thinking_of("<channel|>"), False, {})
+    assert every_way(gemma, "<|channel>thought\nHmm.<channel|>It is.")[:2] == ("It is.", "Hmm.")
+    assert {"<|channel>", "<channel|>", "<|tool_call>", '<|"|>'} <= set(gemma.preserved)
 
 
 def test_harmonys_channels() -> None:
@@ -199,7 +253,9 @@ def test_a_strict_tool_may_be_left_but_not_miscalled(case: Case, lets: Lets) -> 
     assert not lets(grammar, case.one.replace("city", "town"))
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[6]], ids=["hermes", "deepseek"])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.form in (formats.HERMES, formats.DEEPSEEK)], ids=["hermes", "deepseek"]
+)
 def test_a_model_that_thinks_thinks_before_a_required_call(case: Case, lets: Lets) -> None:
     grammar = reply_grammar(reader(case.form, thinks=True), Choice((WEATHER,), must=True))
     assert grammar
@@ -227,11 +283,52 @@ def test_arguments_are_always_an_object(case: Case, parameters: dict[str, object
     grammar = reply_grammar(reader(case.form), Choice((Tool("clock", None, parameters, strict=False),), must=True))
     assert grammar
     call = case.one.replace("get_weather", "clock")
-    if case.form is formats.QWEN_CODER:
-        assert lets(grammar, "<tool_call>\n<function=clock>\n</function>\n</tool_call>")
+    if case.empty:
+        assert lets(grammar, case.empty)
     else:
         assert lets(grammar, call.replace(JSON, "{}"))
         assert not lets(grammar, call.replace(JSON, "[]"))
+
+
+BLOCKS = [
+    (
+        formats.DEEPSEEK_V4,
+        '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="get_weather">\n<｜DSML｜parameter name="city" string="true">7'
+        '</｜DSML｜parameter>\n</｜DSML｜invoke>\n<｜DSML｜invoke name="clock">\n</｜DSML｜invoke>\n'
+        "</｜DSML｜tool_calls>",
+    ),
+    (
+        formats.MINIMAX,
+        '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">7</parameter>\n</invoke>\n'
+        '<invoke name="clock">\n</invoke>\n</minimax:tool_call>',
+    ),
+    (formats.LFM2, '<|tool_call_start|>[get_weather(city="7"), clock()]<|tool_call_end|>'),
+    (formats.LFM2, "<|tool_call_start|>[get_weather(city='7'), clock()]<|tool_call_end|>"),
+    (
+        formats.KIMI,
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+        '{"city": "7"}<|tool_call_end|><|tool_call_begin|>functions.clock:1<|tool_call_argument_begin|>{}'
+        "<|tool_call_end|><|tool_calls_section_end|>",
+    ),
+    (
+        formats.GRANITE,
+        '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "7"}}, {"name": "clock", "arguments": {}}]',
+    ),
+]
+
+
+@pytest.mark.parametrize(("form", "text"), BLOCKS)
+def test_several_calls_in_one_block(form: Format, text: str, lets: Lets) -> None:
+    assert every_way(reader(form), text) == ("", "", [("get_weather", {"city": "7"}), ("clock", {})])
+    grammar = reply_grammar(reader(form), Choice((WEATHER, CLOCK), must=True))
+    assert grammar
+    assert lets(grammar, text) is ("city='" not in text)
+
+
+def test_gemmas_values_are_read_however_deep() -> None:
+    text = '<|tool_call>call:get_weather{a:[<|"|>x, {y}<|"|>,true,None,{b:-1.5}],c:{},<|"|>d e<|"|>:"f"}<tool_call|>'
+    [call] = reader(formats.GEMMA).whole(text).calls
+    assert json.loads(call.arguments) == {"a": ["x, {y}", True, None, {"b": -1.5}], "c": {}, "d e": "f"}
 
 
 ORDER = Tool(
