@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +20,7 @@ import pytest
 from llamaherd_server.keyfile import add
 from llamaherd_server.quota import CRASHES
 
-from ..conftest import START_S, Server, paced, running
+from ..conftest import START_S, Server, paced, running, until_ready, write_config
 
 PROMPT = "The patient's name is Zebulon Quince"
 
@@ -50,6 +53,34 @@ def test_a_wedged_engine_is_restarted_and_what_was_queued_is_served(tmp_path: Pa
         assert httpx.get(f"{server.url}/livez").status_code == 200
         assert worker(server) != first
         assert (engine(server)["restarts"], "did not speak for 2 s" in engine(server)["last_error"]) == (1, True)
+
+
+def test_a_worker_that_dies_while_nothing_can_be_logged_is_replaced(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    port = int(config.read_text().split("port = ")[1].split()[0])
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-m", "llamaherd_server", "--config", str(config)]
+        process = subprocess.Popen(command, stderr=full, env={**os.environ, **paced()})
+    log = tmp_path / "no.log"
+    log.touch()
+    with until_ready(Server(f"http://127.0.0.1:{port}", process, log)) as server:
+        os.kill(worker(server), signal.SIGKILL)
+        until(lambda: engine(server)["restarts"] == 1 and httpx.get(f"{server.url}/readyz").status_code == 200)
+
+
+def test_a_worker_that_cannot_be_started_for_want_of_files_is_started_later(tmp_path: Path) -> None:
+    with running(tmp_path, paced()) as server:
+        pid = server.process.pid
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        with httpx.Client(base_url=server.url) as client:  # its connection is there before
+            assert client.get("/readyz").status_code == 200
+            gone = worker(server)
+            files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (files - 3, limits[1]))  # what the worker had is free again
+            os.kill(gone, signal.SIGKILL)
+            until(lambda: "could not be run" in str(client.get("/admin/engine").json()["last_error"]))
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+            until(lambda: client.get("/readyz").status_code == 200)
 
 
 def test_an_engine_that_takes_nothing_in_is_not_ready(tmp_path: Path) -> None:
