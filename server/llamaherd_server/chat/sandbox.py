@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Self, TypeVar, get_type_hints
 
 import msgspec
@@ -29,8 +30,9 @@ R = TypeVar("R")
 caller: ContextVar[str] = ContextVar("caller", default="")
 
 CPU_S = 2.0
-# A process that was stopped or gets no CPU time is given up after so many times the CPU time that a call may take.
-_PATIENCE = 4
+# On a busy host a call may take so many times its CPU time; a process that was stopped is noticed sooner.
+_PATIENCE = 15
+_LOOK_S = 1.0
 _MOST = 8
 _LEFT_FOR_OTHERS = 2
 _KEPT = 2
@@ -74,7 +76,7 @@ class Sandbox:
 
         `function` is one of this package, by name; argument and value go as JSON of the types that it is annotated
         with. Raises the ApiError that it raises, SandboxError for any other exception and for exceeded limits, and
-        ApiError (503) when its processes are ended from outside again and again.
+        ApiError (503) when its processes are ended from outside again and again, or the host has no time for them.
         """
         call = Call(f"{function.__module__}:{function.__name__}", cpu_s, msgspec.Raw(msgspec.json.encode(argument)))
         body = msgspec.json.encode(call)
@@ -170,19 +172,27 @@ class _Child:
     async def answer(self, body: bytes, cpu_s: float) -> bytes:
         """Its answer to a call; raises SandboxError, and _Lost."""
         self.usable = False  # until the answer has been read, or the next call would read it
+        asked = asyncio.create_task(self._ask(body))
         try:
             async with asyncio.timeout(cpu_s * _PATIENCE):
-                self._writer.write(len(body).to_bytes(4, "big") + body)
-                await self._writer.drain()
-                answer = await self._read()
+                while not asked.done():
+                    await asyncio.wait((asked,), timeout=_LOOK_S)
+                    if not asked.done() and self._is_stopped():
+                        raise _Lost
+            answer = asked.result()
         except TimeoutError:
-            raise _Lost from None
+            message = (
+                f"no {cpu_s:g} s of CPU time for this request within {cpu_s * _PATIENCE:g} s: the host is overloaded"
+            )
+            raise ApiError(503, message, code="sandbox_lost", retry_after=1) from None
         except (EOFError, ConnectionError):
             code = await self._process.wait()
             if code in _ENDED_FROM_OUTSIDE:
                 raise _Lost from None
             exceeded = f"time: {cpu_s:g} s of CPU time" if code == -signal.SIGPROF else "time and memory"
             raise SandboxError(f"went over its limits of {exceeded}") from None
+        finally:
+            asked.cancel()
         self.usable = True
         return answer
 
@@ -192,6 +202,18 @@ class _Child:
             self._process.kill()
         self._writer.close()
         await self._process.wait()
+
+    async def _ask(self, body: bytes) -> bytes:
+        self._writer.write(len(body).to_bytes(4, "big") + body)
+        await self._writer.drain()
+        return await self._read()
+
+    def _is_stopped(self) -> bool:
+        """Whether a signal has stopped it; where there is no /proc that cannot be seen."""
+        with suppress(OSError):
+            state = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            return state in {"T", "t"}
+        return False
 
     async def _read(self) -> bytes:
         size = int.from_bytes(await self._reader.readexactly(4), "big")
