@@ -283,6 +283,7 @@ def test_no_room_for_what_is_measured_ends_the_search_and_restores_the_settings(
     )
     assert done.returncode == 2
     assert done.stderr.startswith(f"tune: cannot write to {tmp_path}: File too large; make room there")
+    assert all(json.loads(path.read_text()) for path in tmp_path.glob("verdict.*")), "whole, or not there"
     assert in_force(double) == before
 
 
