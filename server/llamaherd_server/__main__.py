@@ -118,6 +118,7 @@ def _engine(settings: Settings) -> Engine:
         model.path,
         model.gpu_layers,
         engine.settings,
+        name=model.name,
         mmproj=model.mmproj,
         chat_template=model.chat_template,
         lora=model.adapters(),

@@ -52,23 +52,29 @@ class ApiError(HTTPException):
         param: str | None = None,
         retry_after: int | None = None,
         headers: Mapping[str, str] | None = None,
+        details: Mapping[str, int] | None = None,
     ) -> None:
         retry = {} if retry_after is None else {"Retry-After": str(retry_after)}
         super().__init__(status, message[:_MOST_MESSAGE], {**retry, **(headers or {})})
         self.code = code
         self.param = param
+        self.details = details or {}
 
     @classmethod
     def of_engine(cls, error: EngineError) -> ApiError:
         """The HTTP face of what an engine raised."""
         status = _ENGINE_STATUS[error.code]
         retry_after = _RETRY_AFTER_CRASH_S if status == 503 else None
-        return cls(status, error.message, code=error.code, param=error.param, retry_after=retry_after)
+        return cls(
+            status, error.message, code=error.code, param=error.param, retry_after=retry_after, details=error.details
+        )
 
     def body(self) -> dict[str, Any]:
         """The JSON object, for a response or for an event of a stream that has begun."""
         kind = _TYPES.get(self.status_code) or ("server_error" if self.status_code >= 500 else "invalid_request_error")
-        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+        if self.code == "context_length_exceeded":
+            kind = "exceed_context_size_error"  # llama-server's, whose clients look for it
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code, **self.details}}
 
     def messages_body(self) -> dict[str, Any]:
         """The same in the shape of Anthropic's API: https://docs.anthropic.com/en/api/errors"""

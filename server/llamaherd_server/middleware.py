@@ -34,7 +34,7 @@ log = structlog.get_logger()
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Probes and the documentation tell nothing that a key protects.
-_OPEN = frozenset({"/livez", "/readyz", "/health", "/docs", "/openapi.json"})
+_OPEN = frozenset({"/livez", "/readyz", "/health", "/v1/health", "/docs", "/openapi.json"})
 # What tells who looks from this machine how the server does, without a key.
 _LOCAL = frozenset({"/", "/metrics"})
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})

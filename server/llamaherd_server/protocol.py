@@ -95,6 +95,7 @@ class WorkerConfig(Struct, kw_only=True):
 class NativeConfig(Struct, kw_only=True):
     """What a llama-server is started with; `mmproj`: its multimodal projector's GGUF."""
 
+    name: str  # of the model, in answers
     binary: str
     path: str
     gpu_layers: int  # -1: all
@@ -107,6 +108,13 @@ class NativeConfig(Struct, kw_only=True):
 
 
 # --- front end to worker -------------------------------------------------------------------------------------
+
+
+class Media(Struct):
+    """Images and the like, in base64; `marker` stands in the prompt where each belongs."""
+
+    marker: str
+    data: list[str]
 
 
 class Generate(Struct, tag="generate", kw_only=True):
@@ -122,6 +130,7 @@ class Generate(Struct, tag="generate", kw_only=True):
     logprobs: int | None = None  # None: off; n: the chosen token's and the n most likely ones'
     cache_prompt: bool = True
     cache_scope: str = ""  # the KV cells of a prefix are shared among requests of the same one
+    media: Media | None = None  # only where the prompt is text and the engine llama-server
     owner: str = ""  # whose it is: what is slow to make ready is done in turns among owners
     preserved: list[str] = field(default_factory=list)  # control tokens that are text here: others are not told
 
@@ -244,6 +253,7 @@ class Failed(Struct, tag="failed"):
     code: ErrorCode
     message: str
     param: str | None = None
+    details: dict[str, int] | None = None
 
 
 class Stats(Struct, kw_only=True):

@@ -59,7 +59,7 @@ class Shape(Protocol):
     def error(self, error: ApiError) -> bytes:
         """The event that ends a stream which cannot go on."""
 
-    def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: list[Choice], usage: Usage) -> Any:
         """The answer in one object."""
 
 

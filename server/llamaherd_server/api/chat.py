@@ -13,13 +13,14 @@ from llamaherd_server.api.chat_fields import MOST_TOOLS, Message, NamedChoice, R
 from llamaherd_server.api.chat_shape import ChatShape
 from llamaherd_server.api.conversation import Conversation, prepare
 from llamaherd_server.api.fields import GenerationFields, Ignored, Limit
-from llamaherd_server.api.llama_server import MediaRoute
+from llamaherd_server.api.media import Collected
+from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.api.wire import Options
 from llamaherd_server.errors import unsupported
 from llamaherd_server.json_body import beside
 
-router = APIRouter(route_class=MediaRoute)
+router = APIRouter(route_class=ModelRoute)
 
 
 class ChatRequest(GenerationFields):
@@ -77,8 +78,10 @@ class ChatRequest(GenerationFields):
         """What is to be rendered and how the answer must look; raises ApiError."""
         wanted = f"={self.tool_choice.function.name}" if isinstance(self.tool_choice, NamedChoice) else self.tool_choice
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        media = Collected()
         return Conversation(
-            messages=[message.for_template() for message in self.messages],
+            messages=[message.for_template(media) for message in self.messages],
+            media=media,
             choice=choice_of([tool.tool() for tool in self.tools or ()], wanted, parallel=self.parallel_tool_calls),
             answer_schema=self._answer_schema(),
             answer_strict=bool(self.response_format and self.response_format.strict),
@@ -88,6 +91,7 @@ class ChatRequest(GenerationFields):
 
 
 @router.post("/v1/chat/completions", response_class=Response)
+@router.post("/chat/completions", response_class=Response, include_in_schema=False)
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a chat, in the model's own chat format."""
     state = state_of(request)
@@ -113,3 +117,13 @@ async def apply_template(body: ChatRequest, request: Request) -> Response:
     """The prompt that a chat becomes, without computing anything, as llama-server has it."""
     chat = await prepare(state_of(request), await beside(request, body.conversation))
     return json_response({"prompt": chat.prompt})
+
+
+@router.post("/v1/chat/completions/input_tokens", response_class=Response)
+@router.post("/chat/completions/input_tokens", response_class=Response, include_in_schema=False)
+async def input_tokens(body: ChatRequest, request: Request) -> Response:
+    """How many tokens a chat has in the model's own chat format, as llama-server counts them."""
+    state = state_of(request)
+    chat = await prepare(state, body.conversation())
+    tokens = await state.engine.tokenize(chat.prompt, add_special=chat.add_special)
+    return json_response({"object": "response.input_tokens", "input_tokens": len(tokens)})

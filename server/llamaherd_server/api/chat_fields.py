@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Discriminator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from llamaherd_server.api.fields import Body, Lenient
+from llamaherd_server.api.media import Collected, MediaPart
 from llamaherd_server.chat.surrogates import without_halves
 from llamaherd_server.chat.tools import Choice, Tool
 from llamaherd_server.errors import ApiError, unsupported
@@ -49,19 +50,29 @@ class TextPart(Lenient):
     refusal: str = Field("", description="With type `refusal`: its text.")
 
 
-def _joined(content: Any) -> Any:
-    """Content parts as one text, joined by line ends as llama.cpp does; what the model thought is no part of it."""
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind not in _TEXT_PARTS:
-            raise unsupported("messages", f"messages: content of type {kind!r} is not supported: send text")
-    parts = [TextPart.model_validate(part) for part in content]
-    return "\n".join(part.text or part.refusal for part in parts if part.type not in ("thinking", "reasoning"))
+class OtherPart(Lenient):
+    """A part of any other type, which is refused: it could not be shown to the model."""
+
+    type: str
+
+    @model_validator(mode="after")
+    def _refused(self) -> Self:
+        raise unsupported("messages", f"messages: content of type {self.type!r} is not supported: send text")
 
 
 _TEXT_PARTS = get_args(TextPart.model_fields["type"].annotation)
+_MEDIA_PARTS = get_args(MediaPart.model_fields["type"].annotation)
+
+
+def _part_kind(part: Any) -> str:
+    kind = part.get("type") or "text" if isinstance(part, dict) else getattr(part, "type", "text")
+    return "text" if kind in _TEXT_PARTS else "media" if kind in _MEDIA_PARTS else "other"
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("text")] | Annotated[MediaPart, Tag("media")] | Annotated[OtherPart, Tag("other")],
+    Discriminator(_part_kind),
+]
 
 
 def arguments_text(arguments: Any) -> str:
@@ -102,18 +113,19 @@ class ToolCall(Lenient):
         return template_call(self.id, name, arguments)
 
 
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 class Message(Lenient):
     """One turn of a chat: of the fields that SDKs and servers write, those that a chat template can use."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"] = Field(
         description="`function` is OpenAI's older word for `tool`."
     )
-    content: Annotated[str | None, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart] | None)] = (
-        Field(
-            None,
-            description="Text, or parts of type `text`, joined by line ends. Only assistants and tools may lack it.",
-        )
-    )
+    content: Annotated[
+        list[Part] | None, BeforeValidator(_as_parts, json_schema_input_type=str | list[Part] | None)
+    ] = Field(None, description="Text, or parts, joined by line ends. Only assistants and tools may lack it.")
     name: str | None = Field(None, max_length=256, description="Given to the chat template.")
     tool_calls: list[ToolCall] = Field([], max_length=MOST_TOOLS, description="Calls made in this turn.")
     function_call: CalledFunction | None = Field(None, description="OpenAI's older form of `tool_calls`.")
@@ -130,9 +142,9 @@ class Message(Lenient):
             raise ValueError('a message of the role "tool" needs tool_call_id')
         return self
 
-    def for_template(self) -> dict[str, Any]:
-        """As transformers' templates expect it."""
-        message: dict[str, Any] = {"role": self.role, "content": self.content or self.refusal or ""}
+    def for_template(self, media: Collected) -> dict[str, Any]:
+        """As transformers' templates expect it; its media are taken by `media`."""
+        message: dict[str, Any] = {"role": self.role, "content": self._text(media) or self.refusal or ""}
         if self.name is not None:
             message["name"] = self.name
         if self.role in ("tool", "function"):
@@ -147,6 +159,18 @@ class Message(Lenient):
             if thought and isinstance(thought, str):
                 message["reasoning_content"] = thought
         return message
+
+    def _text(self, media: Collected) -> str | None:
+        """The content as one text, joined as llama.cpp does; what the model thought is no part of it."""
+        if self.content is None:
+            return None
+        texts = []
+        for part in self.content:
+            if isinstance(part, MediaPart):
+                texts.append(media.place(part))
+            elif isinstance(part, TextPart) and part.type not in ("thinking", "reasoning"):
+                texts.append(part.text or part.refusal)
+        return "\n".join(texts)
 
 
 def template_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:

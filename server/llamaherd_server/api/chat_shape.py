@@ -17,7 +17,6 @@ class ChatShape:
     """OpenAI's chat.completion and chat.completion.chunk."""
 
     def __init__(self, options: Options, reader: Reader, *, logprobs: bool) -> None:
-        self._options = options
         self._reader = reader
         self._logprobs = logprobs
         self._envelope = envelope = Envelope("chatcmpl", "chat.completion.chunk", options)
@@ -42,11 +41,10 @@ class ChatShape:
             told = [event.logprobs, *[None] * len(deltas)]  # with the first piece of the text that they belong to
             return b"".join(self._delta(index, delta, told[at]) for at, delta in enumerate(deltas))
         rest = b"".join(self._delta(index, piece_delta(piece)) for piece in parser.finish()) if parser else b""
-        timings = timings_object(event) if self._options.timings else None
         body = b'"delta":{},"logprobs":null,"finish_reason":' + encode(
             finish_reason(event, parser.calls if parser else 0)
         )
-        return rest + self._envelope.finish(index, body, timings)
+        return rest + self._envelope.finish(index, body, timings_object(event))
 
     def _delta(self, index: int, delta: dict[str, Any], logprobs: list[TokenLogprob] | None = None) -> bytes:
         told = encode(_logprobs(logprobs)) if logprobs else b"null"
@@ -59,7 +57,7 @@ class ChatShape:
             "object": "chat.completion",
             "choices": [self._choice(choice) for choice in choices],
             "usage": usage_object(usage),
-            **({"timings": timings_object(choices[0].end)} if self._options.timings else {}),
+            "timings": timings_object(choices[0].end),
         }
 
     def _choice(self, choice: Choice) -> dict[str, Any]:

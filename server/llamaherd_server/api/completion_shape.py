@@ -15,7 +15,6 @@ class CompletionShape:
     """OpenAI's text_completion. `echo`: what stands before each choice's text, empty without echo."""
 
     def __init__(self, options: Options, *, logprobs: bool, echo: list[str]) -> None:
-        self._options = options
         self._logprobs = logprobs
         self._echo = echo
         self._offsets = [len(text) for text in echo]
@@ -30,9 +29,8 @@ class CompletionShape:
             if not event.text and not event.logprobs:
                 return b""
             return self._text(index, event.text, encode(self._take_logprobs(index, event.logprobs)))
-        timings = timings_object(event) if self._options.timings else None
         body = b'"text":"","logprobs":null,"finish_reason":' + encode(event.reason)
-        return self._envelope.finish(index, body, timings)
+        return self._envelope.finish(index, body, timings_object(event))
 
     def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
         """The answer in one object."""
@@ -40,7 +38,7 @@ class CompletionShape:
             **self._envelope.head,
             "choices": [self._choice(choice) for choice in choices],
             "usage": usage_object(usage),
-            **({"timings": timings_object(choices[0].end)} if self._options.timings else {}),
+            "timings": timings_object(choices[0].end),
         }
 
     def _text(self, index: int, text: str, logprobs: bytes) -> bytes:

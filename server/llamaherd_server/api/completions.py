@@ -23,25 +23,47 @@ _MAX_PROMPTS = 128
 
 
 def as_prompts(prompt: Any) -> Any:
-    """OpenAI's four forms (text, texts, tokens, lists of tokens) as a list of prompts, each text or tokens."""
-    prompts = prompt if isinstance(prompt, list) and prompt and not _is_token(prompt[0]) else [prompt]
-    for one in prompts:
-        tokens = isinstance(one, list) and one and all(_is_token(token) for token in one)
-        if not (isinstance(one, str) or tokens):
-            raise ValueError("must be a text, a list of texts, a list of token ids, or a list of such lists")
-    return prompts
+    """A prompt, or a list of them, as a list: each is text, tokens, or both in a row. A list with a token is one."""
+    several = isinstance(prompt, list) and not any(_is_token(part) for part in prompt)
+    return [_as_prompt(one) for one in (prompt if several else [prompt])]
+
+
+def _as_prompt(prompt: Any) -> Any:
+    if isinstance(prompt, dict) and "multimodal_data" not in prompt:
+        prompt = prompt.get("prompt_string")  # llama-server's object
+    parts = isinstance(prompt, list) and any(map(_is_token, prompt))
+    if not (isinstance(prompt, str) or (parts and all(isinstance(part, str) or _is_token(part) for part in prompt))):
+        raise ValueError("must be a text, a list of token ids and texts, or a list of such prompts")
+    return prompt
+
+
+async def resolve_prompts(state: AppState, prompts: list[Any]) -> list[str | list[int]]:
+    """The prompts, with texts among tokens turned into tokens too."""
+    return [await _tokens(state, one) if isinstance(one, list) else one for one in prompts]
+
+
+async def _tokens(state: AppState, parts: list[str | int]) -> list[int]:
+    tokens: list[int] = []
+    for place, part in enumerate(parts):
+        tokens += [part] if isinstance(part, int) else await state.engine.tokenize(part, add_special=place == 0)
+    return tokens
 
 
 def _is_token(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
 
+Prompts = Annotated[
+    list[Any],
+    BeforeValidator(as_prompts, json_schema_input_type=str | list[Any] | dict[str, Any]),
+    Field(min_length=1, max_length=_MAX_PROMPTS, description="Text, token ids, both in a row, or a list of prompts."),
+]
+
+
 class CompletionRequest(GenerationFields):
     """Prompts to continue, as they are: no chat template."""
 
-    prompt: Annotated[
-        list[Any], BeforeValidator(as_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
-    ] = Field(max_length=_MAX_PROMPTS, description="Text or token ids, one prompt or a list.")
+    prompt: Prompts
     echo: bool = Field(False, description="True: the prompt goes before its completion. Not together with `logprobs`.")
     suffix: str | None = Field(
         None, max_length=2**20, description="What follows the completion; needs a model that fills in the middle."
@@ -64,6 +86,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     state = state_of(request)
     state.check_model(body.model, request.state.key)
     await resolve_biases(state, body)
+    body.prompt = await resolve_prompts(state, body.prompt)
     requests = [
         Generate(
             id=0,

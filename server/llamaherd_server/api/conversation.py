@@ -7,12 +7,13 @@ from typing import Any
 
 import msgspec
 
+from llamaherd_server.api.media import Collected
 from llamaherd_server.api.state import AppState
 from llamaherd_server.chat import template
 from llamaherd_server.chat.formats import HARMONY, HERMES, Reader, format_of, thinking_of
 from llamaherd_server.chat.tools import AnswerSchema, Choice, reply_grammar, with_ids_of
 from llamaherd_server.errors import ApiError
-from llamaherd_server.protocol import Generate, Sampling
+from llamaherd_server.protocol import Generate, Media, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Conversation:
     answer_strict: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
     split_reasoning: bool = True
+    media: Collected = field(default_factory=Collected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Prepared:
     add_special: bool
     grammar: str | None
     reader: Reader
+    media: Media | None = None
 
     def generate(self, sampling: Sampling, **fields: Any) -> Generate:
         """One generation of the reply; `fields` are further ones of Generate. Raises ApiError."""
@@ -51,12 +54,16 @@ class Prepared:
             add_special=self.add_special,
             sampling=msgspec.structs.replace(sampling, grammar=self.grammar or sampling.grammar),
             preserved=self.reader.preserved,
+            media=self.media,
             **fields,
         )
 
 
 async def prepare(state: AppState, conversation: Conversation) -> Prepared:
     """Render the conversation; raises ApiError."""
+    if conversation.media.parts and not state.takes_media:
+        message = conversation.media.parts[0].refusal()
+        raise ApiError(400, message, param="messages", code="unsupported")
     model = state.model_info()
     source = model.chat_template or template.CHATML
     choice, messages = conversation.choice, conversation.messages
@@ -81,4 +88,4 @@ async def prepare(state: AppState, conversation: Conversation) -> Prepared:
     schema, field_ = conversation.answer_schema, conversation.answer_field
     answer = None if schema is None else AnswerSchema(schema, field_, conversation.answer_strict)
     grammar = await reply_grammar(state.sandbox, reader, choice, answer)
-    return Prepared(prompt, template.adds_special(model, prompt), grammar, reader)
+    return Prepared(prompt, template.adds_special(model, prompt), grammar, reader, conversation.media.media())

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from llamaherd_server.api.answer import json_response, unless_gone
-from llamaherd_server.api.completions import as_prompts
+from llamaherd_server.api.completions import as_prompts, resolve_prompts
 from llamaherd_server.api.fields import Body
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
@@ -45,6 +45,17 @@ class EmbeddingsRequest(Body):
     user: str | None = Field(None, description="Accepted and ignored.")
 
 
+class LlamaEmbeddingsRequest(EmbeddingsRequest):
+    """The same for llama-server's own routes, where the input may be called `content`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, body: Any) -> Any:
+        if isinstance(body, dict) and "input" not in body:
+            return {"input" if name == "content" else name: value for name, value in body.items()}
+        return body
+
+
 @router.post("/v1/embeddings", response_class=Response)
 async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
     """The embedding of each input, in the order of the inputs."""
@@ -54,9 +65,24 @@ async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
     if body.dimensions is not None and body.dimensions > n_embd:
         message = f"dimensions {body.dimensions} is more than the model's {n_embd}"
         raise ApiError(400, message, param="dimensions", code="invalid_value")
-    answer = await compute(request, Embed(0, body.input))
+    answer = await compute(request, Embed(0, await resolve_prompts(state, body.input)))
     data = await on_thread(partial(_items, answer.vectors, body.dimensions, body.encoding_format))
     return json_response({"object": "list", "model": state.model_name, "data": data, "usage": input_usage(answer)})
+
+
+@router.post("/embeddings", response_class=Response)
+@router.post("/embedding", response_class=Response)
+async def llama_embeddings(body: LlamaEmbeddingsRequest, request: Request) -> Response:
+    """The same as llama-server's own routes answer it."""
+    state = state_of(request)
+    state.check_model(body.model, request.state.key)
+    answer = await compute(request, Embed(0, await resolve_prompts(state, body.input)))
+    items = await on_thread(partial(_llama_items, answer.vectors))
+    return json_response(items)
+
+
+def _llama_items(vectors: list[bytes]) -> list[dict[str, Any]]:
+    return [{"index": index, "embedding": [floats(vector).tolist()]} for index, vector in enumerate(vectors)]
 
 
 async def compute(request: Request, question: Embed) -> Embedded:

@@ -186,7 +186,7 @@ class GenerationFields(SamplingFields):
         Field(None, max_length=_STOPS, description="Strings that end the completion; they are not part of it.")
     )
     cache_prompt: bool = Field(True, description="False: compute all of the prompt, whatever the KV cache has.")
-    timings_per_token: bool = Field(False, description="True: the last chunk or the response carries `timings`.")
+    timings_per_token: bool = Field(False, description="Accepted; `timings` come with the end of every answer.")
     user: Ignored = None
     metadata: Ignored = None
     store: Ignored = None

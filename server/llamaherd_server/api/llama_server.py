@@ -1,4 +1,4 @@
-"""llama-server's own routes: /props and /slots on either engine; where it computes, /completion, /infill, media chats.
+"""llama-server's own routes: /props, /slots, /completion and /infill, on either engine.
 
 Source of their fields: tools/server/README.md of the pinned llama.cpp.
 """
@@ -7,25 +7,32 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from pydantic import TypeAdapter
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from llamaherd_server.api.answer import json_response, unless_gone
+from llamaherd_server.api.answer import answer, json_response, run_of, unless_gone
+from llamaherd_server.api.bias import resolve_biases
+from llamaherd_server.api.completions import resolve_prompts
+from llamaherd_server.api.llama_completion import InfillRequest, LlamaCompletionRequest, LlamaFields, LlamaShape
 from llamaherd_server.api.routing import ModelRoute
-from llamaherd_server.api.state import AppState, choose_model, state_of
+from llamaherd_server.api.state import AppState, state_of
+from llamaherd_server.chat.formats import Reader
+from llamaherd_server.chat.tools import AnswerSchema, reply_grammar
+from llamaherd_server.chat.tools import Choice as ToolsChoice
 from llamaherd_server.engine.base import Engine, EngineError, EngineStatus
-from llamaherd_server.engine.native import NativeEngine
+from llamaherd_server.engine.native import NativeEngine, lines_of
 from llamaherd_server.errors import ApiError
 from llamaherd_server.generation import CHARS_PER_TOKEN, EXPECTED_OUTPUT, Serving, late_error
-from llamaherd_server.json_body import json_of
+from llamaherd_server.json_body import json_of, validated
 from llamaherd_server.meter import Meter, Usage
-from llamaherd_server.protocol import Delta, Finished, Sampling, Started
+from llamaherd_server.protocol import Delta, Finished, Generate, Sampling, Started
 
 router = APIRouter(route_class=ModelRoute)
 
@@ -34,7 +41,8 @@ _SLOT_FIELDS = (
     *("id", "id_task", "n_ctx", "speculative", "is_processing", "next_token"),
     *("n_prompt_tokens", "n_prompt_tokens_processed", "n_prompt_tokens_cache"),
 )
-_MEDIA = (b'"image_url"', b'"input_audio"', b'"input_video"')
+_COMPLETION, _INFILL = TypeAdapter(LlamaCompletionRequest), TypeAdapter(InfillRequest)
+_PLAIN = Reader(form=None, thinking=None, thinks=False, schemas={}, parallel=False)
 
 
 @router.get("/props")
@@ -81,40 +89,60 @@ def _slots(status: EngineStatus) -> list[dict[str, Any]]:
 
 
 @router.post("/completion", response_class=Response)
+@router.post("/completions", response_class=Response)
 async def completion(request: Request) -> Response:
-    """llama-server's own completion, as it is; on the embedded engine a 404."""
-    return await _passed_on(request, "/completion")
+    """llama-server's own completion; on the engine llama-server as that answers it."""
+    if (native := await _passed_on(request, "/completion")) is not None:
+        return native
+    state = state_of(request)
+    body = await validated(request, _COMPLETION)
+    prompts = await resolve_prompts(state, body.prompt)
+    return await _answered(request, body, prompts, several=len(prompts) > 1)
 
 
 @router.post("/infill", response_class=Response)
 async def infill(request: Request) -> Response:
-    """llama-server's fill in the middle, as it is; on the embedded engine a 404."""
-    return await _passed_on(request, "/infill")
+    """llama-server's fill in the middle; on the engine llama-server as that answers it."""
+    if (native := await _passed_on(request, "/infill")) is not None:
+        return native
+    body = await validated(request, _INFILL)
+    return await _answered(request, body, [body.text(state_of(request).model_info())], several=False)
 
 
-class MediaRoute(ModelRoute):
-    """A chat with an image, sound or film goes to llama-server whole; every other one to the endpoint."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        endpoint = super().get_route_handler()
-
-        async def handler(request: Request) -> Response:
-            body = await request.body()
-            if any(kind in body for kind in _MEDIA):
-                await choose_model(request)
-                if isinstance(state_of(request).engine.in_force, NativeEngine):
-                    return await _passed_on(request, "/v1/chat/completions")
-            return await endpoint(request)
-
-        return handler
-
-
-async def _passed_on(request: Request, path: str) -> Response:
-    """Queue the request as any other and give it to llama-server; raises ApiError."""
+async def _answered(request: Request, body: LlamaFields, prompts: list[str | list[int]], *, several: bool) -> Response:
+    """The embedded engine's answer."""
     state = state_of(request)
-    _native(state.engine.in_force, path)
-    body = await _body(request)
-    state.check_model(body.pop("model", None), request.state.key)
+    await resolve_biases(state, body)
+    if body.json_schema is not None:
+        wanted = AnswerSchema(body.json_schema or {"type": "object"}, "json_schema", strict=False)
+        body.grammar = await reply_grammar(state.sandbox, _PLAIN, ToolsChoice(()), wanted)
+    requests = [
+        Generate(
+            id=0,
+            prompt=prompt,
+            max_tokens=body.most,
+            stop=body.stop or [],
+            sampling=body.sampling(index),
+            logprobs=body.logprobs,
+            cache_prompt=body.cache_prompt,
+        )
+        for prompt in prompts
+        for index in range(body.n)
+    ]
+    shape = LlamaShape(body, state.model_name, requests, several=several or body.n > 1)
+    return await answer(request, run_of(request, requests, body.n), shape, stream=body.stream)
+
+
+async def _passed_on(request: Request, path: str) -> Response | None:
+    """Queue the request as any other and give it to llama-server; None: that does not compute here. Raises ApiError."""
+    state = state_of(request)
+    body = await json_of(request)
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_value")
+    state.check_model(None, request.state.key)
+    if not isinstance(state.engine.in_force, NativeEngine):
+        return None
+    body = {name: value for name, value in body.items() if name != "model"}
     streamed = bool(body.get("stream"))
     limits = state.serving.limits
     until = asyncio.get_running_loop().time() + limits.request_timeout_s
@@ -126,7 +154,7 @@ async def _passed_on(request: Request, path: str) -> Response:
                 engine = await unless_gone(request.receive, stack.enter_async_context(state.engine.using()))
                 asked = _native(engine, path).asked(path, body)
                 response = await unless_gone(request.receive, stack.enter_async_context(asked))
-                lines = response.aiter_lines()
+                lines = lines_of(response)
                 if streamed:
                     begun = await unless_gone(request.receive, _begun(lines))
                 else:
@@ -144,11 +172,7 @@ async def _passed_on(request: Request, path: str) -> Response:
 def _native(engine: Engine, path: str) -> NativeEngine:
     if isinstance(engine, NativeEngine):
         return engine
-    message = (
-        f"POST {path} is llama-server's own and the model runs on the embedded engine: use /v1/completions, or set "
-        'engine.kind = "llama-server"'
-    )
-    raise ApiError(404, message, code="unsupported")
+    raise ApiError(503, f"the engine changed before {path} could begin", code="engine_stopped", retry_after=1)
 
 
 async def _begun(lines: AsyncIterator[str]) -> str:
@@ -157,26 +181,6 @@ async def _begun(lines: AsyncIterator[str]) -> str:
         if line.startswith(("data: ", "error: ")):
             return line
     raise EngineError("engine_crashed", "the engine ended while it worked on this request")
-
-
-async def _body(request: Request) -> dict[str, Any]:
-    body = await json_of(request)
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body must be a JSON object", code="invalid_value")
-    if url := next((url for url in _urls(body) if not url.startswith("data:")), None):
-        # llama-server would fetch it, from wherever this host can reach
-        raise ApiError(400, f"url {url[:40]!r} is not fetched: send the data as data:…;base64,…", code="invalid_value")
-    return body
-
-
-def _urls(value: Any) -> list[str]:
-    """Every text that is called `url`, or stands where a media part has an object with one."""
-    if isinstance(value, list):
-        return [url for one in value for url in _urls(one)]
-    if not isinstance(value, dict):
-        return []
-    own = [value[name] for name in ("url", "image_url", "video_url") if isinstance(value.get(name), str)]
-    return own + [url for one in value.values() for url in _urls(one)]
 
 
 @asynccontextmanager

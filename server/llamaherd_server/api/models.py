@@ -15,6 +15,7 @@ router = APIRouter(route_class=ModelRoute)
 
 
 @router.get("/v1/models")
+@router.get("/models", include_in_schema=False)
 async def models(request: Request) -> dict[str, Any]:
     """The models that are served."""
     return {"object": "list", "data": [_describe(state) for state in state_of(request).all()]}

@@ -53,6 +53,7 @@ async def livez(request: Request) -> Response:
 
 @router.get("/readyz")
 @router.get("/health")
+@router.get("/v1/health", include_in_schema=False)
 async def readyz(request: Request) -> Response:
     """200 when requests are served; 503 while loading, restarting and shutting down."""
     state = state_of(request)

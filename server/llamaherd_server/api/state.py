@@ -36,6 +36,11 @@ class AppState:
     def model_name(self) -> str:
         return self.settings.model.name
 
+    @property
+    def takes_media(self) -> bool:
+        """Whether a chat may have images and the like."""
+        return self.settings.model.mmproj is not None and self.engine.status().kind == "llama-server"
+
     def model_info(self) -> ModelInfo:
         """What the model says of itself; known since it was first loaded."""
         info = self.engine.status().model

@@ -33,12 +33,11 @@ class Options:
 
     model: str
     include_usage: bool
-    timings: bool
 
     @classmethod
     def of(cls, body: GenerationFields, model: str) -> Options:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        return cls(model, include_usage, body.timings_per_token)
+        return cls(model, include_usage)
 
 
 class Envelope:
@@ -53,6 +52,7 @@ class Envelope:
         }
         self._open = b"data: " + encode(self.head)[:-1]
         self._include_usage = options.include_usage
+        self._timings = b"null"
         # OpenAI: all chunks but the last have a null usage when usage was asked for
         self._close = b',"usage":null}\n\n' if options.include_usage else b"}\n\n"
 
@@ -60,18 +60,20 @@ class Envelope:
         """An event with one choice; `body`: its fields besides the index, encoded, without braces."""
         return b'%b,"choices":[{"index":%d,%b}]%b' % (self._open, index, body, self._close)
 
-    def finish(self, index: int, body: bytes, timings: dict[str, Any] | None) -> bytes:
-        """The event that ends a choice."""
+    def finish(self, index: int, body: bytes, timings: dict[str, Any]) -> bytes:
+        """The event that ends a choice; `timings` stand in the stream's last event, as llama-server has it."""
+        self._timings = encode(timings)
         event = self.choice(index, body)
-        if timings is None:
-            return event
-        return event.removesuffix(b"}\n\n") + b',"timings":' + encode(timings) + b"}\n\n"
+        return event if self._include_usage else event.removesuffix(b"}\n\n") + self._timed()
+
+    def _timed(self) -> bytes:
+        return b',"timings":' + self._timings + b"}\n\n"
 
     def end(self, usage: Usage) -> bytes:
         """The end of the stream; before it, where it was asked for, the event without choices that tells the usage."""
         if not self._include_usage:
             return _DONE
-        return self._open + b',"choices":[],"usage":' + encode(usage_object(usage)) + b"}\n\n" + _DONE
+        return self._open + b',"choices":[],"usage":' + encode(usage_object(usage)) + self._timed() + _DONE
 
     def error(self, error: ApiError) -> bytes:
         """The event that ends a stream which cannot go on."""

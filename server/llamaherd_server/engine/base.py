@@ -29,11 +29,14 @@ LIVES = 2
 class EngineError(Exception):
     """A request, or the engine itself, could not do what was asked; `code` says whose fault it is."""
 
-    def __init__(self, code: ErrorCode, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, code: ErrorCode, message: str, param: str | None = None, details: dict[str, int] | None = None
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.param = param
+        self.details = details or {}
 
 
 @dataclass(frozen=True, slots=True)

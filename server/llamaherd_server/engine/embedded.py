@@ -229,7 +229,7 @@ class EmbeddedEngine:
         if isinstance(answer, Finished | Failed):
             del self._open[answer.id]
         if isinstance(answer, Failed):
-            call.answers.put_nowait(EngineError(answer.code, answer.message, answer.param))
+            call.answers.put_nowait(EngineError(answer.code, answer.message, answer.param, answer.details))
         else:
             call.answers.put_nowait(answer)
 

@@ -32,6 +32,7 @@ def flags(config: NativeConfig, socket: str) -> list[str]:
         **({"--rpc": ",".join(config.rpc)} if config.rpc else {}),
         "--host": socket,
         "--model": config.path,
+        "--alias": config.name,
         "--gpu-layers": "all" if config.gpu_layers < 0 else config.gpu_layers,
         # what does not fit is to fail, not to become something else
         "--fit": "off",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -30,10 +31,12 @@ from llamaherd_server.protocol import (
     Embed,
     Embedded,
     EngineSettings,
+    ErrorCode,
     Finished,
     FromWorker,
     Generate,
     Logprob,
+    Media,
     ModelInfo,
     NativeConfig,
     Ready,
@@ -49,6 +52,7 @@ from llamaherd_server.worker.forkserver import SHORT_CHARS
 # How long running generations get before other settings come into force.
 RETUNE_DRAIN_S = 30.0
 _EXIT_S = 1.0
+_ITS_FAILURE = re.compile("Compute error|Context size has been exceeded|failed to |Invalid input batch")
 
 
 class NativeEngine:
@@ -61,6 +65,7 @@ class NativeEngine:
         gpu_layers: int,
         settings: EngineSettings,
         *,
+        name: str,
         mmproj: Path | None = None,
         chat_template: Path | None = None,
         lora: list[Adapter] | None = None,
@@ -70,6 +75,7 @@ class NativeEngine:
         load_timeout_s: float = 900,
     ) -> None:
         self._native = NativeConfig(
+            name=name,
             binary=str(binary),
             path=str(model_path),
             gpu_layers=gpu_layers,
@@ -130,13 +136,22 @@ class NativeEngine:
         request = msgspec.structs.replace(
             request, sampling=Sampling(**self._bounded(msgspec.structs.asdict(request.sampling)))
         )
-        prompt = request.prompt
-        if isinstance(prompt, str) and (not (request.add_special and request.parse_special) or self._is_long(prompt)):
+        prompt: str | list[int] | dict[str, Any] = request.prompt
+        if request.media is not None:
+            prompt = await self._with_media(str(request.prompt), request.media)
+        elif isinstance(prompt, str) and (not (request.add_special and request.parse_special) or self._is_long(prompt)):
             prompt = await self.tokenize(prompt, add_special=request.add_special, parse_special=request.parse_special)
         asked = self.asked("/completion", _completion(request, prompt))
         async with asked as response, aclosing(_events(response, request)) as events:
             async for event in events:
                 yield event
+
+    async def _with_media(self, prompt: str, media: Media) -> dict[str, Any]:
+        """A prompt as llama-server takes it with media; it adds the BOS token by itself."""
+        marker = (await self.get("/props"))["media_marker"]
+        if self._model is not None and self._model.add_bos:
+            prompt = prompt.removeprefix(self._model.bos_token)
+        return {"prompt_string": prompt.replace(media.marker, marker), "multimodal_data": media.data}
 
     async def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
         if self._is_long(text):
@@ -293,7 +308,7 @@ class NativeEngine:
         await self._changed.wait()
 
 
-def _completion(request: Generate, prompt: str | list[int]) -> dict[str, Any]:
+def _completion(request: Generate, prompt: str | list[int] | dict[str, Any]) -> dict[str, Any]:
     """The body of POST /completion. Sampling's fields bear llama-server's own names."""
     sampling = msgspec.structs.asdict(request.sampling)
     return {
@@ -312,10 +327,21 @@ def _completion(request: Generate, prompt: str | list[int]) -> dict[str, Any]:
     }
 
 
+async def lines_of(response: httpx.Response) -> AsyncIterator[str]:
+    """The lines of a stream of events, which JSON's own line ends (U+2028 and the like) do not end."""
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *whole, rest = (rest + piece).split(b"\n")
+        for line in whole:
+            yield line.decode()
+    if rest:
+        yield rest.decode()
+
+
 async def _events(response: httpx.Response, request: Generate) -> AsyncGenerator[Event, None]:
     started = False
     generated = 0
-    async for line in response.aiter_lines():
+    async for line in lines_of(response):
         if not line.startswith(("data: {", "error: {")):
             continue
         chunk = json.loads(line.partition(": ")[2])
@@ -361,7 +387,8 @@ def _error(text: str) -> EngineError:
     error = body.get("error", body)
     status, kind, message = error.get("code"), error.get("type"), str(error.get("message", "llama-server failed"))
     if kind == "exceed_context_size_error":
-        return EngineError("context_length_exceeded", message, "prompt")
+        details = {name: error[name] for name in ("n_prompt_tokens", "n_ctx") if name in error}
+        return EngineError("context_length_exceeded", message, "prompt", details)
     if "grammar" in message:
         return EngineError("invalid_grammar", message, "grammar")
     if status == 501:
@@ -369,4 +396,8 @@ def _error(text: str) -> EngineError:
         return EngineError("unsupported", message + hint)
     if status == 503:
         return EngineError("engine_stopped", message)
-    return EngineError("invalid_value" if status == 400 else "internal", message)
+    if "too large to process" in message:  # a text to embed, longer than a ubatch
+        code: ErrorCode = "context_length_exceeded"
+    else:  # it answers with 500 to most of what it cannot read, too
+        code = "internal" if status != 400 and _ITS_FAILURE.search(message) else "invalid_value"
+    return EngineError(code, message)

@@ -116,7 +116,7 @@ class Intake:
             else:
                 work = sequence_of(self._model, message, task, self._room())
         except RequestError as error:
-            self._channel.send(Failed(message.id, error.code, error.message, error.param))
+            self._channel.send(Failed(message.id, error.code, error.message, error.param, error.details))
             return
         with self._handing_over:
             if task is None or not task.cancelled:
@@ -155,7 +155,7 @@ def sequence_of(model: Model, request: Generate, task: Task | None = None, room:
     prompt, grammar = request.prompt, sampling.grammar
     text = [prompt] if isinstance(prompt, str) else []
     if isinstance(prompt, str) and len(prompt) > SHORT_CHARS and (least := model.least_tokens(prompt)) >= room:
-        raise _too_long(f"at least {least}", room)
+        raise _too_long(least, room, "at least ")
     job = Job(text, request.add_special, request.parse_special, grammar)
     with _prepared(model, job, task) as (tokenized, child):
         tokens = _known(model, prompt if isinstance(prompt, list) else tokenized[0], "prompt")
@@ -193,14 +193,14 @@ def _prepared(model: Model, job: Job, task: Task | None = None) -> Iterator[tupl
 def fit(sequence: Sequence, room: int) -> None:
     """Set what the sequence may grow to in a slot of `room` tokens; raises RequestError where it has no room at all."""
     if sequence.n_prompt >= room:
-        raise _too_long(str(sequence.n_prompt), room)
+        raise _too_long(sequence.n_prompt, room)
     new = sequence.request.max_tokens
     sequence.limit = room if new is None else min(room, sequence.n_prompt + new)
 
 
-def _too_long(tokens: str, room: int) -> RequestError:
-    message = f"the prompt has {tokens} tokens, a slot holds {room}: shorten it or raise ctx_per_slot"
-    return RequestError("context_length_exceeded", "prompt", message)
+def _too_long(tokens: int, room: int, about: str = "") -> RequestError:
+    message = f"the prompt has {about}{tokens} tokens, a slot holds {room}: shorten it or raise ctx_per_slot"
+    return RequestError("context_length_exceeded", "prompt", message, {"n_prompt_tokens": tokens, "n_ctx": room})
 
 
 def job_of(model: Model, request: Embed, task: Task | None = None) -> EmbeddingJob:

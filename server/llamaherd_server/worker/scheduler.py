@@ -277,7 +277,7 @@ class Scheduler:
         self._release(sequence)
 
     def _fail(self, sequence: Sequence, error: RequestError) -> None:
-        self._events.append(Failed(sequence.request.id, error.code, error.message, error.param))
+        self._events.append(Failed(sequence.request.id, error.code, error.message, error.param, error.details))
         self._release(sequence)
 
     # --- letting go ----------------------------------------------------------------------------------------------

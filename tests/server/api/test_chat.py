@@ -46,6 +46,7 @@ async def test_streams_role_then_text_then_end(serve: Serve) -> None:
     assert deltas[0] == {"role": "assistant", "content": ""}
     assert [delta["content"] for delta in deltas[1:-1]] == ["w0 ", "w1 ", "w2 "]
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert chunks[-1]["timings"]["predicted_n"] == 3
     assert all("usage" not in chunk for chunk in chunks)
 
 
@@ -54,8 +55,8 @@ async def test_streams_usage_and_timings_on_request(serve: Serve) -> None:
         chunks = events(await served.chat(stream=True, stream_options={"include_usage": True}, timings_per_token=True))
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == 3
-    assert chunks[-2]["timings"]["predicted_n"] == 3
-    assert chunks[-2]["timings"]["predicted_per_second"] == pytest.approx(2 / 0.02)  # the first one is the prompt's
+    assert chunks[-1]["timings"]["predicted_n"] == 3
+    assert chunks[-1]["timings"]["predicted_per_second"] == pytest.approx(2 / 0.02)  # the first one is the prompt's
     assert chunks[0]["usage"] is None
 
 
@@ -244,7 +245,12 @@ async def test_parts_are_joined_and_a_last_assistant_turn_is_continued(serve: Se
         ({"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
         ({"temperature": "hot"}, 400, "temperature", "valid number"),
         ({"messages": []}, 400, "messages", "at least 1"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", "'image_url' is not"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "messages",
+            "image_url has no data",
+        ),
         ({"tool_choice": "required"}, 400, "tool_choice", "needs tools"),
         (
             {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "wether"}}},

@@ -36,7 +36,7 @@ async def test_choices_of_a_prompt_lie_side_by_side(serve: Serve) -> None:
     ("fields", "param"),
     [
         ({"prompt": {"a": 1}}, "prompt"),
-        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [1, {"a": 1}]}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "best_of": 2}, "best_of"),

@@ -31,7 +31,9 @@ OWN: dict[str, Any] = {
 
 
 def command(settings: EngineSettings, gpu_layers: int = -1, **more: Any) -> list[str]:
-    return flags(NativeConfig(binary="", path="m.gguf", gpu_layers=gpu_layers, settings=settings, **more), "s.sock")
+    return flags(
+        NativeConfig(name="m", binary="", path="m.gguf", gpu_layers=gpu_layers, settings=settings, **more), "s.sock"
+    )
 
 
 def binary() -> str:

@@ -96,6 +96,7 @@ def test_its_own_completion_is_passed_on_and_counted(http: httpx.Client) -> None
     chunks = events(http.post("/completion", json={**body, "stream": True}))
     assert "".join(chunk["content"] for chunk in chunks) == whole["content"]
     assert chunks[-1]["stop_type"] == "limit"
+    assert whole["model"] == chunks[-1]["model"] == "smollm2"
     assert counted(http.get("/metrics").text) - counted(before) == 8
 
 
@@ -118,19 +119,28 @@ def test_infill_tells_what_the_model_lacks(http: httpx.Client) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported")
 
 
-def test_an_image_reaches_llama_server_which_has_no_projector(http: httpx.Client) -> None:
+def test_what_it_cannot_read_is_the_clients_mistake(http: httpx.Client) -> None:
+    for prompt in ({"prompt_string": "a", "multimodal_data": ["AAAA"]}, [], {"a": 1}, [1, 10**6]):
+        assert http.post("/completion", json={"prompt": prompt, "n_predict": 1}).status_code == 400
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": [part]}]})
-    assert answer.status_code >= 400
-    assert "mmproj" in answer.json()["error"]["message"]
+    assert (answer.status_code, "mmproj" in answer.json()["error"]["message"]) == (400, True)
 
 
-@pytest.mark.parametrize("image", [{"url": "http://127.0.0.1:1/x.png"}, "file:///etc/passwd"])
-def test_no_address_is_fetched(http: httpx.Client, image: Any) -> None:
-    part = {"type": "image_url", "image_url": image}
-    answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": [part]}]})
-    assert answer.status_code == 400
-    assert "is not fetched" in answer.json()["error"]["message"]
+def test_a_chat_that_speaks_of_media_is_a_chat(http: httpx.Client) -> None:
+    body = {"messages": [{"role": "user", "content": 'What is "image_url"?'}], "max_tokens": 2, "tool_choice": "none"}
+    answer = http.post("/v1/chat/completions", json={**body, "metadata": {"image_url": "input_audio"}}).json()
+    assert answer["model"] == "smollm2"
+    assert http.post("/v1/chat/completions", json={**body, "temperatur": 1}).status_code == 400
+
+
+def test_a_line_end_of_unicode_does_not_cut_an_event(http: httpx.Client) -> None:
+    grammar = 'root ::= "a\\u2028b\\x85c"'
+    body = {"prompt": "x", "grammar": grammar, "max_tokens": 30}
+    assert http.post("/v1/completions", json=body).json()["choices"][0]["text"] == "a\u2028b\x85c"
+    own = http.post("/completion", json={**body, "stream": True}).text.split("\n")
+    chunks = [json.loads(line[6:]) for line in own if line.startswith("data: {")]
+    assert "".join(chunk["content"] for chunk in chunks) == "a\u2028b\x85c"
 
 
 def test_props_and_slots_tell_no_text(http: httpx.Client) -> None:

@@ -65,9 +65,9 @@ def test_each_has_its_engine_and_settings(http: httpx.Client) -> None:
     assert 'llamaherd_slots{model="theirs"} 3.0' in http.get("/metrics").text
 
 
-def test_what_only_llama_server_has_is_a_404_on_the_embedded_engine(http: httpx.Client) -> None:
-    assert http.post("/completion", json={"model": "theirs", "prompt": "a", "n_predict": 1}).status_code == 200
-    refused = http.post("/completion", json={"prompt": "a"})
-    assert (refused.status_code, refused.json()["error"]["code"]) == (404, "unsupported")
+def test_llama_servers_own_routes_are_on_either_engine(http: httpx.Client) -> None:
+    for model in ("theirs", "ours"):
+        answer = http.post("/completion", json={"model": model, "prompt": "a", "n_predict": 1}).json()
+        assert (answer["model"], answer["tokens_predicted"]) == (model, 1)
     assert len(http.get("/slots").json()) == 1
     assert http.get("/props").json()["model_alias"] == "ours"

@@ -1,0 +1,151 @@
+"""llama-server's own /completion, /infill and routes without /v1, over the double."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
+import pytest
+
+from llamaherd_server.engine.base import EngineError, Event
+from llamaherd_server.protocol import Delta, Generate, Logprob, Started, TokenLogprob
+
+from .conftest import Serve
+from .double import MODEL, Double, finished
+
+FIM = msgspec.structs.replace(MODEL, fim=("<pre>", "<suf>", "<mid>"))
+
+
+async def with_tokens(request: Generate) -> AsyncGenerator[Event, None]:
+    """Two tokens, with their log probabilities where they are asked for."""
+    yield Started(request.id, 5, 2)
+    for number, text in enumerate(("a", "\n")):
+        top = [Logprob(number, text.encode(), -0.5)]
+        logprobs = None if request.logprobs is None else [TokenLogprob(number, text.encode(), -0.5, top)]
+        yield Delta(id=request.id, text=text, n_tokens=1, logprobs=logprobs)
+    yield finished(request, 2)
+
+
+@pytest.mark.parametrize("path", ["/completion", "/completions"])
+async def test_the_answer_has_llama_servers_fields(serve: Serve, path: str) -> None:
+    body = {"prompt": "x", "n_predict": 2, "n_probs": 1, "return_tokens": True, "seed": 7, "top_k": 3, "stop": ["z"]}
+    async with serve(Double(script=with_tokens)) as served:
+        answer = (await served.http.post(path, json=body)).json()
+        reply = await served.http.post(path, json={**body, "stream": True})
+        plain = (await served.http.post(path, json={"prompt": "x"})).json()
+    settings = answer.pop("generation_settings")
+    timings = answer.pop("timings")
+    [first, _] = answer.pop("completion_probabilities")
+    assert answer == {
+        **{"index": 0, "content": "a\n", "tokens": [0, 1], "id_slot": -1, "stop": True, "model": "double"},
+        **{"tokens_predicted": 2, "tokens_evaluated": 5, "prompt": "x", "has_new_line": True, "truncated": False},
+        **{"stop_type": "limit", "stopping_word": "", "tokens_cached": 7},
+    }
+    assert {name: settings[name] for name in ("seed", "top_k", "n_predict", "stop", "n_probs", "stream")} == {
+        **{"seed": 7, "top_k": 3, "n_predict": 2, "stop": ["z"], "n_probs": 1, "stream": False},
+    }
+    assert (timings["prompt_n"], timings["cache_n"], timings["predicted_n"]) == (3, 2, 2)
+    assert first["top_logprobs"] == [{"id": 0, "token": "a", "bytes": [97], "logprob": -0.5}]
+    assert "[DONE]" not in reply.text
+    *chunks, last = [json.loads(line[6:]) for line in reply.text.split("\n\n") if line]
+    assert [(chunk["content"], chunk["tokens"], chunk["stop"]) for chunk in chunks] == [
+        ("a", [0], False),
+        ("\n", [1], False),
+    ]
+    assert (last["stop"], last["content"], last["tokens"], last["tokens_predicted"]) == (True, "", [], 2)
+    assert (plain["tokens"], plain["stop_type"], "completion_probabilities" in plain) == ([], "eos", False)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("ab", ["ab"]),
+        ([97, 98], [[97, 98]]),
+        ([1, "ab", 2, "c"], [[1, 97, 98, 2, 99]]),
+        (["ab", 7], [[1, 97, 98, 7]]),
+        ({"prompt_string": "ab"}, ["ab"]),
+        ([[97], "b", {"prompt_string": "c"}], [[97], "b", "c"]),
+    ],
+)
+async def test_a_prompt_has_llama_servers_forms(serve: Serve, prompt: Any, prompts: list[Any]) -> None:
+    async with serve(double := Double(tokens=1)) as served:
+        own = (await served.http.post("/completion", json={"prompt": prompt})).json()
+        await served.http.post("/v1/completions", json={"prompt": prompt})
+    assert [request.prompt for request in double.seen] == [*prompts, *prompts]
+    assert (len(own) if isinstance(own, list) else 1) == len(prompts)
+
+
+async def test_only_the_fields_that_are_asked_for(serve: Serve) -> None:
+    fields = ["content", "generation_settings/n_predict", "none", "content/x"]
+    async with serve(Double(tokens=1)) as served:
+        reply = await served.http.post("/completion", json={"prompt": "x", "n_predict": 9, "response_fields": fields})
+    assert reply.json() == {"content": "w0 ", "generation_settings/n_predict": 9}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n_predictt": 1}, "n_predictt"),
+        ({"post_sampling_probs": True}, "post_sampling_probs"),
+        ({"grammar": 'root ::= "a"', "json_schema": {}}, "grammar"),
+        ({"prompt": {"prompt_string": "x", "multimodal_data": ["AAAA"]}}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"samplers": ["top_k"]}, "samplers"),
+    ],
+)
+async def test_what_cannot_be_honoured_is_refused(serve: Serve, fields: dict[str, Any], param: str) -> None:
+    async with serve(double := Double()) as served:
+        reply = await served.http.post("/completion", json={"prompt": "x", **fields})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+    assert not double.seen
+
+
+async def test_a_schema_is_a_grammar(serve: Serve) -> None:
+    async with serve(double := Double()) as served:
+        await served.http.post("/completion", json={"prompt": "x", "json_schema": {"const": "42"}})
+    assert "42" in str(double.seen[0].sampling.grammar)
+
+
+async def test_infill_fills_in_where_the_model_can(serve: Serve) -> None:
+    gap = {"input_prefix": "def f(", "input_suffix": "): pass", "prompt": "a", "n_predict": 3}
+    async with serve(double := Double(model=FIM)) as served:
+        extra = [{"text": "x = 1", "filename": "a.py"}]
+        assert (await served.http.post("/infill", json={**gap, "input_extra": extra})).json()["content"] == "w0 w1 w2 "
+    async with serve(Double()) as served:
+        refused = await served.http.post("/infill", json=gap)
+    assert double.seen[0].prompt == "\n\n--- snippet ---\n\nx = 1<pre>def f(<suf>): pass<mid>a"
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unsupported")
+
+
+async def test_the_routes_without_v1_are_there(serve: Serve) -> None:
+    turns = {"messages": [{"role": "user", "content": "Hello"}]}
+    async with serve(double := Double()) as served:
+        chat = await served.http.post("/chat/completions", json=turns)
+        counted = [
+            (await served.http.post(f"{prefix}/chat/completions/input_tokens", json=turns)).json()["input_tokens"]
+            for prefix in ("", "/v1")
+        ]
+        models = [(await served.http.get(path)).json() for path in ("/models", "/v1/models")]
+        health = [(await served.http.get(path)).status_code for path in ("/health", "/v1/health")]
+        vectors = (await served.http.post("/embeddings", json={"content": ["a", "b"]})).json()
+        pieces = (await served.http.post("/tokenize", json={"content": "ab", "with_pieces": True})).json()
+    assert chat.json()["object"] == "chat.completion"
+    assert counted == [len(str(double.seen[0].prompt))] * 2
+    assert models[0] == models[1]
+    assert health == [200, 200]
+    assert vectors == [{"index": 0, "embedding": [[1.0]]}, {"index": 1, "embedding": [[1.0]]}]
+    assert pieces == {"tokens": [{"id": 97, "piece": "a"}, {"id": 98, "piece": "b"}]}
+
+
+async def test_a_prompt_that_is_too_long_is_told_in_numbers(serve: Serve) -> None:
+    async def script(request: Generate) -> AsyncGenerator[Event, None]:
+        details = {"n_prompt_tokens": 600, "n_ctx": 512}
+        raise EngineError("context_length_exceeded", "the prompt has 600 tokens", "prompt", details)
+        yield Started(request.id, 0, 0)
+
+    async with serve(Double(script=script)) as served:
+        error = (await served.chat()).json()["error"]
+    assert (error["type"], error["code"]) == ("exceed_context_size_error", "context_length_exceeded")
+    assert (error["n_prompt_tokens"], error["n_ctx"]) == (600, 512)
