@@ -244,7 +244,7 @@ def test_one_key_is_one_however_it_is_sent(edge: Edge) -> None:
         {"Authorization": "bEARER all forms"},
         {"Authorization": "Bearer    all forms"},
         {"Authorization": "Bearer \t all forms"},
-        {"Authorization": b"Bearer \xa0all forms"},
+        {"Authorization": "Bearer \xa0all forms"},
         {"Authorization": "Bearer all forms", "X-Api-Key": "another"},
         {"X-Api-Key": "all forms"},
         {"Authorization": "Bearer", "X-Api-Key": "all forms"},
@@ -257,7 +257,8 @@ def test_one_key_is_one_however_it_is_sent(edge: Edge) -> None:
         with edge.client(f"127.0.4.{number + 1}") as client:
             del client.headers["Authorization"]
             body = ASK | {"stream": False, "max_tokens": 1}
-            answers.append(client.post("/v1/completions", json=body, headers=headers))
+            sent = httpx.Headers(headers, encoding="latin-1")
+            answers.append(client.post("/v1/completions", json=body, headers=sent))
     assert refused(answers) == 2
 
 
