@@ -121,7 +121,8 @@ async def test_items_and_tools_that_codex_sends(serve: Serve) -> None:
         reply = await served.http.post("/v1/responses", json=body)
     assert reply.status_code == 200, reply.text
     assert [tool["name"] for tool in reply.json()["tools"]] == ["weather"]
-    assert str(double.seen[0].prompt).endswith("|user:Hello|assistant:[]|tool:Done|assistant:|user:And now?|")
+    turns = "|user:Hello|assistant:[apply_patch *** Begin]|tool:Done|assistant:|user:And now?|"
+    assert str(double.seen[0].prompt).endswith(turns)
 
 
 async def test_what_the_limit_cut_off_is_incomplete(serve: Serve) -> None:
