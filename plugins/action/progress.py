@@ -7,6 +7,7 @@ its end.
 Arguments:
     argv       the command, a list
     chdir      its working directory
+    creates    a path or pattern on the host: where there is such a file, the command is not run
     log        the log's path on the host; `<log>.pid` and `<log>.rc` beside it tell that it runs and how it ended
     label      what the lines begin with
     show       last (default): the newest line every `interval` seconds; all: each line once, as it comes
@@ -36,6 +37,10 @@ runs() {{
   if [ -d /proc/self ]; then tr '\\0' ' ' <"/proc/$pid/cmdline"; else ps -o command= -p "$pid"; fi | grep -qF {log}
 }}
 """
+_EXISTS = 'for path in {creates}; do [ ! -e "$path" ] || exit 0; done; exit 1'
+# In a host's own language, too, a full disk is told by these words: commands run in English.
+_FULL = re.compile("No space left on device|Disk quota exceeded|Errno 28")
+_FULL_BELOW_KIB = 1024  # where not even the log could be written
 # The environment is in no process's arguments, which all users of a host may read: it can hold a token.
 _START = (
     _RUNS
@@ -43,6 +48,7 @@ _START = (
 mkdir -p {directory} && cd {chdir} || exit 1
 if runs; then exit 0; fi
 rm -f {log}.rc
+export LC_ALL=C.UTF-8
 {environment} nohup sh -c {job} {log} >{log} 2>&1 </dev/null &
 echo $! >{log}.pid
 """
@@ -85,8 +91,14 @@ def newest(shown: str, lines: list[str]) -> str:
     return said[-1] if said else shown
 
 
+def fullest(df: str) -> tuple[str, int]:
+    """Of the file systems that `df -Pk` printed: where the one with the least space left is mounted, and its KiB."""
+    rows = [line.split(None, 5) for line in df.splitlines()[1:]]
+    return min(((row[5], int(row[3])) for row in rows if len(row) == 6), key=lambda row: row[1], default=("", 0))
+
+
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
-    _VALID_ARGS = frozenset({"argv", "chdir", "log", "label", "show", "interval", "changed", "password"})
+    _VALID_ARGS = frozenset({"argv", "chdir", "creates", "log", "label", "show", "interval", "changed", "password"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         result: dict[str, Any] = super().run(tmp, task_vars)
@@ -94,20 +106,42 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
         changed = bool(args.get("changed", True))
         if self._task.check_mode:
             return result | {"changed": changed, "msg": f"would run {shlex.join(map(str, args['argv']))}"}
+        if "creates" in args and self._exists(str(args["creates"])):
+            return result | {"changed": False, "msg": f"{args['creates']} is there"}
         log = str(args["log"])
         host = (task_vars or {}).get("inventory_hostname", "")
         label = f"{host}: {args.get('label', self._task.name)}"
         show_all = args.get("show", "last") == "all"
         started = time.monotonic()
         environment = self._environment(str(args.get("password", "")))
-        self._start([str(word) for word in args["argv"]], str(args.get("chdir", "/")), environment, log)
+        argv, chdir = [str(word) for word in args["argv"]], str(args.get("chdir", "/"))
+        self._start(argv, chdir, environment, log)
         rc, tail = self._follow(log, label, show_all, float(args.get("interval", 10)), started)
         result |= {"rc": rc, "changed": changed, "seconds": round(time.monotonic() - started, 1)}
-        if rc != 0:
+        if rc != 0 and (full := self._full([log.rpartition("/")[0], chdir, *argv], tail)):
+            result |= {"failed": True, "msg": f"{label}: {full}"}
+        elif rc != 0:
             last = tail.pop() if tail else f"exit code {rc}, no output"
             before = "" if show_all or not tail else "\n".join(["", f"before that, in {log}:", *tail])
             result |= {"failed": True, "msg": f"{label}: {last}{before}"}
         return result
+
+    def _exists(self, pattern: str) -> bool:
+        # Quoted, but for the stars.
+        script = _EXISTS.format(creates=shlex.quote(pattern).replace("*", "'*'"))
+        return bool(self._shell(script)["rc"] == 0)
+
+    def _full(self, words: list[str], tail: list[str]) -> str:
+        """Where no space is left and what to do, if that is why a command with these paths failed; else empty."""
+        paths = {path for word in words if (path := word.rpartition("=")[2]).startswith("/")} | {"/tmp"}  # noqa: S108
+        answer = self._shell(f"LC_ALL=C df -Pk {' '.join(map(shlex.quote, sorted(paths)))} 2>/dev/null")
+        mount, free = fullest(answer["stdout"])
+        if not any(map(_FULL.search, tail)) and (tail or free > _FULL_BELOW_KIB):
+            return ""
+        return (
+            f"no space left on the file system {mount} ({free >> 10} MiB), where it writes: make room there and run "
+            "the play again, which goes on from here"
+        )
 
     def _environment(self, password: str) -> str:
         environment = str(self._compute_environment_string())
@@ -126,7 +160,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
             job=shlex.quote(_JOB.format(command=shlex.join(argv), log=quoted)),
         )
         answer = self._shell(script)
-        if answer["rc"] != 0:
+        if answer["rc"] != 0 and not _FULL.search(answer["stderr"]):  # of a full disk the caller tells
             raise RuntimeError(f"cannot start in {chdir}: {answer['stderr'] or answer['stdout']}")
 
     def _shell(self, script: str) -> dict[str, Any]:
@@ -161,5 +195,5 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
             elif line and state == "running" and now - shown_at >= interval:
                 display.display(f"  {label} {summary(line, now - started)}")
                 shown_at = now
-            if state.startswith("rc="):
-                return int(state.removeprefix("rc=")), [*lines, *([rest] if rest.strip() else [])]
+            if state.startswith("rc="):  # and nothing more where the disk was full
+                return int(state.removeprefix("rc=") or 1), [*lines, *([rest] if rest.strip() else [])]

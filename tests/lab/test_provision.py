@@ -108,3 +108,16 @@ def test_packages_wait_for_the_lock(pair: Herd) -> None:
     assert "raise llamaherd_packages_wait_s" in error
     pair.sh("t1", "systemd-run --quiet --on-active=15 systemctl stop lock")
     assert install(pair, "tree").rc == 0
+
+
+SMALL_DISK = {**SHARED, "llamaherd_state_dir": "/srv/small", "llamaherd_prefix": "/srv/prefix"}
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_next_run_goes_on(pair: Herd) -> None:
+    pair.sh("t1", "mkdir -p /srv/small; mount -t tmpfs -o size=150m tmpfs /srv/small")
+    [error] = bring(pair, SMALL_DISK, "--limit", "t1").errors
+    assert "no space left on the file system /srv/small (0 MiB)" in error
+    assert "make room there and run the play again" in error
+    pair.sh("t1", "mount -o remount,size=3g /srv/small")
+    assert bring(pair, SMALL_DISK, "--limit", "t1").rc == 0
+    pair.sh("t1", "umount /srv/small; rm -r /srv/small /srv/prefix")

@@ -85,3 +85,13 @@ def test_its_environment_is_not_for_everyone_to_read(progress: ModuleType, tmp_p
     (tmp_path / "go").touch()
     assert str(log) in seen
     assert secret not in seen
+
+
+def test_the_fullest_file_system_is_named(progress: ModuleType) -> None:
+    df = (
+        "Filesystem 1024-blocks Used Available Capacity Mounted on\n"
+        "/dev/vda1     10000000  100   9999900       1% /\n"
+        "tmpfs           200000  200000      0     100% /srv/my models\n"
+    )
+    assert progress.fullest(df) == ("/srv/my models", 0)
+    assert progress.fullest("") == ("", 0)
