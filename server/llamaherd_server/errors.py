@@ -18,7 +18,8 @@ _ENGINE_STATUS: Mapping[ErrorCode, int] = {
     "invalid_grammar": 400,
     "unsupported": 400,
     "does_not_fit": 400,
-    "engine_crashed": 503,
+    # Not a 503, which an edge hands to the next host: the request may be what ended the engine.
+    "engine_crashed": 500,
     "engine_stopped": 503,
     "internal": 500,
 }

@@ -316,7 +316,7 @@ async def test_a_body_over_the_limit_is_a_413_announced_or_not(serve: Serve) -> 
     [
         (EngineError("context_length_exceeded", "600 tokens do not fit into 512", "messages"), 400),
         (EngineError("invalid_grammar", "no root", "grammar"), 400),
-        (EngineError("engine_crashed", "the engine crashed"), 503),
+        (EngineError("engine_crashed", "the engine crashed"), 500),
         (EngineError("internal", "oops"), 500),
     ],
 )

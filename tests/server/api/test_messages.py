@@ -178,5 +178,5 @@ async def test_errors_raise_what_the_client_expects(serve: Serve) -> None:
         reply: httpx.Response = await served.http.post("/v1/messages", json=body)
     assert isinstance(missing.value.body, dict)
     assert (missing.value.body["type"], missing.value.body["error"]["type"]) == ("error", "not_found_error")
-    died = '{"type":"error","error":{"type":"overloaded_error","message":"the engine died"}}'
+    died = '{"type":"error","error":{"type":"api_error","message":"the engine died"}}'
     assert reply.text.endswith(f"event: error\ndata: {died}\n\n")
