@@ -7,8 +7,8 @@ gpus [{name, architecture, memory_bytes, driver}], cuda {driver, toolkit, nvcc, 
 nvidia-smi says in place of the first; empty where there is none), rocm {root, compiler} (empty likewise),
 listeners [{port, address, pid, command, unit}], free_bytes {path: bytes} for the `paths` given (of the nearest folder
 that exists), links {path: target} for those `links` given that are there, installed (those of the `packages` given that
-dpkg has), programs (those of the `programs` given that PATH has), python (the version, as `major.minor`, of the
-`python` given; empty where there is none).
+dpkg has), programs (those of the `programs` given that PATH has), nginx {sites [{path, listens}], complaint}
+(module_utils/nginx.py), python (the version, as `major.minor`, of the `python` given; empty where there is none).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.llamaherd.llamaherd.plugins.module_utils.nginx import nginx
 
 _LISTEN = "0A"
 _LOCAL = Path("/usr/local")
@@ -208,6 +209,7 @@ def main() -> None:
         "rocm": rocm(),
         "python": _version(r"Python (\d+\.\d+)", _output(module.params["python"], "--version")),
         "listeners": listeners(),
+        "nginx": nginx(),
     }
     facts["links"] = {path: str(Path(path).readlink()) for path in module.params["links"] if Path(path).is_symlink()}
     facts["installed"] = installed(module.params["packages"])

@@ -86,7 +86,7 @@ def certificate(fleet: Herd) -> str:
     [
         pytest.param({"llamaherd_nginx_max_body": "4x"}, "nginx keeps its old configuration", id="refused by nginx"),
         pytest.param({"llamaherd_nginx_balance": "least_con"}, "llamaherd_nginx_balance", id="refused before"),
-        pytest.param({"llamaherd_nginx_tls": "provided"}, "is no file on the controller", id="no certificate"),
+        pytest.param({"llamaherd_nginx_tls": "provided"}, "is not a file on the controller", id="no certificate"),
     ],
 )
 def test_a_bad_variable_leaves_the_old_configuration_serving(
@@ -158,12 +158,86 @@ def test_a_provided_certificate_and_its_successor(fleet: Herd, tmp_path: Path) -
     assert load.failures == []
 
 
-def provide(fleet: Herd, path: Path) -> dict[str, str]:
-    """A certificate for the edge's address that signs itself, path.crt with path.key, as variables."""
-    sign = f"{SELF_SIGNED} -addext subjectAltName=IP:{fleet.address('e1')} -out {path}.crt -keyout {path}.key"
+KEY = "llamaherd_nginx_certificate_key"
+
+
+def provide(fleet: Herd, path: Path, address: str = "") -> dict[str, str]:
+    """A certificate for the edge's address, or another, that signs itself, path.crt with path.key, as variables."""
+    sign = (
+        f"{SELF_SIGNED} -addext subjectAltName=IP:{address or fleet.address('e1')} -out {path}.crt -keyout {path}.key"
+    )
     subprocess.run(shlex.split(sign), check=True, capture_output=True)
-    files = {"llamaherd_nginx_certificate": f"{path}.crt", "llamaherd_nginx_certificate_key": f"{path}.key"}
+    files = {"llamaherd_nginx_certificate": f"{path}.crt", KEY: f"{path}.key"}
     return files | {"llamaherd_nginx_tls": "provided"}
+
+
+@long
+@pytest.mark.usefixtures("as_before")
+def test_a_certificate_that_cannot_serve_is_refused_before_anything_changes(fleet: Herd, tmp_path: Path) -> None:
+    one, other = (provide(fleet, tmp_path / name) for name in ("one", "other"))
+    elsewhere = provide(fleet, tmp_path / "elsewhere", "198.51.100.1")
+    before = certificate(fleet)
+    for variables, says in (
+        (one | {KEY: other[KEY]}, "other.key is not the key of"),
+        (elsewhere, "is for 198.51.100.1, not for"),
+    ):
+        run = fleet.play(*EDGE, "-e", json.dumps(variables))
+        assert run.rc != 0
+        assert says in run.errors[0]
+        assert run.changed["e1"] == 0
+        assert certificate(fleet) == before
+    insisted = fleet.succeed(*EDGE, "-e", json.dumps(elsewhere | {"llamaherd_nginx_certificate_allow_refused": True}))
+    assert "WARNING: " in insisted.output
+    assert certificate(fleet) == (tmp_path / "elsewhere.crt").read_text()
+
+
+@long
+@pytest.mark.usefixtures("as_before")
+def test_a_configuration_that_cannot_be_loaded_is_taken_back_and_not_forgotten(fleet: Herd) -> None:
+    state = "sha256sum /etc/nginx/nginx.conf /etc/nginx/llamaherd/loaded.conf; systemctl is-active nginx"
+    before = fleet.sh("e1", state)
+    another = ("-e", '{"llamaherd_nginx_max_body": "5m"}')
+    fleet.sh("e1", f"printf '[Service]\\nExecReload=\\nExecReload=/bin/false\\n' >{DROP_IN}; systemctl daemon-reload")
+    try:
+        run = fleet.play(*EDGE, *another)
+    finally:
+        fleet.sh("e1", f"rm {DROP_IN}; systemctl daemon-reload")
+    assert run.rc != 0
+    assert "runs its former one" in run.output
+    assert fleet.sh("e1", state) == before
+    assert fleet.succeed(*EDGE, *another).changed["e1"] == 2, "nginx.conf, and loading it"
+    fleet.sh("e1", "rm /etc/nginx/llamaherd/loaded.conf; cp /etc/nginx/mime.types /etc/nginx/llamaherd/loaded.conf")
+    assert fleet.succeed(*EDGE, *another).changed["e1"] == 1, "loading what an interrupted run did not load"
+    assert fleet.succeed(*EDGE, *another).changed["e1"] == 0
+
+
+DROP_IN = "/etc/systemd/system/nginx.service.d/zz.conf"
+SITE = "/etc/nginx/sites-enabled/blog"
+ASK_SITE = (
+    "python3 -c 'import urllib.request; print(urllib.request.urlopen(\"http://127.0.0.1:8085\").read().decode())'"
+)
+
+
+@long
+@pytest.mark.usefixtures("as_before")
+def test_a_site_that_is_not_ours_stays_as_it_is(fleet: Herd) -> None:
+    def put(port: int, more: str = "") -> None:
+        fleet.sh("e1", f"echo 'server {{ listen {port}; return 200 mine; {more} }}' >{SITE}")
+
+    try:
+        put(8085)
+        fleet.succeed(*EDGE)
+        assert fleet.sh("e1", ASK_SITE) == "mine\n"
+        put(443)
+        run = fleet.play(*EDGE)
+        assert f"{SITE}:1 lets nginx listen on port 443" in run.errors[0]
+        put(8085, "no_such_directive on;")
+        run = fleet.play(*EDGE)
+        assert "no_such_directive" in run.errors[0]
+        assert SITE in run.errors[0]
+        assert fleet.sh("e1", ASK_SITE) == "mine\n", "nginx still runs what it had"
+    finally:
+        fleet.sh("e1", f"rm -f {SITE}")
 
 
 SELF_SIGNED = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 7 -subj /CN=edge"
@@ -216,3 +290,24 @@ def test_acme_fetches_a_certificate_and_renews_it_under_a_stream(fleet: Herd, tm
     assert events[-1] == "[DONE]"
     sent = [choice["delta"].get("content") for event in events[:-1] for choice in json.loads(event)["choices"]]
     assert max(int(text) for text in sent if text) > renewed, "the stream ended before the renewal did"
+
+
+@long
+def test_reset_leaves_what_others_use_and_goes_on_to_its_end(fleet: Herd) -> None:
+    """The last test here: nothing serves any more."""
+    fleet.sh("f1", "useradd --no-create-home --gid llamaherd other; mkdir /opt/llamaherd/mounted")
+    fleet.sh("f1", "mount -t tmpfs none /opt/llamaherd/mounted")
+    fleet.sh("e1", f"echo 'server {{ listen 8085; return 200 mine; }}' >{SITE}")
+    for _ in range(2):
+        run = fleet.succeed("reset.yml", "-e", '{"skip_confirmation": true}')
+        assert "the group llamaherd stays, for other is in it" in run.output
+        assert "/opt/llamaherd/mounted" in run.output
+    assert fleet.sh(
+        "f1", "id -gn other; ls /opt/llamaherd; ls -d /etc/llamaherd* /var/lib/llamaherd* 2>/dev/null; true"
+    ) == ("llamaherd\nmounted\n")
+    assert fleet.sh("e1", ASK_SITE) == "mine\n"
+    assert fleet.sh("e1", "sysctl -n net.ipv4.tcp_keepalive_time net.ipv4.tcp_keepalive_probes").split() == [
+        "7200",
+        "9",
+    ]
+    fleet.sh("f1", "umount /opt/llamaherd/mounted; rmdir /opt/llamaherd/mounted")

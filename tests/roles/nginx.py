@@ -22,18 +22,27 @@ SIGN = (
 )
 
 
+def certificates(folder: Path) -> Path:
+    """Where the configuration that `folder` will have finds its certificates, with one that is its own CA."""
+    made = folder / "nginx/llamaherd"
+    made.mkdir(parents=True)
+    subprocess.run(SIGN.split(), cwd=made, check=True, capture_output=True)
+    shutil.copy(made / "tls.crt", made / "ca.crt")
+    return made
+
+
 def render(folder: Path, variables: Mapping[str, Any]) -> Path:
-    """nginx.conf as HOST would get it, with a certificate, and with its paths in `folder`."""
+    """nginx.conf as HOST would get it, with its paths in `folder`."""
     done = run_roles(folder, HOST, dict(variables))
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
     home = folder / "nginx"
-    (home / "llamaherd").mkdir(parents=True)
-    subprocess.run(SIGN.split(), cwd=home / "llamaherd", check=True, capture_output=True)
-    shutil.copy(home / "llamaherd/tls.crt", home / "llamaherd/ca.crt")
+    if not home.exists():
+        certificates(folder)
     (home / "mime.types").write_text("types {}\n")
     text = (folder / "out/nginx.conf").read_text()
     text = text.replace("user www-data;", "user root;")  # who alone can read `folder`
+    text = re.sub(r"/etc/nginx/llamaherd/\w+/", "/etc/nginx/llamaherd/", text)
     text = re.sub(r" (/etc/nginx|/run|/var/log/nginx)/", f" {home}/", text)
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     temporary = "".join(f"    {kind}_temp_path {home}/{kind};\n" for kind in kinds)

@@ -64,10 +64,15 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     with server_running(folder, paced(step_ms=20), engine=engine) as server:
         behind = {"llamaherd_server_port": int(server.url.rpartition(":")[2]), "ansible_host": "127.0.0.1"}
         groups = {"inference": {"hosts": {nginx.HOST: None}}, "edge": {"hosts": {nginx.HOST: None, "another": None}}}
-        public = {"llamaherd_nginx_tls": "provided"}
-        config = nginx.render(folder, {**ports, **limits, **behind, **public, "groups": groups})
-        with responder(config.parent / "llamaherd"), nginx.running(config):
-            yield Edge(ports["llamaherd_nginx_port"], ports["llamaherd_nginx_inner_port"], server.url, config.parent)
+        made = nginx.certificates(folder)
+        public = {"llamaherd_nginx_tls": "provided", "llamaherd_nginx_certificate": str(made / "public.crt")}
+        public["llamaherd_nginx_certificate_key"] = str(made / "public.key")
+        with responder(made):
+            config = nginx.render(folder, {**ports, **limits, **behind, **public, "groups": groups})
+            with nginx.running(config):
+                yield Edge(
+                    ports["llamaherd_nginx_port"], ports["llamaherd_nginx_inner_port"], server.url, config.parent
+                )
 
 
 @dataclass

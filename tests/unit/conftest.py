@@ -34,7 +34,12 @@ def gguf_info(gguf: ModuleType) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def host_facts() -> ModuleType:
+def nginx_facts() -> ModuleType:
+    return load("plugins/module_utils/nginx.py", "ansible_collections.llamaherd.llamaherd.plugins.module_utils.nginx")
+
+
+@pytest.fixture(scope="session")
+def host_facts(nginx_facts: ModuleType) -> ModuleType:
     return load("plugins/modules/host_facts.py", "llamaherd_host_facts")
 
 
@@ -56,6 +61,11 @@ def filters() -> ModuleType:
 @pytest.fixture(scope="session")
 def llama_server_filters() -> ModuleType:
     return load("plugins/filter/llama_server.py", "llamaherd_llama_server_filters")
+
+
+@pytest.fixture(scope="session")
+def certificate_filters() -> ModuleType:
+    return load("plugins/filter/certificate.py", "llamaherd_certificate_filters")
 
 
 @pytest.fixture(scope="session")

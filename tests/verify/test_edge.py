@@ -27,7 +27,8 @@ def test_nginx_runs_now_and_at_boot(host: Host) -> None:
 
 
 def test_nginx_accepts_its_configuration(host: Host) -> None:
-    assert host.run("nginx -t").rc == 0
+    tested = host.run("nginx -t")
+    assert tested.rc == 0, tested.stderr
 
 
 def test_tls_is_verified_against_the_ca(host: Host, client: Client) -> None:

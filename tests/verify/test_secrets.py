@@ -29,8 +29,10 @@ def test_settings_are_not_for_everyone(host: Host, promised: dict[str, Any]) -> 
 def test_nginx_key_is_for_root_alone(host: Host, promised: dict[str, Any]) -> None:
     if not promised["edge"]:
         pytest.skip("not an edge host")
-    key = host.file("/etc/nginx/llamaherd/tls.key")
-    assert (key.user, key.mode) == ("root", 0o600)
+    keys = host.check_output("grep -Po '(?<=ssl_certificate_key )/etc/nginx[^;]+' /etc/nginx/nginx.conf").split()
+    assert keys
+    for path in keys:
+        assert (host.file(path).user, host.file(path).mode) == ("root", 0o600)
 
 
 def test_secrets_here_are_for_their_owner_alone(host: Host, promised: dict[str, Any]) -> None:
