@@ -291,8 +291,8 @@ def test_http_1_0_streams_to_the_end(edge: Edge) -> None:
     ask = json.dumps(ASK).encode()
     head, body = raw(
         edge,
-        b"POST /v1/completions HTTP/1.0\r\nAuthorization: Bearer old\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n%s" % (len(ask), ask),
+        b"POST /v1/completions HTTP/1.0\r\nHost: 127.0.0.1\r\nAuthorization: Bearer old\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(ask), ask),
     )
     assert b" 200 " in head
     assert b"transfer-encoding" not in head.lower()
