@@ -118,3 +118,28 @@ def test_errors_raise_what_the_sdk_has_for_them(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model="smollm2", messages=ASK, tool_choice="required")
     assert refused.value.param == "tool_choice"
+
+
+def test_what_it_answered_is_history(client: openai.OpenAI) -> None:
+    fields: Any = {"model": "smollm2", "max_tokens": 24, "tools": TOOLS}
+    called: Any = client.chat.completions.create(**fields, messages=ASK, tool_choice="required").choices[0].message
+    results: Any = [{"role": "tool", "tool_call_id": call.id, "content": "sunny"} for call in called.tool_calls]
+    turns: Any = [*ASK, called.model_dump(), *results]
+    assert client.chat.completions.create(**fields, messages=turns, tool_choice="none").choices[0].message.content
+    said: Any = client.chat.completions.create(**fields, messages=ASK, tool_choice="none").choices[0].message.to_dict()
+    more: Any = [*ASK, said, {"role": "user", "content": "And in Oslo?"}]
+    assert client.chat.completions.create(**fields, messages=more, tool_choice="none").choices[0].message.content
+
+
+def test_what_it_responded_is_history(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", **TOOL}
+    fields: Any = {"model": "smollm2", "max_output_tokens": 24, "tools": [tool]}
+    called: Any = client.responses.create(**fields, input=ASK, tool_choice="required").output
+    results: Any = [
+        {"type": "function_call_output", "call_id": item.call_id, "output": "sunny"}
+        for item in called
+        if item.type == "function_call"
+    ]
+    turns: Any = [*ASK, *(item.model_dump() for item in called), *results]
+    assert results
+    assert client.responses.create(**fields, input=turns, tool_choice="none").output_text
