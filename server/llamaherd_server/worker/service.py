@@ -63,7 +63,7 @@ class Service:
             else:
                 self._retune(work)
         except RequestError as error:
-            self._channel.send(Failed(work.id, error.code, error.message, error.param))
+            self._channel.send(Failed(work.id, error.code, error.message, error.param, error.details))
 
     def _begin(self, sequence: Sequence) -> None:
         try:
