@@ -7,6 +7,7 @@ import sys
 
 from demo import claims, process, show
 from demo.jobs import end_jobs
+from demo.load import engine_variables
 from demo.stages import ROOT, Stage, StageFailed, Timer, forget_tuning, playbook, ssh_connections
 from demo.tuning import tune
 
@@ -29,6 +30,7 @@ def up() -> None:
 
 def run() -> None:
     timer = Timer()
+    engine = engine_variables()
     if not (obstacle := claims.lab_obstacle()):
         try:
             timer.run(Stage("boot a lab host", lambda: playbook(LAB, "lab.yml")))
@@ -38,24 +40,24 @@ def run() -> None:
     if obstacle:
         reason = obstacle.splitlines()[0]
         print(f"\nLeft out: systemd, nginx and TLS, because {reason}; on real hosts: {REAL_HOSTS}\n", flush=True)
-        run_process(timer, reason)
+        run_process(timer, reason, engine)
         return
     forget_tuning(LAB, "herd1")
-    timer.run(Stage("deploy: build, model, server, nginx", lambda: playbook(LAB, "deploy.yml")))
-    timer.run(Stage("tune: Locust through https", lambda: tune(LAB, "herd1")))
-    timer.run(Stage("verify: testinfra", lambda: playbook(LAB, "verify.yml")))
+    timer.run(Stage("deploy: build, model, server, nginx", lambda: playbook(LAB, "deploy.yml", *engine)))
+    timer.run(Stage("tune: Locust through https", lambda: tune(LAB, "herd1", *engine)))
+    timer.run(Stage("verify: testinfra", lambda: playbook(LAB, "verify.yml", *engine)))
     show.lab(timer.stages, ROOT / LAB)
 
 
-def run_process(timer: Timer, reason: str) -> None:
+def run_process(timer: Timer, reason: str, engine: list[str]) -> None:
     forget_tuning(LOOPBACK, "localhost")
     process.stop()
     with process.held_port() as port:
-        variables = process.variables(port)
+        variables = ["-e", process.variables(port), *engine]
         with claims.shared_build():
-            timer.run(Stage("deploy: build, model, server", lambda: playbook(LOOPBACK, "deploy.yml", "-e", variables)))
+            timer.run(Stage("deploy: build, model, server", lambda: playbook(LOOPBACK, "deploy.yml", *variables)))
     timer.run(Stage("start the server as a process", lambda: process.start(port)))
-    timer.run(Stage("tune: Locust on loopback", lambda: tune(LOOPBACK, "localhost", "-e", variables)))
+    timer.run(Stage("tune: Locust on loopback", lambda: tune(LOOPBACK, "localhost", *variables)))
     show.loopback(timer.stages, port, reason)
 
 

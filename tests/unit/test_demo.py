@@ -15,6 +15,7 @@ import pytest
 
 from demo import claims, process, tuning
 from demo.jobs import end_jobs
+from demo.load import engine_variables
 from demo.stages import StageFailed, reason
 from tests.unit.conftest import ROOT
 
@@ -127,3 +128,15 @@ def test_a_budget_that_gives_no_choice_is_extended(
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     assert tuning.longer_budget_s(tmp_path) == expected
+
+
+def test_on_a_busy_machine_the_engine_gets_one_thread() -> None:
+    """Threads that wait for each other there take seconds a token."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        _, variables = engine_variables()
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+    assert json.loads(variables) == {"llamaherd_settings": {"threads": 1, "threads_batch": 1}}
