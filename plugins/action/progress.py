@@ -133,7 +133,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
 
     def _full(self, words: list[str], tail: list[str]) -> str:
         """Where no space is left and what to do, if that is why a command with these paths failed; else empty."""
-        paths = {path for word in words if (path := word.rpartition("=")[2]).startswith("/")} | {"/tmp"}  # noqa: S108
+        named = {path for word in words if (path := word.rpartition("=")[2]).startswith("/")}
+        paths = named | {"/tmp"}  # noqa: S108 (only looked at)
         answer = self._shell(f"LC_ALL=C df -Pk {' '.join(map(shlex.quote, sorted(paths)))} 2>/dev/null")
         mount, free = fullest(answer["stdout"])
         if not any(map(_FULL.search, tail)) and (tail or free > _FULL_BELOW_KIB):

@@ -135,7 +135,7 @@ class Terms:
             found = self._derivatives[key] = self._derived(term, code)
         return found
 
-    def _derived(self, term: Term, code: int) -> Term:  # noqa: PLR0911
+    def _derived(self, term: Term, code: int) -> Term:  # noqa: PLR0911 (one return for each kind)
         arguments = term.arguments
         match term.kind:
             case "empty":

@@ -73,7 +73,7 @@ def language_of(terms: Terms, pattern: Any) -> Term:
 def _as_python(pattern: str) -> str:
     inside = False
 
-    def translated(match: re.Match[str]) -> str:  # noqa: PLR0911
+    def translated(match: re.Match[str]) -> str:  # noqa: PLR0911 (one return for each kind)
         nonlocal inside
         if match["hyphen"] and inside:
             return f"{match['hyphen'][:2]}\\-"
@@ -131,7 +131,7 @@ class _Translator:
             then = self._item(op, argument, then, begin)
         return then
 
-    def _item(self, op: Any, argument: Any, then: Term, first: bool | None) -> Term:  # noqa: PLR0911
+    def _item(self, op: Any, argument: Any, then: Term, first: bool | None) -> Term:  # noqa: PLR0911 (one return for each kind)
         terms = self._terms
         if op in (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN):
             return terms.sequence(terms.chars(self._set(op, argument)), then)
