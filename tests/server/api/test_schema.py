@@ -241,7 +241,7 @@ def test_schemas_of_pydantic_and_zod(lets: Callable[[str, str], bool], name: str
     assert [value for value in case["invalid"] if lets(grammar, json.dumps(value, ensure_ascii=False))] == []
 
 
-@pytest.mark.parametrize("name", CORPUS.keys() - ONLY_LENIENT.keys())
+@pytest.mark.parametrize("name", [name for name in CORPUS if name not in ONLY_LENIENT])
 def test_jsonschema_agrees_with_what_a_grammar_allows(name: str) -> None:
     schema = CORPUS[name]["schema"]
     if "\\p{" in json.dumps(schema) or "draft-04" in schema.get("$schema", ""):
