@@ -192,7 +192,7 @@ class GenerationFields(SamplingFields):
     store: Ignored = None
     service_tier: Ignored = None
     safety_identifier: Ignored = None
-    prompt_cache_key: Any = Field(None, description="Accepted and ignored: equal prefixes are always shared.")
+    prompt_cache_key: Any = Field(None, description="Accepted and ignored: a key's equal prefixes are always shared.")
     prompt_cache_retention: Ignored = None
     prompt_cache_options: Ignored = None
     id_slot: Any = Field(None, description="Accepted and ignored: the scheduler chooses the slot.")

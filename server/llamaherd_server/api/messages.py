@@ -209,7 +209,7 @@ class CountRequest(Body):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     context_management: Any = Field(None, description="Accepted and ignored: nothing is cleared.")
-    cache_control: Any = Field(None, description="Accepted and ignored: equal prefixes are always shared.")
+    cache_control: Any = Field(None, description="Accepted and ignored: a key's equal prefixes are always shared.")
     betas: Ignored = None
     speed: Ignored = None
     inference_geo: Ignored = None

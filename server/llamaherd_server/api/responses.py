@@ -210,7 +210,7 @@ class ResponsesRequest(SamplingFields):
     user: Ignored = None
     service_tier: Ignored = None
     safety_identifier: Ignored = None
-    prompt_cache_key: Any = Field(None, description="Accepted and ignored: equal prefixes are always shared.")
+    prompt_cache_key: Any = Field(None, description="Accepted and ignored: a key's equal prefixes are always shared.")
     prompt_cache_retention: Ignored = None
     prompt_cache_options: Ignored = None
 
