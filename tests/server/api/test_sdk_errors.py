@@ -33,7 +33,7 @@ def ask_anthropic(served: Served, key: str) -> Ask:
 async def test_each_refusal_is_the_exception_that_the_sdk_has_for_it(
     serve: Serve, ask: Callable[[Served, str], Ask], sdk: Any
 ) -> None:
-    limited = keys(requests_per_minute="4")
+    limited = keys(requests_per_minute="6")  # one that is refused with a 400 or 404 counts too
     async with serve(double := Double(), keys=limited, max_body_bytes=2048) as served:
         with pytest.raises(sdk.AuthenticationError):
             await ask(served, "wrong")()
