@@ -35,7 +35,10 @@ RULES: list[tuple[str, str]] = [
     (r"claude$|export (ANTHROPIC|CLAUDE_CODE)_", "elsewhere: tests/server/clients/test_npm.py"),
     (r"cat inventories/mine/.secrets/open_webui/", "elsewhere: tests/lab/test_open_webui.py"),
     (r"ssh -i inventories/lab/", "elsewhere: tests/lab/test_lab.py"),
-    (r"export |mkdir -p inventories/|\. \.venv/bin/activate$", "elsewhere: prepares the reader's shell"),
+    (
+        r"export |mkdir -p inventories/|\. \.venv/bin/activate$|git clone |cd llamaherd$",
+        "elsewhere: prepares the reader's shell",
+    ),
 ]
 
 
