@@ -147,9 +147,9 @@ def test_settings_that_are_not_better_in_service_are_taken_back(slow: Herd, tmp_
     )
     script.chmod(0o755)
     before = tuned(slow, "t1").read_text(), slow.sh("t1", "cat /etc/llamaherd/server.toml")
-    run = slow.play("tune.yml", "--limit", "t1", "-e", f"llamaherd_loadgen_python={script}")
-    assert run.rc != 0
-    assert "t1 did not verify, or do better, with the chosen settings" in run.output
+    run = slow.succeed("tune.yml", "--limit", "t1", "-e", f"llamaherd_loadgen_python={script}")
+    assert "t1 has its former settings back. Keep parallel" in words(run)
+    assert verdict("t1")["verdict"] == "keep"
     assert "in service, beside the settings before them: -" in words(run)
     assert (tuned(slow, "t1").read_text(), slow.sh("t1", "cat /etc/llamaherd/server.toml")) == before
     assert in_force(slow, "t1")["parallel"] == now["parallel"]

@@ -111,6 +111,10 @@ def test_what_another_host_chose_is_compared_deployed_and_measured_again(
     worse = run(double, key_file, out, "--in-service")
     assert worse.returncode == 3
     assert "beside the settings before them: -" in worse.stdout
+    kept = verdict(out)
+    assert (kept["verdict"], kept["chosen"]) == ("keep", found["current"])
+    assert "the search chose ubatch 512 → 128, but in service" in kept["sentence"]
+    assert "not confirmed in service" in [row["verdict"] for row in kept["table"]]
 
 
 def test_a_killed_search_is_resumed_from_the_settings_that_it_found(

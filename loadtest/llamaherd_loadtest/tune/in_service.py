@@ -11,8 +11,8 @@ from llamaherd_loadtest.tune.capacity import judge
 from llamaherd_loadtest.tune.evidence import Judgement, Record, limit_noise, score_noise
 from llamaherd_loadtest.tune.live import LiveBench
 from llamaherd_loadtest.tune.options import Options
-from llamaherd_loadtest.tune.settings import Settings, difference
-from llamaherd_loadtest.tune.verdict import Row, read_verdict, write_verdict
+from llamaherd_loadtest.tune.settings import Settings, difference, label
+from llamaherd_loadtest.tune.verdict import Row, Verdict, read_verdict, write_verdict
 
 _WINDOWS = 3
 _TRIES = 6  # where some are invalid
@@ -34,7 +34,8 @@ def measure_again(options: Options) -> tuple[bool, str]:
     """Whether the settings in force are better than those that the verdict of `options.out` replaced, and a sentence.
 
     Where those missed a limit it is enough to keep all. Writes the sentence into the verdict's provenance and the
-    report. Raises ValueError where other settings are in force than the verdict chose, and ServerUnusable.
+    report; the verdict on settings that are not better becomes to keep those before them. Raises ValueError where other
+    settings are in force than the verdict chose, and ServerUnusable.
     """
     path = options.out / "verdict.json"
     verdict, applier = read_verdict(path), _InForce(options.admin_url, options.admin_key, options.target.ca)
@@ -47,9 +48,20 @@ def measure_again(options: Options) -> tuple[bool, str]:
             record.confirming.append(bench.measure(verdict.chosen, window_s, seed + i, options.load))
     better, sentence = _compare(options, record, next(r for r in verdict.table if r.settings == verdict.current))
     verdict.provenance["in_service"] = sentence
+    if not better:
+        _take_back(verdict, sentence)
     write_verdict(path, verdict)
     write_report(options.out, options.out / "report.html")
     return better, sentence
+
+
+def _take_back(verdict: Verdict, why: str) -> None:
+    for row in verdict.table:
+        if row.settings == verdict.chosen:
+            row.verdict = "not confirmed in service"
+    changed = difference(verdict.current, verdict.chosen)
+    verdict.sentence = f"Keep {label(verdict.current)}: the search chose {changed}, but {why}."
+    verdict.verdict, verdict.chosen = "keep", verdict.current
 
 
 def _compare(options: Options, record: Record, before: Row) -> tuple[bool, str]:
