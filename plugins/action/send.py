@@ -88,9 +88,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
         folder = dest.rpartition("/")[0]
         return f"{folder} has {free / 2**30:.2f} GiB left, {source.name} needs {needed / 2**30:.2f} GiB more: make room"
 
-    def _shell(self, command: str, data: bytes | None = None) -> dict[str, Any]:
+    def _shell(self, command: str, data: bytes = b"") -> dict[str, Any]:
         # Where sudo asks for a password, Ansible's local connection gives a terminal and no input unless it pipelines.
         if self._connection.has_option("pipelining"):
             self._connection.set_option("pipelining", True)
+        if not data:  # without input, ssh gives a terminal too, whose lines end in \r and have errors among them
+            command, data = "sh -s", command.encode()
         answer: dict[str, Any] = self._low_level_execute_command(command, in_data=data)
         return answer

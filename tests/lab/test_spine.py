@@ -90,7 +90,6 @@ def test_bad_input_is_one_clear_line_and_changes_nothing(
         pytest.param(b"plain text", None, "GGUF", id="no GGUF"),
     ],
 )
-@pytest.mark.xfail(reason="failed once since files are sent straight to the store; not looked into yet", strict=False)
 def test_a_bad_model_never_replaces_the_good_one(
     herd: Herd, tmp_path_factory: pytest.TempPathFactory, content: bytes, sha256: str | None, expected: str
 ) -> None:
