@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from llamaherd_server.api.state import state_of
-from llamaherd_server.engine.base import Event
+from llamaherd_server.engine.base import EngineError, Event
 from llamaherd_server.errors import ApiError
 from llamaherd_server.generation import Run
 from llamaherd_server.meter import Usage
@@ -74,13 +74,18 @@ async def answer(request: Request, run: Run, shape: Shape, *, stream: bool) -> R
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(run)
         request.state.log.follow(run.usage, run.texts)
-        with suppress(TimeoutError):  # what fails later is an event of the stream
-            async with asyncio.timeout(KEEP_ALIVE_S if stream else None):
-                await unless_gone(request.receive, run.first())
         if stream:
-            return EventStream(run, shape, stack.pop_all())
+            await begun(request.receive, run.first())
+            return EventStream(_chunks(run, shape), stack.pop_all())
         choices = await unless_gone(request.receive, _collected(run))
         return json_response(shape.whole(choices, run.usage))
+
+
+async def begun(receive: Receive, first: Awaitable[None]) -> None:
+    """Wait for a stream's first event, or for a while: what fails until then is told by the status."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(KEEP_ALIVE_S):
+            await unless_gone(receive, first)
 
 
 def json_response(content: Any) -> Response:
@@ -88,14 +93,13 @@ def json_response(content: Any) -> Response:
 
 
 class EventStream(Response):
-    """Sends a run's events; ends the run when the client has gone or all is sent."""
+    """Sends `chunks`, and comments while there are none; leaves `stack` when the client has gone or all is sent."""
 
-    def __init__(self, run: Run, shape: Shape, stack: AsyncExitStack) -> None:
+    def __init__(self, chunks: AsyncIterator[bytes], stack: AsyncExitStack) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the latter tells nginx to pass chunks on
         super().__init__(media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]
-        self._run = run
-        self._shape = shape
+        self._chunks = chunks
         self._stack = stack
         self._sent = 0
 
@@ -118,25 +122,30 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
 
     async def _send_all(self, send: Send) -> None:
-        async for chunk in self._chunks():
+        async for chunk in self._chunks:
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
             self._sent += 1
         self._sent += 1
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _chunks(self) -> AsyncIterator[bytes]:
-        try:
-            async for index, event in self._run.events():
-                if chunk := self._shape.chunk(index, event):
-                    yield chunk
-        except ApiError as error:
-            yield self._shape.error(error)
-        except Exception:
-            log.exception("internal error in a stream")
-            bug = ApiError(500, "internal error; the server's log has the details", code="internal")
-            yield self._shape.error(bug)
-        else:
-            yield self._shape.end(self._run.usage)
+
+async def _chunks(run: Run, shape: Shape) -> AsyncIterator[bytes]:
+    try:
+        async for index, event in run.events():
+            if chunk := shape.chunk(index, event):
+                yield chunk
+    except Exception as error:
+        yield shape.error(error_of(error))
+    else:
+        yield shape.end(run.usage)
+
+
+def error_of(error: Exception) -> ApiError:
+    """What the client of a stream that has begun is told of it."""
+    if isinstance(error, ApiError | EngineError):
+        return error if isinstance(error, ApiError) else ApiError.of_engine(error)
+    log.error("internal error in a stream", exc_info=error)
+    return ApiError(500, "internal error; the server's log has the details", code="internal")
 
 
 async def _collected(run: Run) -> list[Choice]:

@@ -9,15 +9,14 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, Self
 
+import httpx
 import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import TypeAdapter
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
-from llamaherd_server.api.answer import answer, json_response, run_of, unless_gone
+from llamaherd_server.api.answer import EventStream, answer, begun, error_of, json_response, run_of, unless_gone
 from llamaherd_server.api.bias import resolve_biases
 from llamaherd_server.api.completions import resolve_prompts
 from llamaherd_server.api.llama_completion import InfillRequest, LlamaCompletionRequest, LlamaFields, LlamaShape
@@ -142,31 +141,13 @@ async def _passed_on(request: Request, path: str) -> Response | None:
     state.check_model(None, request.state.key)
     if not isinstance(state.engine.in_force, NativeEngine):
         return None
-    body = {name: value for name, value in body.items() if name != "model"}
-    streamed = bool(body.get("stream"))
-    limits = state.serving.limits
-    until = asyncio.get_running_loop().time() + limits.request_timeout_s
+    work = _Work(request, path, {name: value for name, value in body.items() if name != "model"})
+    if not body.get("stream"):
+        return await unless_gone(request.receive, work.whole())
     async with AsyncExitStack() as stack:
-        meter = await stack.enter_async_context(_admitted(request, state, body, until))
-        first = asyncio.timeout(limits.first_token_timeout_s if streamed else None)
-        try:
-            async with asyncio.timeout_at(until), first:
-                engine = await unless_gone(request.receive, stack.enter_async_context(state.engine.using()))
-                asked = _native(engine, path).asked(path, body)
-                response = await unless_gone(request.receive, stack.enter_async_context(asked))
-                lines = lines_of(response)
-                if streamed:
-                    begun = await unless_gone(request.receive, _begun(lines))
-                else:
-                    await unless_gone(request.receive, response.aread())
-        except TimeoutError:
-            raise late_error(limits, whole=not first.expired()) from None
-        if streamed:
-            return _Relay(begun, lines, meter, stack.pop_all(), until)
-        answers = response.json()  # a list where there were several prompts
-        for one in answers if isinstance(answers, list) else [answers]:
-            _count(meter, one.get("timings"))
-        return Response(response.content, media_type="application/json")
+        await stack.enter_async_context(work)
+        await begun(request.receive, work.first())
+        return EventStream(work.chunks(), stack.pop_all())
 
 
 def _native(engine: Engine, path: str) -> NativeEngine:
@@ -175,17 +156,9 @@ def _native(engine: Engine, path: str) -> NativeEngine:
     raise ApiError(503, f"the engine changed before {path} could begin", code="engine_stopped", retry_after=1)
 
 
-async def _begun(lines: AsyncIterator[str]) -> str:
-    """The first event; before that llama-server sends comments, to keep the connection open."""
-    async for line in lines:
-        if line.startswith(("data: ", "error: ")):
-            return line
-    raise EngineError("engine_crashed", "the engine ended while it worked on this request")
-
-
 @asynccontextmanager
-async def _admitted(request: Request, state: AppState, body: dict[str, Any], until: float) -> AsyncIterator[Meter]:
-    """A place among the running requests before `until`, within the key's limits; counted at the end."""
+async def _admitted(request: Request, state: AppState, body: dict[str, Any]) -> AsyncIterator[Meter]:
+    """A place among the running requests, within the key's limits; counted at the end."""
     serving, key = state.serving, request.state.key
     usage = Usage()
     request.state.log.follow(usage)
@@ -199,16 +172,13 @@ async def _admitted(request: Request, state: AppState, body: dict[str, Any], unt
     try:
         [ticket] = serving.admission.enter(key, [cost], slots=generations)
         try:
-            async with asyncio.timeout_at(until):
-                await unless_gone(request.receive, serving.admission.admitted(ticket))
+            await serving.admission.admitted(ticket)
             meter.admitted()
             yield meter
             outcome = "stop"
         finally:
             serving.admission.leave(ticket, meter.computed)
             meter.ended(outcome)
-    except TimeoutError:
-        raise late_error(serving.limits, whole=True) from None
     finally:
         serving.quotas.settle(key, reserved, usage.prompt_tokens + usage.completion_tokens)
 
@@ -249,52 +219,90 @@ def _count(meter: Meter, timings: dict[str, Any] | None) -> None:
     )
 
 
-class _Relay(Response):
-    """llama-server's events as they come; ends its work when the client has gone."""
+class _Work:
+    """A request that llama-server answers. Entered, it is at work in a task, which leaving it cancels."""
 
-    def __init__(
-        self, begun: str, lines: AsyncIterator[str], meter: Meter, stack: AsyncExitStack, until: float
-    ) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(media_type="text/event-stream", headers=headers)
-        del self.headers["content-length"]
-        self._begun = begun
-        self._lines = lines
-        self._meter = meter
-        self._stack = stack
-        self._until = until
+    def __init__(self, request: Request, path: str, body: dict[str, Any]) -> None:
+        self._request = request
+        self._path = path
+        self._body = body
+        self._events: asyncio.Queue[bytes | Exception] = asyncio.Queue()
+        self._peeked: bytes | Exception | None = None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._read())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def whole(self) -> Response:
+        """The answer in one object; raises ApiError and EngineError."""
+        async with self._asked() as (response, meter, _):
+            await response.aread()
+            answers = response.json()  # a list where there were several prompts
+            for one in answers if isinstance(answers, list) else [answers]:
+                _count(meter, one.get("timings"))
+            return Response(response.content, media_type="application/json")
+
+    async def first(self) -> None:
+        """Wait for the first event; raises what came instead of it."""
+        self._peeked = await self._events.get()
+        if isinstance(self._peeked, Exception):
+            raise self._peeked
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The events as they come."""
+        while event := self._peeked or await self._events.get():
+            self._peeked = None
+            if isinstance(event, Exception):
+                yield b"data: " + msgspec.json.encode(error_of(event).body()) + b"\n\n"
+                return
+            yield event
+
+    async def _read(self) -> None:
+        """Put the events into the queue, and nothing after the last; those before the first are comments."""
         try:
-            async with self._stack, asyncio.timeout_at(self._until):
-                await unless_gone(receive, self._send_all(send))
-        except ClientDisconnect:
-            scope["state"]["log"].client_gone = True
-            return
-        except EngineError as error:
-            await _send(send, _error_event(ApiError.of_engine(error)))
-        except ApiError as error:
-            await _send(send, _error_event(error))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            async with self._asked() as (response, meter, first):
+                event = ""
+                async for line in lines_of(response):
+                    if first.when() is not None and not line.startswith(("data: ", "error: ")):
+                        continue
+                    first.reschedule(None)
+                    _see(meter, line)
+                    event += f"{line}\n"
+                    if not line:
+                        self._events.put_nowait(event.encode())
+                        event = ""
+                if first.when() is not None:
+                    raise EngineError("engine_crashed", "the engine ended while it worked on this request")
+                self._events.put_nowait(event.encode())
+        except Exception as error:
+            self._events.put_nowait(error)
+        else:
+            self._events.put_nowait(b"")
 
-    async def _send_all(self, send: Send) -> None:
-        await self._send_line(send, self._begun)
-        async for line in self._lines:
-            await self._send_line(send, line)
-
-    async def _send_line(self, send: Send, line: str) -> None:
-        await _send(send, f"{line}\n".encode())
-        if line.startswith("data: {"):
-            if '"timings"' in line:
-                _count(self._meter, json.loads(line[6:]).get("timings"))
-            else:
-                self._meter.see(Delta(id=0, text="", n_tokens=1))
-
-
-def _error_event(error: ApiError) -> bytes:
-    return b"data: " + msgspec.json.encode(error.body()) + b"\n\n"
+    @asynccontextmanager
+    async def _asked(self) -> AsyncIterator[tuple[httpx.Response, Meter, asyncio.Timeout]]:
+        """The answer once it begins, and the timeout that its first event ends; raises ApiError and EngineError."""
+        state = state_of(self._request)
+        limits = state.serving.limits
+        whole = asyncio.timeout(limits.request_timeout_s)
+        try:
+            async with whole, _admitted(self._request, state, self._body) as meter, state.engine.using() as engine:
+                streamed = bool(self._body.get("stream"))
+                first = asyncio.timeout(limits.first_token_timeout_s if streamed else None)
+                async with first, _native(engine, self._path).asked(self._path, self._body) as response:
+                    yield response, meter, first
+        except TimeoutError:
+            raise late_error(limits, whole=whole.expired()) from None
 
 
-async def _send(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": True})
+def _see(meter: Meter, line: str) -> None:
+    """Count a line of a stream."""
+    if line.startswith("data: {"):
+        if '"timings"' in line:
+            _count(meter, json.loads(line[6:]).get("timings"))
+        else:
+            meter.see(Delta(id=0, text="", n_tokens=1))
