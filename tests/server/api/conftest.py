@@ -21,6 +21,7 @@ from llamaherd_server.api.state import AppState
 from llamaherd_server.app import create_app
 from llamaherd_server.http_protocol import Protocol
 from llamaherd_server.settings import Settings
+from llamaherd_server.worker.lib import load
 from tests.server.conftest import required
 
 from .double import Double
@@ -89,8 +90,7 @@ def serve(tmp_path: Path) -> Serve:
 def lets() -> Iterator[Callable[[str, str], bool]]:
     """lets(grammar, text): whether llama.cpp's own sampler lets a model write exactly `text`."""
     os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = required("LLAMAHERD_TEST_LIB_DIR")
-    import llama_cpp as llama
-
+    llama = load()
     quiet = llama.llama_log_callback(lambda _level, _text, _data: None)
     llama.llama_log_set(quiet, ctypes.c_void_p(0))
     parameters = llama.llama_model_default_params()
