@@ -169,8 +169,8 @@ async def prompt_tokens(engine: Switch, prompts: Iterable[str | list[int]]) -> i
     """How many tokens the prompts have, texts counted as one."""
     prompts = list(prompts)
     text = "\n".join(prompt for prompt in prompts if isinstance(prompt, str))
-    tokens = await engine.tokenize(text) if text else []
-    return len(tokens) + sum(len(prompt) for prompt in prompts if not isinstance(prompt, str))
+    counted = await engine.count_tokens(text) if text else 0
+    return counted + sum(len(prompt) for prompt in prompts if not isinstance(prompt, str))
 
 
 def _cost(request: Generate) -> float:

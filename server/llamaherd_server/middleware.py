@@ -20,7 +20,6 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaherd_server.auth import ANONYMOUS, Key, KeyStore
-from llamaherd_server.chat.sandbox import caller
 from llamaherd_server.error_responses import CLIENT_GONE, error_response
 from llamaherd_server.errors import ApiError, shown
 from llamaherd_server.generation import Text
@@ -29,6 +28,7 @@ from llamaherd_server.meter import Usage
 from llamaherd_server.metrics import Metrics
 from llamaherd_server.quota import Quotas
 from llamaherd_server.settings import HttpSettings, LimitSettings, is_loopback
+from llamaherd_server.turns import caller
 
 log = structlog.get_logger()
 

@@ -147,15 +147,20 @@ class Retune(Struct, tag="retune"):
 
 
 class Tokenize(Struct, tag="tokenize"):
+    """`counted`: how many tokens there are is all that is asked."""
+
     id: int
     text: str
     add_special: bool = False
     parse_special: bool = True
+    counted: bool = False
+    owner: str = ""
 
 
 class Detokenize(Struct, tag="detokenize"):
     id: int
     tokens: list[int]
+    owner: str = ""
 
 
 class Embed(Struct, tag="embed"):
@@ -164,6 +169,7 @@ class Embed(Struct, tag="embed"):
     id: int
     inputs: list[str | list[int]]
     query: str | None = None
+    owner: str = ""
 
 
 ToWorker = Generate | Cancel | Retune | Tokenize | Detokenize | Embed
@@ -289,6 +295,7 @@ class Retuned(Struct, tag="retuned"):
 
 class Tokens(Struct, tag="tokens"):
     id: int
+    count: int
     tokens: list[int]
 
 

@@ -133,7 +133,7 @@ class Paced:
             self._settings = message.settings
             self._channel.send(Retuned(message.id, message.settings, 0.0))
         elif isinstance(message, Tokenize):
-            self._channel.send(Tokens(message.id, list(message.text.encode())))
+            self._channel.send(Tokens(message.id, len(message.text.encode()), list(message.text.encode())))
         elif isinstance(message, Detokenize):
             self._detokenize(message)
         elif isinstance(message, Embed):

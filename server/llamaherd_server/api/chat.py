@@ -125,5 +125,5 @@ async def input_tokens(body: ChatRequest, request: Request) -> Response:
     """How many tokens a chat has in the model's own chat format, as llama-server counts them."""
     state = state_of(request)
     chat = await prepare(state, body.conversation())
-    tokens = await state.engine.tokenize(chat.prompt, add_special=chat.add_special)
-    return json_response({"object": "response.input_tokens", "input_tokens": len(tokens)})
+    count = await state.engine.count_tokens(chat.prompt, add_special=chat.add_special)
+    return json_response({"object": "response.input_tokens", "input_tokens": count})

@@ -268,5 +268,4 @@ async def count_tokens(body: CountRequest, request: Request) -> Response:
     state = state_of(request)
     state.check_model(body.model, request.state.key)
     chat = await prepare(state, await beside(request, body.conversation))
-    tokens = await state.engine.tokenize(chat.prompt, add_special=chat.add_special)
-    return json_response({"input_tokens": len(tokens)})
+    return json_response({"input_tokens": await state.engine.count_tokens(chat.prompt, add_special=chat.add_special)})

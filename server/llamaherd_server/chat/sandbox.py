@@ -11,10 +11,8 @@ import asyncio
 import signal
 import socket
 import sys
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Self, TypeVar, get_type_hints
 
@@ -22,12 +20,10 @@ import msgspec
 
 from llamaherd_server.chat.sandbox_child import Call, Refused
 from llamaherd_server.errors import ApiError
+from llamaherd_server.turns import Turns
 
 A = TypeVar("A")
 R = TypeVar("R")
-
-# For whom a call is made: the name of the request's key.
-caller: ContextVar[str] = ContextVar("caller", default="")
 
 CPU_S = 2.0
 # On a busy host a call may take so many times its CPU time; a process that was stopped is noticed sooner.
@@ -55,11 +51,9 @@ class Sandbox:
     """Supervised sandbox_child processes, started when they are needed."""
 
     def __init__(self, most: int = _MOST) -> None:
-        self._most = most
         self._idle: list[_Child] = []
-        self._busy: Counter[str] = Counter()
         self._children: set[_Child] = set()
-        self._freed = asyncio.Condition()
+        self._turns = Turns(most, _LEFT_FOR_OTHERS)
         self._stopped = False
 
     async def start(self) -> None:
@@ -71,8 +65,10 @@ class Sandbox:
         self._stopped = True
         await asyncio.gather(*(child.kill() for child in self._children))
 
-    async def in_child(self, function: Callable[[A], R], argument: A, cpu_s: float = CPU_S) -> R:
-        """`function(argument)`, computed in a child within `cpu_s` seconds of CPU time.
+    async def in_child(
+        self, function: Callable[[A], R], argument: A, cpu_s: float = CPU_S, patience: float = _PATIENCE
+    ) -> R:
+        """`function(argument)`, computed in a child within `cpu_s` seconds of CPU time, and `patience` times as many.
 
         `function` is one of this package, by name; argument and value go as JSON of the types that it is annotated
         with. Raises the ApiError that it raises, SandboxError for any other exception and for exceeded limits, and
@@ -83,7 +79,7 @@ class Sandbox:
         for _ in range(_TRIES):
             async with self._child() as child:
                 try:
-                    answer = await child.answer(body, cpu_s)
+                    answer = await child.answer(body, cpu_s, cpu_s * patience)
                 except _Lost:
                     continue
             kind, content = answer[:1], answer[1:]
@@ -99,26 +95,16 @@ class Sandbox:
     @asynccontextmanager
     async def _child(self) -> AsyncIterator[_Child]:
         """A child for one call, once there is one for this caller."""
-        who = caller.get()
-        async with self._freed:
-            await self._freed.wait_for(lambda: self._free(who))
-            self._busy[who] += 1
-        child = None
-        try:
+        async with self._turns.one():
             child = self._idle.pop() if self._idle else await self._new()
-            yield child
-        finally:
-            if child is not None and child.usable and not self._stopped and len(self._idle) < _KEPT:
-                self._idle.append(child)
-            elif child is not None:
-                await child.kill()
-                self._children.discard(child)
-            async with self._freed:
-                self._busy[who] -= 1
-                self._freed.notify_all()
-
-    def _free(self, who: str) -> bool:
-        return self._busy[who] < max(1, self._most - _LEFT_FOR_OTHERS) and self._busy.total() < self._most
+            try:
+                yield child
+            finally:
+                if child.usable and not self._stopped and len(self._idle) < _KEPT:
+                    self._idle.append(child)
+                else:
+                    await child.kill()
+                    self._children.discard(child)
 
     async def _new(self) -> _Child:
         self._refuse_if_stopped()
@@ -169,21 +155,19 @@ class _Child:
             raise
         return child
 
-    async def answer(self, body: bytes, cpu_s: float) -> bytes:
+    async def answer(self, body: bytes, cpu_s: float, wait_s: float) -> bytes:
         """Its answer to a call; raises SandboxError, and _Lost."""
         self.usable = False  # until the answer has been read, or the next call would read it
         asked = asyncio.create_task(self._ask(body))
         try:
-            async with asyncio.timeout(cpu_s * _PATIENCE):
+            async with asyncio.timeout(wait_s):
                 while not asked.done():
                     await asyncio.wait((asked,), timeout=_LOOK_S)
                     if not asked.done() and self._is_stopped():
                         raise _Lost
             answer = asked.result()
         except TimeoutError:
-            message = (
-                f"no {cpu_s:g} s of CPU time for this request within {cpu_s * _PATIENCE:g} s: the host is overloaded"
-            )
+            message = f"no {cpu_s:g} s of CPU time for this request within {wait_s:g} s: the host is overloaded"
             raise ApiError(503, message, code="sandbox_lost", retry_after=1) from None
         except (EOFError, ConnectionError):
             code = await self._process.wait()

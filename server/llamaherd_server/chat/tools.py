@@ -17,6 +17,8 @@ from llamaherd_server.chat.schema import arguments_rules, bare_rules, grammar_of
 from llamaherd_server.chat.subschemas import property_kinds
 from llamaherd_server.errors import ApiError
 
+# For the conversion of schemas: the largest of zod's and pydantic's takes 0.3 s. Beside it there is the grammar's own.
+_CPU_S, _PATIENCE = 1.0, 2.5
 _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -79,7 +81,8 @@ async def reply_grammar(
         return None
     name = reader.form.name if reader.form else None
     try:
-        return await sandbox.in_child(grammar_of_reply, Reply(name, reader.thinking, reader.thinks, choice, answer))
+        wanted = Reply(name, reader.thinking, reader.thinks, choice, answer)
+        return await sandbox.in_child(grammar_of_reply, wanted, _CPU_S, _PATIENCE)
     except SandboxError as error:
         param = answer.field if answer else "tools"
         raise ApiError(400, f"{param}: the schema {error}", param=param, code="invalid_schema") from None

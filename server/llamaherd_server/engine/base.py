@@ -79,7 +79,11 @@ class Engine(Protocol):
         The engine assigns `request.id`. A request that had not started when the worker died is sent to the next one.
         """
 
-    async def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]: ...
+    async def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        """The text's tokens; raises EngineError, for more than MOST_TOKENS too."""
+
+    async def count_tokens(self, text: str, *, add_special: bool = False) -> int:
+        """How many tokens the text has; raises EngineError."""
 
     async def detokenize(self, tokens: list[int]) -> str: ...
 

@@ -39,6 +39,7 @@ from llamaherd_server.protocol import (
     Tokens,
     WorkerConfig,
 )
+from llamaherd_server.turns import caller
 from llamaherd_server.worker.channel import frame
 
 Question: TypeAlias = Generate | Retune | Tokenize | Detokenize | Embed
@@ -141,13 +142,19 @@ class EmbeddedEngine:
                 self._supervisor.send(frame(Cancel(call.question.id)))
 
     async def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
-        return (await self._answer(Tokenize(next(self._ids), text, add_special, parse_special), Tokens)).tokens
+        asked = Tokenize(next(self._ids), text, add_special, parse_special, owner=caller.get())
+        return (await self._answer(asked, Tokens)).tokens
+
+    async def count_tokens(self, text: str, *, add_special: bool = False) -> int:
+        asked = Tokenize(next(self._ids), text, add_special, counted=True, owner=caller.get())
+        return (await self._answer(asked, Tokens)).count
 
     async def detokenize(self, tokens: list[int]) -> str:
-        return (await self._answer(Detokenize(next(self._ids), tokens), Text)).text
+        return (await self._answer(Detokenize(next(self._ids), tokens, caller.get()), Text)).text
 
     async def embed(self, question: Embed) -> Embedded:
-        return await self._answer(msgspec.structs.replace(question, id=next(self._ids)), Embedded)
+        question = msgspec.structs.replace(question, id=next(self._ids), owner=caller.get())
+        return await self._answer(question, Embedded)
 
     async def retune(self, settings: EngineSettings) -> EngineSettings:
         return (await self._answer(Retune(next(self._ids), settings), Retuned)).settings

@@ -140,7 +140,8 @@ class NativeEngine:
         if request.media is not None:
             prompt = await self._with_media(str(request.prompt), request.media)
         elif isinstance(prompt, str) and (not (request.add_special and request.parse_special) or self._is_long(prompt)):
-            prompt = await self.tokenize(prompt, add_special=request.add_special, parse_special=request.parse_special)
+            how = {"add_special": request.add_special, "parse_special": request.parse_special}
+            prompt = await self._tokens(prompt, room=self._native.settings.ctx_per_slot, **how)
         asked = self.asked("/completion", _completion(request, prompt))
         async with asked as response, aclosing(_events(response, request)) as events:
             async for event in events:
@@ -154,9 +155,19 @@ class NativeEngine:
         return {"prompt_string": prompt.replace(media.marker, marker), "multimodal_data": media.data}
 
     async def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        return await self._tokens(text, add_special=add_special, parse_special=parse_special)
+
+    async def count_tokens(self, text: str, *, add_special: bool = False) -> int:
+        if self._is_long(text):
+            return await self._preparation.count_tokens(text, add_special=add_special)
+        return len(await self.tokenize(text, add_special=add_special))
+
+    async def _tokens(self, text: str, *, add_special: bool, parse_special: bool, room: int | None = None) -> list[int]:
         if self._is_long(text):
             await self._serving()  # else there is nobody to take the tokens
-            return await self._preparation.tokenize(text, add_special=add_special, parse_special=parse_special)
+            return await self._preparation.tokenize(
+                text, add_special=add_special, parse_special=parse_special, room=room
+            )
         body = {"content": text, "add_special": add_special, "parse_special": parse_special}
         tokens: list[int] = (await self._answer("/tokenize", body))["tokens"]
         return tokens

@@ -64,6 +64,10 @@ class Switch:
         async with self.using() as engine:
             return await engine.tokenize(text, add_special=add_special, parse_special=parse_special)
 
+    async def count_tokens(self, text: str, *, add_special: bool = False) -> int:
+        async with self.using() as engine:
+            return await engine.count_tokens(text, add_special=add_special)
+
     async def detokenize(self, tokens: list[int]) -> str:
         async with self.using() as engine:
             return await engine.detokenize(tokens)

@@ -16,5 +16,11 @@ class RequestError(ValueError):
         self.details = details
 
 
+def too_long(tokens: int, room: int, about: str = "") -> RequestError:
+    """A prompt that no slot has room for; `about` says how exactly its tokens were counted."""
+    message = f"the prompt has {about}{tokens} tokens, a slot holds {room}: shorten it or raise ctx_per_slot"
+    return RequestError("context_length_exceeded", "prompt", message, {"n_prompt_tokens": tokens, "n_ctx": room})
+
+
 class DecodeFailed(RuntimeError):
     """llama_decode failed in a way that leaves the context unusable."""

@@ -19,42 +19,56 @@ from contextlib import suppress
 import msgspec
 
 from llamaherd_server.worker.channel import LENGTH_BYTES, frame
-from llamaherd_server.worker.errors import RequestError
+from llamaherd_server.worker.errors import RequestError, too_long
 
 SHORT_CHARS = 2**13  # so much text is tokenised in 2 ms, and needs no child
-# CPU time for a request's preparation, and more of it for each MiB of text; then for each token of a grammar.
-PREPARE_S = 1.0
-PREPARE_S_PER_MIB = 2.0
-TOKEN_S = 0.5
+MOST_TOKENS = 2**18  # that a request for the tokens of a text gets
 # Tokens that a grammar is tried with before it is taken: what is costly from the start is refused before the answer is
 # begun.
 TRIAL_TOKENS = 3
+# How many times the time that the whole vocabulary takes with the simplest grammar one token may take.
+TRIAL_COST = 25.0
 MEMORY_BYTES = 512 * 2**20
 # And by the clock, where the host has no CPU time to spare for it.
-GRAMMAR_DEADLINE_S = 4.0
+GRAMMAR_DEADLINE_S = 3.0
 SLOW_S, SLOW_NICE = 0.1, 5
 PID_BYTES = 4
 KNOWN_GRAMMARS, KNOWN_CHARS = 256, 2**23
 ALLOWED = b"\1"
-# No device: a child has no use for one, and a driver does not survive a fork.
-_NO_DEVICES = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "GGML_VK_VISIBLE_DEVICES": ""}
+# No device: a child has no use for one, and a driver does not survive a fork. No backtrace: of a child that llama.cpp
+# aborts, ggml would have a debugger write one, for seconds.
+_ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "HIP_VISIBLE_DEVICES": "",
+    "GGML_VK_VISIBLE_DEVICES": "",
+    "GGML_NO_BACKTRACE": "1",
+}
 
 
 class Job(msgspec.Struct, frozen=True):
-    """Texts to tokenise, and a grammar to compile and to keep to for `trial` tokens, none above `trial_s`."""
+    """Texts to tokenise, and a grammar to compile and to keep to for `trial` tokens, none above `trial_cost`.
+
+    Texts that a slot of `room` tokens has no room for are refused, and so are more tokens than `most`; with `counted`
+    their number is the answer.
+    """
 
     texts: list[str] = []
     add_special: bool = False
     parse_special: bool = True
+    room: int | None = None
+    most: int | None = None
+    counted: bool = False
     grammar: str | None = None
     trial: int = TRIAL_TOKENS
-    trial_s: float = TOKEN_S
+    trial_cost: float = TRIAL_COST
 
 
 class Prepared(msgspec.Struct):
-    """The tokens of each text; or what is wrong with the grammar."""
+    """The tokens of each text and the number of all, or of too many the number, `at_least`; or the grammar's fault."""
 
     tokens: list[list[int]] = []
+    count: int = 0
+    at_least: bool = False
     refusal: str | None = None
 
 
@@ -118,7 +132,7 @@ class Forkserver:
                 [sys.executable, "-m", module, str(theirs.fileno()), self._model_path],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **_NO_DEVICES},
+                env={**os.environ, **_ENVIRONMENT},
             )
 
     def _end(self) -> None:
@@ -143,8 +157,8 @@ class Child:
         self._pid = 0
         self._asked = time.monotonic()
 
-    def prepared(self) -> list[list[int]]:
-        """The tokens of the job's texts, once they are there and its grammar compiles; raises RequestError."""
+    def prepared(self) -> Prepared:
+        """What the job makes, once that is there and its grammar compiles; raises RequestError."""
         try:
             with suppress(BrokenPipeError, ConnectionResetError):  # it has died; reading says so
                 self._socket.sendall(frame(self._job))
@@ -157,11 +171,17 @@ class Child:
             done = _prepared.decode(self._read(size))
         except (EOFError, OSError):
             raise self._refuse(_OVER_LIMITS) from None
+        about, job = "at least " * done.at_least, self._job
+        if job.room is not None and done.count >= job.room:
+            raise too_long(done.count, job.room, about)
+        if job.most is not None and done.count > job.most:
+            message = f"the text has {about}{done.count} tokens, more than {job.most}: send it in parts"
+            raise RequestError("invalid_value", "content", message)
         if done.refusal is not None:
             raise self._refuse(done.refusal)
         if self._job.grammar is not None and self._job.trial:
             self._server.remember(self._job.grammar, None)
-        return done.tokens
+        return done
 
     def ask(self, token: int) -> None:
         """Have the grammar accept `token`, if it allows it; `answer` says whether it did."""
@@ -181,7 +201,7 @@ class Child:
                     raise EOFError
                 self._answer += part
         except (EOFError, OSError):
-            message = f"the grammar takes more than {TOKEN_S:g} s or {MEMORY_BYTES >> 20} MiB for a token: simplify it"
+            message = f"the grammar takes too long for a token, or more than {MEMORY_BYTES >> 20} MiB: simplify it"
             raise RequestError("invalid_grammar", "grammar", message) from None
         whole, self._answer = bytes(self._answer), bytearray()
         return ALLOWED if whole[:1] == ALLOWED else whole[1:]
@@ -202,7 +222,7 @@ class Child:
         ready = bool(select.select([self._socket], [], [], wait_s)[0])
         if not ready and self._pid and time.monotonic() - self._asked > SLOW_S:
             with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, self._pid, SLOW_NICE)
+                os.setpriority(os.PRIO_PROCESS, self._pid, os.getpriority(os.PRIO_PROCESS, 0) + SLOW_NICE)
             self._pid = 0
         return ready
 
@@ -229,6 +249,4 @@ class Child:
         return refusal
 
 
-_OVER_LIMITS = (
-    f"it takes more than {PREPARE_S:g} s of CPU time or {MEMORY_BYTES >> 20} MiB, or is nested too deeply: simplify it"
-)
+_OVER_LIMITS = f"it takes too much CPU time, more than {MEMORY_BYTES >> 20} MiB, or is nested too deeply: simplify it"

@@ -28,15 +28,18 @@ from llamaherd_server.worker.forkserver import (
     ALLOWED,
     MEMORY_BYTES,
     PID_BYTES,
-    PREPARE_S,
-    PREPARE_S_PER_MIB,
-    TOKEN_S,
     Job,
     Prepared,
 )
 from llamaherd_server.worker.lib import load
 from llamaherd_server.worker.vocabulary import Vocabulary
 
+# CPU time, in times that the whole vocabulary takes with the simplest grammar: for a grammar's compilation, for each
+# token of its trial, and for those of an answer: at once, and for each one more. A pattern of e-mail addresses takes 5.
+COMPILE_COST, TRIED_COST, START_COST, NEXT_COST = 40.0, 8.0, 60.0, 6.0
+LEAST_COST_S = 0.005  # a small vocabulary takes next to no time
+# For texts, and for each MiB of them.
+TEXTS_S, TEXTS_S_PER_MIB = 0.5, 2.0
 REASON_CHARS = 200
 PARSE_ERROR = b"error parsing grammar: "
 LITERALS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#.*')
@@ -65,6 +68,7 @@ def main() -> None:
     if not handle:
         sys.exit(f"{sys.argv[2]}: the vocabulary cannot be loaded: {said.decode(errors='replace')}")
     vocabulary = Vocabulary(lib, handle)
+    vocabulary.warm_up()
     grammars = Grammars(vocabulary, said)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a child
     gc.freeze()
@@ -87,21 +91,31 @@ def be_child(grammars: Grammars, end: socket.socket) -> NoReturn:
     try:
         end.send(os.getpid().to_bytes(PID_BYTES, "little"))
         job = _job.decode(_read(end, int.from_bytes(_read(end, LENGTH_BYTES), "big")))
-        limit(PREPARE_S + PREPARE_S_PER_MIB * sum(map(len, job.texts)) / 2**20)
+        limit(grammars.budget_s(job))
         end_with(end, True)
         prepared = grammars.prepare(job)
         end_with(end, False)
         end.sendall(frame(prepared))
-        while job.grammar is not None and prepared.refusal is None:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            token = int.from_bytes(_read(end, 4), "little")
-            signal.setitimer(signal.ITIMER_PROF, TOKEN_S)
-            if answer := grammars.answer(token):
-                end.sendall(answer)
+        if job.grammar is not None and prepared.refusal is None:
+            be_grammar(grammars, end)
     except (EOFError, OSError):
         pass
     finally:
         os._exit(0)
+
+
+def be_grammar(grammars: Grammars, end: socket.socket) -> NoReturn:
+    """Answer for each token that comes, within the CPU time for so many; raises EOFError."""
+    left_s = START_COST * grammars.cost_s
+    while True:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        token = int.from_bytes(_read(end, 4), "little")
+        left_s += NEXT_COST * grammars.cost_s
+        began = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, max(left_s, 1e-6))
+        if answer := grammars.answer(token):
+            end.sendall(answer)
+        left_s = min(left_s - (time.process_time() - began), START_COST * grammars.cost_s)
 
 
 def limit(cpu_s: float) -> None:
@@ -133,22 +147,52 @@ class Grammars:
         self._sampler: Any = None
         self._names_tokens = False  # of which their beginnings say nothing
         self._chosen = False  # whether the next token is one of those that the last answer allowed
+        self.cost_s = self._measured_s()
+
+    def _measured_s(self) -> float:
+        """What the whole vocabulary takes with a grammar that allows any text."""
+        self._compile("root ::= .*")
+        times = []
+        for _ in range(3):
+            began = time.process_time()
+            self._apply(self._everything)
+            times.append(time.process_time() - began)
+        self._lib.llama_sampler_free(self._sampler)
+        return max(LEAST_COST_S, min(times))
+
+    def budget_s(self, job: Job) -> float:
+        """The CPU time that the job's preparation may take."""
+        texts_s = TEXTS_S + TEXTS_S_PER_MIB * sum(map(len, job.texts)) / 2**20 if job.texts else 0.0
+        return texts_s + (COMPILE_COST + TRIED_COST * job.trial) * self.cost_s * (job.grammar is not None)
 
     def prepare(self, job: Job) -> Prepared:
-        tokens = [
-            self._vocabulary.tokenize(text, add_special=job.add_special, parse_special=job.parse_special)
-            for text in job.texts
-        ]
+        prepared = self._tokenize(job)
         try:
             if job.grammar is not None:
                 self._compile(job.grammar)
                 if job.trial:
-                    self._try(job.trial, job.trial_s)
+                    self._try(job.trial, job.trial_cost * self.cost_s)
                     self._lib.llama_sampler_free(self._sampler)
                     self._compile(job.grammar)
         except Refused as refused:
             return Prepared(refusal=str(refused))
-        return Prepared(tokens)
+        return prepared
+
+    def _tokenize(self, job: Job) -> Prepared:
+        most = job.most if job.room is None else job.room - 1
+        if most is not None:
+            least = sum(
+                self._vocabulary.least_tokens(text, most, parse_special=job.parse_special) for text in job.texts
+            )
+            if least > most:
+                return Prepared(count=least, at_least=True)
+        tokens = [
+            self._vocabulary.tokenize(text, add_special=job.add_special, parse_special=job.parse_special)
+            for text in job.texts
+        ]
+        count = sum(map(len, tokens))
+        listed = not job.counted and (most is None or count <= most)
+        return Prepared(tokens if listed else [], count)
 
     def answer(self, token: int) -> bytes | None:
         """ALLOWED where the grammar accepts `token`; else what it allows, and nothing for the token that follows."""
@@ -189,7 +233,7 @@ class Grammars:
                 return
             self._accept(token)
             if time.process_time() - began > token_s:
-                raise Refused(f"it takes more than {token_s:g} s for a token: simplify it")
+                raise Refused(f"it takes more than {token_s:.2g} s of CPU time for a token: simplify it")
 
     def _allows(self, token: int) -> bool:
         return self._apply(self._records[token]) == b"\0"

@@ -25,8 +25,8 @@ from llamaherd_server.protocol import (
 )
 from llamaherd_server.worker.channel import Channel
 from llamaherd_server.worker.embedding import Job as EmbeddingJob
-from llamaherd_server.worker.errors import RequestError
-from llamaherd_server.worker.forkserver import SHORT_CHARS, Child, Job
+from llamaherd_server.worker.errors import RequestError, too_long
+from llamaherd_server.worker.forkserver import MOST_TOKENS, SHORT_CHARS, Child, Job, Prepared
 from llamaherd_server.worker.interrupt import Interrupt
 from llamaherd_server.worker.lanes import Lanes, Task
 from llamaherd_server.worker.memory import total_cells
@@ -92,8 +92,7 @@ class Intake:
         elif isinstance(message, Retune):
             self._ready.put(message)
         elif is_slow(message):
-            owner = message.owner if isinstance(message, Generate) else ""
-            self._lanes.add(Task(message.id, owner, partial(self._on_lane, message)))
+            self._lanes.add(Task(message.id, message.owner, partial(self._on_lane, message)))
         else:
             self._make_ready(message)
         if isinstance(message, Retune) or (isinstance(message, Cancel) and message.id == self._interrupt.mostly_for):
@@ -145,7 +144,7 @@ def slot_tokens(settings: EngineSettings) -> int:
 
 
 def sequence_of(model: Model, request: Generate, task: Task | None = None, room: int = sys.maxsize) -> Sequence:
-    """Raises RequestError before anything is computed; a prompt far beyond `room` tokens is not even tokenised."""
+    """Raises RequestError before anything is computed; of a prompt far beyond `room` a beginning is tokenised."""
     if request.max_tokens is not None and request.max_tokens < 1:
         raise RequestError("invalid_value", "max_tokens", f"max_tokens {request.max_tokens} must be at least 1")
     if request.logprobs is not None and not 0 <= request.logprobs <= model.n_vocab:
@@ -154,11 +153,9 @@ def sequence_of(model: Model, request: Generate, task: Task | None = None, room:
     sampling = checked(model, request.sampling)
     prompt, grammar = request.prompt, sampling.grammar
     text = [prompt] if isinstance(prompt, str) else []
-    if isinstance(prompt, str) and len(prompt) > SHORT_CHARS and (least := model.least_tokens(prompt)) >= room:
-        raise _too_long(least, room, "at least ")
-    job = Job(text, request.add_special, request.parse_special, grammar)
-    with _prepared(model, job, task) as (tokenized, child):
-        tokens = _known(model, prompt if isinstance(prompt, list) else tokenized[0], "prompt")
+    job = Job(text, request.add_special, request.parse_special, room, grammar=grammar)
+    with _prepared(model, job, task) as (prepared, child):
+        tokens = _known(model, prompt if isinstance(prompt, list) else prepared.tokens[0], "prompt")
         preserved = frozenset(model.control_tokens(request.preserved))
         chain = NativeSampler(model, sampling, tokens)
         sampler = chain if child is None else _with_grammar(model, chain, child)
@@ -172,11 +169,12 @@ def _with_grammar(model: Model, chain: NativeSampler, child: Child) -> Sampler:
 
 
 @contextmanager
-def _prepared(model: Model, job: Job, task: Task | None = None) -> Iterator[tuple[list[list[int]], Child | None]]:
+def _prepared(model: Model, job: Job, task: Task | None = None) -> Iterator[tuple[Prepared, Child | None]]:
     """The tokens of the job's texts, and its grammar's process, if any, which an error in the block ends."""
     if job.grammar is None and sum(map(len, job.texts)) <= SHORT_CHARS:
         add, parse = job.add_special, job.parse_special
-        yield [model.tokenize(text, add_special=add, parse_special=parse) for text in job.texts], None
+        tokens = [model.tokenize(text, add_special=add, parse_special=parse) for text in job.texts]
+        yield Prepared(tokens, sum(map(len, tokens))), None
         return
     child = model.forkserver.open(job)
     if task is not None:
@@ -193,14 +191,9 @@ def _prepared(model: Model, job: Job, task: Task | None = None) -> Iterator[tupl
 def fit(sequence: Sequence, room: int) -> None:
     """Set what the sequence may grow to in a slot of `room` tokens; raises RequestError where it has no room at all."""
     if sequence.n_prompt >= room:
-        raise _too_long(sequence.n_prompt, room)
+        raise too_long(sequence.n_prompt, room)
     new = sequence.request.max_tokens
     sequence.limit = room if new is None else min(room, sequence.n_prompt + new)
-
-
-def _too_long(tokens: int, room: int, about: str = "") -> RequestError:
-    message = f"the prompt has {about}{tokens} tokens, a slot holds {room}: shorten it or raise ctx_per_slot"
-    return RequestError("context_length_exceeded", "prompt", message, {"n_prompt_tokens": tokens, "n_ctx": room})
 
 
 def job_of(model: Model, request: Embed, task: Task | None = None) -> EmbeddingJob:
@@ -211,8 +204,8 @@ def job_of(model: Model, request: Embed, task: Task | None = None) -> EmbeddingJ
     texts = [one for one in request.inputs if isinstance(one, str)]
     if request.query is not None:
         return EmbeddingJob(request, _pairs(model, request.query, texts, task))
-    with _prepared(model, Job(texts, add_special=True), task) as (tokenized, _):
-        rest = iter(tokenized)
+    with _prepared(model, Job(texts, add_special=True), task) as (prepared, _):
+        rest = iter(prepared.tokens)
         lists = [next(rest) if isinstance(one, str) else one for one in request.inputs]
         return EmbeddingJob(request, [_known(model, one, "input") for one in lists])
 
@@ -225,9 +218,10 @@ def _pairs(model: Model, query: str, documents: list[str], task: Task | None = N
             template.decode(errors="replace").replace("{query}", query).replace("{document}", document)
             for document in documents
         ]
-        with _prepared(model, Job(texts), task) as (tokenized, _):
-            return tokenized
-    with _prepared(model, Job([query, *documents], parse_special=False), task) as ((first, *rest), _):
+        with _prepared(model, Job(texts), task) as (prepared, _):
+            return prepared.tokens
+    with _prepared(model, Job([query, *documents], parse_special=False), task) as (prepared, _):
+        first, *rest = prepared.tokens
         eos = lib.llama_vocab_eos(vocab)
         end = [lib.llama_vocab_sep(vocab) if eos < 0 else eos] * lib.llama_vocab_get_add_eos(vocab)
         between = [*end, *[lib.llama_vocab_sep(vocab)] * lib.llama_vocab_get_add_sep(vocab)]
@@ -237,8 +231,10 @@ def _pairs(model: Model, query: str, documents: list[str], task: Task | None = N
 
 def _with_vocabulary(model: Model, message: Tokenize | Detokenize, task: Task | None = None) -> Tokens | Text:
     if isinstance(message, Tokenize):
-        with _prepared(model, Job([message.text], message.add_special, message.parse_special), task) as (tokenized, _):
-            return Tokens(message.id, tokenized[0])
+        most = None if message.counted else MOST_TOKENS
+        job = Job([message.text], message.add_special, message.parse_special, most=most, counted=message.counted)
+        with _prepared(model, job, task) as (prepared, _):
+            return Tokens(message.id, prepared.count, [] if message.counted else prepared.tokens[0])
     unknown = model.unknown(message.tokens)
     if unknown is not None:
         raise RequestError("invalid_value", "tokens", f"token {unknown} is not in the vocabulary")

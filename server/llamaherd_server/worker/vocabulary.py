@@ -11,6 +11,7 @@ from typing import Any
 
 # llama.cpp's time for a text grows with the square of its special tokens: a long text is tokenised in pieces.
 PIECE_CHARS = 2**13
+_BEGINNING = 16  # characters a token, which few texts exceed
 LLAMA_VOCAB_TYPE_SPM, LLAMA_VOCAB_TYPE_BPE = 1, 2
 
 
@@ -32,6 +33,12 @@ class Vocabulary:
         pieces = [self._tokens(text[at:end], False, parse_special) for at, end in pairwise(cuts)]
         head, tail = self._ends if add_special else ([], [])
         return [*head, *(token for piece in pieces for token in piece), *tail]
+
+    def warm_up(self) -> None:
+        """Make what is made once."""
+        for parse in (True, False):
+            self.tokenize(" " * (PIECE_CHARS + 1), add_special=True, parse_special=parse)
+            self.least_tokens("", 0, parse_special=parse)
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes of one token; empty for a control token unless `special`."""
@@ -59,11 +66,20 @@ class Vocabulary:
         """The first of `tokens` that the vocabulary does not have."""
         return next((token for token in tokens if not 0 <= token < self.n_vocab), None)
 
-    def least_tokens(self, text: str) -> int:
-        """How many tokens the text has at least; 0 where the vocabulary leaves parts of a text out."""
+    def least_tokens(self, text: str, most: int, *, parse_special: bool) -> int:
+        """How many tokens the text has at least, going by its length and a beginning where `most` hardly fit into it.
+
+        0 where the vocabulary leaves parts of a text out.
+        """
         if self.lib.llama_vocab_type(self.vocab) not in (LLAMA_VOCAB_TYPE_SPM, LLAMA_VOCAB_TYPE_BPE):
             return 0
-        return len(text.encode()) // self._longest
+        least = len(text.encode()) // self._longest
+        beginning = max(PIECE_CHARS, _BEGINNING * most)
+        if least <= most and len(text) > 2 * beginning:
+            # What follows may join with the last of them, but not with so many.
+            tokens = self.tokenize(text[:beginning], add_special=False, parse_special=parse_special)
+            least = max(least, len(tokens) // 2)
+        return least
 
     @cached_property
     def _longest(self) -> int:

@@ -108,6 +108,9 @@ class Double:
         del parse_special
         return [*([1] if add_special else []), *text.encode()]
 
+    async def count_tokens(self, text: str, *, add_special: bool = False) -> int:
+        return len(await self.tokenize(text, add_special=add_special))
+
     async def detokenize(self, tokens: list[int]) -> str:
         return bytes(tokens).decode()
 

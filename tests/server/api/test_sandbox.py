@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from llamaherd_server.chat.jinja import Rendering, render
-from llamaherd_server.chat.sandbox import Sandbox, SandboxError, caller
+from llamaherd_server.chat.sandbox import Sandbox, SandboxError
 from llamaherd_server.errors import ApiError
 from llamaherd_server.json_body import decode
+from llamaherd_server.turns import caller
 
 BURNS = Rendering("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
 FINE = Rendering("{{ x }}", {"x": "é"})

@@ -13,6 +13,7 @@ import pytest
 from llamaherd_server.engine.base import EngineError
 from llamaherd_server.engine.embedded import EmbeddedEngine
 from llamaherd_server.protocol import Delta, Generate, Sampling
+from llamaherd_server.turns import caller
 
 from .asking import ENDLESS, Answer, ask
 
@@ -36,7 +37,7 @@ GRAMMARS = {
     "huge bounds": ('root ::= "a"{100000}', "repetitions"),
     "empty bounds": ('root ::= "a"{}', "expecting an int"),
     "60,000 alternatives": ("root ::= " + " | ".join(f'"a{n}"' for n in range(60_000)), "CPU time"),
-    "optional items": ("root ::= " + "e " * 3000 + '\ne ::= "a" | "b" | ""', "takes more than"),
+    "optional items": ("root ::= " + "e " * 3000 + '\ne ::= "a" | "b" | ""', "takes too much CPU time"),
     "left recursion": ('root ::= root "zebra" | "a"', "left recursion"),
     "hidden left recursion": ('root ::= e root "a"\ne ::= "b" | ""', "left recursion"),
     "undefined": ("root ::= missing", "missing"),
@@ -167,6 +168,24 @@ async def test_a_text_far_beyond_the_context_is_refused_without_its_tokens(engin
     with pytest.raises(EngineError, match=r"at least \d+ tokens, a slot holds 512") as error:
         await ask(engine, "zebra " * 2**18)
     assert error.value.code == "context_length_exceeded"
+
+
+async def test_one_callers_texts_leave_a_lane_to_the_others(engine: EmbeddedEngine) -> None:
+    def of(name: str, text: str) -> asyncio.Task[int]:
+        caller.set(name)
+        return asyncio.create_task(engine.count_tokens(text))
+
+    many = [of("one", "a" * 2**21) for _ in range(4)]
+    other = of("other", "a" * 2**15)
+    assert await other == 2**13
+    assert not many[-1].done()
+    assert await asyncio.gather(*many) == [2**19] * 4
+
+
+async def test_a_texts_tokens_are_given_only_as_far_as_they_are_bounded(engine: EmbeddedEngine) -> None:
+    with pytest.raises(EngineError, match="the text has 600000 tokens, more than 262144: send it in parts"):
+        await engine.tokenize("<|im_start|>" * 600_000)
+    assert await engine.count_tokens("<|im_start|>" * 300_000) == 300_000
 
 
 @pytest.mark.parametrize("text", ["<|im_start|>" * 20_000, "word <|im_end|>\n" * 20_000, "a" * 2**20, "zebra " * 2**16])

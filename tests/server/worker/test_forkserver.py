@@ -51,7 +51,7 @@ def forkserver(model: Model) -> Forkserver:
 def test_a_child_keeps_to_its_grammar_token_by_token(model: Model, forkserver: Forkserver) -> None:
     (yes, no) = (model.tokenize(word, add_special=False, parse_special=False)[0] for word in (" yes", " no"))
     child = forkserver.open(Job(grammar='root ::= " yes" " no"'))
-    assert child.prepared() == []
+    assert child.prepared().tokens == []
     child.ask(no)
     allowed = answer(child, model)
     assert allowed[yes] == 0
@@ -84,6 +84,26 @@ def test_a_forkserver_that_has_died_is_started_again(model: Model, forkserver: F
     forkserver._process.kill()
     forkserver._process.wait()
     assert forkserver.open(Job(["a herd"])).prepared() == before
+
+
+def test_tokens_are_counted_or_given_as_far_as_they_are_wanted(forkserver: Forkserver) -> None:
+    text = "a herd of llamas " * 2000
+    whole = forkserver.open(Job([text])).prepared()
+    assert whole.count == len(whole.tokens[0]) == 12_001
+    counted = forkserver.open(Job([text], counted=True)).prepared()
+    assert (counted.tokens, counted.count) == ([], 12_001)
+    assert forkserver.open(Job([text], most=12_001)).prepared() == whole
+    with pytest.raises(RequestError, match="the text has 12001 tokens, more than 12000: send it in parts"):
+        forkserver.open(Job([text], most=12_000)).prepared()
+    with pytest.raises(RequestError, match="the prompt has 12001 tokens, a slot holds 12001") as refused:
+        forkserver.open(Job([text], room=12_001)).prepared()
+    assert refused.value.details == {"n_prompt_tokens": 12_001, "n_ctx": 12_001}
+
+
+@pytest.mark.parametrize("text", ["a" * 2**20, " " * 2**20, "<|im_start|>" * 2**17, "\N{GRINNING FACE}" * 2**18])
+def test_of_a_text_that_is_far_too_long_a_beginning_is_looked_at(forkserver: Forkserver, text: str) -> None:
+    with pytest.raises(RequestError, match=r"the prompt has at least \d+ tokens, a slot holds 1024"):
+        forkserver.open(Job([text], room=1024)).prepared()
 
 
 @pytest.mark.parametrize("parse", [True, False])
