@@ -7,6 +7,7 @@ import json
 import ssl
 import time
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -44,6 +45,19 @@ class Client:
             return Answer(answer.status, answer.headers, answer.read())
         finally:
             connection.close()
+
+    def burst(self, path: str, count: int) -> list[Answer]:
+        """The answers to `count` GET requests, sent at once over one connection: a slow client slows none of them."""
+        ask = f"GET {path} HTTP/1.1\r\nHost: {self.url.netloc}\r\nAuthorization: Bearer {self.key}\r\n"
+        connection = self.connect()
+        try:
+            connection.connect()
+            connection.sock.sendall(f"{ask}\r\n".encode() * (count - 1) + f"{ask}Connection: close\r\n\r\n".encode())
+            with connection.sock.makefile("rb") as file:
+                answers = [BytesIO(answer) for answer in file.read().split(b"HTTP/1.1 ")[1:]]
+        finally:
+            connection.close()
+        return [Answer(int(file.readline()[:3]), http.client.parse_headers(file), file.read()) for file in answers]
 
     def stream(self, path: str, body: Any) -> list[tuple[float, str]]:
         """The server-sent events' data, each with its time of arrival (monotonic seconds)."""
