@@ -62,6 +62,11 @@ def test_a_checkout_works_where_it_is_moved_to_and_whatever_the_environment_hold
     assert bootstrap(moved).returncode == 0
     subprocess.run([moved / ".venv/bin/ansible-playbook", "--version"], check=True, capture_output=True)
     assert bootstrap(moved).stdout == ""
+    moved.chmod(0o777)  # as on shared drives, where Ansible ignores a configuration that it finds by itself
+    typed = "set -e; . '{}/.venv/bin/activate'; ansible --version; locale charmap"
+    said = subprocess.check_output(["sh", "-c", typed.format(moved)], env=os.environ | {"LC_ALL": "C"}, text=True)
+    assert f"config file = {moved}/ansible.cfg" in said
+    assert said.endswith("UTF-8\n")
 
     (moved / ".venv/bin/python").unlink()
     (moved / ".venv/bin/python").symlink_to("/usr/bin/python-before-an-upgrade")
