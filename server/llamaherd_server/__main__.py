@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import errno
 import gc
+import hashlib
 import os
 import signal
 import socket
@@ -111,6 +112,8 @@ def _engine(settings: Settings) -> Engine:
             engine.settings,
             chat_template=model.chat_template,
             lora=model.adapters(),
+            prompt_cache_mib=limits.prompt_cache_mib,
+            prompt_cache_dir=_prompts_of(limits.prompt_cache_dir, model.name),
             **timeouts,
         )
     return NativeEngine(
@@ -123,9 +126,17 @@ def _engine(settings: Settings) -> Engine:
         chat_template=model.chat_template,
         lora=model.adapters(),
         rpc=engine.rpc,
-        extra_args=engine.extra_args,
+        extra_args=[*_cache_ram(limits.prompt_cache_mib), *engine.extra_args],
         **timeouts,
     )
+
+
+def _cache_ram(mib: int | None) -> list[str]:
+    return [] if mib is None else ["--cache-ram", str(mib)]
+
+
+def _prompts_of(folder: Path | None, model: str) -> Path | None:
+    return folder and folder / hashlib.blake2b(model.encode(), digest_size=8).hexdigest()
 
 
 def _listen(settings: Settings) -> socket.socket:

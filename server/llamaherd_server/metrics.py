@@ -126,14 +126,20 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
+        found = CounterMetricFamily(
+            "llamaherd_prompt_cache_tokens", "Prompt tokens that were found computed", labels=("model", "tier")
+        )
         kv_used = kv_size = 0
         for model, status, admission in self.followed:
             state = status()
             for family, value in _of_engine(state, admission):
                 families.setdefault(family.name, family).add_metric([model], value)  # type: ignore[attr-defined]
+            for tier, tokens in (_cached_tokens(state.stats) if state.stats else {}).items():
+                found.add_metric([model, tier], tokens)
             kv_used += state.stats.kv_used if state.stats else 0
             kv_size += state.stats.kv_size if state.stats else 0
         yield from families.values()
+        yield found
         yield from self._aliases()
         if kv_size:
             yield _gauge("llamacpp:kv_cache_usage_ratio", "KV cache use, 0 to 1", kv_used / kv_size)
@@ -177,6 +183,15 @@ def _of_engine(status: EngineStatus, admission: Admission) -> Iterator[tuple[Met
     yield _by_model("kv_cells", "KV cache size in tokens"), stats.kv_size
     yield _by_model("kv_cells_used", "KV cache cells in use"), stats.kv_used
     yield _counted("preemptions", "Requests parked so far"), stats.preemptions
+    yield _by_model("prompt_cache_bytes", "Memory of computed prompts that have left their slots"), stats.prompt_bytes
+    yield _by_model("prompt_cache_limit_bytes", "How much of it there may be"), stats.prompt_limit_bytes
+    yield _counted("prompt_cache_evictions", "Computed prompts that made way for others"), stats.prompt_evictions
+
+
+def _cached_tokens(stats: Stats) -> dict[str, int]:
+    """By where they were found."""
+    left = {"memory": stats.cached_memory_tokens, "disk": stats.cached_disk_tokens}
+    return {"slot": stats.cached_tokens - sum(left.values()), **left}
 
 
 def _by_model(name: str, text: str) -> Metric:

@@ -82,6 +82,14 @@ class Adapter(Struct):
     scale: float
 
 
+class PromptStore(Struct, kw_only=True):
+    """Where computed prompts are kept: memory of the front end's, and files of an earlier server's."""
+
+    fd: int
+    bytes: int
+    folder: str | None = None
+
+
 class WorkerConfig(Struct, kw_only=True):
     """What a worker is started with, as JSON on its command line; `chat_template`: a file, before the GGUF's own."""
 
@@ -90,6 +98,7 @@ class WorkerConfig(Struct, kw_only=True):
     settings: EngineSettings
     chat_template: str | None = None
     lora: list[Adapter] = field(default_factory=list)
+    prompts: PromptStore | None = None
 
 
 class NativeConfig(Struct, kw_only=True):
@@ -275,9 +284,14 @@ class Stats(Struct, kw_only=True):
     decode_s: float
     sample_s: float
     overhead_s: float
-    preemptions: int  # since the start, as are the two below
+    preemptions: int  # since the start, as are those below
     cached_tokens: int
     prompt_tokens: int
+    cached_memory_tokens: int = 0  # of the cached ones: from prompts that had left their slots
+    cached_disk_tokens: int = 0
+    prompt_evictions: int = 0
+    prompt_bytes: int = 0  # of prompts that have left their slots, now
+    prompt_limit_bytes: int = 0
 
 
 class Step(Struct, tag="step"):

@@ -172,6 +172,11 @@ class LimitSettings(Section):
     # Who shares the computed beginnings of prompts: requests of the same key, or all. Times and `cached_tokens` tell a
     # client what others that it shares with have asked.
     prompt_cache_scope: Literal["key", "server"] = "key"
+    # Memory for computed prompts that have left their slots; 0: none. Left out: 8 GiB, as llama-server takes, but at
+    # most a quarter of what is available. Of llama-server it is the --cache-ram.
+    prompt_cache_mib: int | None = Field(default=None, ge=0)
+    # Where they are while the server is not running; left out: nowhere. In it each model has a folder of its own.
+    prompt_cache_dir: Path | None = None
     # How long an engine may take from its start until it has computed a first token.
     load_timeout_s: float = Field(default=900, gt=0)
     # Above the slowest step, which is a whole batch of prompt on this host.

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.lab.conftest import LEFT, Herd
+from tests.lab.test_engine_llama_server import client
 from tests.unit.conftest import load
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
@@ -36,6 +37,21 @@ def test_check_mode_on_a_deployed_host_would_change_nothing(herd: Herd) -> None:
 
 def test_verify(herd: Herd) -> None:
     herd.succeed("verify.yml")
+
+
+def test_a_prompt_is_warm_after_a_restart(herd: Herd) -> None:
+    body = {"model": "smollm2-135m-instruct", "prompt": " ".join(map(str, range(60))), "max_tokens": 2}
+
+    def cached() -> tuple[int, int]:
+        usage = client(herd).request("POST", "/v1/completions", body).json()["usage"]
+        return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+
+    assert cached()[1] == 0
+    herd.sh("t1", "systemctl restart llamaherd-server", timeout_s=120)
+    tokens, found = cached()
+    assert found == tokens - 1
+    folders = herd.sh("t1", "cd /var/lib/llamaherd/prompts && stat -c '%a %U' . server").split()
+    assert folders == ["700", "llamaherd"] * 2
 
 
 AGAIN = 'again() { for link; do ln -sfn "$(readlink "$link")" "$link"; done; }'

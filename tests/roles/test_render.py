@@ -204,8 +204,17 @@ def test_a_unit_has_the_hosts_memory_at_most_and_is_started_again_for_ever(debia
 
 def test_stopping_waits_longer_than_draining(render: Render) -> None:
     unit = render("debian12", llamaherd_server_drain_timeout_s=90)
-    assert "TimeoutStopSec=105\n" in unit.text("llamaherd-server.service")
+    assert "TimeoutStopSec=120\n" in unit.text("llamaherd-server.service")
     assert settings.load(unit.folder / "server.toml").limits.drain_timeout_s == 90
+
+
+def test_computed_prompts_have_a_folder_unless_there_is_to_be_none(render: Render, debian: Rendered) -> None:
+    folder = "/var/lib/llamaherd/prompts/server"
+    assert f"ReadWritePaths={folder}\n" in debian.text("llamaherd-server.service")
+    assert str(settings.load(debian.folder / "server.toml").limits.prompt_cache_dir) == folder
+    without = render("debian12", llamaherd_server_prompt_cache_dir="")
+    assert "ReadWritePaths" not in without.text("llamaherd-server.service")
+    assert settings.load(without.folder / "server.toml").limits.prompt_cache_dir is None
 
 
 # launchd.plist(5): what a daemon has, and no key that launchd does not know or takes as another type.

@@ -13,7 +13,7 @@ from llamaherd_server.api.state import AppState, state_of
 router = APIRouter(route_class=ModelRoute)
 
 _REFRESH_S = 3
-_COLUMNS = ("model", "engine", "state", "slots busy", "waiting", "KV cells in use")
+_COLUMNS = ("model", "engine", "state", "slots busy", "waiting", "KV cells in use", "prompt tokens found")
 _STYLE = """
 :root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif; }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -68,5 +68,7 @@ def _row(model: AppState) -> str:
     )
     used, size = (stats.kv_used, stats.kv_size) if stats else (0, 0)
     kv = f'<meter max="{max(size, 1)}" value="{used}">{used}</meter> {used} of {size}'
-    texts = [*map(escape, cells), kv]
+    prompt = stats.prompt_tokens if stats else 0
+    found = f"{100 * stats.cached_tokens / prompt:.0f} % of {prompt}" if stats and prompt else "-"
+    texts = [*map(escape, cells), kv, found]
     return "".join(f'<td data-name="{name}">{text}</td>' for name, text in zip(_COLUMNS, texts, strict=True))

@@ -8,12 +8,15 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 import msgspec
 
 from llamaherd_server.engine.base import LIVES, EngineError, EngineStatus, Event
+from llamaherd_server.engine.process import WorkerProcess
+from llamaherd_server.engine.prompt_store import Prompts, open_prompts
 from llamaherd_server.engine.supervisor import Supervisor
 from llamaherd_server.protocol import (
     Adapter,
@@ -76,6 +79,8 @@ class EmbeddedEngine:
         *,
         chat_template: Path | None = None,
         lora: list[Adapter] | None = None,
+        prompt_cache_mib: int | None = 0,
+        prompt_cache_dir: Path | None = None,
         heartbeat_timeout_s: float = 120,
         load_timeout_s: float = 900,
     ) -> None:
@@ -95,9 +100,12 @@ class EmbeddedEngine:
         self._open: dict[int, _Call] = {}
         self._probing: asyncio.Task[None] | None = None
         self._probed: float | None = None  # when a probe was sent that is not answered yet
-        self._supervisor = Supervisor(self._config, self, heartbeat_timeout_s, load_timeout_s=load_timeout_s)
+        self._prompts = Prompts()
+        self._open_prompts = partial(open_prompts, prompt_cache_mib, prompt_cache_dir)
+        self._supervisor = Supervisor(self._config, self, heartbeat_timeout_s, self._process, load_timeout_s)
 
     async def start(self) -> None:
+        self._prompts = self._open_prompts()
         await self._supervisor.start()
         if self._supervisor.state == "failed":
             raise EngineError("internal", self._supervisor.last_error or "the engine did not start")
@@ -108,6 +116,7 @@ class EmbeddedEngine:
             self._probing.cancel()
         self._end(list(self._open.values()), EngineError("engine_stopped", "the server is stopping"))
         await self._supervisor.stop()
+        await self._prompts.close()
 
     def status(self) -> EngineStatus:
         supervisor = self._supervisor
@@ -198,7 +207,11 @@ class EmbeddedEngine:
     # --- questions and answers -----------------------------------------------------------------------------------
 
     def _config(self) -> bytes:
-        return msgspec.json.encode(msgspec.structs.replace(self._worker, settings=self._settings))
+        config = msgspec.structs.replace(self._worker, settings=self._settings, prompts=self._prompts.config)
+        return msgspec.json.encode(config)
+
+    def _process(self) -> WorkerProcess:
+        return WorkerProcess([self._prompts.fd] if self._prompts.config else [])
 
     async def _answer(self, question: Question, kind: type[T]) -> T:
         call = self._ask(question)

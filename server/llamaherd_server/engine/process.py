@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections import deque
+from collections.abc import Sequence
 
 import msgspec
 
@@ -87,12 +88,17 @@ class ChildProcess:
 class WorkerProcess(ChildProcess):
     """Started by `start`; `receive` until it gives None, then `ended` says why it has gone."""
 
+    def __init__(self, inherited: Sequence[int] = ()) -> None:
+        """`inherited`: file descriptors that the worker gets under the same numbers."""
+        super().__init__()
+        self._inherited = inherited
+
     async def start(self, config: bytes) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, *_program(), str(theirs.fileno()), config.decode()),
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *self._inherited],
                 stdin=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
 
 from llamaherd_server.protocol import EngineSettings, TokenLogprob
 from llamaherd_server.worker.sequence import Sequence, Share
@@ -13,17 +14,23 @@ NO_ROOM = 1  # in the KV cache; nothing has changed
 ABORTED = 2  # some of the batch has been computed
 INVALID = -1  # the batch was refused; nothing has changed
 
+Part: TypeAlias = tuple[Any, int, int]
+"""A saved state, its bytes, and up to which position it counts."""
+
 
 class Backend(Protocol):
     """`size` is its KV cells; a common prefix of fewer than `least_shared` tokens is not worth copying.
 
-    In the slot that has them, `least_in_place` are enough.
+    `cuts`: a slot can be cut back to any length; otherwise to those that it `keeps`, and to its checkpoints. `chains`:
+    a part of a slot can be saved, and loaded after others. `stops`: a step can be aborted.
     """
 
     settings: EngineSettings
     size: int
     least_shared: int
-    least_in_place: int
+    cuts: bool
+    chains: bool
+    stops: bool
 
     def decode(self, shares: list[Share]) -> int:
         """Compute the next tokens of each sequence, as many as its share; one of the codes above."""
@@ -60,3 +67,18 @@ class Backend(Protocol):
 
     def restore(self, slot: int, state: bytes) -> bool:
         """Put saved cells into an empty slot; False, and the slot stays empty, where this context cannot take them."""
+
+    def save_part(self, slot: int, start: int, buffer: Callable[[int], Any]) -> int:
+        """Write a slot's state from position `start` on to the buffer that is given for its bytes; 0: none was."""
+
+    def load_parts(self, slot: int, parts: list[Part], back: bytes | None) -> bool:
+        """Put saved parts into an empty slot, then go `back` to a checkpoint; False, and the slot is empty, if not."""
+
+    def keeps(self, slot: int, length: int) -> bool:
+        """Whether a slot's first `length` positions can be gone on from without a checkpoint."""
+
+    def checkpoint(self, slot: int) -> bytes:
+        """What of a slot's state could not be cut back to here later."""
+
+    def rewind(self, slot: int, length: int, state: bytes) -> bool:
+        """Cut a slot back to the checkpoint `state` at `length`; False, and the slot is empty, where that failed."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from llamaherd_server.protocol import EngineSettings, TokenLogprob
+from llamaherd_server.worker.backend import Part
 from llamaherd_server.worker.batch import Batch
 from llamaherd_server.worker.interrupt import Interrupt
 from llamaherd_server.worker.memory import DoesNotFit, check_fits, context_bytes, total_cells
@@ -20,6 +21,8 @@ KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_
 FLASH = {"auto": -1, "off": 0, "on": 1}
 # With split KV a shared prefix is copied, with all of its slot's cells: not worth it for a few tokens.
 LEAST_COPIED = 64
+WHOLE, PARTIAL = 0, 1  # llama_state_seq_flags
+MAX_SEQUENCES = 256
 
 
 class Context:
@@ -33,13 +36,21 @@ class Context:
         check_fits(model, settings)
         self.size = total_cells(settings)
         slots = settings.parallel
-        self._handle = new_context(model, settings, n_seq_max=slots, n_outputs_max=slots)
-        interrupt.watch(self._handle)
+        # A sequence beside the slots', by which a part of one is saved, and put after what another has.
+        self.chains = settings.kv_unified and not model.window and slots < MAX_SEQUENCES
+        self._spare = slots
+        sequences = slots + self.chains
+        self._handle = new_context(model, settings, n_seq_max=sequences, n_outputs_max=sequences)
+        self.stops = not model.recurrent
+        if self.stops:  # a recurrent state that was half way through a step is lost
+            interrupt.watch(self._handle)
         self._memory = lib.llama_get_memory(self._handle)
         self.generates = bool(self._memory)  # an encoder, for embeddings only, keeps nothing of a token
         self._batch = Batch(lib, settings.batch)
-        self.least_in_place = 1 if model.has_cells else sys.maxsize
-        self.least_shared = max(self.least_in_place, 1 if settings.kv_unified else LEAST_COPIED)
+        slides = self._memory and self._state_size(0, WHOLE) > self._state_size(0, PARTIAL)
+        self._window = model.window if slides else 0
+        self.cuts = not (model.recurrent or self._window)
+        self.least_shared = 1 if settings.kv_unified else LEAST_COPIED
 
     def close(self) -> None:
         self._lib.llama_free(self._handle)
@@ -63,8 +74,6 @@ class Context:
         return int(self._lib.llama_decode(self._handle, self._batch.native))
 
     def held(self, slot: int) -> int:
-        if not self._model.has_cells:  # a recurrent state cannot be taken back by a few tokens
-            self.forget(slot)
         return int(self._lib.llama_memory_seq_pos_max(self._memory, slot)) + 1
 
     def sample(self, sequence: Sequence, row: int) -> int | None:
@@ -91,22 +100,83 @@ class Context:
     def share(self, source: int, target: int, length: int) -> None:
         if self.settings.kv_unified:
             self._lib.llama_memory_seq_cp(self._memory, source, target, 0, length)
+        elif self._window:  # a copy is done with the next step only, and would undo a checkpoint put there
+            self.restore(target, self.save(source))
+            self.forget(target, length)
         else:  # llama.cpp copies whole sequences only: what is too much goes again
             self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
             self.forget(target, length)
 
     def save(self, slot: int) -> bytes:
-        size = self._lib.llama_state_seq_get_size(self._handle, slot)
-        state = (ctypes.c_uint8 * size)()
-        written = self._lib.llama_state_seq_get_data(self._handle, state, size, slot)
-        return bytes(memoryview(state)[:written])
+        return self._saved(slot, WHOLE)
 
     def restore(self, slot: int, state: bytes) -> bool:
-        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        if self._lib.llama_state_seq_set_data(self._handle, data, len(state), slot):
-            return True
+        return self._restored(slot, state, WHOLE) or self._lost(slot)
+
+    def save_part(self, slot: int, start: int, buffer: Callable[[int], Any]) -> int:
+        if not start:
+            return self._write(slot, WHOLE, buffer)
+        self._lib.llama_memory_seq_cp(self._memory, slot, self._spare, start, -1)
+        try:
+            return self._write(self._spare, WHOLE, buffer)
+        finally:
+            self.forget(self._spare)
+
+    def load_parts(self, slot: int, parts: list[Part], back: bytes | None) -> bool:
+        start = 0
+        for state, size, end in parts:
+            there = self._spare if self.chains else slot
+            if not self._lib.llama_state_seq_set_data_ext(self._handle, state, size, there, WHOLE):
+                self.forget(there)
+                return self._lost(slot)
+            if self.chains:
+                self._lib.llama_memory_seq_cp(self._memory, self._spare, slot, start, end)
+                self.forget(self._spare)
+            start = end
+        return self.rewind(slot, start, back) if back else self._cut(slot, start)
+
+    def checkpoint(self, slot: int) -> bytes:
+        return self._saved(slot, PARTIAL)
+
+    def rewind(self, slot: int, length: int, state: bytes) -> bool:
+        return (self._restored(slot, state, PARTIAL) and self._cut(slot, length)) or self._lost(slot)
+
+    def keeps(self, slot: int, length: int) -> bool:
+        if self._model.recurrent:
+            return self.held(slot) == length
+        oldest = int(self._lib.llama_memory_seq_pos_min(self._memory, slot))
+        return self.cuts or oldest <= max(0, length - self._window)
+
+    def _cut(self, slot: int, length: int) -> bool:
+        return bool(self._lib.llama_memory_seq_rm(self._memory, slot, length, -1))
+
+    def _lost(self, slot: int) -> bool:
         self.forget(slot)
         return False
+
+    def _saved(self, slot: int, flags: int) -> bytes:
+        made = []
+
+        def buffer(size: int) -> Any:
+            made.append((ctypes.c_uint8 * size)())
+            return made[0]
+
+        written = self._write(slot, flags, buffer)
+        return bytes(memoryview(made[0])[:written])
+
+    def _write(self, slot: int, flags: int, buffer: Callable[[int], Any]) -> int:
+        size = self._state_size(slot, flags)
+        state = buffer(size)
+        if state is None:
+            return 0
+        return int(self._lib.llama_state_seq_get_data_ext(self._handle, state, size, slot, flags))
+
+    def _state_size(self, slot: int, flags: int) -> int:
+        return int(self._lib.llama_state_seq_get_size_ext(self._handle, slot, flags))
+
+    def _restored(self, slot: int, state: bytes, flags: int) -> bool:
+        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        return bool(self._lib.llama_state_seq_set_data_ext(self._handle, data, len(state), slot, flags))
 
 
 def new_context(model: Model, settings: EngineSettings, **more: Any) -> Any:
@@ -122,6 +192,7 @@ def new_context(model: Model, settings: EngineSettings, **more: Any) -> Any:
         "type_k": KV_TYPES[settings.kv_type_k],
         "type_v": KV_TYPES[settings.kv_type_v],
         "kv_unified": settings.kv_unified,
+        "swa_full": False,
         "no_perf": True,
         **more,
     }

@@ -31,6 +31,7 @@ from llamaherd_server.worker.interrupt import Interrupt
 from llamaherd_server.worker.lanes import Lanes, Task
 from llamaherd_server.worker.memory import total_cells
 from llamaherd_server.worker.model import Model
+from llamaherd_server.worker.prompts import PromptCache
 from llamaherd_server.worker.sampling import NativeSampler, checked, has_breakers
 from llamaherd_server.worker.sequence import Sampler, Sequence
 from llamaherd_server.worker.text import TextStream
@@ -50,10 +51,16 @@ class Intake:
     """
 
     def __init__(
-        self, channel: Channel, model: Model, interrupt: Interrupt, room: Callable[[], int] = lambda: sys.maxsize
+        self,
+        channel: Channel,
+        model: Model,
+        interrupt: Interrupt,
+        room: Callable[[], int] = lambda: sys.maxsize,
+        prompts: PromptCache | None = None,
     ) -> None:
-        """`room`: how many tokens a slot holds now."""
+        """`room`: how many tokens a slot holds now. What `prompts` has on disk is brought to memory beforehand."""
         self._room = room
+        self._prompts = prompts
         self._channel = channel
         self._model = model
         self._interrupt = interrupt
@@ -117,6 +124,15 @@ class Intake:
         except RequestError as error:
             self._channel.send(Failed(message.id, error.code, error.message, error.param, error.details))
             return
+        if isinstance(work, Sequence) and self._is_on_disk(work):
+            if task is None:
+                self._lanes.add(Task(message.id, work.request.owner, partial(self._fetch, work)))
+            else:
+                self._fetch(work, task)
+        else:
+            self._hand_over(work, task)
+
+    def _hand_over(self, work: Sequence | EmbeddingJob, task: Task | None) -> None:
         with self._handing_over:
             if task is None or not task.cancelled:
                 self._ready.put(work)
@@ -124,6 +140,18 @@ class Intake:
                 work.sampler.close()
         if isinstance(work, Sequence) and self._interrupt.joins():
             self._interrupt.set()
+
+    def _is_on_disk(self, sequence: Sequence) -> bool:
+        request = sequence.request
+        if self._prompts is None or not request.cache_prompt:
+            return False
+        found = self._prompts.find(request.cache_scope, sequence.tokens, on_disk=True)
+        return found is not None and found.on_disk
+
+    def _fetch(self, sequence: Sequence, task: Task) -> None:
+        if self._prompts is not None:
+            self._prompts.fetch(sequence.request.cache_scope, sequence.tokens)
+        self._hand_over(sequence, task)
 
 
 def is_slow(message: Generate | Tokenize | Detokenize | Embed) -> bool:
@@ -159,7 +187,8 @@ def sequence_of(model: Model, request: Generate, task: Task | None = None, room:
         preserved = frozenset(model.control_tokens(request.preserved))
         chain = NativeSampler(model, sampling, tokens)
         sampler = chain if child is None else _with_grammar(model, chain, child)
-        return Sequence(request, tokens, sampler, TextStream(request.stop), preserved)
+        borders = model.borders(tokens) if model.recurrent or model.window else []
+        return Sequence(request, tokens, sampler, TextStream(request.stop), preserved, borders)
 
 
 def _with_grammar(model: Model, chain: NativeSampler, child: Child) -> Sampler:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from llamaherd_server.worker.backend import Backend
+from llamaherd_server.worker.backend import Backend, Part
+from llamaherd_server.worker.prompts import Checkpoint
 from llamaherd_server.worker.sequence import Sequence
 
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """A sequence id of the context. Its cells hold the beginning of `tokens`, also when its sequence has finished."""
+    """A sequence id of the context. Its cells hold the beginning of `tokens`, also when its sequence has finished.
+
+    `checkpoints`, by length, are what it can be cut back to where cells alone are not enough. `kept`: how many of its
+    tokens need no more keeping when it is given up.
+    """
 
     number: int
     sequence: Sequence | None = None
@@ -19,6 +25,8 @@ class Slot:
     cells: list[int] = field(default_factory=list)
     scope: str = ""  # whose requests may share the cells
     used: int = 0  # the step of its last request's end
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    kept: int = 0
 
     @property
     def length(self) -> int:
@@ -31,7 +39,9 @@ class KvCache:
     With unified KV a shared cell counts once, and is free when the last slot lets go of it; with split KV it is copied.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, before_loss: Callable[[Slot], None] = lambda _: None) -> None:
+        """`before_loss` is called with a slot that is about to be emptied for another's sake."""
+        self._before_loss = before_loss
         self.slots = [Slot(number) for number in range(backend.settings.parallel)]
         self.size = self.free = backend.size
         self._backend = backend
@@ -52,33 +62,70 @@ class KvCache:
         slot.cells.extend(itertools.islice(self._numbers, count))
         self.free -= count
 
-    def share(self, source: Slot, target: Slot, length: int) -> None:
-        """Give the empty `target` the first `length` cells of `source`."""
-        self._backend.share(source.number, target.number, length)
-        if not self._unified:
-            self.grow(target, length)
-            return
-        target.cells = source.cells[:length]
-        for cell in target.cells:
-            self._sharers[cell] = self._sharers.get(cell, 0) + 1
+    def usable(self, slot: Slot, length: int) -> int:
+        """How many of the slot's first `length` positions can be gone on from."""
+        length = min(length, slot.length)
+        if self._backend.cuts or length == 0 or self._backend.keeps(slot.number, length):
+            return length
+        return max((there for there, _ in slot.checkpoints if there <= length), default=0)
 
-    def cut(self, slot: Slot, length: int = 0) -> None:
-        """Keep the slot's first `length` cells only."""
-        gone = slot.cells[length:]
-        if not gone:
-            return
-        self._backend.forget(slot.number, length)
-        del slot.cells[length:]
-        for cell in gone:
-            others = self._sharers.pop(cell, 0)
-            if others > 1:
-                self._sharers[cell] = others - 1
-            self.free += others == 0
+    def share(self, source: Slot, target: Slot, length: int) -> int:
+        """Give the empty `target` the first `length` positions of `source`, which are `usable`; how many it got."""
+        kept = self._backend.cuts or self._backend.keeps(source.number, length)
+        self._backend.share(source.number, target.number, length)
+        target.checkpoints = [one for one in source.checkpoints if one[0] <= length]
+        if self._unified:
+            target.cells = source.cells[:length]
+            for cell in target.cells:
+                self._sharers[cell] = self._sharers.get(cell, 0) + 1
+        else:
+            self.grow(target, length)
+        return length if kept or self._rewind(target, length) else 0
+
+    def cut(self, slot: Slot, length: int = 0) -> int:
+        """Keep the slot's first `length` positions only, as far as they are `usable`; how many those are."""
+        length = self.usable(slot, length)
+        slot.checkpoints = [one for one in slot.checkpoints if one[0] <= length]
+        slot.kept = min(slot.kept, length)
+        if length == slot.length:
+            return length
+        kept = length == 0 or self._backend.cuts or self._backend.keeps(slot.number, length)
+        if kept:
+            self._backend.forget(slot.number, length)
+        self._let_go(slot, length)
+        return length if kept or self._rewind(slot, length) else 0
+
+    def load(self, slot: Slot, parts: list[Part], back: bytes | None, checkpoints: list[Checkpoint]) -> bool:
+        """Put saved parts into the empty slot; False, and it stays empty, where the backend cannot."""
+        if not self._backend.load_parts(slot.number, parts, back):
+            return False
+        self.grow(slot, parts[-1][2])
+        slot.checkpoints, slot.kept = checkpoints, slot.length
+        return True
 
     def evict(self, *keep: Slot | None) -> bool:
         """Empty the idle slot that was used least recently; False when there is none but those to `keep`."""
         cached = [slot for slot in self.idle if slot.cells and slot not in keep]
         if not cached:
             return False
-        self.cut(min(cached, key=lambda slot: slot.used))
+        slot = min(cached, key=lambda slot: slot.used)
+        self._before_loss(slot)
+        self.cut(slot)
         return True
+
+    def _rewind(self, slot: Slot, length: int) -> bool:
+        state = next(state for there, state in slot.checkpoints if there == length)
+        if self._backend.rewind(slot.number, length, state):
+            return True
+        slot.checkpoints, slot.kept = [], 0
+        self._let_go(slot, 0)
+        return False
+
+    def _let_go(self, slot: Slot, length: int) -> None:
+        gone = slot.cells[length:]
+        del slot.cells[length:]
+        for cell in gone:
+            others = self._sharers.pop(cell, 0)
+            if others > 1:
+                self._sharers[cell] = others - 1
+            self.free += others == 0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+import re
 
 from llamaherd_server.protocol import EngineSettings
+from llamaherd_server.worker.available import available_bytes
 from llamaherd_server.worker.model import Model
 
 # Bytes per element: a block's size over its length.
@@ -21,6 +22,7 @@ ELEMENT_BYTES = {
 }
 PADDING = 256  # tokens to which llama.cpp pads a context
 MIB = 2**20
+LEAST_PERIOD = 2  # of the layers with a sliding window, where the GGUF states none, at least each second one
 
 
 class DoesNotFit(Exception):
@@ -62,14 +64,28 @@ def context_bytes(model: Model, settings: EngineSettings) -> float:
 
 
 def kv_bytes(model: Model, settings: EngineSettings) -> float:
-    """Over all layers and cells: KV heads x (key width x its bytes + value width x its bytes)."""
+    """Over all layers and cells: KV heads x (key width x its bytes + value width x its bytes).
+
+    Layers with a sliding window keep that of each sequence and a ubatch.
+    """
     lib, handle = model.lib, model.handle
-    heads = lib.llama_model_n_head(handle)
-    width = lib.llama_model_n_embd(handle) // max(heads, 1)
+    width = lib.llama_model_n_embd(handle) // max(lib.llama_model_n_head(handle), 1)
     key = model.number("attention.key_length") or width
     value = model.number("attention.value_length") or width
     cell = key * ELEMENT_BYTES[settings.kv_type_k] + value * ELEMENT_BYTES[settings.kv_type_v]
-    return float(lib.llama_model_n_layer(handle) * lib.llama_model_n_head_kv(handle) * cell * _padded_cells(settings))
+    cells = _padded_cells(settings)
+    sliding = (1 - 1 / (model.number("attention.sliding_window_pattern") or LEAST_PERIOD)) if model.window else 0
+    sequences = settings.parallel
+    in_window = min(cells, model.window * sequences + settings.ubatch * (1 if settings.kv_unified else sequences))
+    return float(_kv_heads(model) * cell * (sliding * in_window + (1 - sliding) * cells))
+
+
+def _kv_heads(model: Model) -> float:
+    """Of all layers. Those of a hybrid model differ, and a long list is not told to its end."""
+    layers = int(model.lib.llama_model_n_layer(model.handle))
+    told = re.findall(r"\d+(?=[,\]])", model.meta(f"{model.meta('general.architecture')}.attention.head_count_kv"))
+    heads = [int(one) for one in told] or [int(model.lib.llama_model_n_head_kv(model.handle))]
+    return layers * sum(heads) / len(heads)
 
 
 def compute_bytes(model: Model, settings: EngineSettings) -> float:
@@ -81,34 +97,6 @@ def compute_bytes(model: Model, settings: EngineSettings) -> float:
     heads = lib.llama_model_n_head(handle) if settings.flash_attention == "off" else 1
     attention = 4 * settings.ubatch * cells * heads
     return float(activations + attention + 4 * settings.parallel * model.n_vocab)
-
-
-def available_bytes() -> float | None:
-    """Memory that this process may still take, by the host and its control groups; None where nobody tells (macOS)."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    lines = meminfo.read_text().splitlines()
-    host = next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable:"))
-    return min(host, _control_group_bytes())
-
-
-def _control_group_bytes() -> float:
-    """What the tightest control group (version 2) above this process leaves, file cache that can go included."""
-    groups = Path("/proc/self/cgroup").read_text().splitlines()
-    own = next((line.removeprefix("0::") for line in groups if line.startswith("0::")), "/")
-    left = math.inf
-    root = Path("/sys/fs/cgroup")
-    folder = root / own.strip("/")
-    for group in (folder, *folder.parents):
-        limit = group / "memory.max"
-        if limit.exists() and (most := limit.read_text().strip()) != "max":
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
-            left = min(left, int(most) - used)
-        if group == root:
-            break
-    return left
 
 
 def _padded_cells(settings: EngineSettings) -> int:

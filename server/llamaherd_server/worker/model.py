@@ -45,8 +45,9 @@ class Model(Vocabulary):
             raise ModelError(f"{path} cannot be loaded: {log.last_error or 'llama.cpp does not say why'}")
         super().__init__(lib, handle)
         self.forkserver = Forkserver(path)
-        # A recurrent state is no row of cells: it can neither be cut back nor shared from the middle.
-        self.has_cells = not (lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
+        # What cannot be cut back: a recurrent state, and cells of a sliding window (in tokens) that others have taken.
+        self.recurrent = bool(lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
+        self.window = int(lib.llama_model_n_swa(self.handle))
         self.n_ctx_train = int(lib.llama_model_n_ctx_train(self.handle))
         # A vector for each input is what is asked for: a GGUF that states no pooling gets the mean over the tokens.
         self.pooling = self.number("pooling_type") or MEAN_POOLING

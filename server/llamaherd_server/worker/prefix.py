@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from llamaherd_server.worker.kv import Slot
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llamaherd_server.worker.kv import KvCache, Slot
 
 # A beginning that is shorter than this is computed again rather than waited for.
 WORTH_WAITING = 32
@@ -22,17 +25,15 @@ def common(a: list[int], b: list[int]) -> int:
     return low
 
 
-def best_source(slots: list[Slot], tokens: list[int], least: int) -> tuple[Slot | None, int]:
-    """The slot whose cells begin most like `tokens`, and how many do; None where fewer than `least` do.
+def best_source(kv: KvCache, slots: list[Slot], tokens: list[int]) -> tuple[Slot | None, int]:
+    """The slot with the longest beginning of `tokens` that can be gone on from, and how long it is.
 
     One token is always left to compute: its logits are needed.
     """
     most = len(tokens) - 1
-    shared = [(min(common(slot.tokens, tokens), slot.length, most), slot) for slot in slots]
-    if not shared:
-        return None, 0
-    length, slot = max(shared, key=lambda pair: pair[0])
-    return (slot, length) if length >= least else (None, 0)
+    shared = [(kv.usable(slot, min(common(slot.tokens, tokens), most)), slot) for slot in slots]
+    length, slot = max(shared, key=lambda pair: pair[0], default=(0, None))
+    return (slot, length) if length else (None, 0)
 
 
 def is_coming(slots: list[Slot], tokens: list[int], have: int) -> bool:

@@ -15,9 +15,11 @@ from functools import partial
 from llamaherd_server.protocol import Delta, Failed, Finished, FinishReason, Started, Stats, Step
 from llamaherd_server.worker.backend import ABORTED, DONE, INVALID, NO_ROOM, Backend
 from llamaherd_server.worker.errors import DecodeFailed, RequestError
+from llamaherd_server.worker.keeper import Keeper
 from llamaherd_server.worker.kv import KvCache
 from llamaherd_server.worker.placement import Place, find_place
 from llamaherd_server.worker.prefix import best_source, is_coming
+from llamaherd_server.worker.prompts import Found, PromptCache
 from llamaherd_server.worker.sequence import NO_SLOT, Sequence, Share
 from llamaherd_server.worker.stopwatch import Stopwatch
 
@@ -31,8 +33,14 @@ TELLING = 64  # tokens from which on a step tells how long a token of a prompt t
 class Scheduler:
     """Sequences in, one Step of events out at each turn. Not for threads: whoever calls it owns the context."""
 
-    def __init__(self, backend: Backend, announce: Callable[[Started], None] | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        announce: Callable[[Started], None] | None = None,
+        prompts: PromptCache | None = None,
+    ) -> None:
         """`announce` gets what a step starts before it is computed; without it, that is among the step's events."""
+        self._keeper = Keeper(prompts)
         self._announce = announce or self._event
         self.waiting: list[Sequence] = []  # by arrival
         self._events: list[Started | Delta | Finished | Failed] = []
@@ -49,6 +57,11 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing to do, nor anything to keep."""
+        return self.idle and not self._keeper.behind(self._kv)
 
     @property
     def beginning(self) -> bool:
@@ -70,14 +83,17 @@ class Scheduler:
         """Take everything off the context, to go on after `attach`: with its cells, or computed again."""
         for sequence in self.running:
             self._park(sequence, keep=keep)
-        if not keep:
+        if keep:
+            self._keeper.keep_all(self._kv)
+        else:
             for sequence in self.waiting:
                 sequence.state = None
 
     def attach(self, backend: Backend) -> None:
         """Go on with another context."""
         self._backend = backend
-        self._kv = KvCache(backend)
+        self._kv = KvCache(backend, self._keeper.keep)
+        self._keeper.attach(backend)
 
     def step(self) -> Step:
         """One turn: at most one new token for each running sequence."""
@@ -91,6 +107,7 @@ class Scheduler:
                 computed += _tokens(shares)
                 self._sample(shares, watch)
         self._take_late(watch)
+        self._keeper.catch_up(self._kv)
         if computed >= TELLING:
             self._token_s = watch.decode_s / computed
         events, self._events = self._events, []
@@ -106,30 +123,37 @@ class Scheduler:
         for sequence in list(self.waiting):
             if not self._kv.idle:
                 return
-            source, length = None, 0
+            source, length, stored = None, 0, None
             if sequence.request.cache_prompt and sequence.state is None:
                 slots = [slot for slot in self._kv.slots if slot.scope == sequence.request.cache_scope]
-                source, length = best_source(slots, sequence.tokens, self._backend.least_in_place)
+                source, length = best_source(self._kv, slots, sequence.tokens)
                 if is_coming(slots, sequence.tokens, length):
                     continue
+                if stored := self._keeper.better(sequence, length, self._token_s):
+                    source, length = None, 0
             place = find_place(self._kv, sequence, source, length, self._backend.least_shared)
             if place is None:
                 return
             self.waiting.remove(sequence)
-            self._start(sequence, place)
+            self._start(sequence, place, stored)
 
-    def _start(self, sequence: Sequence, place: Place) -> None:
+    def _start(self, sequence: Sequence, place: Place, stored: Found | None) -> None:
         slot, length = place.target, place.length
+        if slot.length > length or place.source is not slot:
+            self._keeper.keep(slot)
         if place.source is slot:
-            self._kv.cut(slot, length)
+            length = self._kv.cut(slot, length)
         else:
             self._kv.cut(slot)
             if place.source is not None:
-                self._kv.share(place.source, slot, length)
+                length = self._kv.share(place.source, slot, length)
         if sequence.state is not None:
             length = self._unpark(sequence, place)
+        elif stored is not None:
+            length = self._keeper.load(self._kv, slot, stored)
         slot.sequence, slot.tokens, slot.scope = sequence, sequence.tokens, sequence.request.cache_scope
         sequence.slot, sequence.computed = slot.number, length
+        self._keeper.mark(slot, sequence, border=length > 0)
         if not sequence.started:
             sequence.begin(length)
             self._cached += length
@@ -167,13 +191,15 @@ class Scheduler:
         settings = self._backend.settings
         room = min(max(settings.ubatch - beside, 1), settings.batch - beside)
         left = settings.batch - beside
-        if self._token_s:
+        if not self._backend.stops:
+            left = room
+        elif self._token_s:
             left = max(room, min(left, int(TOGETHER_S / self._token_s)))
         together = not self._decoding()
         shares = []
         for sequence in sorted(self.running, key=lambda one: one.arrival):
             whole = together and sequence.pending <= min(settings.ubatch, left)
-            count = sequence.pending if whole else min(sequence.pending, room)
+            count = min(sequence.to_border, sequence.pending if whole else room)
             if count > 0 and not sequence.decoding:
                 shares.append((sequence, count))
                 room -= count
@@ -207,6 +233,7 @@ class Scheduler:
             for sequence, count in shares:
                 self._kv.grow(self._kv.slots[sequence.slot], count)
                 sequence.computed += count
+                self._keeper.mark(self._kv.slots[sequence.slot], sequence)
         elif result == NO_ROOM:
             self._make_room()
         elif result == ABORTED:
@@ -291,6 +318,8 @@ class Scheduler:
         slot = self._kv.slots[sequence.slot]
         slot.sequence = None
         slot.used = self._step
+        if not sequence.request.cache_prompt:
+            slot.kept = slot.length
 
     def _park(self, sequence: Sequence, *, keep: bool = True) -> None:
         """Take a sequence off its slot, to go on later: with its cells, or computed again where they are not kept."""
@@ -324,6 +353,7 @@ class Scheduler:
             preemptions=self._preemptions,
             cached_tokens=self._cached,
             prompt_tokens=self._prompt,
+            **self._keeper.stats(),
         )
 
 

@@ -33,6 +33,7 @@ class Sequence:
     """`tokens` is the prompt and all that was sampled; the first `computed` of them are in the KV cells of `slot`.
 
     It may grow to `limit` tokens, which the slot's size decides too. `state` holds its KV cells while it is parked.
+    `borders` are the lengths at which another prompt is likely to go another way.
     Sequences order by `arrival`.
     """
 
@@ -41,6 +42,7 @@ class Sequence:
     sampler: Sampler
     text: TextStream
     preserved: frozenset[int] = frozenset()  # control tokens that are text here
+    borders: list[int] = field(default_factory=list)
     limit: int = 0
     n_prompt: int = field(init=False)
     slot: int = NO_SLOT
@@ -67,6 +69,11 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         return self.pending == 1 and self.computed > 0
+
+    @property
+    def to_border(self) -> int:
+        """How many pending tokens there are before the next border, or in all."""
+        return next((border - self.computed for border in self.borders if border > self.computed), self.pending)
 
     def begin(self, cached: int) -> None:
         """It has a slot for the first time; `cached` tokens of its prompt were found in the KV cells."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from llamaherd_server.protocol import Cancel, EngineSettings, Failed, Loading, Ready, Retune, Retuned, WorkerConfig
+from llamaherd_server.worker.arena import Arena
 from llamaherd_server.worker.channel import Channel
 from llamaherd_server.worker.context import Context, resolve_threads
 from llamaherd_server.worker.embedding import Embedder, Job
 from llamaherd_server.worker.errors import RequestError
+from llamaherd_server.worker.identity import identity
 from llamaherd_server.worker.intake import Intake, Work, fit, slot_tokens
 from llamaherd_server.worker.interrupt import Interrupt
 from llamaherd_server.worker.lib import Log, load
 from llamaherd_server.worker.memory import DoesNotFit, check_fits
 from llamaherd_server.worker.model import Model
+from llamaherd_server.worker.prompts import PromptCache
 from llamaherd_server.worker.scheduler import Scheduler
 from llamaherd_server.worker.sequence import Sequence
 
@@ -33,7 +37,8 @@ class Service:
         self._interrupt = Interrupt(lib, log)
         self._context = Context(self._model, config.settings, self._interrupt)
         self._context.warm_up()
-        self._scheduler = Scheduler(self._context, channel.send)
+        self._prompts = _prompt_cache(config, self._model)
+        self._scheduler = Scheduler(self._context, channel.send, self._prompts)
         causal = self._context.generates and self._model.attends_backwards
         self._embedder = Embedder(self._model, self._interrupt, causal=causal)
         load_s = time.perf_counter() - began
@@ -41,15 +46,18 @@ class Service:
 
     def run(self) -> None:
         """Until the front end closes the channel, which raises Closed."""
-        intake = Intake(self._channel, self._model, self._interrupt, lambda: slot_tokens(self._context.settings))
+        intake = Intake(self._channel, self._model, self._interrupt, self._room, self._prompts)
         while True:
-            idle = self._scheduler.idle and self._embedder.idle
+            idle = self._scheduler.settled and self._embedder.idle
             for work in intake.take(HEARTBEAT_S if idle else 0):
                 self._handle(work)
             self._interrupt.gather(self._scheduler.beginning)
             self._channel.send(self._scheduler.step())
             for answer in self._embedder.step(self._context.settings, alone=self._scheduler.idle):
                 self._channel.send(answer)
+
+    def _room(self) -> int:
+        return slot_tokens(self._context.settings)
 
     def _handle(self, work: Work) -> None:
         try:
@@ -107,6 +115,14 @@ class Service:
             if needed > room:
                 message = f"a running request needs {needed} tokens, a slot would hold {room}: raise ctx_per_slot"
                 raise RequestError("does_not_fit", "ctx_per_slot", message)
+
+
+def _prompt_cache(config: WorkerConfig, model: Model) -> PromptCache | None:
+    if config.prompts is None:
+        return None
+    arena = Arena(config.prompts.fd, config.prompts.bytes)
+    folder = Path(config.prompts.folder) if config.prompts.folder else None
+    return PromptCache(arena, identity(model.lib, config), folder)
 
 
 def _same_cells(one: EngineSettings, other: EngineSettings) -> bool:

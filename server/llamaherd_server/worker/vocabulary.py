@@ -12,6 +12,7 @@ from typing import Any
 # llama.cpp's time for a text grows with the square of its special tokens: a long text is tokenised in pieces.
 PIECE_CHARS = 2**13
 _BEGINNING = 16  # characters a token, which few texts exceed
+_OPENING, _LAST_BORDERS = 64, 3
 LLAMA_VOCAB_TYPE_SPM, LLAMA_VOCAB_TYPE_BPE = 1, 2
 
 
@@ -61,6 +62,18 @@ class Vocabulary:
         for token in {*tokens} - self._pieces.keys():
             self._pieces[token] = self.piece(token, special=True)
         return b"".join(map(self._pieces.__getitem__, tokens)).decode(errors="replace")
+
+    def borders(self, tokens: list[int]) -> list[int]:
+        """Lengths at which messages begin: those before the first control token that comes again.
+
+        Of many only the first, where a system prompt ends, and the last, where a next turn or another answer begins.
+        """
+        control = (one for one in dict.fromkeys(tokens[:_OPENING]) if self.lib.llama_vocab_is_control(self.vocab, one))
+        for opener in control:
+            at = [i for i, one in enumerate(tokens) if i and one == opener]
+            if at and (len(at) > 1 or tokens[0] == opener):
+                return sorted({at[0], *at[-_LAST_BORDERS:]})
+        return []
 
     def unknown(self, tokens: list[int]) -> int | None:
         """The first of `tokens` that the vocabulary does not have."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llamaherd_server.protocol import EngineSettings, Generate, TokenLogprob
-from llamaherd_server.worker.backend import ABORTED, DONE, INVALID, NO_ROOM
+from llamaherd_server.worker.backend import ABORTED, DONE, INVALID, NO_ROOM, Part
 from llamaherd_server.worker.errors import RequestError
 from llamaherd_server.worker.sequence import Sequence, Share
 from llamaherd_server.worker.text import TextStream
@@ -57,7 +58,10 @@ class FakeContext:
         self.settings = settings
         self.size = cells if settings.kv_unified else cells * settings.parallel
         self.least_shared = 1 if settings.kv_unified else 4
-        self.least_in_place = 1
+        self.cuts = True
+        self.chains = settings.kv_unified
+        self.stops = True
+        self._overshot: set[int] = set()  # slots whose recurrent state is ahead of their cells
         self.slots: dict[int, list[Cell]] = {slot: [] for slot in range(settings.parallel)}
         self.batches: list[list[Share]] = []
         self.calls = 0
@@ -82,9 +86,10 @@ class FakeContext:
             return INVALID
         if self.used + new > self.size:
             return NO_ROOM
-        aborted = self.calls in self._aborts
+        aborted = self.stops and self.calls in self._aborts
         left = self.calls % (new + 1) if aborted else new
         for sequence, count in shares:
+            assert sequence.slot not in self._overshot
             cells = self.slots[sequence.slot]
             held = [cell.token for cell in cells]
             assert held == sequence.tokens[: sequence.computed], "the cells are not what the scheduler thinks"
@@ -127,11 +132,15 @@ class FakeContext:
         return token == EOG
 
     def forget(self, slot: int, start: int = 0) -> None:
+        assert self.cuts or start == 0 or start >= len(self.slots[slot])
+        self._overshot.discard(slot)
         del self.slots[slot][start:]
 
     def share(self, source: int, target: int, length: int) -> None:
         assert self.slots[target] == []
         cells = self.slots[source][:length]
+        if not self.cuts and length < len(self.slots[source]):
+            self._overshot.add(target)
         self.slots[target] = cells if self.settings.kv_unified else [Cell(cell.token) for cell in cells]
 
     def save(self, slot: int) -> bytes:
@@ -142,6 +151,46 @@ class FakeContext:
         if self._forgetful:
             return False
         self.slots[slot] = [Cell(token) for token in state]
+        return True
+
+    def save_part(self, slot: int, start: int, buffer: Callable[[int], Any]) -> int:
+        assert self.chains or start == 0
+        state = self.save(slot)[start:]
+        if (into := buffer(len(state))) is None:
+            return 0
+        into[:] = state
+        return len(state)
+
+    def load_parts(self, slot: int, parts: list[Part], back: bytes | None) -> bool:
+        assert self.slots[slot] == []
+        if self._forgetful:
+            return False
+        tokens: list[int] = []
+        for state, size, end in parts:
+            assert size == len(state)
+            tokens = [*tokens, *bytes(state)]
+            assert len(tokens) >= end
+            overshot = len(tokens) > end
+            del tokens[end:]
+        self.slots[slot] = [Cell(token) for token in tokens]
+        if back is not None:
+            return self.rewind(slot, parts[-1][2], back)
+        assert self.cuts or not overshot
+        return True
+
+    def keeps(self, slot: int, length: int) -> bool:
+        return self.cuts or len(self.slots[slot]) == length
+
+    def checkpoint(self, slot: int) -> bytes:
+        return self.save(slot)
+
+    def rewind(self, slot: int, length: int, state: bytes) -> bool:
+        assert self.save(slot)[:length] == state
+        self._overshot.discard(slot)
+        if self._forgetful:
+            self.slots[slot] = []
+            return False
+        del self.slots[slot][length:]
         return True
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaherd_server.worker.kv import Slot
+from llamaherd_server.protocol import EngineSettings
+from llamaherd_server.worker.kv import KvCache, Slot
 from llamaherd_server.worker.prefix import WORTH_WAITING, best_source, common, is_coming
 
-from .fake import sequence
+from .fake import FakeContext, sequence
 
 tokens = st.lists(st.integers(0, 1), max_size=40)
+
+
+def best(slots: list[Slot], prompt: list[int]) -> tuple[Slot | None, int]:
+    return best_source(KvCache(FakeContext(EngineSettings(parallel=2), 100)), slots, prompt)
 
 
 def holding(number: int, held: list[int]) -> Slot:
@@ -27,22 +32,18 @@ def test_common_is_the_length_of_the_longest_common_beginning(start: list[int], 
 
 def test_the_longest_beginning_wins_and_one_token_is_left_to_compute() -> None:
     slots = [holding(0, [1, 2]), holding(1, [1, 2, 3, 4]), holding(2, [9])]
-    assert best_source(slots, [1, 2, 3, 4, 5], least=1) == (slots[1], 4)
-    assert best_source(slots, [1, 2, 3, 4], least=1) == (slots[1], 3)
+    assert best(slots, [1, 2, 3, 4, 5]) == (slots[1], 4)
+    assert best(slots, [1, 2, 3, 4]) == (slots[1], 3)
 
 
-def test_a_beginning_that_is_too_short_is_none() -> None:
-    assert best_source([holding(0, [1, 2, 3])], [1, 2, 9], least=3) == (None, 0)
-    assert best_source([holding(0, [5])], [1, 2], least=1) == (None, 0)
-
-
-def test_where_there_is_no_slot_to_share_there_is_no_beginning() -> None:
-    assert best_source([], [1, 2, 3], least=1) == (None, 0)
+def test_where_nothing_is_common_there_is_no_source() -> None:
+    assert best([holding(0, [5])], [1, 2]) == (None, 0)
+    assert best([], [1, 2, 3]) == (None, 0)
 
 
 def test_only_computed_tokens_count() -> None:
     slot = Slot(0, tokens=[1, 2, 3, 4], cells=[0, 1])
-    assert best_source([slot], [1, 2, 3, 4, 5], least=1) == (slot, 2)
+    assert best([slot], [1, 2, 3, 4, 5]) == (slot, 2)
 
 
 def test_a_prompt_that_is_being_computed_is_worth_waiting_for_as_long_as_much_of_it_is_missing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import msgspec
@@ -10,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaherd_server.protocol import Delta, EngineSettings, Failed, Finished, Started
+from llamaherd_server.worker import arena
 from llamaherd_server.worker import scheduler as scheduler_module
 from llamaherd_server.worker.errors import DecodeFailed
 from llamaherd_server.worker.prefix import WORTH_WAITING
+from llamaherd_server.worker.prompts import PromptCache
 from llamaherd_server.worker.scheduler import Scheduler
 from llamaherd_server.worker.sequence import Sequence
 
@@ -56,6 +59,8 @@ ids = st.frozensets(st.integers(0, 13), max_size=2)
     aborts=st.frozensets(st.integers(1, 60), max_size=3),
     forgetful=st.booleans(),
     retuned_at=st.none() | st.integers(1, 40),
+    recurrent=st.booleans(),
+    memory=st.integers(0, 12),
 )
 def test_every_request_ends_exactly_once_and_the_books_agree(
     work: list[Arrival],
@@ -69,14 +74,18 @@ def test_every_request_ends_exactly_once_and_the_books_agree(
     aborts: frozenset[int],
     forgetful: bool,
     retuned_at: int | None,
+    recurrent: bool,
+    memory: int,
 ) -> None:
     def context() -> FakeContext:
         faults = {"poison": poison, "unsampled": unsampled, "aborts": aborts}
-        return FakeContext(engine, cells, **faults, late_for=late_for, forgetful=forgetful, ends=True)
+        context = FakeContext(engine, cells, **faults, late_for=late_for, forgetful=forgetful, ends=True)
+        context.cuts = context.stops = not recurrent
+        return context
 
     engine = EngineSettings(parallel=parallel, batch=16, ubatch=ubatch, kv_unified=unified)
     backend = context()
-    scheduler = Scheduler(backend)
+    scheduler = Scheduler(backend, prompts=prompt_cache(memory))
     sequences: dict[int, Sequence] = {}
     started: set[int] = set()
     ended: list[int] = []
@@ -86,6 +95,7 @@ def test_every_request_ends_exactly_once_and_the_books_agree(
         for number, arrival in enumerate(work):
             if arrival.turn == turn:
                 sequences[number] = sequence(number, arrival.prompt, arrival.new)
+                sequences[number].borders = [len(arrival.prompt) // 2] if recurrent else []
                 scheduler.add(sequences[number])
             if arrival.cancelled_after is not None and turn == arrival.turn + arrival.cancelled_after:
                 scheduler.cancel(number)
@@ -118,6 +128,15 @@ def test_every_request_ends_exactly_once_and_the_books_agree(
             new = one.tokens[one.n_prompt :]
             assert len(text[number]) == len([token for token in new if token != 3])
             assert new[-1] == 3 or len(one.tokens) == one.limit
+
+
+def prompt_cache(blobs: int) -> PromptCache:
+    """Room for so many."""
+    fd = arena.create(blobs << 16)
+    try:
+        return PromptCache(arena.Arena(fd, blobs << 16), "model")
+    finally:
+        os.close(fd)
 
 
 def run(scheduler: Scheduler) -> list[Started | Delta | Finished | Failed]:

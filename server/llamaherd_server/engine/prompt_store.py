@@ -1,0 +1,87 @@
+"""The front end's side of the prompt cache: memory that outlives a worker, and a folder that outlives the server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from llamaherd_server.protocol import PromptStore
+from llamaherd_server.worker import arena
+from llamaherd_server.worker.available import available_bytes
+from llamaherd_server.worker.prompt_files import store
+
+log = structlog.get_logger()
+
+MIB = 2**20
+DEFAULT_MIB = 8192  # llama-server's
+SHARE = 0.25  # of the memory that is available, at most, by default
+STORE_S = 10.0
+
+
+@dataclass
+class Prompts:
+    """What a worker is given; `fd` -1: nothing is kept."""
+
+    fd: int = -1
+    bytes: int = 0
+    folder: Path | None = None
+
+    @property
+    def config(self) -> PromptStore | None:
+        if self.fd < 0:
+            return None
+        return PromptStore(fd=self.fd, bytes=self.bytes, folder=None if self.folder is None else str(self.folder))
+
+    async def close(self) -> None:
+        """Write what there is to the folder, where there is one, and let go of it."""
+        if self.fd < 0:
+            return
+        fd, self.fd = self.fd, -1
+        try:
+            if self.folder:
+                await asyncio.to_thread(store, arena.Arena(fd, self.bytes), self.folder, self.bytes, STORE_S)
+        except OSError as error:
+            log.warning("prompts are not kept over the restart", folder=str(self.folder), error=error.strerror)
+        finally:
+            os.close(fd)
+
+
+def open_prompts(mib: int | None, folder: Path | None) -> Prompts:
+    """Memory for `mib` MiB of prompts (0: none; None: by the host), which the folder outlives.
+
+    What cannot be is one line in the log: the server serves without it.
+    """
+    available = available_bytes()
+    size = min(DEFAULT_MIB * MIB, int(SHARE * available)) if available else DEFAULT_MIB * MIB
+    if mib is not None:
+        size = mib * MIB
+        if available and size > available:
+            log.warning(
+                f"limits.prompt_cache_mib {mib} is more than the {available / MIB:.0f} MiB of memory that are left: "
+                "prompts are not kept beyond their slots; lower it"
+            )
+            return Prompts()
+    if not size:
+        return Prompts()
+    if folder and (why := _unusable(folder)):
+        log.warning(f"limits.prompt_cache_dir {folder}: {why}: prompts are not kept over a restart")
+        folder = None
+    try:
+        return Prompts(arena.create(size), size, folder)
+    except OSError as error:
+        log.warning("prompts are not kept beyond their slots", error=error.strerror)
+        return Prompts()
+
+
+def _unusable(folder: Path) -> str | None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        return error.strerror
+    if folder.stat().st_uid != os.geteuid():
+        return "it is another user's"
+    return None if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else "it cannot be written"

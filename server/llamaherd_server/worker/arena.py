@@ -1,0 +1,115 @@
+"""A bounded piece of memory for blobs that outlives the process which writes it: whoever holds `fd` still has them.
+
+Offsets come from an address range far larger than the bound, so that blobs lie in one piece each however many have
+come and gone; what is freed goes back to the system page by page. An index at the front, written in turns to two places
+with a checksum, names the blobs that are complete: a writer that is killed half way leaves the one before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import struct
+import tempfile
+import zlib
+from typing import Any
+
+_PAGE = 1 << 16
+_HALF = 1 << 20
+_FRONT = 2 * _HALF
+_HEAD = struct.Struct("<QII")  # turn, blobs, checksum
+_ENTRY = struct.Struct("<QQ")  # offset, bytes
+_MOST_BLOBS = (_HALF - _HEAD.size) // _ENTRY.size
+_ROOM = 16  # address range over bound
+PUNCHES = hasattr(mmap, "MADV_REMOVE")  # whether freed pages go back at once
+
+
+def create(size: int) -> int:
+    """A file descriptor of memory for an Arena of `size` bytes; none of it is taken before it is used."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("llamaherd-prompts")
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, _FRONT + _ROOM * max(size, _PAGE))
+    return fd
+
+
+class Arena:
+    """Not for threads. `size` bytes at most are in use; `blobs` are those that the index names, by offset."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.size = size
+        self.used = 0
+        self.blobs: dict[int, int] = {}
+        self._map = mmap.mmap(fd, os.fstat(fd).st_size)
+        self._taken: dict[int, int] = {}
+        self._turn = 0
+        self._read_index()
+
+    def close(self) -> None:
+        with contextlib.suppress(BufferError):  # an address of it is still held
+            self._map.close()
+
+    def allocate(self, size: int) -> int | None:
+        """The offset of `size` bytes that no blob has; None where the bound or the index does not allow them."""
+        size = _padded(size)
+        if self.used + size > self.size or len(self._taken) >= _MOST_BLOBS:
+            return None
+        start = _FRONT
+        for offset, taken in sorted(self._taken.items()):
+            if offset - start >= size:
+                break
+            start = offset + taken
+        if start + size > len(self._map):
+            return None
+        self._taken[start] = size
+        self.used += size
+        return start
+
+    def commit(self, offset: int, size: int) -> None:
+        """What was allocated at `offset` is complete: its first `size` bytes are a blob from now on."""
+        self.blobs[offset] = size
+        self._write_index()
+
+    def free(self, offset: int) -> None:
+        """Give back what was allocated at `offset`, whether it became a blob or not."""
+        if self.blobs.pop(offset, None) is not None:
+            self._write_index()
+        taken = self._taken.pop(offset)
+        self.used -= taken
+        if PUNCHES:
+            self._map.madvise(mmap.MADV_REMOVE, offset, taken)
+
+    def view(self, offset: int, size: int) -> memoryview:
+        return memoryview(self._map)[offset : offset + size]
+
+    def address(self, offset: int, size: int) -> Any:
+        """For C: an array of `size` bytes at `offset`."""
+        return (ctypes.c_uint8 * size).from_buffer(self._map, offset)
+
+    def _read_index(self) -> None:
+        found: list[tuple[int, list[tuple[int, int]]]] = []
+        for half in (0, _HALF):
+            turn, count, checksum = _HEAD.unpack_from(self._map, half)
+            body = bytes(self._map[half + _HEAD.size : half + _HEAD.size + min(count, _MOST_BLOBS) * _ENTRY.size])
+            if turn and zlib.crc32(body) == checksum:
+                found.append((turn, list(_ENTRY.iter_unpack(body))))
+        if found:
+            self._turn, entries = max(found)
+            self.blobs = dict(entries)
+            self._taken = {offset: _padded(size) for offset, size in entries}
+            self.used = sum(self._taken.values())
+
+    def _write_index(self) -> None:
+        self._turn += 1
+        body = b"".join(_ENTRY.pack(*entry) for entry in self.blobs.items())
+        half = _HALF * (self._turn % 2)
+        self._map[half + _HEAD.size : half + _HEAD.size + len(body)] = body
+        _HEAD.pack_into(self._map, half, self._turn, len(self.blobs), zlib.crc32(body))
+
+
+def _padded(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE

@@ -1,0 +1,34 @@
+"""A name for all that decides what a model computes: of its prompts, only those of the same name are taken."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from llamaherd_server.protocol import WorkerConfig
+
+# Of a file of many gigabytes the size, its beginning, and pieces all over it.
+_BEGINNING, _PIECE, _PIECES = 1 << 20, 1 << 14, 64
+
+
+def identity(lib: Any, config: WorkerConfig) -> str:
+    """Of model, LoRAs, llama.cpp's libraries, the layers on a GPU and what the processor can do."""
+    digest = hashlib.blake2b(digest_size=16)
+    libraries = Path(lib._lib._name).resolve().parent
+    files = [Path(config.path), *(Path(one.path) for one in config.lora)]
+    for path in [*files, *sorted(one for one in libraries.glob("lib*") if one.is_file() and not one.is_symlink())]:
+        _add(digest, path)
+    rest = (config.gpu_layers, [one.scale for one in config.lora], lib.llama_print_system_info())
+    digest.update(repr(rest).encode())
+    return digest.hexdigest()
+
+
+def _add(digest: Any, path: Path) -> None:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(size.to_bytes(8, "big") + file.read(_BEGINNING))
+        for number in range(_PIECES):
+            file.seek(size * number // _PIECES)
+            digest.update(file.read(_PIECE))

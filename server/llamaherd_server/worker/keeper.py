@@ -1,0 +1,115 @@
+"""What is computed is kept beyond its slot: when to put it into the prompt cache, when to take it, where to mark it."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from llamaherd_server.worker.backend import Backend
+from llamaherd_server.worker.kv import KvCache, Slot
+from llamaherd_server.worker.prompts import LEAST, Found, PromptCache
+from llamaherd_server.worker.sequence import Sequence
+
+# Checkpoints of a slot, the bytes of all slots' together, and tokens between two that no border asks for.
+MOST_CHECKPOINTS, CHECKPOINT_BYTES, APART = 8, 2**29, 256
+# Bytes a second that a state is loaded with, until some have been.
+LOADED_PER_S = 2e9
+_WEIGHT = 0.3  # of the latest load
+
+
+class Keeper:
+    """Of one scheduler. Without `prompts` only marks slots."""
+
+    def __init__(self, prompts: PromptCache | None) -> None:
+        self._prompts = prompts
+        self._bytes_per_s = LOADED_PER_S
+        self._memory_tokens = self._disk_tokens = 0
+
+    def attach(self, backend: Backend) -> None:
+        self._backend = backend
+        self._checkpoint_bytes = CHECKPOINT_BYTES // backend.settings.parallel
+        if self._prompts:
+            self._prompts.suit(backend.settings, cuts=backend.cuts)
+
+    def mark(self, slot: Slot, sequence: Sequence, *, border: bool = False) -> None:
+        """Make a checkpoint of a slot that cannot be cut back, at its prompt's borders and where the last is far."""
+        length, checkpoints = sequence.computed, slot.checkpoints
+        if self._backend.cuts or length > sequence.n_prompt:
+            return
+        last = checkpoints[-1][0] if checkpoints else 0
+        border = border or length in sequence.borders
+        if length <= last or (not border and length - last < APART):
+            return
+        state = self._backend.checkpoint(slot.number)
+        if len(state) > self._checkpoint_bytes:
+            return
+        checkpoints.append((length, state))
+        while len(checkpoints) > MOST_CHECKPOINTS or sum(len(one) for _, one in checkpoints) > self._checkpoint_bytes:
+            # the first is the system prompt's, mostly, and the last ones are where the next turn begins
+            gaps = [checkpoints[i + 1][0] - checkpoints[i - 1][0] for i in range(1, len(checkpoints) - 2)]
+            del checkpoints[1 + gaps.index(min(gaps)) if gaps else 0]
+
+    def keep(self, slot: Slot) -> None:
+        """Put what the slot has computed into the cache, as far as it is not there."""
+        if self._prompts is None or slot.kept >= slot.length:
+            return
+        slot.kept = slot.length
+        tokens = slot.tokens[: slot.length]
+        after = self._prompts.lacks(slot.scope, tokens, chained=self._backend.chains)
+        if after is not None:
+            save = partial(self._backend.save_part, slot.number, after[1])
+            self._prompts.put(slot.scope, tokens, after, slot.checkpoints, save)
+
+    def behind(self, kv: KvCache) -> list[Slot]:
+        """Idle slots that are not kept yet, the one that has waited longest first."""
+        if self._prompts is None:
+            return []
+        return sorted((slot for slot in kv.idle if slot.kept < slot.length), key=lambda slot: slot.used)
+
+    def catch_up(self, kv: KvCache) -> None:
+        """Keep one slot at most: others' next token waits for it."""
+        for slot in self.behind(kv)[:1]:
+            self.keep(slot)
+
+    def keep_all(self, kv: KvCache) -> None:
+        for slot in self.behind(kv):
+            self.keep(slot)
+
+    def better(self, sequence: Sequence, length: int, token_s: float) -> Found | None:
+        """What the cache has beyond the `length` tokens that a slot has, where loading it takes less than computing.
+
+        `token_s`: how long a token of a prompt takes to compute; 0: unknown.
+        """
+        if self._prompts is None:
+            return None
+        found = self._prompts.find(sequence.request.cache_scope, sequence.tokens)
+        if found is None or found.length < length + LEAST:
+            return None
+        slower = token_s and found.size / self._bytes_per_s > (found.length - length) * token_s
+        return None if slower else found
+
+    def load(self, kv: KvCache, slot: Slot, found: Found) -> int:
+        """Put what was found into the empty slot; how many tokens it has then."""
+        assert self._prompts is not None  # noqa: S101 (who found it)
+        began = time.perf_counter()
+        fetched = found.fetched
+        with self._prompts.held(found) as (parts, back, checkpoints):
+            if not kv.load(slot, parts, back, checkpoints):
+                return 0
+        rate = found.size / max(time.perf_counter() - began, 1e-6)
+        self._bytes_per_s += _WEIGHT * (rate - self._bytes_per_s)
+        if fetched:
+            self._disk_tokens += found.length
+        else:
+            self._memory_tokens += found.length
+        return found.length
+
+    def stats(self) -> dict[str, int]:
+        prompts = self._prompts
+        return {
+            "cached_memory_tokens": self._memory_tokens,
+            "cached_disk_tokens": self._disk_tokens,
+            "prompt_evictions": prompts.evictions if prompts else 0,
+            "prompt_bytes": prompts.arena.used if prompts else 0,
+            "prompt_limit_bytes": prompts.arena.size if prompts else 0,
+        }

@@ -1,0 +1,140 @@
+"""Computed prompts as blobs, in memory and as files: the front end writes the files, a worker reads them.
+
+A file is a checksum, then the blob. It comes into being whole (a rename), under a name that says its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from llamaherd_server.worker.arena import Arena
+
+SUFFIX = ".prompt"
+_CHECKSUM_BYTES = 16
+_MOST_HEADER = 1 << 26
+_CHUNK = 1 << 24
+
+
+class Header(msgspec.Struct, kw_only=True):
+    """What a blob begins with, after its length in 8 bytes; then comes the state, then each checkpoint's."""
+
+    id: str
+    parent: str
+    identity: str  # of everything that changes what is computed, and of the layout of the state
+    scope: str
+    start: int
+    tokens: list[int]
+    state: int  # bytes
+    checkpoints: list[tuple[int, int]]  # length, bytes
+    used: float  # Unix time of the request that it is from
+
+
+def header_of(blob: memoryview | bytes, size: int | None = None) -> Header | None:
+    """What a blob of `size` bytes begins with, of which `blob` is at least the header; None where that is none."""
+    size = len(blob) if size is None else size
+    head = int.from_bytes(blob[:8], "big")
+    if head > min(_MOST_HEADER, len(blob) - 8):
+        return None
+    try:
+        header = msgspec.msgpack.decode(blob[8 : 8 + head], type=Header)
+    except msgspec.MsgspecError:
+        return None
+    there = 8 + head + header.state + sum(size for _, size in header.checkpoints)
+    return header if there == size and min(header.state, header.start) >= 0 else None
+
+
+def prompt_files(folder: Path, identity: str) -> Iterator[tuple[Path, Header, int]]:
+    """The files of `folder` that are of `identity`, with their blobs' sizes; all others go."""
+    for path in sorted(folder.glob(f"*{SUFFIX}*")):
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size - _CHECKSUM_BYTES
+                start = file.read(_CHECKSUM_BYTES + 8)[_CHECKSUM_BYTES:]
+                head = min(int.from_bytes(start, "big"), _MOST_HEADER)
+                header = header_of(start + file.read(head), size) if path.suffix == SUFFIX else None
+        except OSError as error:
+            _say(f"{path} is left alone: {error.strerror}")
+            continue
+        if header and header.identity == identity:
+            yield path, header, size
+        else:
+            remove(path, "it is not whole" if header is None else "it is of another model, build or setting")
+
+
+def read(path: Path, blob: memoryview) -> bool:
+    """Read a file's blob; False, and the file goes, where it is not what was written."""
+    try:
+        with path.open("rb") as file:
+            checksum = file.read(_CHECKSUM_BYTES)
+            count = file.readinto(blob)
+    except OSError as error:
+        _say(f"{path} cannot be read: {error.strerror}")
+        return False
+    if count == len(blob) and _checksum(blob) == checksum:
+        return True
+    remove(path, "it is not what was written")
+    return False
+
+
+def store(arena: Arena, folder: Path, most_bytes: int, within_s: float) -> None:
+    """Write the arena's blobs as files, the latest first, as many as the bounds allow; other files go.
+
+    Raises OSError where the folder cannot be written.
+    """
+    until = time.monotonic() + within_s
+    blobs = {}
+    for offset, size in arena.blobs.items():
+        if header := header_of(view := arena.view(offset, size)):
+            blobs[header.id] = (header, view)
+    kept: set[str] = set()
+    for header, _ in sorted(blobs.values(), key=lambda one: one[0].used, reverse=True):
+        line = [header.id]
+        while (parent := blobs[line[-1]][0].parent) in blobs:
+            line.append(parent)
+        new = [one for one in reversed(line) if one not in kept]
+        size = sum(len(blobs[one][1]) for one in new)
+        if parent or size > most_bytes or time.monotonic() > until:
+            continue
+        for one in new:
+            _write(folder / f"{one}{SUFFIX}", blobs[one][1])
+        kept.update(new)
+        most_bytes -= size
+    for path in folder.glob(f"*{SUFFIX}*"):
+        if path.name.removesuffix(SUFFIX) not in kept:
+            path.unlink(missing_ok=True)
+
+
+def remove(path: Path, why: str) -> None:
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+    _say(f"{path} is removed: {why}")
+
+
+def _write(path: Path, blob: memoryview) -> None:
+    if path.exists():
+        return
+    new = path.with_suffix(f"{SUFFIX}.new")
+    try:
+        with open(new, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(_checksum(blob))
+            for start in range(0, len(blob), _CHUNK):
+                file.write(blob[start : start + _CHUNK])
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _checksum(blob: memoryview) -> bytes:
+    return hashlib.blake2b(blob, digest_size=_CHECKSUM_BYTES).digest()
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"prompts: {line}\n")

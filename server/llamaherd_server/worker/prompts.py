@@ -1,0 +1,379 @@
+"""Computed prompts that have left their slots: in memory that outlives the worker, and on disk over a restart.
+
+They form a forest of pieces. A piece has the state of some positions, and goes on where its parent's leave off, so that
+what prompts share is there once; where llama.cpp copies whole sequences only (split KV, sliding windows), every piece
+begins at 0. A state that cannot be cut back (recurrent layers, a sliding window) can be gone on from at the end of a
+piece, and at its checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from llamaherd_server.protocol import EngineSettings
+from llamaherd_server.worker.arena import Arena
+from llamaherd_server.worker.prefix import common
+from llamaherd_server.worker.prompt_files import Header, header_of, prompt_files, read
+
+LEAST = 16  # tokens: shorter pieces, and shorter common beginnings, are computed again
+
+Checkpoint = tuple[int, bytes]  # a length, and the partial state there
+
+
+@dataclass(eq=False, slots=True)
+class Piece:
+    """`tokens` are those at positions `start` to `end`. Without an `offset` it lies on disk only, at `path`."""
+
+    header: Header
+    parent: Piece | None
+    size: int
+    offset: int | None = None
+    path: Path | None = None
+    children: list[Piece] = field(default_factory=list)
+    used: float = 0.0
+    pins: int = 0
+    fetched: bool = False  # from disk, and not used since
+
+    @property
+    def start(self) -> int:
+        return self.header.start
+
+    @property
+    def end(self) -> int:
+        return self.header.start + len(self.header.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The first `length` tokens of a prompt: the pieces from the root on, each taken up to where the next begins.
+
+    `checkpoint`: the index of the one in the last piece that is to be gone back to.
+    """
+
+    length: int
+    pieces: list[Piece]
+    checkpoint: int | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(piece.size for piece in self.pieces)
+
+    @property
+    def fetched(self) -> bool:
+        return any(piece.fetched for piece in self.pieces)
+
+    @property
+    def on_disk(self) -> bool:
+        return any(piece.offset is None for piece in self.pieces)
+
+
+class PromptCache:
+    """For two threads: the one that computes puts and takes, the one that reads requests brings them from disk.
+
+    `model` stands for everything that changes what is computed, but for a context's settings: `suit` comes first.
+    """
+
+    def __init__(self, arena: Arena, model: str, folder: Path | None = None) -> None:
+        self.arena = arena
+        self.identity = ""
+        self.cuts = False
+        self.evictions = 0
+        self._model = model
+        self._folder = folder
+        self._roots: dict[tuple[str, str, tuple[int, ...]], list[Piece]] = {}
+        self._pieces: dict[str, Piece] = {}
+        self._lock = threading.RLock()
+        self._take_over(self._in_memory())
+
+    def suit(self, settings: EngineSettings, *, cuts: bool) -> None:
+        """From now on states are those of a context with these settings, which `cuts` slots back to any length or not;
+        others' are not found."""
+        layout = (settings.kv_unified, settings.kv_type_k, settings.kv_type_v, settings.flash_attention)
+        self.identity = hashlib.blake2b(repr((self._model, layout)).encode(), digest_size=16).hexdigest()
+        self.cuts = cuts
+        if self._folder:
+            files = prompt_files(self._folder, self.identity)
+            self._take_over(Piece(header, None, size, path=path, used=header.used) for path, header, size in files)
+            self._folder = None
+
+    def find(self, scope: str, tokens: list[int], *, on_disk: bool = False) -> Found | None:
+        """The longest beginning of `tokens` that can be gone on from; one token at least is left to compute.
+
+        None where that is shorter than LEAST. `on_disk`: also where some of it has to be read first.
+        """
+        with self._lock:
+            found = self._longest(self._roots.get(self._key(scope, tokens), []), tokens, len(tokens) - 1, on_disk)
+            return found if found and found.length >= LEAST else None
+
+    def lacks(self, scope: str, tokens: list[int], *, chained: bool) -> tuple[Piece | None, int] | None:
+        """Where a piece that completes `tokens` would begin, and after which; None where next to nothing is missing."""
+        with self._lock:
+            parent, matched = self._matched(self._roots.get(self._key(scope, tokens), []), tokens)
+            if len(tokens) - matched < LEAST:
+                return None
+            return (parent, matched) if chained and matched >= LEAST else (None, 0)
+
+    def put(
+        self,
+        scope: str,
+        tokens: list[int],
+        after: tuple[Piece | None, int],
+        checkpoints: list[Checkpoint],
+        save: Callable[[Callable[[int], Any]], int],
+    ) -> bool:
+        """Keep `tokens` from where `after` says; `save` writes their state to the buffer that it asks for, by size.
+
+        False where there is no room for it.
+        """
+        parent, start = after
+        checkpoints = [one for one in checkpoints if start < one[0] < len(tokens)]
+        header = Header(
+            id=self._id(scope, tokens, start),
+            parent=parent.header.id if parent else "",
+            identity=self.identity,
+            scope=scope,
+            start=start,
+            tokens=tokens[start:],
+            state=0,
+            checkpoints=[(length, len(state)) for length, state in checkpoints],
+            used=time.time(),
+        )
+        room: list[tuple[int, bytes, int]] = []
+
+        def buffer(size: int) -> Any:
+            header.state = size
+            head = msgspec.msgpack.encode(header)
+            total = 8 + len(head) + size + sum(len(state) for _, state in checkpoints)
+            offset = self._room(total, parent)
+            if offset is None:
+                return None
+            room.append((offset, head, total))
+            return self.arena.address(offset + 8 + len(head), size)
+
+        with self._lock:
+            if header.id in self._pieces:
+                return True
+            written = save(buffer)
+            if not room:
+                return False
+            [(offset, head, total)] = room
+            if not written:
+                self.arena.free(offset)
+                return False
+            view = self.arena.view(offset, total)
+            view[: 8 + len(head)] = len(head).to_bytes(8, "big") + head
+            at = 8 + len(head) + header.state
+            for _, state in checkpoints:
+                view[at : at + len(state)] = state
+                at += len(state)
+            self.arena.commit(offset, total)
+            piece = Piece(header, parent, total, offset, used=header.used)
+            self._add(piece)
+            if parent is None:
+                self._drop_beginnings(piece)
+            return True
+
+    @contextlib.contextmanager
+    def held(self, found: Found) -> Iterator[tuple[list[tuple[Any, int, int]], bytes | None, list[Checkpoint]]]:
+        """While it is loaded: of each piece its state, its bytes, and up to where it counts; the partial state to go
+        back to; and the checkpoints on the way."""
+        with self._lock:
+            now = time.time()
+            for piece in found.pieces:
+                piece.used, piece.fetched = now, False
+            ends = [*(piece.start for piece in found.pieces[1:]), found.length]
+            states = [(*self._state(piece), end) for piece, end in zip(found.pieces, ends, strict=True)]
+            passed = [
+                (length, bytes(self._checkpoint(piece, i)))
+                for piece, end in zip(found.pieces, ends, strict=True)
+                for i, (length, _) in enumerate(piece.header.checkpoints)
+                if length <= end
+            ]
+            back = None if found.checkpoint is None else bytes(self._checkpoint(found.pieces[-1], found.checkpoint))
+            yield states, back, passed
+
+    def fetch(self, scope: str, tokens: list[int]) -> None:
+        """Read from disk what `find` would take if it were in memory; a file that does not verify goes."""
+        while (found := self.find(scope, tokens, on_disk=True)) and found.on_disk:
+            with self._lock:
+                pieces = [piece for piece in found.pieces if piece.offset is None]
+                for piece in found.pieces:
+                    piece.pins += 1
+            try:
+                if not all(self._read(piece) for piece in pieces):
+                    continue
+                return
+            finally:
+                for piece in found.pieces:
+                    piece.pins -= 1
+
+    # --- the forest ----------------------------------------------------------------------------------------------
+
+    def _key(self, scope: str, tokens: list[int]) -> tuple[str, str, tuple[int, ...]]:
+        return self.identity, scope, tuple(tokens[:LEAST])
+
+    def _longest(self, pieces: Iterable[Piece], tokens: list[int], most: int, on_disk: bool) -> Found | None:
+        best: Found | None = None
+        for piece in pieces:
+            if piece.offset is None and not on_disk:
+                continue
+            end = _agreed(piece, tokens)
+            own = self._usable(piece, min(end, most))
+            deeper = self._longest((one for one in piece.children if one.start <= end), tokens, most, on_disk)
+            if deeper and deeper.length > (own.length if own else 0):
+                own = Found(deeper.length, [piece, *deeper.pieces], deeper.checkpoint)
+            if own and (best is None or own.length > best.length):
+                best = own
+        return best
+
+    def _usable(self, piece: Piece, length: int) -> Found | None:
+        if length <= piece.start:
+            return None
+        if self.cuts or length == piece.end:
+            return Found(length, [piece])
+        for i, (there, _) in reversed([*enumerate(piece.header.checkpoints)]):
+            if there <= length:
+                return Found(there, [piece], i)
+        return None
+
+    def _matched(self, pieces: Iterable[Piece], tokens: list[int]) -> tuple[Piece | None, int]:
+        best: tuple[Piece | None, int] = (None, 0)
+        for piece in pieces:
+            if (end := _agreed(piece, tokens)) == piece.start:
+                continue
+            deeper = self._matched((one for one in piece.children if one.start <= end), tokens)
+            best = max(best, (piece, end), deeper, key=lambda pair: pair[1])
+        return best
+
+    def _add(self, piece: Piece) -> None:
+        self._pieces[piece.header.id] = piece
+        if piece.parent:
+            piece.parent.children.append(piece)
+        else:
+            self._roots.setdefault(self._root_key(piece), []).append(piece)
+
+    def _root_key(self, piece: Piece) -> tuple[str, str, tuple[int, ...]]:
+        return piece.header.identity, piece.header.scope, tuple(piece.header.tokens[:LEAST])
+
+    def _drop(self, piece: Piece) -> None:
+        for child in [*piece.children]:
+            self._drop(child)
+        del self._pieces[piece.header.id]
+        if piece.parent:
+            piece.parent.children.remove(piece)
+        else:
+            key = self._root_key(piece)
+            self._roots[key].remove(piece)
+            if not self._roots[key]:
+                del self._roots[key]
+        if piece.offset is not None:
+            self.arena.free(piece.offset)
+
+    def _drop_beginnings(self, whole: Piece) -> None:
+        """Pieces that `whole` has all of."""
+        tokens = whole.header.tokens
+        for piece in [*self._roots[self._root_key(whole)]]:
+            free = piece is not whole and not piece.children and not piece.pins
+            if free and piece.end < whole.end and tokens[: piece.end] == piece.header.tokens:
+                self._drop(piece)
+
+    def _room(self, size: int, keep: Piece | None) -> int | None:
+        """Memory for `size` bytes; what has saved least per byte, and not for the longest time, makes way."""
+        kept = set()
+        while keep:
+            kept.add(keep)
+            keep = keep.parent
+        while (offset := self.arena.allocate(size)) is None:
+            leaves = [
+                piece
+                for piece in self._pieces.values()
+                if piece.offset is not None
+                and not piece.pins
+                and piece not in kept
+                and all(child.offset is None for child in piece.children)
+            ]
+            if size > self.arena.size or not leaves:
+                return None
+            least = min(leaves, key=self._worth())
+            self.evictions += 1
+            if least.path:
+                self.arena.free(least.offset or 0)
+                least.offset = None
+            else:
+                self._drop(least)
+        return offset
+
+    def _worth(self) -> Callable[[Piece], float]:
+        """What a piece saves per byte, by how long ago it did; of who has much more than others it is worth less."""
+        now, taken = time.time(), Counter[str]()
+        for piece in self._pieces.values():
+            taken[piece.header.scope] += piece.size
+        return lambda one: (one.end - one.start) / one.size / max(now - one.used, 1e-6) / taken[one.header.scope]
+
+    def _id(self, scope: str, tokens: list[int], start: int) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(msgspec.msgpack.encode((self.identity, scope, start, tokens)))
+        return digest.hexdigest()
+
+    def _state(self, piece: Piece) -> tuple[Any, int]:
+        at = piece.size - piece.header.state - sum(size for _, size in piece.header.checkpoints)
+        return self.arena.address((piece.offset or 0) + at, piece.header.state), piece.header.state
+
+    def _checkpoint(self, piece: Piece, number: int) -> memoryview:
+        size = piece.header.checkpoints[number][1]
+        rest = sum(size for _, size in piece.header.checkpoints[number:])
+        return self.arena.view((piece.offset or 0) + piece.size - rest, size)
+
+    # --- what was there before -----------------------------------------------------------------------------------
+
+    def _in_memory(self) -> Iterator[Piece]:
+        """What an earlier worker left."""
+        for offset, size in [*self.arena.blobs.items()]:
+            if header := header_of(self.arena.view(offset, size)):
+                yield Piece(header, None, size, offset, used=header.used)
+            else:
+                self.arena.free(offset)
+
+    def _take_over(self, found: Iterable[Piece]) -> None:
+        """Pieces that were there before: each whose parent is there too."""
+        for piece in sorted(found, key=lambda one: one.start):
+            known, parent = self._pieces.get(piece.header.id), self._pieces.get(piece.header.parent)
+            if known:
+                known.path = piece.path
+            elif parent or not piece.header.parent:
+                piece.parent = parent
+                self._add(piece)
+            elif piece.offset is not None:
+                self.arena.free(piece.offset)
+
+    def _read(self, piece: Piece) -> bool:
+        with self._lock:
+            offset = self._room(piece.size, piece.parent)
+        if offset is None or piece.path is None:
+            return False
+        verified = read(piece.path, self.arena.view(offset, piece.size))  # beside the steps
+        with self._lock:
+            if verified:
+                self.arena.commit(offset, piece.size)
+                piece.offset, piece.fetched = offset, True
+            else:
+                self.arena.free(offset)
+                self._drop(piece)
+        return verified
+
+
+def _agreed(piece: Piece, tokens: list[int]) -> int:
+    """Up to which position the piece has these tokens."""
+    if tokens[piece.start : piece.start + 1] != piece.header.tokens[:1]:  # of siblings nearly all
+        return piece.start
+    return piece.start + common(piece.header.tokens, tokens[piece.start : piece.end])
