@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Union
 
@@ -24,6 +24,12 @@ _STRING, _ARRAY = 8, 9
 Value = Union[str, int, float, bool, list[int]]  # noqa: UP007 (a host may run this with Python 3.9)
 
 PADDING = 256
+# Every n-th layer sees all of the context, where the GGUF has no list of its own: as llama.cpp knows its architectures.
+SLIDING_PERIOD = {
+    **dict.fromkeys(("gemma2", "gpt-oss"), 2),
+    **dict.fromkeys(("afmoe", "cohere2", "cohere2moe", "exaone4", "exaone-moe", "llama4", "olmo2", "smallthinker"), 4),
+    **{"gemma3n": 5, "gemma3": 6, "plamo3": 8},
+}
 # Bytes per element of a KV cache: block bytes / block length, from ggml's type traits.
 KV_BYTES = {
     "f32": 4.0,
@@ -133,6 +139,8 @@ class Shape:
     kv_heads: list[int]
     key_length: int
     value_length: int
+    window: int = 0
+    slides: list[bool] = field(default_factory=list)  # of each layer, whether it sees no further than `window`
 
     @property
     def n_layers(self) -> int:
@@ -170,13 +178,28 @@ def shape(header: dict[str, Value]) -> Shape:
         kv_heads=kv_heads,
         key_length=count("attention.key_length", n_embd // n_heads),
         value_length=count("attention.value_length", n_embd // n_heads),
+        window=count("attention.sliding_window") if header.get(f"{architecture}.attention.sliding_window") else 0,
+        slides=_slides(header.get(f"{architecture}.attention.sliding_window_pattern"), architecture, n_layers),
     )
 
 
-def kv_bytes_per_token(model: Shape, type_k: str, type_v: str) -> float:
-    """Sum over layers of n_kv_heads x (d_k x bytes_k + d_v x bytes_v)."""
-    per_head = model.key_length * KV_BYTES[type_k] + model.value_length * KV_BYTES[type_v]
-    return sum(model.kv_heads) * per_head
+def _slides(pattern: Value | None, architecture: str, n_layers: int) -> list[bool]:
+    """By the GGUF's own list, or every n-th layer sees all; none slides where neither is known."""
+    if isinstance(pattern, list) and len(pattern) == n_layers:
+        return [bool(one) for one in pattern]
+    period = pattern if isinstance(pattern, int) and pattern > 0 else SLIDING_PERIOD.get(architecture, 1)
+    return [layer % period < period - 1 for layer in range(n_layers)]
+
+
+def kv_bytes(model: Shape, settings: Mapping[str, Any]) -> float:
+    """Sum over layers of n_kv_heads x (d_k x bytes_k + d_v x bytes_v) x cells."""
+    per_head = model.key_length * KV_BYTES[settings["kv_type_k"]] + model.value_length * KV_BYTES[settings["kv_type_v"]]
+    cells, parallel = kv_cells(settings), int(settings["parallel"])
+    streams = 1 if settings["kv_unified"] else parallel
+    least = streams * _padded(model.window * parallel // streams + int(settings["ubatch"]))
+    sliding = min(cells, least) if model.window else cells
+    each = [sliding if slides else cells for slides in model.slides or [False] * model.n_layers]
+    return per_head * sum(heads * cells for heads, cells in zip(model.kv_heads, each, strict=True))
 
 
 def kv_cells(settings: Mapping[str, Any]) -> int:

@@ -18,8 +18,7 @@ from ansible_collections.llamaherd.llamaherd.plugins.module_utils.gguf import (
     GgufError,
     Shape,
     compute_bytes,
-    kv_bytes_per_token,
-    kv_cells,
+    kv_bytes,
     read_header,
     shape,
 )
@@ -27,10 +26,9 @@ from ansible_collections.llamaherd.llamaherd.plugins.module_utils.gguf import (
 
 def parts(model: Shape, weights: int, settings: Mapping[str, Any]) -> dict[str, int]:
     """Bytes by what they are for."""
-    per_token = kv_bytes_per_token(model, settings["kv_type_k"], settings["kv_type_v"])
     return {
         "weights_bytes": weights,
-        "kv_bytes": int(kv_cells(settings) * per_token),
+        "kv_bytes": int(kv_bytes(model, settings)),
         "compute_bytes": compute_bytes(model, settings),
     }
 

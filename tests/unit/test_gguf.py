@@ -15,6 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.random_models import Kind, RandomModel
+
 SETTINGS: dict[str, Any] = {
     "parallel": 4,
     "ctx_per_slot": 2048,
@@ -59,10 +61,10 @@ def test_the_real_model(gguf: ModuleType, model: Path) -> None:
     shape = gguf.shape(gguf.read_header(model))
     assert (shape.architecture, shape.n_layers, shape.n_ctx_train, shape.n_vocab) == ("llama", 30, 8192, 49152)
     # 30 layers x 3 KV heads x (64 + 64) x 2 bytes; llama.cpp allocates 180 MiB for 8192 tokens.
-    assert gguf.kv_bytes_per_token(shape, "f16", "f16") * 8192 == 180 * MIB
+    assert gguf.kv_bytes(shape, SETTINGS) == 180 * MIB
 
 
-def allocated(model: Path, settings: dict[str, Any]) -> float:
+def allocated(model: Path, settings: dict[str, Any]) -> dict[str, float]:
     """MiB of all buffers that llama-server's log tells of at these settings."""
     cells = settings["kv_cells"] or settings["parallel"] * settings["ctx_per_slot"]
     flags = ["--parallel", settings["parallel"], "--ctx-size", cells, "--ubatch-size", settings["ubatch"]]
@@ -84,11 +86,11 @@ def allocated(model: Path, settings: dict[str, Any]) -> float:
         sizes: dict[str, float] = {}
         for line in server.stdout:
             if found := re.search(r"(\w+) buffer size = +([\d.]+) MiB", line):
-                sizes[found[1]] = float(found[2])
+                sizes[found[1]] = float(found[2]) + (sizes.get("KV", 0) if found[1] == "KV" else 0)
             if ": listening on http" in line:
                 break
-        assert set(sizes) == {"model", "KV", "output", "compute"}
-        return sum(sizes.values())
+        assert {"model", "KV", "output", "compute"} <= set(sizes)
+        return sizes
     finally:
         server.kill()
         server.wait()
@@ -119,7 +121,16 @@ def test_what_preflight_computes_is_what_llama_cpp_allocates(
 ) -> None:
     settings = SETTINGS | changed
     needed = gguf_info.needs(model, settings, 1 << 40)["needed_bytes"] / MIB
-    assert needed == pytest.approx(allocated(model, settings), rel=0.1)
+    assert needed == pytest.approx(sum(allocated(model, settings).values()), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["sliding_window", "hybrid"])
+@pytest.mark.parametrize("unified", [True, False])
+def test_layers_that_keep_less_of_the_context_count_so(gguf_info: ModuleType, kind: Kind, unified: bool) -> None:
+    settings = SETTINGS | {"kv_unified": unified}
+    path = RandomModel(kind, layers=6, width=128).path()
+    computed = gguf_info.needs(path, settings, 1 << 40)["kv_bytes"] / MIB
+    assert computed == pytest.approx(allocated(path, settings)["KV"], rel=0.1)
 
 
 def test_what_does_not_fit_is_told_with_what_would(gguf_info: ModuleType, model: Path) -> None:
