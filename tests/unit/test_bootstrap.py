@@ -14,6 +14,7 @@ from tests.unit.conftest import ROOT
 
 PARTS = ("scripts", "server", "loadtest", "inventories", "requirements.lock", "pyproject.toml", "ansible.cfg")
 NOBODY = 65534
+BINDING = Path.home() / ".cache/llamaherd/loopback/llama.cpp/current/wheel"
 
 
 def checkout(folder: Path) -> Path:
@@ -72,6 +73,7 @@ def test_a_checkout_works_where_it_is_moved_to_and_whatever_the_environment_hold
     (moved / ".venv/bin/python").symlink_to("/usr/bin/python-before-an-upgrade")
     assert bootstrap(moved).returncode == 0
     subprocess.run([moved / ".venv/bin/ansible-playbook", "--version"], check=True, capture_output=True)
+    assert list(moved.glob(".venv/lib/*/site-packages/llama_cpp")) or not BINDING.exists(), "sync removes it"
 
 
 @pytest.mark.parametrize("name", ["a:b", "it's", "x[1]", "a\\b", "pa$h"])
