@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import yaml
 from tests.lab.conftest import BIN, ROOT, Herd, Run
 
 pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(2400)]
+HOSTS = ("t1", "t2")
 OUT = ROOT / "build/tune"
 SLOW = {"parallel": 1, "ctx_per_slot": 1024, "threads": 1, "threads_batch": 1}
 TUNING = {
@@ -31,25 +31,38 @@ TUNING = {
 @pytest.fixture(scope="module")
 def slow(pair: Herd) -> Iterator[Herd]:
     """Two hosts of one kind with one slot each; t1 is the edge, t2 is reached by a tunnel alone."""
-    prepare(pair, {"llamaherd_loadgen_budget": "5s"})
+    give_budget(pair, 90)
     pair.succeed("deploy.yml")
-    assert "is too small to compare settings" in pair.play("tune.yml", "--limit", "t1").output
-    # What fits where these two hosts have this machine's cores for themselves, or else what the tuner asks for.
-    needed_s = json.loads((OUT / "t1/budget.json").read_text())["needed_s"]
-    prepare(pair, {"llamaherd_loadgen_budget": f"{max(90, math.ceil(2 * needed_s))}s"})
     yield pair
 
 
-def prepare(herd: Herd, variables: dict[str, Any]) -> None:
-    for host in ("t1", "t2"):
+def give_budget(herd: Herd, budget_s: float) -> None:
+    variables = {"llamaherd_settings": SLOW, "llamaherd_loadgen_budget": f"{budget_s:.0f}s", **TUNING}
+    for host in HOSTS:
         folder = herd.inventory / "host_vars" / host
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "vars.yml").write_text(yaml.safe_dump({"llamaherd_settings": SLOW, **TUNING, **variables}))
+        (folder / "vars.yml").write_text(yaml.safe_dump(variables))
 
 
 def budget_s(herd: Herd) -> int:
     variables = yaml.safe_load((herd.inventory / "host_vars/t1/vars.yml").read_text())
     return int(variables["llamaherd_loadgen_budget"].removesuffix("s"))
+
+
+def had_too_little(herd: Herd) -> bool:
+    """Whether the tuner refused its budget, as on a busy machine; it has then got more than what it asks for."""
+    refused = [path for host in HOSTS if (path := OUT / host / "budget.json").exists()]
+    for path in refused:
+        give_budget(herd, max(budget_s(herd), 1.5 * json.loads(path.read_text())["needed_s"]))
+        path.unlink()
+    return bool(refused)
+
+
+def tune(herd: Herd, *arguments: str) -> Run:
+    while (run := herd.play("tune.yml", *arguments)).rc != 0 and had_too_little(herd):
+        pass
+    assert run.rc == 0, run.errors
+    return run
 
 
 def tuned(herd: Herd, host: str) -> Path:
@@ -80,7 +93,10 @@ def started(herd: Herd, host: str) -> subprocess.Popen[bytes]:
     play = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300 + budget_s(herd)
     while in_force(herd, host) == before:
-        assert play.poll() is None and time.monotonic() < deadline, (OUT / host / "tune.log").read_text()
+        assert time.monotonic() < deadline, (OUT / host / "tune.log").read_text()
+        if play.poll() is not None:
+            assert had_too_little(herd), (OUT / host / "tune.log").read_text()
+            return started(herd, host)
         time.sleep(1)
     return play
 
@@ -104,7 +120,7 @@ def test_what_the_play_is_interrupted_in_is_taken_back_and_the_next_one_resumes(
     assert in_force(slow, "t2") == before
     assert verdict("t2")["partial"]
     windows = verdict("t2")["provenance"]["windows"]
-    slow.succeed("tune.yml", "--limit", "t2")
+    tune(slow, "--limit", "t2")
     resumed = verdict("t2")
     assert not resumed["partial"]
     assert resumed["provenance"]["spent_s"] <= budget_s(slow)
@@ -120,7 +136,7 @@ def test_a_run_whose_controller_died_is_followed_to_its_end(slow: Herd) -> None:
     play = started(slow, "t2")
     play.kill()
     play.wait(30)
-    slow.succeed("tune.yml", "--limit", "t2")
+    tune(slow, "--limit", "t2")
     assert (OUT / "t2/tune.log").read_text().count(" settings to search") == 1
     assert not verdict("t2")["partial"]
     tuned(slow, "t2").unlink(missing_ok=True)
@@ -129,7 +145,7 @@ def test_a_run_whose_controller_died_is_followed_to_its_end(slow: Herd) -> None:
 
 def test_one_host_is_searched_and_the_other_like_it_verified(slow: Herd) -> None:
     before = in_force(slow, "t2")
-    slow.succeed("tune.yml")
+    tune(slow)
     first, second = verdict("t1"), verdict("t2")
     assert (first["verdict"], second["verdict"]) == ("change", "change")
     assert len(first["table"]) == 3, "one slot, eight, and llama.cpp's four"
@@ -160,7 +176,7 @@ def test_settings_that_are_not_better_in_service_are_taken_back(slow: Herd, tmp_
     )
     script.chmod(0o755)
     before = tuned(slow, "t1").read_text(), slow.sh("t1", "cat /etc/llamaherd/server.toml")
-    run = slow.succeed("tune.yml", "--limit", "t1", "-e", f"llamaherd_loadgen_python={script}")
+    run = tune(slow, "--limit", "t1", "-e", f"llamaherd_loadgen_python={script}")
     assert "t1 has its former settings back. Keep parallel" in words(run)
     assert verdict("t1")["verdict"] == "keep"
     assert "in service, beside the settings before them: -" in words(run)
