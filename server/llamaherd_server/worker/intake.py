@@ -149,9 +149,12 @@ class Intake:
         return found is not None and found.on_disk
 
     def _fetch(self, sequence: Sequence, task: Task) -> None:
-        if self._prompts is not None:
-            self._prompts.fetch(sequence.request.cache_scope, sequence.tokens)
-        self._hand_over(sequence, task)
+        try:
+            if self._prompts is not None:
+                self._prompts.fetch(sequence.request.cache_scope, sequence.tokens)
+            self._hand_over(sequence, task)
+        except Exception as error:  # as in `_read`
+            self._ready.put(error)
 
 
 def is_slow(message: Generate | Tokenize | Detokenize | Embed) -> bool:

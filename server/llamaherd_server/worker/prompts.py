@@ -27,6 +27,7 @@ from llamaherd_server.worker.prompt_files import Header, header_of, prompt_files
 
 LEAST = 16  # tokens: shorter pieces, and shorter common beginnings, are computed again
 
+_FORMAT = 1  # of blobs: others are not read
 Checkpoint = tuple[int, bytes]  # a length, and the partial state there
 
 
@@ -99,7 +100,7 @@ class PromptCache:
         """From now on states are those of a context with these settings, which `cuts` slots back to any length or not;
         others' are not found."""
         layout = (settings.kv_unified, settings.kv_type_k, settings.kv_type_v, settings.flash_attention)
-        self.identity = hashlib.blake2b(repr((self._model, layout)).encode(), digest_size=16).hexdigest()
+        self.identity = hashlib.blake2b(repr((_FORMAT, self._model, layout)).encode(), digest_size=16).hexdigest()
         self.cuts = cuts
         if self._folder:
             files = prompt_files(self._folder, self.identity)
@@ -210,9 +211,9 @@ class PromptCache:
                 for piece in found.pieces:
                     piece.pins += 1
             try:
-                if not all(self._read(piece) for piece in pieces):
-                    continue
-                return
+                failed = next((piece for piece in pieces if not self._read(piece)), None)
+                if failed is None or failed.header.id in self._pieces:  # there, or without room
+                    return
             finally:
                 for piece in found.pieces:
                     piece.pins -= 1

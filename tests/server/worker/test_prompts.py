@@ -146,6 +146,16 @@ def test_files_are_read_when_they_are_asked_for(stored: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in stored.iterdir()} == {0o600}
 
 
+def test_what_memory_has_no_room_for_stays_on_disk(stored: Path) -> None:
+    fd = arena.create(PAGE)
+    prompts = PromptCache(Arena(fd, PAGE), "model", stored)
+    os.close(fd)
+    prompts.suit(SETTINGS, cuts=True)
+    prompts.fetch("", [*prompt(1), *prompt(2)])
+    assert states(prompts, [*prompt(1), *prompt(2)]) == [(b"begin", 100)]
+    assert len([*stored.iterdir()]) == 2
+
+
 @pytest.mark.parametrize("damage", ["torn", "tampered", "empty"])
 def test_a_file_that_is_not_what_was_written_goes_with_one_line(
     stored: Path, damage: str, capfd: pytest.CaptureFixture[str]
