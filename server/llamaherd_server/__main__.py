@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -59,7 +60,7 @@ def main() -> None:
             keyfile.run(arguments, arguments.file or _keys_file(arguments.config))
             return
         settings = load(arguments.config)
-        app = create_app(settings, _engine)
+        app = create_app(settings, partial(_engine, len(settings.models)))
     except (SettingsError, KeysError) as error:
         sys.stderr.write(f"llamaherd-server: {error}\n")
         sys.exit(os.EX_CONFIG)
@@ -102,7 +103,8 @@ def _keys_file(config: Path) -> Path:
     return path
 
 
-def _engine(settings: Settings) -> Engine:
+def _engine(among: int, settings: Settings) -> Engine:
+    """The engine of a model that is one of so many."""
     model, engine, limits = settings.model, settings.engine, settings.limits
     timeouts = {"heartbeat_timeout_s": limits.heartbeat_timeout_s, "load_timeout_s": limits.load_timeout_s}
     if engine.kind == "embedded":
@@ -113,6 +115,7 @@ def _engine(settings: Settings) -> Engine:
             chat_template=model.chat_template,
             lora=model.adapters(),
             prompt_cache_mib=limits.prompt_cache_mib,
+            prompt_cache_share=1 / among,
             prompt_cache_dir=_prompts_of(limits.prompt_cache_dir, model.name),
             **timeouts,
         )

@@ -172,8 +172,8 @@ class LimitSettings(Section):
     # Who shares the computed beginnings of prompts: requests of the same key, or all. Times and `cached_tokens` tell a
     # client what others that it shares with have asked.
     prompt_cache_scope: Literal["key", "server"] = "key"
-    # Memory for computed prompts that have left their slots; 0: none. Left out: 8 GiB, as llama-server takes, but at
-    # most a quarter of what is available. Of llama-server it is the --cache-ram.
+    # Memory for each model's computed prompts that have left their slots; 0: none. Left out: 8 GiB for all, as
+    # llama-server takes, but at most a quarter of what is available. Of llama-server it is the --cache-ram.
     prompt_cache_mib: int | None = Field(default=None, ge=0)
     # Where they are while the server is not running; left out: nowhere. In it each model has a folder of its own.
     prompt_cache_dir: Path | None = None

@@ -80,6 +80,7 @@ class EmbeddedEngine:
         chat_template: Path | None = None,
         lora: list[Adapter] | None = None,
         prompt_cache_mib: int | None = 0,
+        prompt_cache_share: float = 1,
         prompt_cache_dir: Path | None = None,
         heartbeat_timeout_s: float = 120,
         load_timeout_s: float = 900,
@@ -101,7 +102,7 @@ class EmbeddedEngine:
         self._probing: asyncio.Task[None] | None = None
         self._probed: float | None = None  # when a probe was sent that is not answered yet
         self._prompts = Prompts()
-        self._open_prompts = partial(open_prompts, prompt_cache_mib, prompt_cache_dir)
+        self._open_prompts = partial(open_prompts, prompt_cache_mib, prompt_cache_share, prompt_cache_dir)
         self._supervisor = Supervisor(self._config, self, heartbeat_timeout_s, self._process, load_timeout_s)
 
     async def start(self) -> None:

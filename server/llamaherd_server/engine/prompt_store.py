@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +51,13 @@ class Prompts:
             os.close(fd)
 
 
-def open_prompts(mib: int | None, folder: Path | None) -> Prompts:
-    """Memory for `mib` MiB of prompts (0: none; None: by the host), which the folder outlives.
+def open_prompts(mib: int | None, share: float, folder: Path | None) -> Prompts:
+    """Memory for `mib` MiB of prompts (0: none; None: this model's `share` of what the host has for all), and a folder.
 
     What cannot be is one line in the log: the server serves without it.
     """
     available = available_bytes()
-    size = min(DEFAULT_MIB * MIB, int(SHARE * available)) if available else DEFAULT_MIB * MIB
+    size = int(share * min(DEFAULT_MIB * MIB, SHARE * available if available else math.inf))
     if mib is not None:
         size = mib * MIB
         if available and size > available:
