@@ -81,7 +81,10 @@ def _grammars() -> Iterator[Attack]:
         "an open class of characters": "root ::= [a-",
         "a rule of a megabyte": "root ::= " + '"' + "a" * 1_000_000 + '" x',
     }
-    cheap = {"a thousand levels of brackets", "repetition to 10 million", "stars of stars"}
+    cheap = {
+        *("a thousand levels of brackets", "repetition to 10 million", "stars of stars"),
+        *("rules that double, 25 levels", "nested repetition"),
+    }
     for name, grammar in grammars.items():
         yield Attack("grammar", name, COMPLETIONS, _completion(grammar=grammar), name not in cheap)
 
@@ -123,7 +126,7 @@ def _schemas() -> Iterator[Attack]:
         "nested repetition in a pattern": ({"type": "string", "pattern": "^((a{1000}){1000}){1000}$"}, True),
         "a pattern that backtracks": ({"type": "string", "pattern": "^(a+)+b$"}, False),
         "a billion characters at least": ({"type": "string", "minLength": 10**9}, True),
-        "a million items at least": ({"type": "array", "items": {"type": "integer"}, "minItems": 10**6}, True),
+        "a million items at least": ({"type": "array", "items": {"type": "integer"}, "minItems": 10**6}, False),
         "integers of 30 digits": ({"type": "integer", "minimum": 10**30, "maximum": 10**31}, False),
     }
     for name, (schema, refused) in schemas.items():
@@ -140,7 +143,7 @@ def _sampling() -> Iterator[Attack]:
         "dry_penalty_last_n at int32's end": ({"dry_penalty_last_n": INT32_MAX, "dry_multiplier": 1}, False),
         "top_k past 64 bits": ({"top_k": 2**70}, True),
         "n_probs of a billion": ({"logprobs": 10**9}, True),
-        "64 breakers of a kilobyte": ({"dry_multiplier": 1, "dry_sequence_breakers": ["x" * 1000] * 64}, True),
+        "64 breakers of a kilobyte": ({"dry_multiplier": 1, "dry_sequence_breakers": ["x" * 1000] * 64}, False),
         "10,000 breakers": ({"dry_multiplier": 1, "dry_sequence_breakers": [f"b{i}" for i in range(10_000)]}, True),
         "a bias at a float's end with a grammar": ({"logit_bias": {"5": 1e308}, "grammar": 'root ::= "a"'}, False),
         "200,000 biases": ({"logit_bias": {str(i): 1 for i in range(200_000)}}, True),

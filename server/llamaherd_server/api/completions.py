@@ -14,8 +14,10 @@ from llamaherd_server.api.fields import GenerationFields
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import AppState, state_of
 from llamaherd_server.api.wire import Options
+from llamaherd_server.engine.base import EngineError
 from llamaherd_server.errors import ApiError, unsupported
 from llamaherd_server.protocol import Generate, ModelInfo
+from llamaherd_server.worker.errors import too_long
 
 router = APIRouter(route_class=ModelRoute)
 
@@ -43,9 +45,17 @@ async def resolve_prompts(state: AppState, prompts: list[Any]) -> list[str | lis
 
 
 async def _tokens(state: AppState, parts: list[str | int]) -> list[int]:
+    """Raises EngineError for more than a slot holds, before anything is copied."""
+    room = state.engine.status().settings.ctx_per_slot
+    given = sum(map(_is_token, parts))
     tokens: list[int] = []
-    for place, part in enumerate(parts):
+    for place, part in enumerate(parts if given < room else ()):
         tokens += [part] if isinstance(part, int) else await state.engine.tokenize(part, add_special=place == 0)
+        if len(tokens) >= room:
+            break
+    if (count := max(given, len(tokens))) >= room:
+        refusal = too_long(count, room, "at least " if len(parts) > given else "")
+        raise EngineError(refusal.code, refusal.message, refusal.param, refusal.details)
     return tokens
 
 

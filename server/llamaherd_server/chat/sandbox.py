@@ -20,6 +20,7 @@ import msgspec
 
 from llamaherd_server.chat.sandbox_child import Call, Refused
 from llamaherd_server.errors import ApiError
+from llamaherd_server.priority import SLOW_S, Patience
 from llamaherd_server.turns import Turns
 
 A = TypeVar("A")
@@ -28,10 +29,11 @@ R = TypeVar("R")
 CPU_S = 2.0
 # On a busy host a call may take so many times its CPU time; a process that was stopped is noticed sooner.
 _PATIENCE = 15
-_LOOK_S = 1.0
 _MOST = 8
 _LEFT_FOR_OTHERS = 2
 _KEPT = 2
+# A call waits for a process that has other work, unless that is slow: starting one costs more than most calls.
+_SOON_S = 1.0
 _TRIES = 3
 _START_S = 30
 _LARGEST_ANSWER = 64 * 2**20
@@ -51,14 +53,14 @@ class Sandbox:
     """Supervised sandbox_child processes, started when they are needed."""
 
     def __init__(self, most: int = _MOST) -> None:
-        self._idle: list[_Child] = []
+        self._idle: asyncio.LifoQueue[_Child] = asyncio.LifoQueue()
         self._children: set[_Child] = set()
         self._turns = Turns(most, _LEFT_FOR_OTHERS)
         self._stopped = False
 
     async def start(self) -> None:
         """Start a process ahead of the first call."""
-        self._idle.append(await self._new())
+        self._idle.put_nowait(await self._new())
 
     async def stop(self) -> None:
         """End the processes, and with them the calls that still run."""
@@ -96,15 +98,24 @@ class Sandbox:
     async def _child(self) -> AsyncIterator[_Child]:
         """A child for one call, once there is one for this caller."""
         async with self._turns.one():
-            child = self._idle.pop() if self._idle else await self._new()
+            child = await self._soon_idle() or await self._new()
             try:
                 yield child
             finally:
-                if child.usable and not self._stopped and len(self._idle) < _KEPT:
-                    self._idle.append(child)
+                if child.usable and not self._stopped and self._idle.qsize() < _KEPT:
+                    self._idle.put_nowait(child)
                 else:
                     await child.kill()
                     self._children.discard(child)
+
+    async def _soon_idle(self) -> _Child | None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SOON_S):
+                while any(child.quick for child in self._children):
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(SLOW_S):
+                            return await self._idle.get()
+        return None
 
     async def _new(self) -> _Child:
         self._refuse_if_stopped()
@@ -135,6 +146,12 @@ class _Child:
         self._reader = reader
         self._writer = writer
         self.usable = True
+        self._patience = Patience(process.pid)
+
+    @property
+    def quick(self) -> bool:
+        """Whether its call, if it has one, may end soon."""
+        return not self._patience.lost
 
     @classmethod
     async def start(cls) -> Self:
@@ -158,12 +175,13 @@ class _Child:
     async def answer(self, body: bytes, cpu_s: float, wait_s: float) -> bytes:
         """Its answer to a call; raises SandboxError, and _Lost."""
         self.usable = False  # until the answer has been read, or the next call would read it
+        self._patience.again()
         asked = asyncio.create_task(self._ask(body))
         try:
             async with asyncio.timeout(wait_s):
-                while not asked.done():
-                    await asyncio.wait((asked,), timeout=_LOOK_S)
-                    if not asked.done() and self._is_stopped():
+                while not (await asyncio.wait((asked,), timeout=SLOW_S))[0]:
+                    self._patience.look()
+                    if self._is_stopped():
                         raise _Lost
             answer = asked.result()
         except TimeoutError:
@@ -177,7 +195,7 @@ class _Child:
             raise SandboxError(f"went over its limits of {exceeded}") from None
         finally:
             asked.cancel()
-        self.usable = True
+        self.usable = self.quick
         return answer
 
     async def kill(self) -> None:

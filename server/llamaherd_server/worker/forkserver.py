@@ -6,6 +6,7 @@ holds the model. A child that takes too much time or memory, or that llama.cpp a
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import socket
@@ -18,6 +19,7 @@ from contextlib import suppress
 
 import msgspec
 
+from llamaherd_server.priority import SLOW_S, Patience
 from llamaherd_server.worker.channel import LENGTH_BYTES, frame
 from llamaherd_server.worker.errors import RequestError, too_long
 
@@ -31,7 +33,6 @@ TRIAL_COST = 25.0
 MEMORY_BYTES = 512 * 2**20
 # And by the clock, where the host has no CPU time to spare for it.
 GRAMMAR_DEADLINE_S = 3.0
-SLOW_S, SLOW_NICE = 0.1, 5
 PID_BYTES = 4
 KNOWN_GRAMMARS, KNOWN_CHARS = 256, 2**23
 ALLOWED = b"\1"
@@ -154,19 +155,21 @@ class Child:
         self._socket = sock
         self._answer = bytearray()
         self._closed = False
-        self._pid = 0
-        self._asked = time.monotonic()
+        self._patience: Patience | None = None
 
     def prepared(self) -> Prepared:
         """What the job makes, once that is there and its grammar compiles; raises RequestError."""
         try:
             with suppress(BrokenPipeError, ConnectionResetError):  # it has died; reading says so
                 self._socket.sendall(frame(self._job))
-            self._pid = int.from_bytes(self._socket.recv(PID_BYTES), "little")
-            if not self._pid:
+            pid = int.from_bytes(self._socket.recv(PID_BYTES), "little")
+            if not pid:
                 raise RequestError("internal", None, "no process could be started for this request's texts")
-            if not self._readable(SLOW_S) and self._job.grammar is not None and not self._readable(GRAMMAR_DEADLINE_S):
-                raise RequestError("invalid_grammar", "grammar", f"the grammar does not compile: {_OVER_LIMITS}")
+            self._patience = Patience(pid)
+            until = time.monotonic() + (math.inf if self._job.grammar is None else GRAMMAR_DEADLINE_S)
+            while not self._readable(SLOW_S):
+                if time.monotonic() > until:
+                    raise RequestError("invalid_grammar", "grammar", f"the grammar does not compile: {_OVER_LIMITS}")
             size = int.from_bytes(self._read(LENGTH_BYTES), "big")
             done = _prepared.decode(self._read(size))
         except (EOFError, OSError):
@@ -185,7 +188,8 @@ class Child:
 
     def ask(self, token: int) -> None:
         """Have the grammar accept `token`, if it allows it; `answer` says whether it did."""
-        self._asked = time.monotonic()
+        if self._patience:
+            self._patience.again()
         self._tell(token)
 
     def answer(self, n_vocab: int, wait_s: float) -> bytes | None:
@@ -218,12 +222,12 @@ class Child:
         self._socket.close()
 
     def _readable(self, wait_s: float) -> bool:
-        """Wait; a child that has been at work for long gets less of the CPU than those that compute."""
-        ready = bool(select.select([self._socket], [], [], wait_s)[0])
-        if not ready and self._pid and time.monotonic() - self._asked > SLOW_S:
-            with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, self._pid, os.getpriority(os.PRIO_PROCESS, 0) + SLOW_NICE)
-            self._pid = 0
+        try:
+            ready = bool(select.select([self._socket], [], [], wait_s)[0])
+        except ValueError:  # closed
+            raise EOFError from None
+        if not ready and self._patience:
+            self._patience.look()
         return ready
 
     def _tell(self, token: int) -> None:

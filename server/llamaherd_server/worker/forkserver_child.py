@@ -19,7 +19,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import msgspec
 
@@ -209,7 +209,7 @@ class Grammars:
     def _compile(self, grammar: str) -> None:
         """Raises Refused with llama.cpp's reason, which it prints with the grammar after it."""
         self._names_tokens = any(mark in LITERALS.sub("", grammar) for mark in "<!")
-        with tempfile.TemporaryFile() as file:
+        with printed_file() as file:
             os.dup2(file.fileno(), 2)
             self._sampler = self._lib.llama_sampler_init_grammar(
                 self._vocabulary.vocab, grammar.encode(errors="replace"), b"root"
@@ -265,6 +265,13 @@ class Grammars:
 
     def _accept(self, token: int) -> None:
         self._lib.llama_sampler_accept(self._sampler, token)
+
+
+def printed_file() -> BinaryIO:
+    """A file in memory where there is such a thing: a busy disk would take seconds."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("printed"), "r+b")
+    return tempfile.TemporaryFile()
 
 
 def longer_tokens(vocabulary: Vocabulary) -> dict[int | None, list[int]]:

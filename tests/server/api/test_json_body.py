@@ -10,6 +10,7 @@ import pytest
 from llamaherd_server.api.messages import MessagesRequest
 from llamaherd_server.errors import ApiError
 from llamaherd_server.json_body import MAX_CONTAINERS, MAX_STRINGS, decode
+from llamaherd_server.protocol import EngineSettings
 from llamaherd_server.settings import LimitSettings
 
 from .conftest import Serve
@@ -63,7 +64,8 @@ async def test_what_costs_too_much_or_is_not_json_is_a_400(serve: Serve, path: s
     ],
 )
 async def test_long_requests_that_people_send_are_served(serve: Serve, path: str, body: dict[str, Any]) -> None:
-    async with serve(Double(), max_body_bytes=2**24, max_queue_tokens=2**22) as served:
+    double = Double(settings=EngineSettings(ctx_per_slot=2**18))
+    async with serve(double, max_body_bytes=2**24, max_queue_tokens=2**22) as served:
         reply = await served.http.post(path, json=body)
     assert reply.status_code == 200, reply.text[:300]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from llamaherd_server.chat.jinja import Rendering, render
 from llamaherd_server.chat.sandbox import Sandbox, SandboxError
 from llamaherd_server.errors import ApiError
 from llamaherd_server.json_body import decode
+from llamaherd_server.priority import Patience
 from llamaherd_server.turns import caller
 
 BURNS = Rendering("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
@@ -45,6 +48,32 @@ async def test_a_signal_from_outside_costs_nobody_a_request(sandbox: Sandbox, nu
     for pid in children():
         os.kill(pid, number)
     assert await sandbox.in_child(render, FINE, 0.5) == "é"
+
+
+async def test_calls_that_come_together_take_turns_rather_than_start_processes(sandbox: Sandbox) -> None:
+    before = children()
+    assert await asyncio.gather(*(sandbox.in_child(render, FINE) for _ in range(5))) == ["é"] * 5
+    assert children() == before
+
+
+async def test_the_process_of_a_slow_call_is_not_used_again(sandbox: Sandbox) -> None:
+    [slow] = children()
+    many = "{% for a in range(30) %}{% for b in range(99999) %}{% endfor %}{% endfor %}é"
+    assert await sandbox.in_child(render, Rendering(many, {}), 30) == "é"
+    assert slow not in children()
+
+
+def test_a_slow_process_gets_less_of_the_cpu() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        patience = Patience(process.pid)
+        assert not patience.lost
+        while not patience.lost:
+            patience.look()
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) >= min(19, os.getpriority(os.PRIO_PROCESS, 0) + 1)
+        process.kill()
+        process.wait()
+        patience.again()
+        assert not Patience(process.pid).lost  # of one that has ended
 
 
 async def test_a_call_that_burns_its_budget_delays_no_other(sandbox: Sandbox) -> None:
