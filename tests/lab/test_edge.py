@@ -186,9 +186,12 @@ def test_a_certificate_that_cannot_serve_is_refused_before_anything_changes(flee
         assert says in run.errors[0]
         assert run.changed["e1"] == 0
         assert certificate(fleet) == before
-    insisted = fleet.succeed(*EDGE, "-e", json.dumps(elsewhere | {"llamaherd_nginx_certificate_allow_refused": True}))
-    assert "WARNING: " in insisted.output
+    insisted = json.dumps(elsewhere | {"llamaherd_nginx_certificate_allow_refused": True})
+    assert "WARNING: " in fleet.succeed(*EDGE, "-e", insisted).output
     assert certificate(fleet) == (tmp_path / "elsewhere.crt").read_text()
+    verified = fleet.play("verify.yml", "--limit", "e1", "-e", insisted)
+    assert verified.rc != 0
+    assert f"clients refuse the certificate of https://{fleet.address('e1')}" in verified.output
 
 
 @long
