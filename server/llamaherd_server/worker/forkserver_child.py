@@ -280,7 +280,7 @@ def longer_tokens(vocabulary: Vocabulary) -> dict[int | None, list[int]]:
     A grammar that forbids a text forbids all that begin with it. That is not so of parts of characters, nor of tokens
     that end the output.
     """
-    pieces = [vocabulary.piece(token, special=True) for token in range(vocabulary.n_vocab)]
+    pieces = vocabulary.pieces
     whole = {
         piece: token
         for token, piece in enumerate(pieces)

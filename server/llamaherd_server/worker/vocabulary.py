@@ -95,8 +95,13 @@ class Vocabulary:
         return least
 
     @cached_property
+    def pieces(self) -> list[bytes]:
+        """Every token's."""
+        return [self.piece(token, special=True) for token in range(self.n_vocab)]
+
+    @cached_property
     def _longest(self) -> int:
-        return max(len(self.piece(token, special=True)) for token in range(self.n_vocab))
+        return max(map(len, self.pieces))
 
     @cached_property
     def suppressed(self) -> list[int]:
@@ -135,7 +140,7 @@ class Vocabulary:
             for token in range(self.n_vocab)
             if (found := lib.llama_vocab_get_attr(self.vocab, token)) & wanted
         }
-        texts = [text for text in attributes if text]
+        texts = [*filter(None, attributes)]
         firsts, later = {text[0] for text in texts}, {char for text in texts for char in text[1:]}
         alone = [one for one in texts if one[0] not in later and not firsts & {*one[1:]}]
         cuttable = sorted(
