@@ -17,17 +17,17 @@ from llamaherd_server.chat.surrogates import without_halves
 Schemas: TypeAlias = Mapping[str, Any]  # the parameters' schema by the tool's name
 Body: TypeAlias = Callable[[Source, Writer, Schemas], Generator[None, None, None]]
 Calls: TypeAlias = list[tuple[str, Any]]  # names and arguments
-_ARGUMENTS = ("arguments", "parameters")
+_NAME, _ARGUMENTS = ("name", "tool_name"), ("arguments", "parameters")
 
 
 def json_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
-    """`{"name": …, "arguments": {…}}`, its members in any order; "parameters" is Llama's word for arguments."""
+    """`{"name": …, "arguments": {…}}`, its members in any order; Llama and Cohere have other words for the two."""
     name, held, begun = "", "", False
     yield from source.expect("{")
     while True:
         key = yield from _value(source)
         yield from source.expect(":")
-        if key == "name":
+        if key in _NAME:
             found = yield from _value(source)
             if begun or not isinstance(found, str) or not found:
                 raise Malformed

@@ -16,7 +16,10 @@ from llamaherd_server.chat.calls import Body, Elements, Schemas
 from llamaherd_server.chat.gbnf import literal
 from llamaherd_server.chat.reply import Malformed, Message, Parser, Source, Writer
 
-THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought\n", "<channel|>"))
+THINKING = (
+    *(("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought\n", "<channel|>")),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+)
 # A rule for one call of a tool: its name and the name of the rule of its arguments.
 CallRule: TypeAlias = Callable[[str, str], str]
 
@@ -67,6 +70,11 @@ class Format:
 def _json_rule(key: str, name: str, arguments: str) -> str:
     name_text = literal(f'{{"name": "{name}", "{key}": ')
     return f'{name_text} {arguments} "}}"'
+
+
+def _cohere_rule(name: str, arguments: str) -> str:
+    begin, names = literal('{"tool_call_id": "'), literal(f'", "tool_name": "{name}", "parameters": ')
+    return f'{begin} [0-9]{{1,3}} {names} {arguments} "}}"'
 
 
 def _element_rule(elements: Elements, name: str, arguments: str) -> str:
@@ -203,6 +211,33 @@ GRANITE = Format(
     after='"]"',
     written=calls.written_list,
 )
+
+
+def _listed(name: str, opens: str, closes: str, call_rule: CallRule, skipped: tuple[str, ...] = ()) -> Format:
+    """A list of JSON objects between two markers."""
+    return Format(
+        name=name,
+        signs=(f"{opens}[", closes),
+        opens=opens,
+        closes=closes,
+        body=calls.json_calls,
+        call_rule=call_rule,
+        before=literal(f"{opens}["),
+        joined='", "',
+        after=literal(f"]{closes}"),
+        skipped=skipped,
+    )
+
+
+NEMOTRON = _listed("nemotron-nano-v2", "<TOOLCALL>", "</TOOLCALL>", partial(_json_rule, "arguments"))
+APRIEL = _listed("apriel-1.5", "<tool_calls>", "</tool_calls>", partial(_json_rule, "arguments"))
+COHERE = _listed(
+    "command-r7b",
+    "<|START_ACTION|>",
+    "<|END_ACTION|>",
+    _cohere_rule,
+    skipped=("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+)
 LLAMA = Format(
     name="llama-3",
     signs=("dictionary of argument name",),
@@ -277,7 +312,7 @@ HARMONY = Format(
 # The first that fits; HERMES also for models whose template knows no tools.
 FORMATS = (
     *(HARMONY, QWEN_CODER, GEMMA, DEEPSEEK_V3_2, DEEPSEEK_V4, KIMI, MINIMAX, LFM2, GRANITE, GLM_4_7, GLM),
-    *(MISTRAL_NAMED, MISTRAL, DEEPSEEK_FENCED, DEEPSEEK, HERMES, LLAMA),
+    *(MISTRAL_NAMED, MISTRAL, DEEPSEEK_FENCED, DEEPSEEK, NEMOTRON, APRIEL, COHERE, HERMES, LLAMA),
 )
 
 

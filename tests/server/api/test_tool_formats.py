@@ -98,6 +98,12 @@ CASES = [
         "<tool_call>clock</tool_call>",
     ),
     Case(formats.GRANITE, f'<|tool_call|>[{{"name": "get_weather", "arguments": {JSON}}}]'),
+    Case(formats.NEMOTRON, f'<TOOLCALL>[{{"name": "get_weather", "arguments": {JSON}}}]</TOOLCALL>'),
+    Case(formats.APRIEL, f'<tool_calls>[{{"name": "get_weather", "arguments": {JSON}}}]</tool_calls>'),
+    Case(
+        formats.COHERE,
+        f'<|START_ACTION|>[{{"tool_call_id": "0", "tool_name": "get_weather", "parameters": {JSON}}}]<|END_ACTION|>',
+    ),
     Case(formats.LLAMA, f'{{"name": "get_weather", "parameters": {JSON}}}'),
     Case(
         formats.MISTRAL,
