@@ -37,6 +37,19 @@ class Client:
         context = context or ssl.create_default_context(cafile=self.ca)
         return http.client.HTTPSConnection(host, port or 443, timeout=TIMEOUT_S, context=context)
 
+    def refusal(self) -> str:
+        """Why the certificate is refused; empty where it is not, or where nothing can be reached."""
+        connection = self.connect()
+        try:
+            connection.connect()
+        except ssl.SSLCertVerificationError as error:
+            return error.verify_message.removesuffix(".")
+        except OSError:  # of which each test tells
+            return ""
+        finally:
+            connection.close()
+        return ""
+
     def request(self, method: str, path: str, body: Any = None, *, key: str | None = "") -> Answer:
         """`key` None sends none, empty sends the client's own."""
         connection = self.connect()

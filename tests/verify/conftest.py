@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,15 +45,12 @@ def client(promised: dict[str, Any]) -> Client:
     """A client as a user has one: the public address, the CA's certificate, a plain key."""
     key = Path(promised["keys_dir"], promised["key"]).read_text().strip()
     client = Client(promised["url"], promised["ca"] if promised["url"].startswith("https:") else None, key)
-    try:
-        connection = client.connect()
-        connection.connect()
-        connection.close()
-    except ssl.SSLCertVerificationError as error:
-        reason = f"clients refuse the certificate of {promised['url']}: {error.verify_message}"
-        pytest.fail(f"{reason}; renew or correct it, then run playbooks/deploy.yml --tags nginx", pytrace=False)
-    except OSError:  # of which each test tells
-        pass
+    if refusal := client.refusal():
+        pytest.fail(
+            f"clients refuse the certificate of {promised['url']}: {refusal}; "
+            "renew or correct it, then run playbooks/deploy.yml --tags nginx",
+            pytrace=False,
+        )
     return client
 
 
