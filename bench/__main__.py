@@ -17,6 +17,7 @@ GROUPS = {
     "gain": "gain",
     "plays": "plays",
     "hostile": "hostile",
+    "conversations": "conversations",
 }
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -14,7 +15,10 @@ class Sample:
 
     sent: float
     arrivals: list[float] = field(default_factory=list)
+    text: str = ""
     tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
 
     @property
     def ttft(self) -> float:
@@ -29,21 +33,23 @@ async def complete(
     port: int, prompt: str, max_tokens: int, temperature: float = 0.8, *, model: str = "bench", key: str = "none"
 ) -> Sample:
     """Stream one /v1/completions; raises RuntimeError when the server answers with anything but a full stream."""
-    body = json.dumps(
-        {
-            "model": model,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    ).encode()
+    fields = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature}
+    return await _stream(port, "/v1/completions", fields, key)
+
+
+async def chat(port: int, messages: list[dict[str, str]], tokens: int) -> Sample:
+    """Stream a greedy /v1/chat/completions of so many tokens; raises RuntimeError, as `complete` does."""
+    fields = {"model": "bench", "messages": messages, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    return await _stream(port, "/v1/chat/completions", fields, "none")
+
+
+async def _stream(port: int, path: str, fields: dict[str, object], key: str) -> Sample:
+    body = json.dumps({**fields, "stream": True, "stream_options": {"include_usage": True}}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     writer.write(
-        b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         b"Authorization: Bearer %b\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
-        % (key.encode(), len(body), body)
+        % (path.encode(), key.encode(), len(body), body)
     )
     sample = Sample(sent=time.perf_counter())
     other = b""
@@ -59,12 +65,23 @@ async def complete(
             finished = True
             break
         event = json.loads(data)
-        if event.get("choices") and event["choices"][0].get("text"):
+        if "error" in event:
+            other = line
+        if text := _text(event):
             sample.arrivals.append(now)
-        if event.get("usage"):
-            sample.tokens = event["usage"]["completion_tokens"]
+            sample.text += text
+        if usage := event.get("usage"):
+            sample.tokens, sample.prompt_tokens = usage["completion_tokens"], usage.get("prompt_tokens", 0)
+            sample.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
     writer.close()
     if not finished or not sample.arrivals:
         raise RuntimeError(f"no full stream from port {port}: {other[:500].decode(errors='replace')}")
     sample.tokens = sample.tokens or len(sample.arrivals)
     return sample
+
+
+def _text(event: dict[str, Any]) -> str:
+    """Of an event of either route."""
+    for choice in event.get("choices") or ():
+        return choice.get("text") or choice.get("delta", {}).get("content") or ""
+    return ""

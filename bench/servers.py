@@ -23,14 +23,14 @@ WORK = Path(__file__).resolve().parent.parent / "build/bench/work"
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags that every product gets."""
+    """The flags that every product gets. Threads that wait for each other crawl beside other work: BENCH_THREADS=1."""
 
     parallel: int
     ctx_per_slot: int
     unified: bool
     batch: int = 2048
     ubatch: int = 512
-    threads: int = os.cpu_count() or 1
+    threads: int = int(os.environ.get("BENCH_THREADS", os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,35 @@ class Running:
         """Resident memory of the process and its children, mapped weights included, counted once a process."""
         return sum(_rss_mib(pid) for pid in _tree(self.pid))
 
+    def kill_worker(self) -> None:
+        """End our server's engine process by SIGKILL, and wait until another one is ready."""
+        killed = self._worker()
+        assert killed  # noqa: S101 (a server that is ready has one)
+        os.kill(killed, signal.SIGKILL)
+        deadline = time.monotonic() + 120
+        while self._worker() in (None, killed) or not _answers(f"http://127.0.0.1:{self.port}/readyz"):
+            if time.monotonic() > deadline:
+                raise RuntimeError("no other engine is ready 120 s after the first was killed")
+            time.sleep(0.1)
+
+    def _worker(self) -> int | None:
+        return next((pid for pid in _tree(self.pid) if "llamaherd_server.worker" in _command(pid)), None)
+
     def metrics(self) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as reply:
             return str(reply.read().decode())
 
 
 @contextmanager
-def ours(flags: Flags, config_lines: str = "", environment: Mapping[str, str] | None = None) -> Iterator[Running]:
+def ours(
+    flags: Flags, config_lines: str = "", environment: Mapping[str, str] | None = None, *, model: str | None = None
+) -> Iterator[Running]:
     """`config_lines`: further tables of server.toml."""
     port = free_port()
     WORK.mkdir(parents=True, exist_ok=True)
     config = WORK / f"server-{port}.toml"
     config.write_text(
-        f'[http]\nport = {port}\n[model]\nname = "bench"\npath = {json.dumps(_model())}\n'
+        f'[http]\nport = {port}\n[model]\nname = "bench"\npath = {json.dumps(model or _model())}\n'
         f"[engine]\nparallel = {flags.parallel}\nctx_per_slot = {flags.ctx_per_slot}\n"
         f"batch = {flags.batch}\nubatch = {flags.ubatch}\nkv_unified = {str(flags.unified).lower()}\n"
         f"threads = {flags.threads}\nthreads_batch = {flags.threads}\n{config_lines}"
@@ -154,12 +170,18 @@ def _wait(child: subprocess.Popen[bytes], url: str, log: Path) -> None:
     for _ in range(240):
         if child.poll() is not None:
             break
-        try:
-            with urllib.request.urlopen(url, timeout=2):
-                return
-        except (OSError, urllib.error.HTTPError):
-            time.sleep(0.5)
+        if _answers(url):
+            return
+        time.sleep(0.5)
     raise RuntimeError(f"{child.args!r} did not become ready; the end of its log:\n{log.read_text()[-2000:]}")
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except (OSError, urllib.error.HTTPError):
+        return False
 
 
 def free_port() -> int:
@@ -171,6 +193,10 @@ def free_port() -> int:
 def _tree(pid: int) -> list[int]:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [pid, *(grandchild for child in children for grandchild in _tree(int(child)))]
+
+
+def _command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 def _rss_mib(pid: int) -> float:
