@@ -96,6 +96,10 @@ class PromptCache:
         self._lock = threading.RLock()
         self._take_over(self._in_memory())
 
+    @property
+    def empty(self) -> bool:
+        return not self._pieces
+
     def suit(self, settings: EngineSettings, *, cuts: bool) -> None:
         """From now on states are those of a context with these settings, which `cuts` slots back to any length or not;
         others' are not found."""

@@ -42,6 +42,8 @@ class Service:
         causal = self._context.generates and self._model.attends_backwards
         self._embedder = Embedder(self._model, self._interrupt, causal=causal)
         load_s = time.perf_counter() - began
+        if self._prompts and not self._prompts.empty:  # whose chats go on, and long ones are tokenised there
+            self._model.forkserver.start()
         channel.send(Ready(model=self._model.info(), settings=self._context.settings, load_s=load_s))
 
     def run(self) -> None:
