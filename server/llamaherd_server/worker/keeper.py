@@ -10,8 +10,8 @@ from llamaherd_server.worker.kv import KvCache, Slot
 from llamaherd_server.worker.prompts import LEAST, Found, PromptCache
 from llamaherd_server.worker.sequence import Sequence
 
-# Checkpoints of a slot, the bytes of all slots' together, and tokens between two that no border asks for.
-MOST_CHECKPOINTS, CHECKPOINT_BYTES, APART = 8, 2**29, 256
+# Checkpoints of a slot, the bytes of all slots' together, and tokens between two borders, or two that none asks for.
+MOST_CHECKPOINTS, CHECKPOINT_BYTES, BORDERS_APART, APART = 8, 2**29, 64, 256
 # Bytes a second that a state is loaded with, until some have been.
 LOADED_PER_S = 2e9
 _WEIGHT = 0.3  # of the latest load
@@ -31,13 +31,18 @@ class Keeper:
         if self._prompts:
             self._prompts.suit(backend.settings, cuts=backend.cuts)
 
+    def begin(self, slot: Slot, sequence: Sequence) -> None:
+        """Mark where a sequence departs from what was there; each border that its prompt stops at costs a step."""
+        sequence.space_borders(BORDERS_APART)
+        self.mark(slot, sequence, border=sequence.computed > 0)
+
     def mark(self, slot: Slot, sequence: Sequence, *, border: bool = False) -> None:
-        """Make a checkpoint of a slot that cannot be cut back, at its prompt's borders and where the last is far."""
+        """Make a checkpoint of a slot that cannot be cut back: at its prompt's borders and end, far from the last."""
         length, checkpoints = sequence.computed, slot.checkpoints
         if self._backend.cuts or length > sequence.n_prompt:
             return
         last = checkpoints[-1][0] if checkpoints else 0
-        border = border or length in sequence.borders
+        border = border or length in sequence.borders or length == sequence.n_prompt
         if length <= last or (not border and length - last < APART):
             return
         state = self._backend.checkpoint(slot.number)

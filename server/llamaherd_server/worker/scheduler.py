@@ -153,7 +153,7 @@ class Scheduler:
             length = self._keeper.load(self._kv, slot, stored)
         slot.sequence, slot.tokens, slot.scope = sequence, sequence.tokens, sequence.request.cache_scope
         sequence.slot, sequence.computed = slot.number, length
-        self._keeper.mark(slot, sequence, border=length > 0)
+        self._keeper.begin(slot, sequence)
         if not sequence.started:
             sequence.begin(length)
             self._cached += length

@@ -75,6 +75,15 @@ class Sequence:
         """How many pending tokens there are before the next border, or in all."""
         return next((border - self.computed for border in self.borders if border > self.computed), self.pending)
 
+    def space_borders(self, apart: int) -> None:
+        """Leave out borders that are less than `apart` tokens after what there is, or after another."""
+        last, spaced = self.computed, []
+        for border in self.borders:
+            if border - last >= apart:
+                spaced.append(border)
+                last = border
+        self.borders = spaced
+
     def begin(self, cached: int) -> None:
         """It has a slot for the first time; `cached` tokens of its prompt were found in the KV cells."""
         self.started = True
