@@ -25,14 +25,25 @@ class ModelError(Exception):
 class Model(Vocabulary):
     """A loaded GGUF. `progress` is told how much has been loaded, 0 to 1. Raises ModelError.
 
-    Without `weights` it knows everything of the model, computes nothing and takes next to no memory.
+    Without `weights` it knows everything of the model, computes nothing and takes next to no memory. `forks_ahead`: the
+    forkserver starts beside the load.
     """
 
     def __init__(
-        self, lib: Any, log: Log, config: WorkerConfig, progress: Callable[[float], None], *, weights: bool = True
+        self,
+        lib: Any,
+        log: Log,
+        config: WorkerConfig,
+        progress: Callable[[float], None],
+        *,
+        weights: bool = True,
+        forks_ahead: bool = False,
     ) -> None:
         path, gpu_layers = config.path, config.gpu_layers
         check_magic(path)
+        self.forkserver = Forkserver(path)
+        if forks_ahead:
+            self.forkserver.start()
         self.log = log
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
@@ -44,7 +55,6 @@ class Model(Vocabulary):
         if not handle:
             raise ModelError(f"{path} cannot be loaded: {log.last_error or 'llama.cpp does not say why'}")
         super().__init__(lib, handle)
-        self.forkserver = Forkserver(path)
         # What cannot be cut back: a recurrent state, and cells of a sliding window (in tokens) that others have taken.
         self.recurrent = bool(lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
         self.window = int(lib.llama_model_n_swa(self.handle))

@@ -98,7 +98,8 @@ class PromptCache:
 
     @property
     def empty(self) -> bool:
-        return not self._pieces
+        """Whether there is nothing, on disk neither."""
+        return not self._pieces and not (self._folder and any(self._folder.iterdir()))
 
     def suit(self, settings: EngineSettings, *, cuts: bool) -> None:
         """From now on states are those of a context with these settings, which `cuts` slots back to any length or not;

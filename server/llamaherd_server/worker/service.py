@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from llamaherd_server.protocol import Cancel, EngineSettings, Failed, Loading, Ready, Retune, Retuned, WorkerConfig
 from llamaherd_server.worker.arena import Arena
@@ -33,17 +34,17 @@ class Service:
         log = Log(lib)
         lib.llama_backend_init()
         self._channel = channel
-        self._model = Model(lib, log, config, lambda done: channel.send(Loading(done)))
+        self._prompts = _prompt_cache(config, lib)
+        # Where chats go on, long ones too, which are tokenised there, it is to be ready when the model is.
+        ahead = self._prompts is not None and not self._prompts.empty
+        self._model = Model(lib, log, config, lambda done: channel.send(Loading(done)), forks_ahead=ahead)
         self._interrupt = Interrupt(lib, log)
         self._context = Context(self._model, config.settings, self._interrupt)
         self._context.warm_up()
-        self._prompts = _prompt_cache(config, self._model)
         self._scheduler = Scheduler(self._context, channel.send, self._prompts)
         causal = self._context.generates and self._model.attends_backwards
         self._embedder = Embedder(self._model, self._interrupt, causal=causal)
         load_s = time.perf_counter() - began
-        if self._prompts and not self._prompts.empty:  # whose chats go on, and long ones are tokenised there
-            self._model.forkserver.start()
         channel.send(Ready(model=self._model.info(), settings=self._context.settings, load_s=load_s))
 
     def run(self) -> None:
@@ -119,12 +120,12 @@ class Service:
                 raise RequestError("does_not_fit", "ctx_per_slot", message)
 
 
-def _prompt_cache(config: WorkerConfig, model: Model) -> PromptCache | None:
+def _prompt_cache(config: WorkerConfig, lib: Any) -> PromptCache | None:
     if config.prompts is None:
         return None
     arena = Arena(config.prompts.fd, config.prompts.bytes)
     folder = Path(config.prompts.folder) if config.prompts.folder else None
-    return PromptCache(arena, identity(model.lib, config), folder)
+    return PromptCache(arena, identity(lib, config), folder)
 
 
 def _same_cells(one: EngineSettings, other: EngineSettings) -> bool:
