@@ -209,7 +209,7 @@ def test_stopping_waits_longer_than_draining(render: Render) -> None:
 
 
 def test_computed_prompts_have_a_folder_unless_there_is_to_be_none(render: Render, debian: Rendered) -> None:
-    folder = "/var/lib/llamaherd/prompts/server"
+    folder = str(debian.state_dir / "prompts/server")
     assert f"ReadWritePaths={folder}\n" in debian.text("llamaherd-server.service")
     assert str(settings.load(debian.folder / "server.toml").limits.prompt_cache_dir) == folder
     without = render("debian12", llamaherd_server_prompt_cache_dir="")
