@@ -82,7 +82,7 @@ async def answer(request: Request, run: Run, shape: Shape, *, stream: bool) -> R
 
 
 async def begun(receive: Receive, first: Awaitable[None]) -> None:
-    """Wait for a stream's first event, or for a while: what fails until then is told by the status."""
+    """Wait for a stream's first event, or for a while: a failure until then becomes the HTTP status."""
     with suppress(TimeoutError):
         async with asyncio.timeout(KEEP_ALIVE_S):
             await unless_gone(receive, first)
@@ -141,7 +141,7 @@ async def _chunks(run: Run, shape: Shape) -> AsyncIterator[bytes]:
 
 
 def error_of(error: Exception) -> ApiError:
-    """What the client of a stream that has begun is told of it."""
+    """The error that ends a stream which has begun."""
     if isinstance(error, ApiError | EngineError):
         return error if isinstance(error, ApiError) else ApiError.of_engine(error)
     log.error("internal error in a stream", exc_info=error)

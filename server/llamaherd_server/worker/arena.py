@@ -7,7 +7,6 @@ with a checksum, names the blobs that are complete: a writer that is killed half
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import os
@@ -48,10 +47,6 @@ class Arena:
         self._taken: dict[int, int] = {}
         self._turn = 0
         self._read_index()
-
-    def close(self) -> None:
-        with contextlib.suppress(BufferError):  # an address of it is still held
-            self._map.close()
 
     def allocate(self, size: int) -> int | None:
         """The offset of `size` bytes that no blob has; None where the bound or the index does not allow them."""

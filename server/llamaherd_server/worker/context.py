@@ -142,10 +142,12 @@ class Context:
         return (self._restored(slot, state, PARTIAL) and self._cut(slot, length)) or self._lost(slot)
 
     def keeps(self, slot: int, length: int) -> bool:
+        if self.cuts:
+            return True
         if self._model.recurrent:
             return self.held(slot) == length
         oldest = int(self._lib.llama_memory_seq_pos_min(self._memory, slot))
-        return self.cuts or oldest <= max(0, length - self._window)
+        return oldest <= max(0, length - self._window)
 
     def _cut(self, slot: int, length: int) -> bool:
         return bool(self._lib.llama_memory_seq_rm(self._memory, slot, length, -1))

@@ -65,19 +65,19 @@ class Keeper:
             save = partial(self._backend.save_part, slot.number, after[1])
             self._prompts.put(slot.scope, tokens, after, slot.checkpoints, save)
 
-    def behind(self, kv: KvCache) -> list[Slot]:
-        """Idle slots that are not kept yet, the one that has waited longest first."""
+    def unkept(self, kv: KvCache) -> Slot | None:
+        """The idle slot that has waited longest to be kept."""
         if self._prompts is None:
-            return []
-        return sorted((slot for slot in kv.idle if slot.kept < slot.length), key=lambda slot: slot.used)
+            return None
+        return min((one for one in kv.idle if one.kept < one.length), key=lambda slot: slot.used, default=None)
 
     def catch_up(self, kv: KvCache) -> None:
         """Keep one slot at most: others' next token waits for it."""
-        for slot in self.behind(kv)[:1]:
+        if slot := self.unkept(kv):
             self.keep(slot)
 
     def keep_all(self, kv: KvCache) -> None:
-        for slot in self.behind(kv):
+        while slot := self.unkept(kv):
             self.keep(slot)
 
     def better(self, sequence: Sequence, length: int, token_s: float) -> Found | None:

@@ -65,13 +65,13 @@ class KvCache:
     def usable(self, slot: Slot, length: int) -> int:
         """How many of the slot's first `length` positions can be gone on from."""
         length = min(length, slot.length)
-        if self._backend.cuts or length == 0 or self._backend.keeps(slot.number, length):
+        if length == 0 or self._backend.keeps(slot.number, length):
             return length
         return max((there for there, _ in slot.checkpoints if there <= length), default=0)
 
     def share(self, source: Slot, target: Slot, length: int) -> int:
         """Give the empty `target` the first `length` positions of `source`, which are `usable`; how many it got."""
-        kept = self._backend.cuts or self._backend.keeps(source.number, length)
+        kept = self._backend.keeps(source.number, length)
         self._backend.share(source.number, target.number, length)
         target.checkpoints = [one for one in source.checkpoints if one[0] <= length]
         if self._unified:
@@ -89,7 +89,7 @@ class KvCache:
         slot.kept = min(slot.kept, length)
         if length == slot.length:
             return length
-        kept = length == 0 or self._backend.cuts or self._backend.keeps(slot.number, length)
+        kept = length == 0 or self._backend.keeps(slot.number, length)
         if kept:
             self._backend.forget(slot.number, length)
         self._let_go(slot, length)

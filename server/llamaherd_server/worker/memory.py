@@ -81,10 +81,10 @@ def kv_bytes(model: Model, settings: EngineSettings) -> float:
 
 
 def _kv_heads(model: Model) -> float:
-    """Of all layers. Those of a hybrid model differ, and a long list is not told to its end."""
+    """KV heads of all layers. A hybrid model's layers differ; llama.cpp cuts a long list off."""
     layers = int(model.lib.llama_model_n_layer(model.handle))
-    told = re.findall(r"\d+(?=[,\]])", model.meta(f"{model.meta('general.architecture')}.attention.head_count_kv"))
-    heads = [int(one) for one in told] or [int(model.lib.llama_model_n_head_kv(model.handle))]
+    listed = re.findall(r"\d+(?=[,\]])", model.meta(f"{model.meta('general.architecture')}.attention.head_count_kv"))
+    heads = [int(one) for one in listed] or [int(model.lib.llama_model_n_head_kv(model.handle))]
     return layers * sum(heads) / len(heads)
 
 

@@ -61,7 +61,7 @@ class Scheduler:
     @property
     def settled(self) -> bool:
         """Whether there is nothing to do, nor anything to keep."""
-        return self.idle and not self._keeper.behind(self._kv)
+        return self.idle and self._keeper.unkept(self._kv) is None
 
     @property
     def beginning(self) -> bool:
@@ -310,7 +310,7 @@ class Scheduler:
     # --- letting go ----------------------------------------------------------------------------------------------
 
     def _release(self, sequence: Sequence) -> None:
-        """Forget the sequence; its cells stay for those that begin alike."""
+        """Forget the sequence; its cells stay for prompts that share the prefix."""
         sequence.sampler.close()
         if sequence.slot == NO_SLOT:
             self.waiting.remove(sequence)

@@ -120,7 +120,7 @@ def test_other_settings_find_nothing_until_the_former_are_back(fd: int) -> None:
 
 @pytest.fixture
 def stored(fd: int, tmp_path: Path) -> Path:
-    """A folder of two prompts that begin alike."""
+    """A folder of two prompts that share a prefix."""
     prompts = cache(fd)
     assert put(prompts, prompt(1), b"begin")
     assert put(prompts, [*prompt(1), *prompt(2)], b"end")
