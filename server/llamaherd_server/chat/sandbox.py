@@ -29,6 +29,7 @@ R = TypeVar("R")
 CPU_S = 2.0
 # On a busy host a call may take so many times its CPU time; a process that was stopped is noticed sooner.
 _PATIENCE = 15
+_SLOW_SHARE = 0.2  # of its CPU time: who has had that much is slow, whatever the host
 _MOST = 8
 _LEFT_FOR_OTHERS = 2
 _KEPT = 2
@@ -43,6 +44,10 @@ _ENDED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal
 
 class SandboxError(Exception):
     """The call failed or went over its limits; the message is for the client."""
+
+
+class Slow(SandboxError):
+    """The call had a good part of its CPU time, and not all of it while the caller waited."""
 
 
 class _Lost(Exception):
@@ -73,8 +78,9 @@ class Sandbox:
         """`function(argument)`, computed in a child within `cpu_s` seconds of CPU time, and `patience` times as many.
 
         `function` is one of this package, by name; argument and value go as JSON of the types that it is annotated
-        with. Raises the ApiError that it raises, SandboxError for any other exception and for exceeded limits, and
-        ApiError (503) when its processes are ended from outside again and again, or the host has no time for them.
+        with. Raises the ApiError that it raises, SandboxError for any other exception and for exceeded limits (Slow
+        where another time may do), and ApiError (503) when its processes are ended from outside again and again, or
+        the host has no time for them.
         """
         call = Call(f"{function.__module__}:{function.__name__}", cpu_s, msgspec.Raw(msgspec.json.encode(argument)))
         body = msgspec.json.encode(call)
@@ -185,6 +191,8 @@ class _Child:
                         raise _Lost
             answer = asked.result()
         except TimeoutError:
+            if self._patience.used_s > _SLOW_SHARE * cpu_s:
+                raise Slow(f"takes more than {self._patience.used_s:.2g} s of CPU time, on a busy host") from None
             message = f"no {cpu_s:g} s of CPU time for this request within {wait_s:g} s: the host is overloaded"
             raise ApiError(503, message, code="sandbox_lost", retry_after=1) from None
         except (EOFError, ConnectionError):

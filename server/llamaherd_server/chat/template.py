@@ -7,7 +7,7 @@ from typing import Any
 import structlog
 
 from llamaherd_server.chat.adapt import Found, Prompting, Traits, prompt_of, traits_of
-from llamaherd_server.chat.sandbox import Sandbox, SandboxError
+from llamaherd_server.chat.sandbox import Sandbox, SandboxError, Slow
 from llamaherd_server.errors import ApiError
 from llamaherd_server.protocol import ModelInfo
 
@@ -30,6 +30,8 @@ async def found(sandbox: Sandbox, model: ModelInfo) -> Found:
     if source not in _found:
         try:
             _found[source] = await sandbox.in_child(traits_of, source, _FINDING_CPU_S)
+        except Slow as error:
+            raise ApiError(503, f"the model's chat template {error}", code="sandbox_lost", retry_after=1) from None
         except SandboxError as error:
             _found[source] = Found(Traits(), {"every conversation": str(error)})
     return _found[source]

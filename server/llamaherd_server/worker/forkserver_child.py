@@ -17,12 +17,14 @@ import socket
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import msgspec
 
+from llamaherd_server.priority import lower
 from llamaherd_server.worker.channel import LENGTH_BYTES, frame
 from llamaherd_server.worker.forkserver import (
     ALLOWED,
@@ -54,22 +56,8 @@ class Refused(Exception):
 
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
-    lib = load()
-    said = bytearray()
-
-    def write(level: int, text: bytes, _user_data: Any) -> None:
-        said[:] = text if level == 4 else said
-
-    callback = lib.llama_log_callback(write)  # kept: llama.cpp holds on to it
-    lib.llama_log_set(callback, None)
-    params = lib.llama_model_default_params()
-    params.vocab_only, params.n_gpu_layers = True, 0
-    handle = lib.llama_model_load_from_file(sys.argv[2].encode(), params)
-    if not handle:
-        sys.exit(f"{sys.argv[2]}: the vocabulary cannot be loaded: {said.decode(errors='replace')}")
-    vocabulary = Vocabulary(lib, handle)
-    vocabulary.warm_up()
-    grammars = Grammars(vocabulary, said)
+    with ThreadPoolExecutor(1, initializer=lower) as beside:
+        grammars = beside.submit(loaded, sys.argv[2]).result()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a child
     gc.freeze()
     while True:
@@ -84,6 +72,26 @@ def main() -> None:
                 control.close()
                 be_child(grammars, socket.socket(fileno=ends[0]))
         os.close(ends[0])
+
+
+def loaded(path: str) -> Grammars:
+    """The vocabulary of the GGUF at `path`, and what all grammars need of it."""
+    lib = load()
+    said = bytearray()
+
+    def write(level: int, text: bytes, _user_data: Any) -> None:
+        said[:] = text if level == 4 else said
+
+    callback = lib.llama_log_callback(write)
+    lib.llama_log_set(callback, None)
+    params = lib.llama_model_default_params()
+    params.vocab_only, params.n_gpu_layers = True, 0
+    handle = lib.llama_model_load_from_file(path.encode(), params)
+    if not handle:
+        sys.exit(f"{path}: the vocabulary cannot be loaded: {said.decode(errors='replace')}")
+    vocabulary = Vocabulary(lib, handle)
+    vocabulary.warm_up()
+    return Grammars(vocabulary, said, callback)
 
 
 def be_child(grammars: Grammars, end: socket.socket) -> NoReturn:
@@ -137,8 +145,10 @@ def end_with(end: socket.socket, on: bool) -> None:
 class Grammars:
     """Compiles one grammar, after the fork, and keeps to it; what it needs of the vocabulary is made before."""
 
-    def __init__(self, vocabulary: Vocabulary, said: bytearray) -> None:
+    def __init__(self, vocabulary: Vocabulary, said: bytearray, writer: Any) -> None:
+        """`said` has llama.cpp's last error, by way of `writer`, which it must not outlive."""
         self._lib = lib = vocabulary.lib
+        self._writer = writer
         self._vocabulary = vocabulary
         self._said = said
         self._longer = longer_tokens(vocabulary)

@@ -8,15 +8,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from llamaherd_server.chat.jinja import Rendering, render
-from llamaherd_server.chat.sandbox import Sandbox, SandboxError
+from llamaherd_server.chat.sandbox import Sandbox, SandboxError, Slow
 from llamaherd_server.errors import ApiError
 from llamaherd_server.json_body import decode
-from llamaherd_server.priority import Patience
+from llamaherd_server.priority import START_NICE, Patience, lower
 from llamaherd_server.turns import caller
 
 BURNS = Rendering("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
@@ -104,6 +105,22 @@ async def test_one_caller_leaves_processes_to_the_others() -> None:
             one.cancel()
         await asyncio.gather(*burning, return_exceptions=True)
         await sandbox.stop()
+
+
+async def test_a_call_is_slow_by_itself_or_for_the_host(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ApiError, match="the host is overloaded"):
+        await sandbox.in_child(render, BURNS, 1000, 1e-3)
+    monkeypatch.setattr("llamaherd_server.chat.sandbox._SLOW_SHARE", 1e-5)
+    with pytest.raises(Slow, match="of CPU time, on a busy host"):
+        await sandbox.in_child(render, BURNS, 1000, 1e-3)
+
+
+def test_what_is_made_ahead_of_children_has_a_lower_priority_and_they_do_not() -> None:
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    with ThreadPoolExecutor(1, initializer=lower) as beside:
+        if sys.platform == "linux":
+            assert beside.submit(os.getpriority, os.PRIO_PROCESS, 0).result() == min(19, usual + START_NICE)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == usual
 
 
 async def test_cpu_time_is_bounded(sandbox: Sandbox) -> None:

@@ -28,7 +28,7 @@ GRAMMARS = {
 
 @pytest.fixture(scope="module")
 def grammars(model: Model) -> Grammars:
-    return Grammars(model, bytearray())
+    return Grammars(model, bytearray(), None)
 
 
 @pytest.mark.parametrize("kind", GRAMMARS)
