@@ -49,8 +49,8 @@ _ENVIRONMENT = {
 class Job(msgspec.Struct, frozen=True):
     """Texts to tokenise, and a grammar to compile and to keep to for `trial` tokens, none above `trial_cost`.
 
-    Texts that a slot of `room` tokens has no room for are refused, and so are more tokens than `most`; with `counted`
-    their number is the answer.
+    Texts that a slot of `room` tokens has no room for, with `beside` others, are refused, and so are more tokens than
+    `most`; with `counted` their number is the answer.
     """
 
     texts: list[str] = []
@@ -62,6 +62,7 @@ class Job(msgspec.Struct, frozen=True):
     grammar: str | None = None
     trial: int = TRIAL_TOKENS
     trial_cost: float = TRIAL_COST
+    beside: int = 0
 
 
 class Prepared(msgspec.Struct):

@@ -194,13 +194,13 @@ class Grammars:
             least = sum(
                 self._vocabulary.least_tokens(text, most, parse_special=job.parse_special) for text in job.texts
             )
-            if least > most:
-                return Prepared(count=least, at_least=True)
+            if least + job.beside > most:
+                return Prepared(count=least + job.beside, at_least=True)
         tokens = [
             self._vocabulary.tokenize(text, add_special=job.add_special, parse_special=job.parse_special)
             for text in job.texts
         ]
-        count = sum(map(len, tokens))
+        count = sum(map(len, tokens)) + job.beside
         listed = not job.counted and (most is None or count <= most)
         return Prepared(tokens if listed else [], count)
 

@@ -35,6 +35,7 @@ from llamaherd_server.worker.prompts import PromptCache
 from llamaherd_server.worker.sampling import NativeSampler, checked, has_breakers
 from llamaherd_server.worker.sequence import Sampler, Sequence
 from llamaherd_server.worker.text import TextStream
+from llamaherd_server.worker.texts import Stretch, Texts, reading
 
 Work: TypeAlias = Sequence | EmbeddingJob | Cancel | Retune
 
@@ -63,6 +64,7 @@ class Intake:
         self._prompts = prompts
         self._channel = channel
         self._model = model
+        self._texts = prompts.texts if prompts else Texts()
         self._interrupt = interrupt
         self._ready: SimpleQueue[Work | Exception] = SimpleQueue()
         self._lanes = Lanes()
@@ -85,6 +87,7 @@ class Intake:
 
     def _read(self) -> None:
         try:
+            self._model.parts("", 0, parse_special=True)  # what is made once
             while True:
                 for message in self._channel.receive():
                     self._take_in(message)
@@ -120,7 +123,7 @@ class Intake:
             if isinstance(message, Embed):
                 work = job_of(self._model, message, task)
             else:
-                work = sequence_of(self._model, message, task, self._room())
+                work = sequence_of(self._model, message, task, self._room(), self._texts)
         except RequestError as error:
             self._channel.send(Failed(message.id, error.code, error.message, error.param, error.details))
             return
@@ -174,24 +177,50 @@ def slot_tokens(settings: EngineSettings) -> int:
     return min(settings.ctx_per_slot, total_cells(settings))
 
 
-def sequence_of(model: Model, request: Generate, task: Task | None = None, room: int = sys.maxsize) -> Sequence:
-    """Raises RequestError before anything is computed; of a prompt far beyond `room` a beginning is tokenised."""
+def sequence_of(
+    model: Model,
+    request: Generate,
+    task: Task | None = None,
+    room: int = sys.maxsize,
+    texts: Texts | None = None,
+) -> Sequence:
+    """Raises RequestError before anything is computed; of a prompt far beyond `room` a beginning is tokenised.
+
+    What `texts` knows of a long prompt is not tokenised again.
+    """
     if request.max_tokens is not None and request.max_tokens < 1:
         raise RequestError("invalid_value", "max_tokens", f"max_tokens {request.max_tokens} must be at least 1")
     if request.logprobs is not None and not 0 <= request.logprobs <= model.n_vocab:
         message = f"logprobs {request.logprobs} must be between 0 and the vocabulary's {model.n_vocab}"
         raise RequestError("invalid_value", "logprobs", message)
     sampling = checked(model, request.sampling)
-    prompt, grammar = request.prompt, sampling.grammar
-    text = [prompt] if isinstance(prompt, str) else []
-    job = Job(text, request.add_special, request.parse_special, room, grammar=grammar)
-    with _prepared(model, job, task) as (prepared, child):
-        tokens = _known(model, prompt if isinstance(prompt, list) else prepared.tokens[0], "prompt")
+    with _read(model, request, sampling.grammar, task, room=room, texts=texts) as (tokens, stretches, child):
         preserved = frozenset(model.control_tokens(request.preserved))
         chain = NativeSampler(model, sampling, tokens)
         sampler = chain if child is None else _with_grammar(model, chain, child)
         borders = model.borders(tokens) if model.recurrent or model.window else []
-        return Sequence(request, tokens, sampler, TextStream(request.stop), preserved, borders)
+        return Sequence(request, tokens, sampler, TextStream(request.stop), preserved, borders, stretches)
+
+
+@contextmanager
+def _read(
+    model: Model, request: Generate, grammar: str | None, task: Task | None, *, room: int, texts: Texts | None
+) -> Iterator[tuple[list[int], list[Stretch], Child | None]]:
+    """The prompt's tokens, where those of its texts are, and the grammar's process as by `_prepared`."""
+    prompt, add, parse = request.prompt, request.add_special, request.parse_special
+    parts = None
+    if texts and isinstance(prompt, str) and len(prompt) > SHORT_CHARS:
+        parts = reading(model, texts, prompt, request.cache_scope, add_special=add, parse_special=parse)
+    if parts:
+        job = Job(parts.unknown, parse_special=parse, room=room, beside=parts.known, grammar=grammar)
+    else:
+        job = Job([prompt] if isinstance(prompt, str) else [], add, parse, room, grammar=grammar)
+    with _prepared(model, job, task) as (prepared, child):
+        if parts and texts:
+            tokens, stretches = parts.whole(texts, prepared.tokens)
+        else:
+            tokens, stretches = prompt if isinstance(prompt, list) else prepared.tokens[0], []
+        yield _known(model, tokens, "prompt"), stretches, child
 
 
 def _with_grammar(model: Model, chain: NativeSampler, child: Child) -> Sampler:

@@ -63,7 +63,7 @@ class Keeper:
         after = self._prompts.lacks(slot.scope, tokens, chained=self._backend.chains)
         if after is not None:
             save = partial(self._backend.save_part, slot.number, after[1])
-            self._prompts.put(slot.scope, tokens, after, slot.checkpoints, save)
+            self._prompts.put(slot.scope, tokens, after, slot.checkpoints, save, texts=slot.texts)
 
     def unkept(self, kv: KvCache) -> Slot | None:
         """The idle slot that has waited longest to be kept."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from llamaherd_server.worker.backend import Backend, Part
 from llamaherd_server.worker.prompts import Checkpoint
 from llamaherd_server.worker.sequence import Sequence
+from llamaherd_server.worker.texts import Stretch
 
 
 @dataclass(eq=False, slots=True)
@@ -27,6 +28,7 @@ class Slot:
     used: int = 0  # the step of its last request's end
     checkpoints: list[Checkpoint] = field(default_factory=list)
     kept: int = 0
+    texts: list[Stretch] = field(default_factory=list)  # whose tokens are among `tokens`
 
     @property
     def length(self) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from llamaherd_server.worker.arena import Arena
+from llamaherd_server.worker.texts import Stretch
 
 SUFFIX = ".prompt"
 _CHECKSUM_BYTES = 16
@@ -35,6 +36,7 @@ class Header(msgspec.Struct, kw_only=True):
     state: int  # bytes
     checkpoints: list[tuple[int, int]]  # length, bytes
     used: float  # Unix time of the request that it is from
+    texts: list[Stretch] = []  # of the prompt, which `tokens` have all of
 
 
 def header_of(blob: memoryview | bytes, size: int | None = None) -> Header | None:

@@ -24,6 +24,7 @@ from llamaherd_server.protocol import EngineSettings
 from llamaherd_server.worker.arena import Arena
 from llamaherd_server.worker.prefix import common
 from llamaherd_server.worker.prompt_files import Header, header_of, prompt_files, read
+from llamaherd_server.worker.texts import Stretch, Texts
 
 LEAST = 16  # tokens: shorter pieces, and shorter common beginnings, are computed again
 
@@ -94,6 +95,7 @@ class PromptCache:
         self._roots: dict[tuple[str, str, tuple[int, ...]], list[Piece]] = {}
         self._pieces: dict[str, Piece] = {}
         self._lock = threading.RLock()
+        self.texts = Texts()
         self._take_over(self._in_memory())
 
     @property
@@ -136,6 +138,8 @@ class PromptCache:
         after: tuple[Piece | None, int],
         checkpoints: list[Checkpoint],
         save: Callable[[Callable[[int], Any]], int],
+        *,
+        texts: Iterable[Stretch] = (),
     ) -> bool:
         """Keep `tokens` from where `after` says; `save` writes their state to the buffer that it asks for, by size.
 
@@ -153,6 +157,7 @@ class PromptCache:
             state=0,
             checkpoints=[(length, len(state)) for length, state in checkpoints],
             used=time.time(),
+            texts=[one for one in texts if start <= one[1] and one[2] <= len(tokens)],
         )
         room: list[tuple[int, bytes, int]] = []
 
@@ -359,6 +364,8 @@ class PromptCache:
             elif parent or not piece.header.parent:
                 piece.parent = parent
                 self._add(piece)
+                for digest, start, end in piece.header.texts:
+                    self.texts.put(digest, piece.header.tokens[start - piece.start : end - piece.start])
             elif piece.offset is not None:
                 self.arena.free(piece.offset)
 

@@ -152,7 +152,7 @@ class Scheduler:
         elif stored is not None:
             length = self._keeper.load(self._kv, slot, stored)
         slot.sequence, slot.tokens, slot.scope = sequence, sequence.tokens, sequence.request.cache_scope
-        sequence.slot, sequence.computed = slot.number, length
+        slot.texts, sequence.slot, sequence.computed = sequence.texts, slot.number, length
         self._keeper.begin(slot, sequence)
         if not sequence.started:
             sequence.begin(length)

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias
 
 from llamaherd_server.protocol import Finished, FinishReason, Generate
 from llamaherd_server.worker.text import TextStream
+from llamaherd_server.worker.texts import Stretch
 
 NO_SLOT = -1
 _arrivals = itertools.count()
@@ -43,6 +44,7 @@ class Sequence:
     text: TextStream
     preserved: frozenset[int] = frozenset()  # control tokens that are text here
     borders: list[int] = field(default_factory=list)
+    texts: list[Stretch] = field(default_factory=list)
     limit: int = 0
     n_prompt: int = field(init=False)
     slot: int = NO_SLOT

@@ -28,12 +28,22 @@ class Vocabulary:
         self._pieces: dict[int, bytes] = {}
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        cuts = [0, *(self._cuts(text, parse_special) if len(text) > PIECE_CHARS else ()), len(text)]
-        if len(cuts) == 2:
+        pieces = [text] if len(text) <= PIECE_CHARS else self.parts(text, PIECE_CHARS, parse_special=parse_special)
+        if len(pieces) == 1:
             return self._tokens(text, add_special, parse_special)
-        pieces = [self._tokens(text[at:end], False, parse_special) for at, end in pairwise(cuts)]
-        head, tail = self._ends if add_special else ([], [])
-        return [*head, *(token for piece in pieces for token in piece), *tail]
+        head, tail = self.ends if add_special else ([], [])
+        return [*head, *(token for one in pieces for token in self._tokens(one, False, parse_special)), *tail]
+
+    def parts(self, text: str, apart: int, *, parse_special: bool) -> list[str]:
+        """The text, cut where special tokens begin, at least `apart` characters apart.
+
+        llama.cpp tokenises what lies between them by itself.
+        """
+        cuts = [0]
+        if special := self._cuttable(parse_special):
+            while match := special.search(text, cuts[-1] + apart):
+                cuts.append(match.start())
+        return [text[at:end] for at, end in pairwise([*cuts, len(text)])]
 
     def warm_up(self) -> None:
         """Make what is made once."""
@@ -120,15 +130,6 @@ class Vocabulary:
                 return tokens[:count]
             room = -count
 
-    def _cuts(self, text: str, parse_special: bool) -> Iterator[int]:
-        """Where special tokens begin, about PIECE_CHARS apart: llama.cpp tokenises what lies between them by itself."""
-        if (special := self._cuttable(parse_special)) is None:
-            return
-        end = 0
-        while (match := special.search(text, end + PIECE_CHARS)) is not None:
-            end = match.start()
-            yield end
-
     @cache  # noqa: B019 (a process has one vocabulary)
     def _cuttable(self, parse_special: bool) -> re.Pattern[str] | None:
         """Matches the special tokens that overlap no other one, and leave the text before them as it is."""
@@ -149,7 +150,7 @@ class Vocabulary:
         return re.compile("|".join(map(re.escape, cuttable))) if cuttable else None
 
     @cached_property
-    def _ends(self) -> tuple[list[int], list[int]]:
+    def ends(self) -> tuple[list[int], list[int]]:
         """What the model wants before and after a text."""
         both = self._tokens("", True, False)
         if len(both) == 1 and both[0] != self.lib.llama_vocab_bos(self.vocab):

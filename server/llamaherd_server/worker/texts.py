@@ -1,0 +1,89 @@
+"""Which tokens texts became, so that a chat's next turn tokenises only what is new in it."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from llamaherd_server.worker.vocabulary import Vocabulary
+
+# Characters of a prompt that is looked through, and of its parts but the last one.
+MOST_CHARS, PART_CHARS = 2**18, 256
+MOST_TOKENS = 2**20  # that are remembered, of 4 bytes each
+
+Stretch: TypeAlias = tuple[bytes, int, int]
+"""The digest of a text, and from where to where a prompt has its tokens."""
+
+
+class Texts:
+    """For any threads. What has not been used for the longest time is forgotten."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: OrderedDict[bytes, array[int]] = OrderedDict()
+        self._tokens = 0
+
+    def get(self, digest: bytes) -> array[int] | None:
+        with self._lock:
+            if digest in self._known:
+                self._known.move_to_end(digest)
+            return self._known.get(digest)
+
+    def put(self, digest: bytes, tokens: list[int]) -> None:
+        with self._lock:
+            if digest not in self._known:
+                self._known[digest] = array("i", tokens)
+                self._tokens += len(tokens)
+            while self._tokens > MOST_TOKENS:
+                self._tokens -= len(self._known.popitem(last=False)[1])
+
+
+@dataclass(slots=True)
+class Reading:
+    """A prompt in parts, of which llama.cpp tokenises each by itself; `unknown` are those that it has yet to."""
+
+    parts: list[tuple[bytes, array[int] | str]]  # each with its digest: tokens, or a text without any yet
+    ends: tuple[list[int], list[int]]
+
+    @property
+    def unknown(self) -> list[str]:
+        return [part for _, part in self.parts if isinstance(part, str)]
+
+    @property
+    def known(self) -> int:
+        """Tokens that are there already."""
+        return sum(len(part) for _, part in self.parts if not isinstance(part, str)) + sum(map(len, self.ends))
+
+    def whole(self, texts: Texts, tokens: list[list[int]]) -> tuple[list[int], list[Stretch]]:
+        """The prompt's tokens, with those of the `unknown` parts, which `texts` has from now on; and where each is."""
+        rest = iter(tokens)
+        head, tail = self.ends
+        whole, stretches = [*head], []
+        for digest, part in self.parts:
+            start = len(whole)
+            if isinstance(part, str):
+                whole += (new := next(rest))
+                texts.put(digest, new)
+            else:
+                whole += part
+            stretches.append((digest, start, len(whole)))
+        return [*whole, *tail], stretches
+
+
+def reading(
+    vocabulary: Vocabulary, texts: Texts, text: str, scope: str, *, add_special: bool, parse_special: bool
+) -> Reading | None:
+    """None for a text that is better tokenised whole; what other scopes have sent is not known in `scope`."""
+    if len(text) > MOST_CHARS:
+        return None
+    cut = vocabulary.parts(text, PART_CHARS, parse_special=parse_special)
+    if len(cut) == 1:
+        return None
+    salt = hashlib.blake2b(f"{parse_special} {scope}".encode(), digest_size=16).digest()
+    digests = [hashlib.blake2b(part.encode(), digest_size=16, key=salt).digest() for part in cut]
+    parts = [(digest, texts.get(digest) or part) for digest, part in zip(digests, cut, strict=True)]
+    return Reading(parts, vocabulary.ends if add_special else ([], []))
