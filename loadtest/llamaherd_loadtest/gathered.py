@@ -16,7 +16,8 @@ from llamaherd_loadtest.summary import Summary, summarise
 class Part(Struct, frozen=True, kw_only=True):
     """One process's part. Times are of its own clock, which `epoch` (time.time() - clock) sets against others'.
 
-    [start, end] is its full-load window; `users` of which `warmed` had warmed up (both 0 in an open loop).
+    [start, end] is its full-load window; `users` of which `warmed` had warmed up (both 0 in an open loop, whose
+    requests come `at_once`).
     """
 
     samples: list[Sample]
@@ -27,6 +28,7 @@ class Part(Struct, frozen=True, kw_only=True):
     warmed: int
     cpu: float
     lag_p95_s: float
+    at_once: int = 0
 
 
 class Gathered(Struct, frozen=True):
@@ -58,7 +60,7 @@ def gather(parts: Sequence[Part], missing: int, limits: Sequence[Limit]) -> Gath
         lag_p95_s=max(part.lag_p95_s for part in parts),
         concurrency=in_flight / users if users else 1.0,
     )
-    summary = summarise(samples, start, end, health, limits)
+    summary = summarise(samples, start, end, health, limits, at_once=parts[0].at_once)
     return Gathered(samples, msgspec.structs.replace(summary, fault=fault or summary.fault))
 
 

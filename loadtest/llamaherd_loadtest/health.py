@@ -13,9 +13,14 @@ from llamaherd_loadtest.quantiles import quantile
 
 _TICK_S = 0.02
 MAX_CPU = 0.85
-MAX_LAG_S = 0.05
-LAG_SHARE = 0.1  # of the median TTFT: on a slow host a late client matters less
+_LAG_S = 0.025  # what a client on a shared machine may be late
+_LAG_SHARE = 0.1  # of the median TTFT: on a slow host a late client matters less
 MIN_CONCURRENCY = 0.9
+
+
+def max_lag_s(ttft_s: float, itl_s: float = math.inf) -> float:
+    """How late a client may be where the median TTFT and the median gap between tokens are these: a gap at most."""
+    return max(_LAG_S, min(_LAG_SHARE * ttft_s, itl_s))
 
 
 class Health(Struct, frozen=True, kw_only=True):
@@ -28,11 +33,11 @@ class Health(Struct, frozen=True, kw_only=True):
     lag_p95_s: float
     concurrency: float = 1.0
 
-    def fault(self, ttft_s: float = 0.0) -> str:
-        """Why a run is invalid whose median TTFT was `ttft_s`; empty where it is valid."""
+    def fault(self, ttft_s: float = 0.0, itl_s: float = math.inf) -> str:
+        """Why a run is invalid whose median TTFT and median gap were these; empty where it is valid."""
         if self.cpu > MAX_CPU:
             return f"CPU: the client used {self.cpu:.0%} of its core (limit {MAX_CPU:.0%}): use more load generators"
-        limit_s = max(MAX_LAG_S, LAG_SHARE * ttft_s)
+        limit_s = max_lag_s(ttft_s, itl_s or math.inf)
         if self.lag_p95_s > limit_s:
             late = self.lag_p95_s * 1000
             return f"event loop: the client's timers were {late:.0f} ms late at p95 (limit {limit_s * 1000:.0f})"

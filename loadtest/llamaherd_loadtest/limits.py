@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from llamaherd_loadtest.quantiles import quantile
+from llamaherd_loadtest.quantiles import Judgement, judge_share, quantile
 from llamaherd_loadtest.samples import OK, Sample
 
 METRICS = ("ttft", "tpot", "itl", "gap", "e2e")
+MAX_ERROR_SHARE = 0.01
+_DOUBT = 0.05  # the chance of so many errors, or more, by which a server that has no more than that share is doubted
 _FORM = re.compile(
     rf"(?P<name>(?P<metric>{'|'.join(METRICS)})_(p(?P<p>\d\d?)|max))=(?P<value>\d+(\.\d+)?)(?P<unit>ms|s)"
 )
@@ -23,6 +25,16 @@ class Limit(Struct, frozen=True):
     metric: str
     p: float
     ms: float
+
+
+class Judged(Struct, frozen=True):
+    """A limit held against requests: `over` of `of` values are above it, those of requests in flight that are past it
+    included; the judgement is sure to 95 %."""
+
+    limit: Limit
+    over: int
+    of: int
+    judgement: Judgement
 
 
 def parse_limit(text: str) -> Limit:
@@ -72,11 +84,28 @@ def meets(limits: Sequence[Limit], sample: Sample) -> bool:
     )
 
 
-def missed_already(limits: Sequence[Limit], sample: Sample, at: float) -> bool:
-    """Whether a request that is in flight `at` that time of the client's clock is past one of the limits."""
-    age_ms = 1000 * (at - sample.scheduled)
+def missed_already(limit: Limit, sample: Sample, at: float) -> bool:
+    """Whether a request that is in flight `at` that time of the client's clock is past the limit."""
     waits = sample.first is None or sample.first > at
-    return any(age_ms > limit.ms for limit in limits if limit.metric == "e2e" or (limit.metric == "ttft" and waits))
+    if limit.metric == "gap" and sample.last is not None and sample.last <= at:
+        return 1000 * (min(at, sample.end) - sample.last) > limit.ms
+    return (limit.metric == "e2e" or (limit.metric == "ttft" and waits)) and 1000 * (at - sample.scheduled) > limit.ms
+
+
+def judge(limit: Limit, ended: Sequence[Sample], waiting: Sequence[Sample], at: float) -> Judged:
+    """Hold a limit against requests that `ended`, and against those still `waiting` `at` the end of the window."""
+    values = [value for s in ended if s.outcome == OK for value in _values(limit.metric, s)]
+    late = sum(missed_already(limit, s, at) for s in waiting)
+    over, of = late + sum(1000 * value > limit.ms for value in values), late + len(values)
+    return Judged(limit, over, of, judge_share(over, of, 1 - limit.p))
+
+
+def judge_errors(errors: int, total: int) -> Judgement:
+    """Whether at most 1 % of requests fail: one failed request of 81 does not say, nor do two."""
+    if errors <= MAX_ERROR_SHARE * total:
+        return Judgement.PASSES
+    judgement = judge_share(errors, total, MAX_ERROR_SHARE, _DOUBT)
+    return Judgement.MISSES if judgement is Judgement.MISSES else Judgement.UNRESOLVED
 
 
 def observe(limit: Limit, samples: list[Sample]) -> float | None:

@@ -24,6 +24,7 @@ from msgspec import Struct
 from llamaherd_loadtest.benchmark_report import to_benchmark_report
 from llamaherd_loadtest.client import clock
 from llamaherd_loadtest.dice import fresh_seed
+from llamaherd_loadtest.files import write_whole
 from llamaherd_loadtest.gathered import Gathered, Part, gather
 from llamaherd_loadtest.health import HealthMonitor
 from llamaherd_loadtest.locust_options import DEFAULT_WORKLOAD, FILES, add_options
@@ -131,7 +132,7 @@ class LocustRun:
         elif self._session is not None:
             self._parts = [self._end(self._session)]
         if self._parts:
-            self._write(gather(self._parts, self._workers - len(self._parts), self._opening.limits))
+            self._report(gather(self._parts, self._workers - len(self._parts), self._opening.limits))
 
     def quit(self, environment: Any, **_: Any) -> None:
         """Locust ends: a run of the command line that was never begun is no good one."""
@@ -225,6 +226,7 @@ class LocustRun:
             warmed=min(warmed, users),
             cpu=cpu,
             lag_p95_s=lag,
+            at_once=self._opening.at_once if self._open_loop else 0,
         )
 
     def _send_part(self, **_: Any) -> None:
@@ -238,18 +240,28 @@ class LocustRun:
         if len(self._parts) == self._workers:
             self._gathered.set()
 
-    def _write(self, gathered: Gathered) -> None:
+    def _report(self, gathered: Gathered) -> None:
+        """Say and write what was measured. The exit status is 0, also with a few errors, 3 for an invalid run, and 2
+        where a file cannot be written."""
         self._written = True
+        fault = gathered.summary.fault
+        self._environment.process_exit_code = 3 if fault else 0
+        for line in (*in_words(gathered.summary), f"to send the same requests again: --seed {self._seed}"):
+            log.info(line)
+        if fault:
+            log.error("this run is invalid: %s", fault)
+        try:
+            self._write(gathered)
+        except OSError as error:
+            log.error("cannot write %s: %s", error.filename, error.strerror)
+            self._environment.process_exit_code = 2
+
+    def _write(self, gathered: Gathered) -> None:
         options = self._environment.parsed_options
         if options.samples:
             write_samples(Path(options.samples), gathered.samples)
         if options.summary:
-            Path(options.summary).write_bytes(msgspec.json.format(msgspec.json.encode(gathered.summary)) + b"\n")
+            write_whole(Path(options.summary), msgspec.json.format(msgspec.json.encode(gathered.summary)) + b"\n")
         if options.benchmark_report:
             report = to_benchmark_report(gathered.summary, options, self._workers, self._seed)
-            Path(options.benchmark_report).write_text(report, encoding="utf-8")
-        for line in (*in_words(gathered.summary), f"to send the same requests again: --seed {self._seed}"):
-            log.info(line)
-        if gathered.summary.fault:
-            log.error("this run is invalid: %s", gathered.summary.fault)
-            self._environment.process_exit_code = 3
+            write_whole(Path(options.benchmark_report), report)

@@ -1,4 +1,7 @@
-"""One short measurement of a server as it is, printed as JSON: `python -m llamaherd_loadtest.measure --url …`."""
+"""One short measurement of a server as it is, printed as JSON: `python -m llamaherd_loadtest.measure --url …`.
+
+A window that is invalid is measured again; the exit status is 1 where none was valid.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from llamaherd_loadtest.drive import RunFailed, closed_loop
 from llamaherd_loadtest.probe import ServerUnusable, calibrate
 from llamaherd_loadtest.summary import Summary, summarise
 from llamaherd_loadtest.workload import Prompts, load_workload, workload_names
+
+_TRIES = 3
 
 
 def main() -> None:
@@ -56,19 +61,23 @@ def target(args: argparse.Namespace) -> Target:
 
 def measure(server: Target, workload: str, concurrency: int, window_s: float, seed: int | None = None) -> Summary:
     """A closed loop of `concurrency` for `window_s` seconds, with prompts that the server has not seen unless `seed`
-    says otherwise. Raises ServerUnusable, RunFailed, ValueError."""
+    says otherwise. Raises ServerUnusable, ValueError, and RunFailed where no try was valid."""
     client, seed = ChatClient(server), fresh_seed() if seed is None else seed
     try:
-        calibration = calibrate(client, server, seed)
-        prompts = Prompts(load_workload(workload), model=server.model, seed=seed, calibration=calibration)
-        warm_up_s = 20 + 2 * window_s
-        run = closed_loop(server, client, prompts, concurrency=concurrency, window_s=window_s, warm_up_s=warm_up_s)
+        calibration, fault = calibrate(client, server, seed), ""
+        for attempt in range(_TRIES):
+            prompts = Prompts(
+                load_workload(workload), model=server.model, seed=seed + (attempt << 64), calibration=calibration
+            )
+            warm_up_s = 20 + 2 * window_s
+            run = closed_loop(server, client, prompts, concurrency=concurrency, window_s=window_s, warm_up_s=warm_up_s)
+            summary = summarise(run.samples, run.start, run.end, run.health)
+            if summary.ttft is not None and not summary.fault:
+                return summary
+            fault = summary.fault
     finally:
         client.close()
-    summary = summarise(run.samples, run.start, run.end, run.health)
-    if summary.ttft is None:
-        raise RunFailed(f"no answer began within the window of {window_s:g} s: measure for longer")
-    return summary
+    raise RunFailed(f"{_TRIES} windows of {window_s:g} s were invalid, the last one: {fault}")
 
 
 if __name__ == "__main__":

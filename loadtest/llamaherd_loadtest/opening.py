@@ -79,6 +79,11 @@ class Opening:
         return Arrivals(options.arrivals, options.rate, self._seed, options.burst).offsets()
 
     @property
+    def at_once(self) -> int:
+        """Requests of an open loop that come together."""
+        return int(self._options.burst) if self._options.arrivals == "bursts" and not self._is_trace else 1
+
+    @property
     def _is_trace(self) -> bool:
         return bool(getattr(self._options, "trace", ""))
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct, field
 
+from llamaherd_loadtest.files import write_whole
+
 OK = "ok"
 CUT_OFF = "cut_off"
 CLIENT = "client"
@@ -16,7 +18,7 @@ CLIENT = "client"
 class Sample(Struct, kw_only=True):
     """One request. Times are seconds of `time.perf_counter` in the client, lengths are tokens.
 
-    `outcome` is "ok", "cut_off" (the run ended first; neither counted nor a miss), or the kind of error:
+    `outcome` is "ok", "cut_off" (the run ended first: a miss where it was past a limit by then), or the kind of error:
     "http 429", "stream_error", "timeout", "connection", "truncated", "protocol", "empty", or "client" where this
     machine had no socket left. `turn` counts the requests of one conversation, which share their index.
     """
@@ -100,8 +102,7 @@ class Sample(Struct, kw_only=True):
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
     """Write one JSON object a line."""
-    with path.open("wb") as file:
-        file.writelines(msgspec.json.encode(sample) + b"\n" for sample in samples)
+    write_whole(path, b"".join(msgspec.json.encode(sample) + b"\n" for sample in samples))
 
 
 def read_samples(path: Path) -> Iterator[Sample]:

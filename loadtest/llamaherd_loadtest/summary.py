@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,12 +13,13 @@ from collections.abc import Iterable, Sequence
 import msgspec
 from msgspec import Struct
 
-from llamaherd_loadtest.health import MAX_LAG_S, MIN_CONCURRENCY, Health
-from llamaherd_loadtest.limits import Limit, meets, missed_already
-from llamaherd_loadtest.quantiles import Quantile, estimate
+from llamaherd_loadtest.health import MIN_CONCURRENCY, Health, max_lag_s
+from llamaherd_loadtest.limits import Judged, Limit, judge, judge_errors, meets, missed_already
+from llamaherd_loadtest.quantiles import Judgement, Quantile, Share, estimate, share
 from llamaherd_loadtest.samples import CLIENT, CUT_OFF, OK, Sample
 
 SCHEMA = "llamaherd.summary/2"
+_GROWTH = 2.0  # standard deviations of chance by which a queue that grows is no chance
 _WEDGED, _SILENCE_S = 3, 2.0  # a server is wedged when it is silent for so many of its longest silences, and seconds
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
@@ -35,12 +37,14 @@ class Goodput(Struct, frozen=True):
     """Requests that kept all limits. Errors are misses, and so are requests that were in flight at the window's end and
     past a limit by then; all others in flight are in neither figure.
 
-    `attainment` is the share of those that kept them, between 0 and 1.
+    `attainment` is the share of those that kept them, between 0 and 1, `low` to `high` its 95 % interval.
     """
 
     limits: list[Limit]
     requests_per_s: float
     attainment: float
+    low: float
+    high: float
 
 
 class Summary(Struct, frozen=True, kw_only=True):
@@ -49,14 +53,18 @@ class Summary(Struct, frozen=True, kw_only=True):
     `inter_chunk` is set where events carry more than one token on average (events / tokens < 0.8): `itl` then holds
     gaps between chunks, not tokens. `prefill` and `queue` split the TTFT where the server tells its prefill time, and
     `queue_share` is the queue's part of all TTFT. A quantile without `low` and `high` is unresolved: too few values for
-    a 95 % interval. `fault` says why the run is invalid, where it is, and names the resource that was short.
+    a 95 % interval. `error_share` are failed requests of all that ended. `waited_s` is the longest that a request in
+    flight at the end had waited for its first token. `judged` holds each limit against its own figure, errors apart.
+    `fault` says why the run is invalid, where it is, and names the resource that was short.
     """
 
     schema: str = SCHEMA
     window_s: float
     requests: int
     errors: dict[str, int]
+    error_share: Share | None
     cut_off: int
+    waited_s: float
     output_tokens_per_s: float
     requests_per_s: float
     ttft: Distribution | None
@@ -69,12 +77,19 @@ class Summary(Struct, frozen=True, kw_only=True):
     queue: Distribution | None
     queue_share: float | None
     goodput: Goodput | None
+    judged: list[Judged]
     prompt_tokens: Distribution | None
     output_tokens: Distribution | None
     cached_tokens: int
     inter_chunk: bool
     health: Health
     fault: str
+
+    @property
+    def cached_share(self) -> float:
+        """Of the prompt tokens, those that the server had computed before."""
+        tokens = self.prompt_tokens
+        return self.cached_tokens / (tokens.mean * tokens.count) if tokens else 0.0
 
 
 def counted(samples: Iterable[Sample], start: float, end: float) -> list[Sample]:
@@ -93,67 +108,114 @@ def distribution(values: Iterable[float | None], scale: float = 1000.0) -> Distr
 
 
 def summarise(
-    samples: Sequence[Sample], start: float, end: float, health: Health, limits: Sequence[Limit] = ()
+    samples: Sequence[Sample],
+    start: float,
+    end: float,
+    health: Health,
+    limits: Sequence[Limit] = (),
+    *,
+    at_once: int = 0,
 ) -> Summary:
     """Summarise the window [start, end] of the client's clock.
 
     Tokens count by the time they arrived, those of requests that began before the window or were cut off after it
-    included: the server made them in the window. Latencies are of requests that ended in it.
+    included: the server made them in the window. Latencies are of requests that ended in it. `at_once` are the requests
+    that came together in an open loop, 0 in a closed one.
     """
     inside = counted(samples, start, end)
     ok = [s for s in inside if s.outcome == OK]
     events, tokens = sum(s.events for s in ok), sum(s.tokens for s in ok)
     window = end - start
     delay = distribution(s.schedule_delay for s in ok)
-    ttft = distribution(s.ttft for s in ok)
+    ttft, itl = distribution(s.ttft for s in ok), distribution(gap for s in ok for gap in s.gaps)
     told = [(s.queue, s.prefill) for s in ok if s.queue is not None and s.prefill is not None]
     queued, waited = sum(queue for queue, _ in told), sum(queue + prefill for queue, prefill in told)
     waiting = [s for s in samples if not s.warmup and s.sent < end and (s.outcome == CUT_OFF or s.end > end)]
-    good, late = sum(meets(limits, s) for s in inside), sum(missed_already(limits, s, end) for s in waiting)
+    failed = Counter(s.outcome for s in inside if s.outcome != OK)
     return Summary(
         window_s=window,
         requests=len(ok),
-        errors=dict(Counter(s.outcome for s in inside if s.outcome != OK)),
+        errors=dict(failed),
+        error_share=share(failed.total(), len(inside)),
         cut_off=sum(s.outcome == CUT_OFF or s.sent < end < s.end for s in samples),
+        waited_s=max((end - s.scheduled for s in waiting if _waits(s, end)), default=0.0),
         output_tokens_per_s=sum(s.tokens_between(start, end) for s in samples) / window,
         requests_per_s=len(ok) / window,
         ttft=ttft,
         tpot=distribution(s.tpot for s in ok),
-        itl=distribution(gap for s in ok for gap in s.gaps),
+        itl=itl,
         largest_gap=distribution(s.largest_gap for s in ok),
         e2e=distribution(s.e2e for s in ok),
         schedule_delay=delay,
         prefill=distribution(s.prefill for s in ok),
         queue=distribution(s.queue for s in ok),
         queue_share=queued / waited if waited else None,
-        goodput=Goodput(list(limits), good / window, good / (len(inside) + late)) if limits and inside else None,
+        goodput=_goodput(limits, inside, waiting, start, end),
+        judged=[judge(limit, inside, waiting, end) for limit in limits],
         prompt_tokens=distribution((s.prompt_tokens for s in ok), scale=1.0),
         output_tokens=distribution((s.tokens for s in ok), scale=1.0),
         cached_tokens=sum(s.cached_tokens or 0 for s in ok),
         inter_chunk=events < 0.8 * tokens,
         health=health,
-        fault=_failures(inside, health)
-        or health.fault(_median(ttft))
-        or _late(delay)
-        or _out_of_sockets(samples)
-        or _unanswered(samples, inside, start, end),
+        fault=_out_of_sockets(samples)
+        or _failures(inside, health)
+        or health.fault(_median(ttft), _median(itl))
+        or _late(delay, _median(ttft))
+        or _unanswered(samples, inside, start, end)
+        or (_over_saturated(samples, start, end, at_once) if at_once else ""),
     )
 
 
-def _late(delay: Distribution | None) -> str:
+def _goodput(
+    limits: Sequence[Limit], inside: Sequence[Sample], waiting: Sequence[Sample], start: float, end: float
+) -> Goodput | None:
+    late = sum(any(missed_already(limit, s, end) for limit in limits) for s in waiting)
+    good = sum(meets(limits, s) for s in inside)
+    kept = share(good, len(inside) + late)
+    if not limits or kept is None:
+        return None
+    return Goodput(list(limits), good / (end - start), kept.value, kept.low, kept.high)
+
+
+def _waits(sample: Sample, at: float) -> bool:
+    """Whether a request that was sent waits for its first token `at` that time."""
+    return sample.first is None or sample.first > at
+
+
+def _over_saturated(samples: Sequence[Sample], start: float, end: float, at_once: int) -> str:
+    """Whether arrivals outran the server: the requests that wait for a first token became more in the second half of
+    the arrivals, by more than chance makes of arrivals that the server can just keep up with."""
+    arrivals = [s.scheduled for s in samples if not s.warmup and s.turn == 0 and start <= s.scheduled <= end]
+    last = max(arrivals, default=start)
+    middle = (start + last) / 2
+    before, after = (
+        sum(s.scheduled <= at < (s.end if s.outcome != CUT_OFF else end + 1) and _waits(s, at) for s in samples)
+        for at in (middle, last)
+    )
+    lately = sum(at > middle for at in arrivals)
+    if after - before <= _GROWTH * math.sqrt(lately * (1 + at_once)):
+        return ""
+    return (
+        f"over-saturated: {after} requests waited for their first token when the last one came, {before} at half time: "
+        "they come faster than the server answers"
+    )
+
+
+def _late(delay: Distribution | None, ttft_s: float) -> str:
     p95 = 0.0 if delay is None else delay.quantiles[QUANTILES.index(0.95)].value
-    limit = MAX_LAG_S * 1000
+    limit = max_lag_s(ttft_s) * 1000
     return f"event loop: requests were sent {p95:.0f} ms late at p95 (limit {limit:.0f})" if p95 > limit else ""
 
 
-def _median(ttft: Distribution | None) -> float:
-    return 0.0 if ttft is None else ttft.quantiles[QUANTILES.index(0.5)].value / 1000
+def _median(values: Distribution | None) -> float:
+    return 0.0 if values is None else values.quantiles[QUANTILES.index(0.5)].value / 1000
 
 
 def _failures(inside: Sequence[Sample], health: Health) -> str:
-    """Requests that fail at once leave the load short of what was asked for: that is no fault of the client."""
+    """More requests failed than chance explains, or they left the load short of what was asked for."""
     failed = Counter(f"{s.outcome}: {s.detail}".rstrip(": ") for s in inside if s.outcome != OK)
-    if not failed or health.concurrency >= MIN_CONCURRENCY:
+    short = failed and health.concurrency < MIN_CONCURRENCY
+    if not short and judge_errors(failed.total(), len(inside)) is not Judgement.MISSES:
         return ""
     return f"{failed.total()} of {len(inside)} requests failed, most with {failed.most_common(1)[0][0]}"
 
@@ -190,18 +252,29 @@ def in_words(summary: Summary) -> list[str]:
         f"{summary.window_s:.1f} s measured: {summary.requests} requests, {errors}, {summary.cut_off} cut off, "
         f"{summary.output_tokens_per_s:.1f} tokens/s"
     ]
+    if summary.errors and summary.error_share:
+        lines.append(f"{_share_in_words(summary.error_share)} of the requests failed")
+    if summary.waited_s > 1:
+        lines.append(f"at the end a request had waited {summary.waited_s:.1f} s for its first token")
     itl = "gap between chunks" if summary.inter_chunk else "ITL"
     for name, values in (("TTFT", summary.ttft), ("TPOT", summary.tpot), (itl, summary.itl), ("E2E", summary.e2e)):
         if values is not None:
             lines.append(f"{name} ms: " + "  ".join(map(_in_words, values.quantiles)) + f"  max {values.max:.0f}")
     if summary.queue_share is not None:
         lines.append(f"{summary.queue_share:.0%} of the TTFT was waiting, the rest prefill")
+    if summary.cached_share:
+        lines.append(f"{summary.cached_share:.0%} of the prompt tokens came out of the server's cache")
+    for judged in summary.judged:
+        verb = {"passes": "kept", "misses": "missed", "unresolved": "unresolved"}[judged.judgement]
+        lines.append(f"limit {judged.limit.name} {judged.limit.ms:g} ms: {verb}, {judged.over} of {judged.of} above it")
     if summary.goodput is not None:
-        kept = ", ".join(f"{limit.name} {limit.ms:g} ms" for limit in summary.goodput.limits)
-        lines.append(
-            f"goodput {summary.goodput.requests_per_s:.2f} requests/s: {summary.goodput.attainment:.1%} within {kept}"
-        )
+        kept = _share_in_words(Share(summary.goodput.attainment, summary.goodput.low, summary.goodput.high))
+        lines.append(f"goodput {summary.goodput.requests_per_s:.2f} requests/s: {kept} of the requests kept all limits")
     return lines
+
+
+def _share_in_words(part: Share) -> str:
+    return f"{part.value:.1%} ({part.low:.1%} to {part.high:.1%})"
 
 
 def _in_words(quantile: Quantile) -> str:

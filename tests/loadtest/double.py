@@ -125,7 +125,7 @@ class Double:
         entry: dict[str, Any] = {"received": time.perf_counter(), "sent": [], "request": request, "prefix": prefix}
         self.log[number] = entry
         scenario = request["model"]
-        if scenario == "busy":
+        if scenario == "busy" or (scenario == "flaky" and number % 60 == 30):
             self.answer(writer, 429, {"error": {"message": "slow down", "type": "rate_limit_error"}})
             return
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -135,7 +135,7 @@ class Double:
             events = self.engine_events(request)
         else:
             wedged = scenario == "wedged" and number > WEDGED_AFTER
-            events = paced(request["max_tokens"]) if scenario == "paced" else SCENARIOS[scenario]()
+            events = paced(request["max_tokens"]) if scenario in ("paced", "flaky") else SCENARIOS[scenario]()
             events = silent() if wedged else events
         async with aclosing(events):
             async for pieces, tokens in events:
@@ -152,7 +152,7 @@ class Double:
             return
         if scenario not in ("error", "truncated"):
             words = sum(len(str(message["content"]).split()) for message in request["messages"])
-            known = scenario in ("engine", "paced", "wedged")
+            known = scenario in ("engine", "paced", "flaky", "wedged")
             hidden = {"completion_tokens_details": {"reasoning_tokens": HIDDEN}} if scenario == "hidden" else {}
             last = {
                 "choices": [],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 from llamaherd_loadtest.limits import parse_limit
-from llamaherd_loadtest.tune.evidence import SLOTS, Judgement, Load, Measurement, judge_errors
+from llamaherd_loadtest.quantiles import Judgement
+from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement, judge_errors
 from llamaherd_loadtest.tune.search import Search
 from llamaherd_loadtest.tune.settings import Settings
 from llamaherd_loadtest.tune.verdict import make_verdict

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,29 @@ from .conftest import KEY, Double
 from .double import CONTEXT, PREFILL_S
 
 LOCUSTFILES = Path(__file__).parents[2] / "loadtest/locustfiles"
+WRITTEN = {"json-file": "stats", "samples": "samples.jsonl", "summary": "summary.json", "benchmark-report": "br.yml"}
 
 
 def locust(
-    file: str, double: Double | Server, key_file: Path, out: Path, *more: str, model: str = "engine"
+    file: str,
+    double: Double | Server,
+    key_file: Path,
+    out: Path,
+    *more: str,
+    model: str = "engine",
+    before: Sequence[str] = (),
+    written: Mapping[str, str] = WRITTEN,
 ) -> subprocess.CompletedProcess[str]:
     where = ["-f", file, "--host", double.url, "--key-file", str(key_file), "--model", model, "--headless"]
-    written = {
-        "json-file": "stats",
-        "samples": "samples.jsonl",
-        "summary": "summary.json",
-        "benchmark-report": "br.yml",
-    }
     files = [argument for option, name in written.items() for argument in (f"--{option}", str(out / name))]
-    arguments = [sys.executable, "-m", "locust", *where, *files, *more]
+    arguments = [*before, sys.executable, "-m", "locust", *where, *files, *more]
     return subprocess.run(arguments, check=False, capture_output=True, text=True, timeout=90, cwd=LOCUSTFILES)
+
+
+def well(done: subprocess.CompletedProcess[str]) -> bool:
+    """Whether a run went well; on a busy machine its client may be late, and the run is then rightly invalid."""
+    late = re.search(r"this run is invalid: (CPU|event loop): ", done.stderr)
+    return done.returncode == 0 or (done.returncode == 3 and late is not None)
 
 
 def samples_of(out: Path) -> list[Sample]:
@@ -59,7 +67,7 @@ def entries(out: Path) -> dict[str, dict[str, Any]]:
 
 def test_ttft_and_tpot_are_entries_of_locusts_statistics(double: Double, key_file: Path, tmp_path: Path) -> None:
     done = locust("chat.py", double, key_file, tmp_path, "-u", "3", "-r", "3", "-t", "3s", "--max-tokens", "8")
-    assert done.returncode == 0, done.stderr
+    assert well(done), done.stderr
     samples = list(read_samples(tmp_path / "samples.jsonl"))
     counted = [s for s in samples if not s.warmup and s.outcome == "ok"]
     assert {s.tokens for s in counted} == {8}
@@ -82,11 +90,11 @@ def test_two_runs_send_no_prompt_twice(start_double: Callable[..., Double], key_
     where = ["--url", double.url, "--key-file", str(key_file), "--model", "paced", "--window", "1"]
     for _ in range(2):
         done = locust("chat.py", double, key_file, tmp_path, "-u", "1", "--requests", "3", "--max-tokens", "2")
-        assert done.returncode == 0, done.stderr
+        assert well(done), done.stderr
         assert "to send the same requests again: --seed" in done.stderr
         for module, load in (("measure", ["--concurrency", "2"]), ("profile", ["--parallel", "2"])):
             command = [sys.executable, "-m", f"llamaherd_loadtest.{module}", *where, *load]
-            subprocess.run(command, check=True, capture_output=True, timeout=90)
+            subprocess.run(command, check=False, capture_output=True, timeout=90)  # a late client sends them too
     prompts = prompts_of(double)
     assert len(prompts) > 20
     assert len(prompts) == len(set(prompts))
@@ -111,12 +119,49 @@ def test_an_open_loop_that_asks_too_much_says_how_many_were_late(
     start_double: Callable[..., Double], key_file: Path, tmp_path: Path
 ) -> None:
     """4 slots make 4 answers of 20 tokens in about 0.45 s: half of what is asked for, so the queue grows to the end."""
-    more = ["--rate", "18", "--max-tokens", "20", "--limits", "ttft_p95=500ms", "-t", "6s"]
-    locust("chat_open.py", start_double(), key_file, tmp_path, *more)
+    more = ["--rate", "18", "--max-tokens", "20", "--limits", "ttft_p95=500ms", "-t", "8s", "--seed", "1"]
+    done = locust("chat_open.py", start_double(), key_file, tmp_path, *more)
     summary = summary_of(tmp_path)
+    assert done.returncode == 3
+    assert re.search(r"this run is invalid: (over-saturated: \d+ requests waited|event loop|CPU)", done.stderr)
+    assert summary["judged"][0]["judgement"] == "misses" and summary["waited_s"] > 1
     assert summary["cut_off"] > 20
     good = summary["goodput"]["requests_per_s"] * summary["window_s"]
     assert summary["goodput"]["attainment"] < 0.8 * good / summary["requests"]
+
+
+def test_a_few_errors_are_counted_and_many_are_a_fault(
+    start_double: Callable[..., Double], key_file: Path, tmp_path: Path
+) -> None:
+    more = ["-u", "4", "-r", "4", "-t", "3s", "--max-tokens", "2"]
+    done = locust("chat.py", start_double(), key_file, tmp_path, *more, model="flaky")
+    assert well(done), done.stderr
+    assert [*summary_of(tmp_path)["errors"]] == ["http 429"]
+    assert re.search(r"\d\.\d% \(0\.\d% to \d+\.\d%\) of the requests failed", done.stderr)
+    done = locust("chat.py", start_double(), key_file, tmp_path, *more, model="dropped")
+    assert done.returncode == 3
+    assert re.search(r"this run is invalid: \d+ of \d+ requests failed, most with connection", done.stderr)
+    url = start_double().url
+    where = ["--url", url, "--key-file", str(key_file), "--model", "dropped", "--window", "1", "--concurrency=2"]
+    command = [sys.executable, "-m", "llamaherd_loadtest.measure", *where]
+    measured = subprocess.run(command, check=False, capture_output=True, text=True, timeout=90)
+    assert (measured.returncode, measured.stdout, measured.stderr.count("\n")) == (1, "", 1)
+    assert "3 windows of 1 s were invalid, the last one: " in measured.stderr
+
+
+def test_files_that_cannot_be_written_are_one_clear_line_and_no_half_of_a_file(
+    double: Double, key_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "summary.json").write_text("the former one")
+    more = ["-u", "1", "--requests", "3", "--max-tokens", "2"]
+    small, ours = ["prlimit", "--fsize=500"], {"samples": "samples.jsonl", "summary": "summary.json"}
+    done = locust("chat.py", double, key_file, tmp_path, *more, model="paced", before=small, written=ours)
+    assert done.returncode == 2
+    assert f"cannot write {tmp_path}/samples.jsonl: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "requests, no errors" in done.stderr, "the figures are in the log"
+    assert (tmp_path / "summary.json").read_text() == "the former one"
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
 def test_locustfiles_that_both_measure_are_one_clear_line(double: Double, key_file: Path, tmp_path: Path) -> None:
@@ -132,7 +177,7 @@ def test_an_open_loop_sends_on_schedule_and_counts_latency_from_it(
     """Ten requests a second of half a second each: a closed loop of one user would send two a second."""
     more = ["--rate", "10", "--arrivals", "poisson", "--seed", "3", "--requests", "24"]
     done = locust("chat_open.py", double, key_file, tmp_path, *more)
-    assert done.returncode == 0, done.stderr
+    assert well(done), done.stderr
     samples = sorted(read_samples(tmp_path / "samples.jsonl"), key=lambda s: s.index)
     offsets = list(zip(Arrivals("poisson", 10.0, seed=3).offsets(), samples, strict=False))
     start = samples[0].scheduled - offsets[0][0]
@@ -159,7 +204,7 @@ def test_a_workload_larger_than_the_context_is_refused_before_any_load(
     double = start_double()
     done = locust("chat.py", double, key_file, tmp_path, "-u", "4", "-t", "20s", "--prompt-tokens", str(CONTEXT))
     assert done.returncode == 2
-    longest = CONTEXT + 32
+    longest = CONTEXT + 96
     assert (
         f"workload chat sends requests of up to {longest} tokens, answers included, and a slot of engine" in done.stderr
     )
@@ -172,7 +217,7 @@ def test_the_summary_keeps_to_its_schema_and_exports_llm_ds_report(
 ) -> None:
     more = ["--rate", "20", "--requests", "80", "--max-tokens", "4", "--limits", "mlperf-llama2-70b,gap_max=1s"]
     done = locust("chat_open.py", double, key_file, tmp_path, *more, model="paced")
-    assert done.returncode == 0, done.stderr
+    assert well(done), done.stderr
     summary = summary_of(tmp_path)
     jsonschema.validate(summary, json.loads(json_schema()))
     assert (summary["requests"], summary["errors"], summary["cut_off"]) == (80, {}, 0)
@@ -206,7 +251,7 @@ def test_workers_together_measure_what_one_process_does(double: Double, key_file
     for name, processes in runs.items():
         (tmp_path / name).mkdir()
         done = locust("chat_open.py", double, key_file, tmp_path / name, *more, *processes, model="paced")
-        assert done.returncode == 0, done.stderr
+        assert well(done), done.stderr
     one, two = (sorted(samples_of(tmp_path / name), key=lambda s: s.index) for name in runs)
     assert [(s.index, s.prompt_tokens, s.tokens, s.outcome) for s in one] == [
         (s.index, s.prompt_tokens, s.tokens, s.outcome) for s in two
@@ -232,7 +277,7 @@ def test_workers_together_measure_what_one_process_does(double: Double, key_file
 def test_a_closed_loop_of_workers_shares_the_requests_out(double: Double, key_file: Path, tmp_path: Path) -> None:
     more = ["-u", "4", "-r", "4", "--requests", "30", "--max-tokens", "8", "--processes", "2"]
     done = locust("chat.py", double, key_file, tmp_path, *more, model="paced")
-    assert done.returncode == 0, done.stderr
+    assert well(done), done.stderr
     assert sorted(s.index for s in samples_of(tmp_path) if not s.warmup) == list(range(30))
     assert sorted(s.index for s in samples_of(tmp_path) if s.warmup) == [-4, -3, -2, -1]
 
@@ -256,13 +301,13 @@ def test_workers_on_other_hosts_have_files_of_their_own(double: Double, key_file
     workers = [subprocess.Popen(worker, cwd=tmp_path / "there", stderr=subprocess.DEVNULL) for _ in range(2)]
     try:
         two = locust("chat.py", double, key, tmp_path / "two", *more, *master, model="paced")
-        assert two.returncode == 0, two.stderr
+        assert well(two), two.stderr
         assert [process.wait(20) for process in workers] == [0, 0]
     finally:
         for process in workers:
             process.kill()
             process.wait()
-    assert locust("chat.py", double, key, tmp_path / "one", *more, model="paced").returncode == 0
+    assert well(locust("chat.py", double, key, tmp_path / "one", *more, model="paced"))
     sent = [
         sorted((s.index, s.prompt_tokens, s.tokens) for s in samples_of(tmp_path / name) if not s.warmup)
         for name in ("one", "two")
@@ -275,7 +320,7 @@ def test_conversations_of_an_agent_grow_by_the_answers(start_double: Any, key_fi
     double = start_double()
     more = ["-u", "2", "-r", "2", "--requests", "4", "--workload", "agent", "--max-tokens", "3"]
     done = locust("chat.py", double, key_file, tmp_path, *more, model="paced")
-    assert done.returncode == 0, done.stderr
+    assert well(done), done.stderr
     turns = [s for s in samples_of(tmp_path) if s.index == 0]
     assert [s.turn for s in turns] == list(range(len(turns))) and len(turns) >= 2
     lengths = [s.prompt_tokens or 0 for s in turns]
@@ -298,7 +343,7 @@ def test_a_trace_is_replayed_at_its_times_with_its_lengths(double: Double, key_f
     )
     more = ["--trace", str(trace), "--trace-speed", "2"]
     done = locust("chat_open.py", double, key_file, tmp_path, *more, model="paced")
-    assert done.returncode == 0, done.stderr
+    assert well(done), done.stderr
     samples = samples_of(tmp_path)
     assert [(s.prompt_tokens, s.tokens) for s in samples] == [(i, o) for _, i, o in rows]
     assert [s.scheduled - samples[0].scheduled for s in samples] == pytest.approx([0, 0, 0.5, 1.5], abs=1e-6)
@@ -335,7 +380,7 @@ print([round(100 * found.share(progress)) for progress in (0.0, 0.25, 0.5, 0.99)
 def test_a_shape_beside_the_locustfile_drives_the_users(double: Double, key_file: Path, tmp_path: Path) -> None:
     more = ["-u", "5", "-t", "8s", "--max-tokens", "2"]
     done = locust("chat.py,shapes/steps.py", double, key_file, tmp_path, *more, model="paced")
-    assert done.returncode == 0, done.stderr
+    assert well(done), done.stderr
     assert [f"updating to {users} users" in done.stderr for users in range(1, 6)] == [True] * 5
     answered = len([s for s in samples_of(tmp_path) if s.outcome == "ok" and not s.warmup])
     assert answered - 5 <= summary_of(tmp_path)["requests"] <= answered, "all of it counts but what the end cut off"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import gevent
@@ -12,10 +13,10 @@ import pytest
 from llamaherd_loadtest.client import clock
 from llamaherd_loadtest.gathered import Part, gather
 from llamaherd_loadtest.health import Health, HealthMonitor
-from llamaherd_loadtest.limits import observe, parse_limit, parse_limits
-from llamaherd_loadtest.quantiles import estimate, quantile
+from llamaherd_loadtest.limits import judge_errors, observe, parse_limit, parse_limits
+from llamaherd_loadtest.quantiles import Judgement, estimate, judge_share, quantile, share, unbiased_quantile
 from llamaherd_loadtest.samples import Sample
-from llamaherd_loadtest.summary import summarise
+from llamaherd_loadtest.summary import in_words, summarise
 from llamaherd_loadtest.tune.evidence import student_t
 
 WELL = Health(cpu=0.1, lag_p95_s=0.001)
@@ -36,6 +37,36 @@ def test_intervals_cover_the_truth_as_often_as_they_say(n: int, p: float) -> Non
         assert found.low is not None and found.high is not None
         covered += found.low <= p <= found.high
     assert covered >= 0.91 * 200
+
+
+def test_shares_have_intervals_and_are_judged_by_them() -> None:
+    one = share(1, 81)
+    assert one is not None
+    assert (one.value, one.low, one.high) == pytest.approx((0.0123, 0.0022, 0.0667), abs=1e-4)
+    assert share(0, 0) is None
+    assert [judge_share(0, n, 0.05) for n in (71, 72)] == [Judgement.UNRESOLVED, Judgement.PASSES], "as p95's interval"
+    assert [judge_share(k, 81, 0.05) for k in (8, 9)] == [Judgement.UNRESOLVED, Judgement.MISSES]
+    assert judge_share(4900, 100_000, 0.05) is judge_share(5100, 100_000, 0.05) is Judgement.UNRESOLVED
+    assert judge_share(4800, 100_000, 0.05) is Judgement.PASSES
+    assert [judge_errors(k, 81) for k in range(4)] == [Judgement.PASSES, *[Judgement.UNRESOLVED] * 2, Judgement.MISSES]
+
+
+@pytest.mark.parametrize(
+    ("draw", "truth"),
+    [
+        (lambda rng: rng.random(), 0.95),
+        (lambda rng: rng.expovariate(1.0), -math.log(0.05)),
+        (lambda rng: rng.lognormvariate(0.0, 0.3), math.exp(0.3 * 1.645)),
+    ],
+)
+def test_a_quantile_of_few_values_is_not_too_small(draw: Callable[[random.Random], float], truth: float) -> None:
+    """A p95 of 8 values reads 0.8 to 0.9 of the truth."""
+    rng = random.Random(1)
+    windows = [sorted(draw(rng) for _ in range(8)) for _ in range(2000)]
+    assert sum(quantile(window, 0.95) for window in windows) / len(windows) < 0.92 * truth
+    assert sum(unbiased_quantile(window, 0.95) for window in windows) / len(windows) == pytest.approx(truth, rel=0.1)
+    many = sorted(draw(rng) for _ in range(2000))
+    assert unbiased_quantile(many, 0.95) == pytest.approx(quantile(many, 0.95), rel=0.01)
 
 
 def test_quantiles_lie_between_neighbours() -> None:
@@ -127,6 +158,8 @@ def test_goodput_counts_what_meets_all_limits_and_errors_as_misses() -> None:
     goodput = summarise([good, slow, stalled, failed, cut], 0.0, 10.0, WELL, limits).goodput
     assert goodput is not None
     assert (goodput.requests_per_s, goodput.attainment) == (0.1, 0.25)
+    assert 0 < goodput.low < 0.1
+    assert 0.6 < goodput.high < 1
     assert summarise([good], 0.0, 10.0, WELL).goodput is None
 
 
@@ -136,9 +169,63 @@ def test_requests_in_flight_past_a_limit_are_misses() -> None:
     no_token = Sample(index=1, scheduled=7.0, sent=7.0, end=10.0, outcome="cut_off")
     too_long = stream(1.0, 2.0, [9.0])  # ends after the window
     in_time = [Sample(index=3, scheduled=9.0, sent=9.0, end=10.0, outcome="cut_off"), stream(5.0, 6.0, [6.0])]
-    goodput = summarise([good, no_token, too_long, *in_time], 0.0, 10.0, WELL, limits).goodput
-    assert goodput is not None
-    assert goodput.attainment == pytest.approx(1 / 3)
+    summary = summarise([good, no_token, too_long, *in_time], 0.0, 10.0, WELL, limits)
+    assert summary.goodput is not None
+    assert summary.goodput.attainment == pytest.approx(1 / 3)
+    assert [(judged.over, judged.of) for judged in summary.judged] == [(1, 2), (1, 2)]
+    assert summary.waited_s == pytest.approx(3.0)
+    assert "at the end a request had waited 3.0 s for its first token" in in_words(summary)
+
+
+def test_limits_are_judged_with_the_interval_of_their_share() -> None:
+    limits = [parse_limit("ttft_p95=2s")]
+    fast, slow = stream(0.0, 1.0, [0.5]), stream(0.0, 3.0, [0.5])
+    judged = {
+        (n, over): summarise([slow] * over + [fast] * (n - over), 0.0, 10.0, WELL, limits).judged[0].judgement
+        for n, over in ((20, 0), (80, 0), (80, 4), (80, 10))
+    }
+    assert list(judged.values()) == ["unresolved", "passes", "unresolved", "misses"]
+    assert "limit ttft_p95 2000 ms: unresolved, 0 of 20 above it" in in_words(
+        summarise([fast] * 20, 0.0, 10.0, WELL, limits)
+    )
+
+
+def arrivals(rate: float, capacity: float, until_s: float, seed: int) -> list[Sample]:
+    """Poisson arrivals at a server that answers one after the other, `capacity` a second; cut off at the end."""
+    rng, at, free, samples = random.Random(seed), 0.0, 0.0, list[Sample]()
+    while (at := at + rng.expovariate(rate)) < until_s:
+        free = max(at, free) + 1 / capacity
+        if free < until_s:
+            samples.append(stream(at, free, []))
+        else:
+            samples.append(Sample(index=0, scheduled=at, sent=at, end=until_s, outcome="cut_off"))
+    return samples
+
+
+def test_arrivals_that_outrun_the_server_are_a_fault() -> None:
+    def faults(rate: float, until_s: float = 30.0) -> list[str]:
+        runs = (arrivals(rate, 10.0, until_s, seed) for seed in range(40))
+        return [summarise(run, 0.0, until_s, WELL, at_once=1).fault for run in runs]
+
+    assert sum(fault.startswith("over-saturated: ") for fault in faults(20.0)) == 40
+    assert sum(map(bool, faults(8.0))) == 0
+    assert sum(map(bool, faults(9.5))) <= 2
+    assert summarise(arrivals(20.0, 10.0, 30.0, 1), 0.0, 30.0, WELL).fault == "", "a closed loop"
+
+
+def test_failed_requests_are_a_fault_where_chance_does_not_explain_them() -> None:
+    good, failed = stream(0.0, 1.0, [0.1]), Sample(index=0, scheduled=0.0, end=1.0, outcome="http 500", detail="no")
+    one, many = (summarise([good] * (81 - n) + [failed] * n, 0.0, 2.0, WELL) for n in (1, 11))
+    assert one.fault == ""
+    assert "1.2% (0.2% to 6.7%) of the requests failed" in in_words(one)
+    assert many.fault == "11 of 81 requests failed, most with http 500: no"
+
+
+def test_prompts_that_a_server_had_computed_before_are_told_of() -> None:
+    cold, warm = (stream(0.0, 1.0, [0.1], prompt_tokens=100, cached_tokens=n) for n in (0, 80))
+    assert "40% of the prompt tokens came out of the server's cache" in in_words(
+        summarise([cold, warm], 0.0, 2.0, WELL)
+    )
 
 
 def test_a_server_that_stops_answering_is_a_fault_and_a_slow_one_is_not() -> None:
@@ -161,9 +248,17 @@ def test_requests_that_fail_are_not_blamed_on_the_client() -> None:
 
 
 def test_a_late_client_spoils_fast_answers_and_not_slow_ones() -> None:
-    late = Health(cpu=0.1, lag_p95_s=0.2)
-    assert summarise([stream(0.0, 1.0, [0.1])], 0.0, 10.0, late).fault.startswith("event loop")
-    assert summarise([stream(0.0, 5.0, [0.1])], 0.0, 10.0, late).fault == ""
+    late, later = (Health(cpu=0.1, lag_p95_s=lag) for lag in (0.03, 0.2))
+    for health, ttft_s, itl_s, spoilt in (
+        (late, 0.04, 0.02, True),  # on a fast server its lag is as long as what it measures
+        (late, 1.0, 0.1, False),
+        (late, 1.0, 0.02, True),
+        (later, 1.0, 0.5, True),
+        (later, 5.0, 0.1, True),
+        (later, 5.0, 0.5, False),
+    ):
+        fault = summarise([stream(0.0, ttft_s, [itl_s])], 0.0, 10.0, health).fault
+        assert fault.startswith("event loop") == spoilt, (health, ttft_s, itl_s)
 
 
 def test_health_is_that_of_the_window() -> None:
@@ -188,8 +283,8 @@ def test_the_ttft_is_split_where_the_server_tells_its_prefill() -> None:
 
 def test_late_sends_and_missing_sockets_are_the_clients_fault() -> None:
     late = stream(0.0, 3.0, [0.1])
-    late.sent = 0.2
-    assert summarise([late], 0.0, 10.0, WELL).fault.startswith("event loop: requests were sent 200 ms late at p95")
+    late.sent = 0.4
+    assert summarise([late], 0.0, 10.0, WELL).fault.startswith("event loop: requests were sent 400 ms late at p95")
     none_left = Sample(index=0, scheduled=0.0, end=1.0, outcome="client", detail="Too many open files")
     assert summarise([none_left], 0.0, 10.0, WELL).fault.startswith("sockets: Too many open files: raise `ulimit -n`")
 

@@ -7,8 +7,9 @@ import re
 
 import pytest
 
+from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.tune.capacity import Capacity, find_capacity, judge, settle
-from llamaherd_loadtest.tune.evidence import Judgement, Measurement
+from llamaherd_loadtest.tune.evidence import Measurement
 
 from .simulated import CURRENT, LIMITS, SimulatedServer, search
 

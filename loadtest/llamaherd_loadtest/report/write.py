@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from llamaherd_loadtest.files import write_whole
 from llamaherd_loadtest.report import charts
 from llamaherd_loadtest.tune.journal import read_steps
 from llamaherd_loadtest.tune.settings import difference
@@ -29,4 +30,4 @@ def write_report(folder: Path, page: Path) -> None:
         charts=charts.draw(verdict, steps),
     )
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(html, encoding="utf-8")
+    write_whole(page, html)

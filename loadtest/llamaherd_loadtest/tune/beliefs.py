@@ -9,7 +9,8 @@ import numpy as np
 from msgspec import Struct
 
 from llamaherd_loadtest.limits import Limit
-from llamaherd_loadtest.tune.evidence import Judgement, Record, judge_errors, limit_noise, score_noise
+from llamaherd_loadtest.quantiles import Judgement
+from llamaherd_loadtest.tune.evidence import Record, judge_errors, limit_noise, score_noise
 from llamaherd_loadtest.tune.surrogate import Array, Belief, Grid
 
 _DRAWS = 100

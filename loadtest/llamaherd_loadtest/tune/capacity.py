@@ -9,7 +9,8 @@ from statistics import fmean
 from msgspec import Struct
 
 from llamaherd_loadtest.limits import Limit
-from llamaherd_loadtest.tune.evidence import Judgement, Measurement, judge_errors
+from llamaherd_loadtest.quantiles import Judgement
+from llamaherd_loadtest.tune.evidence import Measurement, judge_errors
 
 _TRIES = 3  # windows for a load that one window leaves unresolved
 _FAR = 4  # times the slots: beyond it requests only wait

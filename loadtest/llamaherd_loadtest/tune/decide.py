@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from llamaherd_loadtest.tune.evidence import Judgement, Noise, Record
+from llamaherd_loadtest.quantiles import Judgement
+from llamaherd_loadtest.tune.evidence import Noise, Record
 from llamaherd_loadtest.tune.objective import TOKENS, Objective
 from llamaherd_loadtest.tune.settings import LLAMA_CPP_DEFAULTS, key
 

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from enum import StrEnum
 from statistics import NormalDist, fmean
 
 from msgspec import Struct, field
 
+from llamaherd_loadtest import limits
 from llamaherd_loadtest.limits import Limit
+from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.tune.settings import Settings
 
 _PRIOR_WINDOWS = 4
 _PRIOR_SCORE_NOISE = 0.10
 _PRIOR_LATENCY_NOISE = 0.15
 _MAX_SPOILED = 3
-_MAX_ERROR_SHARE = 0.01
-_DOUBT = 0.05  # the chance of so many errors, or more, by which a server that has no more than that share is doubted
 
 
 class Load(Struct, frozen=True):
@@ -137,23 +136,10 @@ class Record(Struct):
         return fmean(math.log(max(m.score, 1e-9)) for m in self.windows)
 
 
-class Judgement(StrEnum):
-    """Does a setting keep its limits? UNRESOLVED: it is too close to one for the noise."""
-
-    PASSES = "passes"
-    UNRESOLVED = "unresolved"
-    MISSES = "misses"
-
-
 def judge_errors(windows: Sequence[Measurement]) -> Judgement:
-    """Whether at most 1 % of requests fail: one failed request of 81 does not say, nor do two."""
+    """Whether at most 1 % of the requests of all windows fail."""
     errors = sum(m.errors for m in windows)
-    total = errors + sum(m.requests for m in windows)
-    if errors <= _MAX_ERROR_SHARE * total:
-        return Judgement.PASSES
-    mean = _MAX_ERROR_SHARE * total  # of a Poisson distribution
-    fewer = sum(math.exp(k * math.log(mean) - mean - math.lgamma(k + 1)) for k in range(errors))
-    return Judgement.MISSES if 1 - fewer < _DOUBT else Judgement.UNRESOLVED
+    return limits.judge_errors(errors, errors + sum(m.requests for m in windows))
 
 
 class Noise(Struct, frozen=True):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import secrets
 
+from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.report.write import write_report
 from llamaherd_loadtest.tune.applier import AdminApplier
 from llamaherd_loadtest.tune.capacity import judge
-from llamaherd_loadtest.tune.evidence import Judgement, Record, limit_noise, score_noise
+from llamaherd_loadtest.tune.evidence import Record, limit_noise, score_noise
 from llamaherd_loadtest.tune.live import LiveBench
 from llamaherd_loadtest.tune.options import Options
 from llamaherd_loadtest.tune.settings import Settings, difference, label

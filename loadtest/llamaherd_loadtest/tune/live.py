@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from statistics import fmean
 
+from msgspec.structs import replace
+
 from llamaherd_loadtest.arrivals import Arrivals
 from llamaherd_loadtest.client import ChatClient, clock
 from llamaherd_loadtest.dice import fresh_seed
 from llamaherd_loadtest.drive import NotWarmedUp, Run, RunFailed, at_once, closed_loop, open_loop
-from llamaherd_loadtest.limits import observe
+from llamaherd_loadtest.limits import judge_errors, observe
 from llamaherd_loadtest.probe import ServerUnusable, calibrate
+from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.samples import CUT_OFF, OK, Sample, write_samples
 from llamaherd_loadtest.summary import counted, in_words, summarise
 from llamaherd_loadtest.tune.applier import Applier, Refused
@@ -30,8 +33,8 @@ class LiveBench:
         """Raises ServerUnusable where requests are not answered."""
         self._target, self._client, self._applier = options.target, ChatClient(options.target), applier
         self._workload, self._limits, self._objective = options.workload, options.limits, options.objective
-        # A search that is resumed, and one that is measured again, must not find its prompts in the server's cache.
-        self._fresh = fresh_seed() << 64 if options.seed is None else 0
+        # A search that is resumed, or repeated with its seed, must not find its prompts in the server's cache.
+        self._fresh = fresh_seed() << 64
         self._calibration = calibrate(self._client, options.target, self._fresh + seed)
         self._samples_dir = options.out / "samples"
         self._samples_dir.mkdir(parents=True, exist_ok=True)
@@ -119,15 +122,20 @@ class LiveBench:
         return open_loop(self._client, prompts, offsets, total=total, warm_up_s=warm_up_s, drain_s=window_s)
 
     def _sum_up(self, run: Run, engine: list[EngineSample]) -> Measurement:
-        summary = summarise(run.samples, run.start, run.end, run.health)
         inside = counted(run.samples, run.start, run.end)
         ok = [s for s in inside if s.outcome == OK]
+        errors = len(inside) - len(ok)
+        # Requests that fail say something about the settings, also where they leave the load short of what was asked
+        # for: how many are too many is judged over all windows.
+        health = replace(run.health, concurrency=1.0) if errors else run.health
+        summary = summarise(run.samples, run.start, run.end, health)
+        too_many = judge_errors(errors, len(inside)) is Judgement.MISSES
         wanted = [*self._limits, *([self._objective.limit] if self._objective.limit else [])]
         observed = {limit.name: observe(limit, inside) for limit in wanted}
-        fault = f"invalid: {summary.fault}" if summary.fault else ""
+        fault = f"invalid: {summary.fault}" if summary.fault and not too_many else ""
         if not ok:
             fault = f"invalid: no request ended within the window of {summary.window_s:.0f} s"
-        if not ok and summary.errors:
+        if not ok and errors:
             fault = f"failed: no request was answered: {in_words(summary)[0]}"
         return Measurement(
             took_s=0.0,
@@ -138,7 +146,7 @@ class LiveBench:
             tokens_per_s=summary.output_tokens_per_s,
             requests_per_s=summary.requests_per_s,
             requests=summary.requests,
-            errors=sum(summary.errors.values()),
+            errors=errors,
             observed={name: value for name, value in observed.items() if value is not None},
             ttft_ms=[s.ttft * 1000 for s in ok if s.ttft is not None],
             tpot_ms=[s.tpot * 1000 for s in ok if s.tpot is not None],

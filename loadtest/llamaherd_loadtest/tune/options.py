@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         help="measure what the verdict in --out chose once more, in force",
     )
     add("--budget", default="15m", help="time for the whole search: 180s, 15m, 1h")
-    add("--seed", type=int, help="of prompts and search order; a new one each time if not given")
+    add("--seed", type=int, help="of the search order; a new one each time if not given")
     add("--out", type=Path, required=True, help="folder for verdict.json, report.html, journal.jsonl and samples")
     return parser
 

@@ -14,10 +14,11 @@ from msgspec.structs import replace
 
 from llamaherd_loadtest.dice import seeded
 from llamaherd_loadtest.limits import Limit
+from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.tune.beliefs import Beliefs, believe
 from llamaherd_loadtest.tune.capacity import Capacity, find_capacity, judge, settle
 from llamaherd_loadtest.tune.decide import Choice, Contender, choose
-from llamaherd_loadtest.tune.evidence import SLOTS, Judgement, Load, Measurement, Record, limit_noise, score_noise
+from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement, Record, limit_noise, score_noise
 from llamaherd_loadtest.tune.objective import TOKENS, Objective
 from llamaherd_loadtest.tune.pace import Calibrated, Pace, Plan
 from llamaherd_loadtest.tune.settings import Settings, label

@@ -10,9 +10,10 @@ from statistics import geometric_mean
 import msgspec
 from msgspec import Struct, field
 
-from llamaherd_loadtest.quantiles import estimate
+from llamaherd_loadtest.files import write_whole
+from llamaherd_loadtest.quantiles import Judgement, estimate
 from llamaherd_loadtest.tune.decide import Choice
-from llamaherd_loadtest.tune.evidence import SLOTS, Judgement, Record
+from llamaherd_loadtest.tune.evidence import SLOTS, Record
 from llamaherd_loadtest.tune.objective import Objective
 from llamaherd_loadtest.tune.search import Search
 from llamaherd_loadtest.tune.settings import Settings, difference, key, label
@@ -81,13 +82,8 @@ def read_verdict(path: Path) -> Verdict:
 
 
 def write_verdict(path: Path, verdict: Verdict) -> None:
-    """Write `verdict` as JSON, whole or not at all. Raises OSError."""
-    new = path.with_suffix(".new")
-    try:
-        new.write_bytes(msgspec.json.format(msgspec.json.encode(verdict), indent=2) + b"\n")
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
+    """Write `verdict` as JSON. Raises OSError."""
+    write_whole(path, msgspec.json.format(msgspec.json.encode(verdict), indent=2) + b"\n")
 
 
 def make_verdict(search: Search, choice: Choice | None, pruned: Sequence[Pruned]) -> Verdict:

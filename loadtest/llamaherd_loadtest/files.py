@@ -1,0 +1,17 @@
+"""Files that are written whole or not at all: a full disk leaves the former one, not half of a new one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write `content` to `path`. Raises OSError, which names it."""
+    new = path.with_name(path.name + ".new")
+    try:
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        new.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        new.unlink(missing_ok=True)
