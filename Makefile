@@ -40,8 +40,12 @@ engine: setup ## llama.cpp and a model for tests and benchmarks, built once
 lint: setup ## ruff, mypy --strict, ansible-lint, yamllint, shellcheck
 	@$(RUN) scripts/lint
 
+.PHONY: sanity
+sanity: setup ## ansible-test sanity on the built collection
+	@$(RUN) scripts/sanity
+
 .PHONY: test
-test: lint engine ## Everything: lint, unit, server with the real model, load tests, lab
+test: lint sanity engine ## Everything: lint, unit, server with the real model, load tests, lab
 	@$(RUN) $(BIN)/pytest -n 2
 
 .PHONY: pytest

@@ -1,20 +1,8 @@
-"""progress: a long command on a host whose progress is shown while it runs.
+"""progress: runs a long command on a host and prints its progress; documented in plugins/modules/progress.py.
 
 The command runs in the background with its output in a log on the host; every few seconds the log's newest line is
-shown with the time. If the controller dies the command goes on, and the same task of the next run follows it to
+printed with the time. If the controller dies the command goes on, and the same task of the next run follows it to
 its end.
-
-Arguments:
-    argv       the command, a list
-    chdir      its working directory
-    creates    a path or pattern on the host: where there is such a file, the command is not run
-    log        the log's path on the host; `<log>.pid` and `<log>.rc` beside it tell that it runs and how it ended
-    label      what the lines begin with
-    show       last (default): the newest line every `interval` seconds; all: each line once, as it comes
-    interval   seconds between two lines (default 10)
-    changed    whether it counts as a change (default true)
-    password   name of a variable in the command's environment: what -K was told, where the task does not set it
-Returns rc and seconds; a failure says the log's last lines. Environment and become are the task's own.
 """
 
 from __future__ import annotations
@@ -182,7 +170,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
             time.sleep(pause)
             pause = min(POLL_S, pause * 2)
             answer = self._shell(_POLL.format(log=shlex.quote(log), offset=offset))
-            state, _, text = answer["stdout"].partition("\n")
+            state, _newline, text = answer["stdout"].partition("\n")
             offset += len(text.encode("utf-8", "surrogateescape"))
             *new, rest = (rest + text).split("\n")
             # A progress bar rewrites its line with \r: only what it says last counts.

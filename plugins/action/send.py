@@ -1,15 +1,8 @@
-"""send: a large file from the controller to a host, straight to where it is to lie; one that was cut off is resumed.
+"""send: a large file from the controller to a host; documented in plugins/modules/send.py.
 
 ansible.builtin.copy brings a file to the ssh user's ~/.ansible/tmp first, where a model may not fit. This one appends
-to `dest` through the task's own connection and become, piece by piece, after it has seen that the rest fits. What is
-there already is taken for the beginning of the same file: the caller verifies the whole by its sha256.
-
-Arguments:
-    src        the file on the controller
-    dest       the file on the host; its folder is there
-    label      what the lines of progress begin with
-    interval   seconds between two lines (default 10)
-Returns resumed, the bytes that the host had already, and size.
+to `dest` through the task's own connection and become, piece by piece, after it has seen that the rest fits. An
+existing `dest` is taken for the beginning of the same file: the caller verifies the whole by its sha256.
 """
 
 from __future__ import annotations
@@ -80,7 +73,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
         answer = self._shell(script)
         if answer["rc"] != 0:
             raise OSError(f"cannot look at {dest}: {(answer['stderr'] or answer['stdout']).strip()}")
-        there, _, free = answer["stdout"].partition("\n")
+        there, _newline, free = answer["stdout"].partition("\n")
         return int(there or 0), int(free.split()[-3]) * 1024
 
     @staticmethod

@@ -42,7 +42,8 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], Callable[[str], Any]]] = {
 _MMPROJ = ("-mm", "--mmproj", "LLAMA_ARG_MMPROJ")
 _CHAT_TEMPLATE = ("--chat-template-file", "LLAMA_ARG_CHAT_TEMPLATE_FILE")
 # Both may be given more than once, and each may list several.
-_LORA, _LORA_SCALED = "--lora", "--lora-scaled"
+_LORA = "--lora"
+_LORA_SCALED = "--lora-scaled"
 _NOT_UNIFIED = ("-no-kvu", "--no-kv-unified")
 # What llamaherd always does, or does in a way of its own.
 _COVERED = {
@@ -67,7 +68,7 @@ def adopt_llama_server(service: Sequence[str], environment_files: Sequence[str] 
     said), and left: flag and reason for the rest.
     """
     commands, assignments, folder = (json.loads(line)["data"] for line in service)
-    environment = {name: value for name, _, value in (each.partition("=") for each in assignments)}
+    environment = {name: value for name, _equals, value in (each.partition("=") for each in assignments)}
     for text in environment_files:
         environment |= _assignments(text.replace("\\\n", "").splitlines())
     words = list(_expanded(commands[-1][1] if commands else [], environment))
@@ -125,7 +126,7 @@ def _loras(value: str) -> list[tuple[str, float]]:
 def _scaled_loras(value: str) -> list[tuple[str, float]]:
     """Those of FNAME:SCALE,…; raises ValueError where one has no scale."""
     pairs = [item.rpartition(":") for item in next(csv.reader([value]))]
-    return [(file, float(scale)) for file, _, scale in pairs]
+    return [(file, float(scale)) for file, _colon, scale in pairs]
 
 
 def _assignments(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -157,7 +158,7 @@ def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     for number, word in enumerate(words):
         if not word.startswith("-") or _is_number(word):
             continue
-        flag, _, content = word.partition("=")
+        flag, _equals, content = word.partition("=")
         following = words[number + 1] if number + 1 < len(words) else "-"
         if not content and (not following.startswith("-") or _is_number(following)):
             content = following

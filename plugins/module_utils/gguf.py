@@ -95,7 +95,7 @@ def read_header(path: Path) -> dict[str, Value]:
             raise GgufError(f"GGUF version {version} is not 2 or 3")
         reader.length("the tensor count", 1 << 20)
         header: dict[str, Value] = {}
-        for _ in range(reader.length("the number of keys", MAX_KEYS)):
+        for _number in range(reader.length("the number of keys", MAX_KEYS)):
             key = reader.text("a key", MAX_KEY_LENGTH)
             _read_value(reader, key, int(reader.number("<I", f"the type of {key}")), header)
         return header
@@ -111,7 +111,7 @@ def _read_value(reader: _Reader, key: str, kind: int, header: dict[str, Value]) 
         count = reader.length(f"the length of {key}", reader.size)
         header[f"{key}.length"] = count
         if element == _STRING:
-            for _ in range(count):
+            for _number in range(count):
                 reader.skip(reader.length(f"a length in {key}", MAX_STRING), key)
         elif element in _SCALARS:
             size = struct.calcsize(_SCALARS[element])

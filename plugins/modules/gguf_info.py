@@ -1,11 +1,120 @@
-"""gguf_info: reads a model's header on the host and says how much memory it needs with the settings given.
-
-Returns exists, and for a model that is there: architecture, n_layers, n_ctx_train, weights_bytes, kv_bytes,
-compute_bytes, needed_bytes, and largest_parallel and largest_ctx_per_slot: what fits into memory_bytes when only that
-one setting is lowered.
-"""
+"""gguf_info: reads the header of a GGUF model and computes the memory that it needs."""
 
 from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: gguf_info
+short_description: Reads the header of a GGUF model and computes the memory that it needs
+version_added: 0.1.0
+description:
+  - Reads the header of a model on the host and computes the memory for weights, KV cache and compute buffer with
+    the given settings.
+  - Changes nothing.
+options:
+  path:
+    description: The GGUF file on the host.
+    type: path
+    required: true
+  memory_bytes:
+    description: The memory that the model may use, for RV(largest_parallel) and RV(largest_ctx_per_slot).
+    type: int
+    required: true
+  parallel:
+    description: The number of slots.
+    type: int
+    required: true
+  ctx_per_slot:
+    description: The context of each slot in tokens.
+    type: int
+    required: true
+  ubatch:
+    description: The physical batch size in tokens.
+    type: int
+    required: true
+  kv_cells:
+    description: The cells of a unified KV cache. V(0) means O(parallel) times O(ctx_per_slot).
+    type: int
+    default: 0
+  kv_unified:
+    description: Whether all slots share one KV cache.
+    type: bool
+    default: true
+  flash_attention:
+    description: Whether flash attention is on.
+    type: str
+    choices: [auto, "on", "off"]
+    default: auto
+  kv_type_k:
+    description: The type of the cached keys.
+    type: str
+    choices: [bf16, f16, f32, q4_0, q4_1, q5_0, q5_1, q8_0]
+    default: f16
+  kv_type_v:
+    description: The type of the cached values.
+    type: str
+    choices: [bf16, f16, f32, q4_0, q4_1, q5_0, q5_1, q8_0]
+    default: f16
+author: ["The llamaherd authors (!UNKNOWN)"]
+"""
+
+EXAMPLES = r"""
+- name: Read the header of the model and compute its memory
+  llamaherd.llamaherd.gguf_info:
+    path: /var/lib/llamaherd/models/model.gguf
+    memory_bytes: 8589934592
+    parallel: 4
+    ctx_per_slot: 4096
+    ubatch: 512
+  register: model
+"""
+
+RETURN = r"""
+exists:
+  description: Whether the file exists. The other values are returned only if it does.
+  returned: always
+  type: bool
+architecture:
+  description: The architecture of the model.
+  returned: when the file exists
+  type: str
+  sample: llama
+n_layers:
+  description: The number of layers.
+  returned: when the file exists
+  type: int
+n_ctx_train:
+  description: The context that the model was trained with, in tokens.
+  returned: when the file exists
+  type: int
+weights_bytes:
+  description: The size of the weights.
+  returned: when the file exists
+  type: int
+kv_bytes:
+  description: The size of the KV cache.
+  returned: when the file exists
+  type: int
+compute_bytes:
+  description: The size of the compute buffer.
+  returned: when the file exists
+  type: int
+needed_bytes:
+  description: The sum of weights, KV cache and compute buffer.
+  returned: when the file exists
+  type: int
+largest_parallel:
+  description:
+    - The largest O(parallel) with which the model fits into O(memory_bytes), up to the given value. 0 if none
+      fits.
+  returned: when the file exists
+  type: int
+largest_ctx_per_slot:
+  description:
+    - The largest O(ctx_per_slot) with which the model fits into O(memory_bytes), up to the given value. 0 if none
+      fits.
+  returned: when the file exists
+  type: int
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,17 +1,121 @@
-"""host_facts: what the roles must know of a host beyond Ansible's own facts, in one call.
-
-Sets ansible_facts.llamaherd: memory_bytes, libc (name and version), accelerator (cpu, cuda, metal or rocm),
-accelerator_reason, accelerator_memory_bytes (0 for cpu),
-gpus [{name, architecture, memory_bytes, driver}], cuda {driver, toolkit, nvcc, complaint}
-(the newest CUDA version that the driver knows, the version of the toolkit that is installed, its nvcc, and what
-nvidia-smi says in place of the first; empty where there is none), rocm {root, compiler} (empty likewise),
-listeners [{port, address, pid, command, unit}], free_bytes {path: bytes} for the `paths` given (of the nearest folder
-that exists), links {path: target} for those `links` given that are there, installed (those of the `packages` given that
-dpkg has), programs (those of the `programs` given that PATH has), nginx {sites [{path, listens}], complaint}
-(module_utils/nginx.py), python (the version, as `major.minor`, of the `python` given; empty where there is none).
-"""
+"""host_facts: reads memory, accelerators, ports and free space of a host."""
 
 from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: host_facts
+short_description: Reads memory, accelerators, ports and free space of a host
+version_added: 0.1.0
+description:
+  - Sets C(ansible_facts.llamaherd), the facts that the roles need beyond those of M(ansible.builtin.setup), in one
+    call.
+  - Changes nothing.
+options:
+  paths:
+    description: Paths whose free space is read, each from its nearest existing parent directory.
+    type: list
+    elements: path
+    default: []
+  links:
+    description: Paths whose link targets are read.
+    type: list
+    elements: str
+    default: []
+  packages:
+    description: Debian packages that are looked up.
+    type: list
+    elements: str
+    default: []
+  programs:
+    description: Programs that are looked up in PATH.
+    type: list
+    elements: str
+    default: []
+  python:
+    description: The Python interpreter whose version is read.
+    type: str
+    required: true
+author: ["The llamaherd authors (!UNKNOWN)"]
+"""
+
+EXAMPLES = r"""
+- name: Read memory, accelerators and ports of the host
+  llamaherd.llamaherd.host_facts:
+    python: python3
+    paths: [/opt]
+
+- name: Print the accelerator of the host
+  ansible.builtin.debug:
+    msg: "{{ ansible_facts['llamaherd']['accelerator'] }}"
+"""
+
+RETURN = r"""
+ansible_facts:
+  description: The facts, below the key C(llamaherd).
+  returned: success
+  type: dict
+  contains:
+    llamaherd:
+      description: All facts of this module.
+      returned: success
+      type: dict
+      contains:
+        memory_bytes:
+          description: Physical memory, or the limit of the control group where that is lower.
+          type: int
+        libc:
+          description: Name and version of the C library.
+          type: str
+          sample: glibc 2.36
+        accelerator:
+          description: The best accelerator of the host. One of V(cpu), V(cuda), V(metal), V(rocm).
+          type: str
+        accelerator_reason:
+          description: Why that accelerator was chosen.
+          type: str
+        accelerator_memory_bytes:
+          description: Memory of the accelerator. 0 for V(cpu).
+          type: int
+        gpus:
+          description: NVIDIA GPUs, each with name, architecture, memory_bytes and driver.
+          type: list
+          elements: dict
+        cuda:
+          description:
+            - C(driver) is the newest CUDA version that the driver supports, C(toolkit) the version of the
+              installed toolkit, C(nvcc) its compiler and C(complaint) the error of nvidia-smi. Missing ones are
+              empty strings.
+          type: dict
+        rocm:
+          description: C(root) and C(compiler) of ROCm. Missing ones are empty strings.
+          type: dict
+        python:
+          description: The version of O(python) as C(major.minor), or an empty string.
+          type: str
+        listeners:
+          description: Listening TCP sockets, each with port, address, pid, command and unit.
+          type: list
+          elements: dict
+        nginx:
+          description:
+            - C(sites) of the host that llamaherd does not own, each with path and listens, and C(complaint), the
+              first error of nginx -t.
+          type: dict
+        links:
+          description: The target of each of O(links) that is a link.
+          type: dict
+        installed:
+          description: Those of O(packages) that are installed.
+          type: list
+          elements: str
+        programs:
+          description: Those of O(programs) that are in PATH.
+          type: list
+          elements: str
+        free_bytes:
+          description: The free space of each of O(paths).
+          type: dict
+"""
 
 import os
 import platform

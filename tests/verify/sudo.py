@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def give_password(backend: BaseBackend, password: str, patch: pytest.MonkeyPatch) -> None:
-    def get_sudo_command(command: str, _: str | None) -> str:
+    def get_sudo_command(command: str, _user: str | None) -> str:
         return str(backend.quote("sudo -S -p '' /bin/sh -c %s", command))
 
     def run_local(command: str, *args: str) -> CommandResult:

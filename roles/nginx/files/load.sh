@@ -1,3 +1,4 @@
+# shellcheck shell=sh
 # load.sh KEPT FILES: makes nginx run what its files say, and prints "loaded"; nothing where it runs that already. Where nginx
 # cannot, it runs what it ran before, and the exit status is 1. KEPT holds a copy of what was loaded last, so that a run
 # which ended too early loses nothing; FILES, below it, is the folder of certificates that stays.
