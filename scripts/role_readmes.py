@@ -1,30 +1,67 @@
-"""Writes each role's table of variables into its README, from its argument_specs.
+"""Writes requirements, an example play and the table of variables into each role's README, from its meta folder.
 
-What stands above the heading is written by hand; a role without a README gets one from what its argument_specs say.
+What stands above the first of these headings is written by hand; one without gets it from argument_specs.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from scripts.docs_pages import ROOT, sentence, table
 
-HEADING = "## Variables"
+HEADING = "## Requirements"
+# The hosts of an example play, where they are not those of group inference.
+HOSTS = {
+    "bundle": "inference:edge",
+    "common": "all",
+    "lab": "localhost",
+    "monitoring": "monitoring",
+    "nginx": "inference:edge",
+    "open_webui": "chat",
+    "preflight": "inference:edge",
+    "rpc": "rpc",
+    "status": "inference:edge",
+    "verify": "inference:edge",
+}
 
 
 def readme(role: Path) -> str:
     """The README that `role`, a folder, should have."""
-    lines = []
+    lines: list[str] = []
     for entry in yaml.safe_load((role / "meta/argument_specs.yml").read_text())["argument_specs"].values():
         lines += [f"# {role.name}", "", f"{sentence(entry['short_description'])}.", ""]
         lines += [line for text in entry.get("description", []) for line in (sentence(text), "")]
-        lines += [HEADING, "", *table(entry["options"])]
+        lines += [*requirements(role), "## Variables", "", *table(entry["options"])]
     path = role / "README.md"
     head = path.read_text().partition(HEADING)[0] if path.exists() else ""
     made = "\n".join(lines) + "\n"
     return head + HEADING + made.partition(HEADING)[2] if head else made
+
+
+def requirements(role: Path) -> list[str]:
+    """What the role needs, and a play that runs it."""
+    meta: dict[str, Any] = yaml.safe_load((role / "meta/main.yml").read_text())
+    info = meta["galaxy_info"]
+    platforms = (f"{one['name']} ({', '.join(one['versions'])})" for one in info["platforms"])
+    collections = yaml.safe_load((ROOT / "galaxy.yml").read_text())["dependencies"]
+    needs = [
+        f"- ansible-core {info['min_ansible_version']} or newer on the controller",
+        f"- the collections {', '.join(f'`{name}` {version}' for name, version in collections.items())}",
+        f"- a host with {' or '.join(platforms)}; [docs/support.md](../../docs/support.md) says which were tested",
+    ]
+    if depends := [f"`{one['role']}`" for one in meta.get("dependencies", [])]:
+        needs.append(f"- the role {', '.join(depends)}, which runs first by itself")
+    play = [
+        f"- hosts: {HOSTS.get(role.name, 'inference')}",
+        "  gather_facts: false",
+        *([] if role.name == "lab" else ["  become: true"]),
+        "  roles:",
+        f"    - role: llamaherd.llamaherd.{role.name}",
+    ]
+    return [HEADING, "", *needs, "", "## Example", "", "```yaml", *play, "```", ""]
 
 
 def roles() -> list[Path]:
