@@ -117,7 +117,7 @@ def test_a_host_that_is_slow_after_the_switch_goes_back_by_itself(fleet: Herd, b
         found = {"workload": "chat", "measured": {"output_tokens_per_s": 1e6, "ttft_p95_ms": 0.1}}
         more = {"llamaherd_tuned": [{"measured_on": measured_on, "settings": SETTINGS, "provenance": found}]}
     output = refused(fleet, asked(better, **more))
-    assert "f1 serves what it served before, and the rollout stops: It is not slower than it may be" in output
+    assert "f1 serves what it served before, and the rollout stops: Verify speed after the upgrade" in output
     assert f"{slower_than}, " in output
 
 
@@ -126,7 +126,7 @@ def test_a_host_that_does_not_load_the_model_goes_back_by_itself(fleet: Herd, be
     model = tmp_path / "model.gguf"
     model.write_bytes(better.read_bytes()[: better.stat().st_size // 2])
     output = refused(fleet, asked(model, llamaherd_settings=SETTINGS))
-    assert "f1 serves what it served before, and the rollout stops: Show why the server is not ready" in output
+    assert "f1 serves what it served before, and the rollout stops: Report why the server is not ready" in output
 
 
 def test_a_host_whose_engine_crashes_at_the_first_token_goes_back_by_itself(
@@ -136,7 +136,7 @@ def test_a_host_whose_engine_crashes_at_the_first_token_goes_back_by_itself(
     model.write_bytes(better.read_bytes() + bytes(32))
     with crashing(fleet, model):
         output = refused(fleet, asked(model, llamaherd_settings=SETTINGS))
-    assert "f1 serves what it served before, and the rollout stops: It answers" in output
+    assert "f1 serves what it served before, and the rollout stops: Verify that the completion is not empty" in output
     assert "SIGABRT" in output  # the journal
 
 
@@ -238,7 +238,7 @@ def test_a_host_that_answers_otherwise_goes_back_and_the_canary_stays_upgraded(f
             file.unlink()
     assert run.rc != 0
     assert load.failures == []
-    assert "f2 serves what it served before, and the rollout stops: All upgraded hosts say the same" in run.output
+    assert "f2 serves what it served before, and the rollout stops: Verify equal completions of all upgraded hosts" in run.output
     assert all_in_service(fleet)
     assert {host: fleet.sh(host, STATE) == before[host] for host in of_hosts} == {"f1": False, "f2": True}
 

@@ -49,7 +49,7 @@ def work(tmp_path: Path) -> Path:
 
 
 def install(work: Path) -> list[str]:
-    command = script("install.yml", "Copy programs, libraries and the Python binding")
+    command = script("install.yml", "Copy programs, libraries and Python binding to the release")
     subprocess.run(
         ["bash", "-c", command], cwd=work, env={"RELEASE": f"{work}/release", "PATH": "/usr/bin:/bin"}, check=True
     )
@@ -78,7 +78,7 @@ def test_a_source_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
         archive.add(tmp_path / "a", "a")
     half = tmp_path / "half.tar.gz"
     half.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    unpack = ["sh", "-c", script("source.yml", "Unpack the source distribution")]
+    unpack = ["sh", "-c", script("source.yml", "Unpack source distribution")]
     for archive_path, there in ((half, False), (whole, True)):
         environment = {"SOURCE": str(archive_path), "INTO": "source", "PATH": "/usr/bin:/bin"}
         done = subprocess.run(unpack, cwd=tmp_path, env=environment, capture_output=True, check=False)
