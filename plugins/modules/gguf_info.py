@@ -125,47 +125,30 @@ from ansible_collections.llamaherd.llamaherd.plugins.module_utils.gguf import (
     KV_BYTES,
     PADDING,
     GgufError,
-    Shape,
     compute_bytes,
     kv_bytes,
+    largest,
     read_header,
     shape,
 )
 
 
-def parts(model: Shape, weights: int, settings: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes by what they are for."""
-    return {
+def needs(path: Path, settings: Mapping[str, Any], memory_bytes: int) -> dict[str, Any]:
+    model = shape(read_header(path))
+    weights = path.stat().st_size
+    needed = {
         "weights_bytes": weights,
         "kv_bytes": int(kv_bytes(model, settings)),
         "compute_bytes": compute_bytes(model, settings),
     }
-
-
-def needs(path: Path, settings: Mapping[str, Any], memory_bytes: int) -> dict[str, Any]:
-    model = shape(read_header(path))
-    weights = path.stat().st_size
-    needed = parts(model, weights, settings)
-
-    def largest(name: str, step: int) -> int:
-        """The largest multiple of `step` up to the present value with which all of it fits; 0 if none does."""
-        fits, end = 0, settings[name] // step + 1
-        while end - fits > 1:
-            middle = (fits + end) // 2
-            if sum(parts(model, weights, {**settings, name: middle * step}).values()) <= memory_bytes:
-                fits = middle
-            else:
-                end = middle
-        return fits * step
-
     return {
         "architecture": model.architecture,
         "n_layers": model.n_layers,
         "n_ctx_train": model.n_ctx_train,
         **needed,
         "needed_bytes": sum(needed.values()),
-        "largest_parallel": largest("parallel", 1),
-        "largest_ctx_per_slot": largest("ctx_per_slot", PADDING),
+        "largest_parallel": largest("parallel", 1, model, settings, memory_bytes - weights),
+        "largest_ctx_per_slot": largest("ctx_per_slot", PADDING, model, settings, memory_bytes - weights),
     }
 
 

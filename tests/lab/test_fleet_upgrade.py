@@ -238,7 +238,10 @@ def test_a_host_that_answers_otherwise_goes_back_and_the_canary_stays_upgraded(f
             file.unlink()
     assert run.rc != 0
     assert load.failures == []
-    assert "f2 serves what it served before, and the rollout stops: Verify equal completions of all upgraded hosts" in run.output
+    assert (
+        "f2 serves what it served before, and the rollout stops: Verify equal completions of all upgraded hosts"
+        in run.output
+    )
     assert all_in_service(fleet)
     assert {host: fleet.sh(host, STATE) == before[host] for host in of_hosts} == {"f1": False, "f2": True}
 

@@ -130,7 +130,38 @@ def test_layers_that_keep_less_of_the_context_count_so(gguf_info: ModuleType, ki
     settings = SETTINGS | {"kv_unified": unified}
     path = RandomModel(kind, layers=6, width=128).path()
     computed = gguf_info.needs(path, settings, 1 << 40)["kv_bytes"] / MIB
-    assert computed == pytest.approx(allocated(path, settings)["KV"], rel=0.1)
+    sizes = allocated(path, settings)
+    assert computed == pytest.approx(sizes["KV"] + sizes.get("RS", 0), rel=0.1)
+
+
+def test_layers_by_architecture(gguf: ModuleType) -> None:
+    """By llama.cpp's hyperparameters: MLA, recurrent layers by interval, and layers that use others' cells."""
+    base = {"block_count": 8, "embedding_length": 256, "context_length": 512, "attention.head_count": 4}
+
+    def shape(architecture: str, **more: Any) -> Any:
+        keys = {name.replace("__", "."): value for name, value in more.items()}
+        values = {f"{architecture}.{name}": value for name, value in (base | keys).items()}
+        return gguf.shape({"general.architecture": architecture, **values})
+
+    latent = {"attention__head_count_kv": 1, "attention__key_length": 576, "attention__value_length": 512}
+    mla = shape("deepseek2", **latent, attention__key_length_mla=192, attention__value_length_mla=128)
+    assert gguf.kv_bytes(mla, SETTINGS) == 8 * 576 * 2 * 4 * 2048
+    ssm = {"ssm__conv_kernel": 4, "ssm__inner_size": 512, "ssm__group_count": 2, "ssm__state_size": 16}
+    interval = shape("qwen35", **ssm, attention__head_count_kv=2)
+    assert interval.recurrent == [True, True, True, False] * 2
+    assert interval.kv_heads == [0, 0, 0, 2] * 2
+    assert interval.state == 3 * (512 + 2 * 2 * 16) + 16 * 512
+    per_layer = shape(
+        "nemotron_h", **ssm, attention__head_count_kv=[0, 0, 2, 0] * 2, feed_forward_length=[0, 9, 0, 9] * 2
+    )
+    assert per_layer.recurrent == [True, False, False, False] * 2
+    shared = shape(
+        *("gemma4",), attention__sliding_window=256, attention__sliding_window_pattern=[True, False] * 4,
+        attention__shared_kv_layers=2, attention__key_length=128, attention__key_length_swa=64,
+    )  # fmt: skip
+    assert shared.kv_heads == [4] * 6 + [0] * 2
+    assert shared.key_lengths == [64, 128] * 4
+    assert shape("mamba", **ssm, attention__head_count=0).recurrent == [True] * 8
 
 
 def test_what_does_not_fit_is_told_with_what_would(gguf_info: ModuleType, model: Path) -> None:
@@ -155,7 +186,7 @@ def test_a_small_header_is_read(gguf: ModuleType, tmp_path: Path) -> None:
     path.write_bytes(SMALL)
     shape = gguf.shape(gguf.read_header(path))
     assert shape.kv_heads == [2, 2]
-    assert shape.key_length == 16
+    assert shape.key_lengths == [16, 16]
 
 
 def test_heads_may_differ_by_layer(gguf: ModuleType, tmp_path: Path) -> None:
@@ -210,7 +241,7 @@ def test_no_file_is_large_enough_for_an_endless_header(
     ("before", "after", "expected"),
     [
         (u32("llama.block_count", 2), u32("llama.block_count", 2**30), "more than the 4096"),
-        (u32("llama.attention.head_count", 4), u32("llama.attention.head_count", 0), "head_count is 0"),
+        (u32("llama.embedding_length", 64), u32("llama.embedding_length", 0), "embedding_length is 0"),
         (u32("llama.context_length", 512), u32("other.context_length", 512), "context_length is missing"),
         (
             u32("llama.attention.head_count_kv", 2),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llamaherd_server.gguf import GgufError, Shape, read_header, shape
 from llamaherd_server.protocol import ModelInfo, Pooling, WorkerConfig
 from llamaherd_server.worker.forkserver import Forkserver
 from llamaherd_server.worker.lib import Log
@@ -64,6 +66,7 @@ class Model(Vocabulary):
         self.ranks = self.pooling == RANK_POOLING
         self.n_pooled = int((lib.llama_model_n_cls_out if self.ranks else lib.llama_model_n_embd_out)(self.handle))
         self.attends_backwards = self.meta(f"{self.meta('general.architecture')}.attention.causal") != "false"
+        self.shape = _shape(path)
         self.on_gpu = gpu_layers != 0 and bool(lib.llama_supports_gpu_offload())
         self._template = Path(config.chat_template).read_text() if config.chat_template else None
         self._adapters = [(self._adapter(one.path), one.scale) for one in config.lora]
@@ -135,6 +138,13 @@ def check_magic(path: str) -> None:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
     if magic != MAGIC:
         raise ModelError(f"{path} is no GGUF file: it begins with {magic!r}, not with {MAGIC!r}")
+
+
+def _shape(path: str) -> Shape | None:
+    """None where the header does not say, or what llama.cpp knows better."""
+    with suppress(GgufError):
+        return shape(read_header(Path(path)))
+    return None
 
 
 def _every_step(progress: Callable[[float], None]) -> Callable[[float, Any], bool]:
