@@ -17,9 +17,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from llamaherd_server.app import create_app
+from llamaherd_server.config.settings import Settings
 from llamaherd_server.engine.base import Engine, EngineStatus
-from llamaherd_server.protocol import EngineSettings, Stats
-from llamaherd_server.settings import Settings
+from llamaherd_server.wire.protocol import EngineSettings, Stats
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}

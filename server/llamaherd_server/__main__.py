@@ -18,15 +18,16 @@ from types import FrameType
 import uvicorn
 import uvloop
 
-from llamaherd_server import keyfile, log
+from llamaherd_server import keyfile
 from llamaherd_server.api.state import AppState
 from llamaherd_server.app import create_app
-from llamaherd_server.auth import KeysError
+from llamaherd_server.config.keys import KeysError
+from llamaherd_server.config.settings import Settings, SettingsError, load
 from llamaherd_server.engine.base import Engine
 from llamaherd_server.engine.embedded import EmbeddedEngine
 from llamaherd_server.engine.native import NativeEngine
-from llamaherd_server.http_protocol import Protocol
-from llamaherd_server.settings import Settings, SettingsError, load
+from llamaherd_server.http.protocol import Protocol
+from llamaherd_server.process import log
 
 DEFAULT_CONFIG = Path("/etc/llamaherd/server.toml")
 # Longer than nginx keeps an idle upstream connection (60 s), so that it never writes into one that is being closed.

@@ -11,8 +11,6 @@ from fastapi import FastAPI, Security
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import APIKeyHeader, HTTPBearer
 
-from llamaherd_server import error_responses
-from llamaherd_server.admission import Admission
 from llamaherd_server.api import (
     chat,
     completions,
@@ -27,18 +25,20 @@ from llamaherd_server.api import (
     tokenize,
 )
 from llamaherd_server.api.state import AppState
-from llamaherd_server.auth import KeyStore
 from llamaherd_server.chat import template
 from llamaherd_server.chat.sandbox import Sandbox
+from llamaherd_server.config.keys import KeyStore
+from llamaherd_server.config.settings import Settings
 from llamaherd_server.engine.base import Engine
 from llamaherd_server.engine.switch import Switch
 from llamaherd_server.errors import ApiError
-from llamaherd_server.generation import Serving
-from llamaherd_server.lifecycle import Lifecycle
-from llamaherd_server.metrics import Metrics
-from llamaherd_server.middleware import Gate, RequestContext
-from llamaherd_server.quota import Quotas
-from llamaherd_server.settings import Settings
+from llamaherd_server.http import error_responses
+from llamaherd_server.http.middleware import Gate, RequestContext
+from llamaherd_server.serving.admission import Admission
+from llamaherd_server.serving.generation import Serving
+from llamaherd_server.serving.lifecycle import Lifecycle
+from llamaherd_server.serving.metrics import Metrics
+from llamaherd_server.serving.quota import Quotas
 
 # Requests whose inputs the engine may put into one batch.
 _EMBEDDINGS_AT_ONCE = 8

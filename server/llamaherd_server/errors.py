@@ -9,8 +9,8 @@ from typing import Any
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
-from llamaherd_server.engine.base import EngineError
-from llamaherd_server.protocol import ErrorCode
+from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import ErrorCode
 
 _ENGINE_STATUS: Mapping[ErrorCode, int] = {
     "context_length_exceeded": 400,

@@ -24,7 +24,7 @@ from typing import Any
 from msgspec import convert
 from msgspec.structs import asdict, fields
 
-from llamaherd_server.auth import Key, KeysError, read_keys
+from llamaherd_server.config.keys import Key, KeysError, read_keys
 
 # A key's table, with the comment lines right above it.
 _TABLE = re.compile(r"(?:^[ \t]*#[^\n]*\n)*^[ \t]*\[\[[ \t]*keys[ \t]*\]\]", re.MULTILINE)

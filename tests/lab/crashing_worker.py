@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from llamaherd_server.protocol import Delta, FromWorker, Step
+from llamaherd_server.wire.protocol import Delta, FromWorker, Step
 from llamaherd_server.worker.__main__ import main
 from llamaherd_server.worker.channel import Channel
 

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
-from llamaherd_server import auth, settings
-from llamaherd_server.protocol import EngineSettings
+from llamaherd_server.config import keys as auth
+from llamaherd_server.config import settings
+from llamaherd_server.wire.protocol import EngineSettings
 from tests.roles.conftest import ROOT, Render, Rendered
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from llamaherd_server.protocol import (
+from llamaherd_server.wire.protocol import (
     Cancel,
     Delta,
     Detokenize,

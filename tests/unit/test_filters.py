@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaherd_server.engine_settings import merge
-from llamaherd_server.protocol import EngineSettings
+from llamaherd_server.config.engine_settings import merge
+from llamaherd_server.wire.protocol import EngineSettings
 
 
 def test_a_trees_hash_follows_names_and_contents_alone(filters: ModuleType, tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from llamaherd_server.api.state import state_of
-from llamaherd_server.engine.base import EngineError, Event
+from llamaherd_server.engine.base import Event
 from llamaherd_server.errors import ApiError
-from llamaherd_server.generation import Run
-from llamaherd_server.meter import Usage
-from llamaherd_server.protocol import Delta, Finished, Generate, TokenLogprob
+from llamaherd_server.serving.generation import Run
+from llamaherd_server.serving.meter import Usage
+from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import Delta, Finished, Generate, TokenLogprob
 
 log = structlog.get_logger()
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llamaherd_server.chat.reply import CallBegin, Content, Parser, Piece, Reasoning
-from llamaherd_server.protocol import Delta
+from llamaherd_server.wire.protocol import Delta
 
 Kind = Literal["text", "reasoning", "call"]
 

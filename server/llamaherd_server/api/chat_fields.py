@@ -13,7 +13,7 @@ from llamaherd_server.api.media import Collected, MediaPart
 from llamaherd_server.chat.surrogates import without_halves
 from llamaherd_server.chat.tools import Choice, Tool
 from llamaherd_server.errors import ApiError, unsupported
-from llamaherd_server.json_body import check_cost
+from llamaherd_server.http.json_body import check_cost
 
 MOST_TOOLS = 128
 # Levels of a call's arguments that are handed to templates as they are: Python's json and Jinja recurse.

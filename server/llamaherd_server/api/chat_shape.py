@@ -9,8 +9,8 @@ from llamaherd_server.api.wire import Envelope, Options, encode, timings_object,
 from llamaherd_server.chat.formats import Reader
 from llamaherd_server.chat.reply import CallBegin, Content, Message, Parser, Piece, Reasoning
 from llamaherd_server.engine.base import Event
-from llamaherd_server.meter import Usage
-from llamaherd_server.protocol import Delta, Finished, Logprob, Started, TokenLogprob
+from llamaherd_server.serving.meter import Usage
+from llamaherd_server.wire.protocol import Delta, Finished, Logprob, Started, TokenLogprob
 
 
 class ChatShape:

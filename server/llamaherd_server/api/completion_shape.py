@@ -7,8 +7,8 @@ from typing import Any
 from llamaherd_server.api.answer import Choice
 from llamaherd_server.api.wire import Envelope, Options, encode, timings_object, usage_object
 from llamaherd_server.engine.base import Event
-from llamaherd_server.meter import Usage
-from llamaherd_server.protocol import Delta, Started, TokenLogprob
+from llamaherd_server.serving.meter import Usage
+from llamaherd_server.wire.protocol import Delta, Started, TokenLogprob
 
 
 class CompletionShape:

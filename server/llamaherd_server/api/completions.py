@@ -14,10 +14,9 @@ from llamaherd_server.api.fields import GenerationFields
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import AppState, state_of
 from llamaherd_server.api.wire import Options
-from llamaherd_server.engine.base import EngineError
 from llamaherd_server.errors import ApiError, unsupported
-from llamaherd_server.protocol import Generate, ModelInfo
-from llamaherd_server.worker.errors import too_long
+from llamaherd_server.wire.errors import EngineError, too_long
+from llamaherd_server.wire.protocol import Generate, ModelInfo
 
 router = APIRouter(route_class=ModelRoute)
 

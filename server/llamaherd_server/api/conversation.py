@@ -13,7 +13,7 @@ from llamaherd_server.chat import template
 from llamaherd_server.chat.formats import HARMONY, HERMES, Reader, format_of, thinking_of
 from llamaherd_server.chat.tools import AnswerSchema, Choice, reply_grammar, with_ids_of
 from llamaherd_server.errors import ApiError
-from llamaherd_server.protocol import Generate, Media, Sampling
+from llamaherd_server.wire.protocol import Generate, Media, Sampling
 
 
 @dataclass(frozen=True, slots=True)

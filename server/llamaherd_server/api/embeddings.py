@@ -19,10 +19,10 @@ from llamaherd_server.api.fields import Body
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.errors import ApiError
-from llamaherd_server.generation import CHARS_PER_TOKEN, late_error, prompt_tokens
-from llamaherd_server.json_body import on_thread
-from llamaherd_server.meter import Usage
-from llamaherd_server.protocol import Embed, Embedded
+from llamaherd_server.http.json_body import on_thread
+from llamaherd_server.serving.generation import CHARS_PER_TOKEN, late_error, prompt_tokens
+from llamaherd_server.serving.meter import Usage
+from llamaherd_server.wire.protocol import Embed, Embedded
 
 router = APIRouter(route_class=ModelRoute)
 

@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from llamaherd_server.errors import unknown_field
-from llamaherd_server.protocol import Sampling
+from llamaherd_server.wire.protocol import Sampling
 
 _STOPS = 16
 _INT32 = 2**31 - 1

@@ -16,8 +16,8 @@ from llamaherd_server.api.fields import GenerationFields, Ignored, Lenient, Limi
 from llamaherd_server.api.wire import encode, timings_object
 from llamaherd_server.engine.base import Event
 from llamaherd_server.errors import ApiError, unsupported
-from llamaherd_server.meter import Usage
-from llamaherd_server.protocol import Finished, Generate, Logprob, ModelInfo, Started, TokenLogprob
+from llamaherd_server.serving.meter import Usage
+from llamaherd_server.wire.protocol import Finished, Generate, Logprob, ModelInfo, Started, TokenLogprob
 
 # Samplers that this engine does not have, as llama-server says that they are off.
 _OFF = {

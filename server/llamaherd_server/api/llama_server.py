@@ -25,13 +25,14 @@ from llamaherd_server.api.state import AppState, state_of
 from llamaherd_server.chat.formats import Reader
 from llamaherd_server.chat.tools import AnswerSchema, reply_grammar
 from llamaherd_server.chat.tools import Choice as ToolsChoice
-from llamaherd_server.engine.base import Engine, EngineError, EngineStatus
+from llamaherd_server.engine.base import Engine, EngineStatus
 from llamaherd_server.engine.native import NativeEngine, lines_of
 from llamaherd_server.errors import ApiError
-from llamaherd_server.generation import CHARS_PER_TOKEN, EXPECTED_OUTPUT, Serving, late_error
-from llamaherd_server.json_body import json_of, validated
-from llamaherd_server.meter import Meter, Usage
-from llamaherd_server.protocol import Delta, Finished, Generate, Sampling, Started
+from llamaherd_server.http.json_body import json_of, validated
+from llamaherd_server.serving.generation import CHARS_PER_TOKEN, EXPECTED_OUTPUT, Serving, late_error
+from llamaherd_server.serving.meter import Meter, Usage
+from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import Delta, Finished, Generate, Sampling, Started
 
 router = APIRouter(route_class=ModelRoute)
 

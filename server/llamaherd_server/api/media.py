@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from llamaherd_server.api.fields import Lenient
 from llamaherd_server.errors import unsupported
-from llamaherd_server.protocol import Media
+from llamaherd_server.wire.protocol import Media
 
 _DATA_URL = re.compile(r"data:(?:image|audio|video)/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.ASCII)
 _NAMES = {"image_url": "an image", "input_audio": "sound", "input_video": "a film", "video_url": "a film"}

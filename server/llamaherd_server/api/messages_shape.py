@@ -13,8 +13,8 @@ from llamaherd_server.chat.formats import Reader
 from llamaherd_server.chat.reply import Piece
 from llamaherd_server.engine.base import Event
 from llamaherd_server.errors import ApiError
-from llamaherd_server.meter import Usage
-from llamaherd_server.protocol import Delta, Finished, Started
+from llamaherd_server.serving.meter import Usage
+from llamaherd_server.wire.protocol import Delta, Finished, Started
 
 _DELTAS = {
     "text": ("text_delta", "text"),

@@ -11,9 +11,9 @@ from fastapi.responses import PlainTextResponse
 from llamaherd_server.api.answer import json_response
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import AppState, state_of
-from llamaherd_server.engine_settings import merge
+from llamaherd_server.config.engine_settings import merge
 from llamaherd_server.errors import ApiError
-from llamaherd_server.protocol import EngineKind, EngineSettings
+from llamaherd_server.wire.protocol import EngineKind, EngineSettings
 
 router = APIRouter(route_class=ModelRoute)
 

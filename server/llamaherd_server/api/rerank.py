@@ -13,7 +13,7 @@ from llamaherd_server.api.fields import Body
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.errors import ApiError
-from llamaherd_server.protocol import Embed
+from llamaherd_server.wire.protocol import Embed
 
 router = APIRouter(route_class=ModelRoute)
 

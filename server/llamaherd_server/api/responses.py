@@ -29,7 +29,7 @@ from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.chat.tools import Tool
 from llamaherd_server.errors import unsupported
-from llamaherd_server.json_body import beside
+from llamaherd_server.http.json_body import beside
 
 router = APIRouter(route_class=ModelRoute)
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from llamaherd_server.api.state import choose_model
 from llamaherd_server.errors import ApiError
-from llamaherd_server.json_body import validated
+from llamaherd_server.http.json_body import validated
 
 
 class ModelRoute(APIRoute):

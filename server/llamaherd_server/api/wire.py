@@ -11,8 +11,8 @@ import msgspec
 
 from llamaherd_server.api.fields import GenerationFields
 from llamaherd_server.errors import ApiError
-from llamaherd_server.meter import Usage
-from llamaherd_server.protocol import Finished
+from llamaherd_server.serving.meter import Usage
+from llamaherd_server.wire.protocol import Finished
 
 _DONE = b"data: [DONE]\n\n"
 # Line ends that JSON may hold as they are, and at which clients in Python (httpx's iter_lines) would cut an event.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from llamaherd_server.chat.surrogates import Whole
-from llamaherd_server.worker.text import overlap
+from llamaherd_server.wire.text import overlap
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ import msgspec
 
 from llamaherd_server.chat.sandbox_child import Call, Refused
 from llamaherd_server.errors import ApiError
-from llamaherd_server.priority import SLOW_S, Patience
-from llamaherd_server.turns import Turns
+from llamaherd_server.process.priority import SLOW_S, Patience
+from llamaherd_server.process.turns import Turns
 
 A = TypeVar("A")
 R = TypeVar("R")

@@ -6,13 +6,12 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from llamaherd_server.protocol import (
+from llamaherd_server.wire.protocol import (
     Delta,
     Embed,
     Embedded,
     EngineKind,
     EngineSettings,
-    ErrorCode,
     Finished,
     Generate,
     ModelInfo,
@@ -24,19 +23,6 @@ EngineState = Literal["loading", "ready", "restarting", "failed", "stopped"]
 Event = Started | Delta | Finished
 # How many processes a request may lose before its answer begins: beyond that it may be what they die of.
 LIVES = 2
-
-
-class EngineError(Exception):
-    """A request, or the engine itself, could not do what was asked; `code` says whose fault it is."""
-
-    def __init__(
-        self, code: ErrorCode, message: str, param: str | None = None, details: dict[str, int] | None = None
-    ) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.param = param
-        self.details = details or {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,13 @@ from typing import TypeAlias, TypeVar
 
 import msgspec
 
-from llamaherd_server.engine.base import LIVES, EngineError, EngineStatus, Event
+from llamaherd_server.engine.base import LIVES, EngineStatus, Event
 from llamaherd_server.engine.process import WorkerProcess
 from llamaherd_server.engine.prompt_store import Prompts, open_prompts
 from llamaherd_server.engine.supervisor import Supervisor
-from llamaherd_server.protocol import (
+from llamaherd_server.process.turns import caller
+from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import (
     Adapter,
     Cancel,
     Delta,
@@ -42,7 +44,6 @@ from llamaherd_server.protocol import (
     Tokens,
     WorkerConfig,
 )
-from llamaherd_server.turns import caller
 from llamaherd_server.worker.channel import frame
 
 Question: TypeAlias = Generate | Retune | Tokenize | Detokenize | Embed

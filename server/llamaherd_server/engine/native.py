@@ -20,12 +20,13 @@ from typing import Any
 import httpx
 import msgspec
 
-from llamaherd_server.engine.base import LIVES, EngineError, EngineStatus, Event
+from llamaherd_server.engine.base import LIVES, EngineStatus, Event
 from llamaherd_server.engine.native_process import NativeProcess
 from llamaherd_server.engine.native_room import check_room
 from llamaherd_server.engine.preparation import Preparation
 from llamaherd_server.engine.supervisor import Supervisor
-from llamaherd_server.protocol import (
+from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import (
     Adapter,
     Delta,
     Embed,
@@ -46,7 +47,7 @@ from llamaherd_server.protocol import (
     Step,
     TokenLogprob,
 )
-from llamaherd_server.sampling_values import BadValue, checked
+from llamaherd_server.wire.sampling_values import BadValue, checked
 from llamaherd_server.worker.forkserver import SHORT_CHARS
 
 # How long running generations get before other settings come into force.

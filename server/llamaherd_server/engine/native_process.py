@@ -20,7 +20,7 @@ import msgspec
 
 from llamaherd_server.engine.flags import flags
 from llamaherd_server.engine.process import ChildProcess
-from llamaherd_server.protocol import (
+from llamaherd_server.wire.protocol import (
     EngineSettings,
     FromWorker,
     ModelInfo,

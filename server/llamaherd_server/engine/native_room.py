@@ -10,8 +10,8 @@ from contextlib import suppress
 import msgspec
 import structlog
 
-from llamaherd_server.engine.base import EngineError
-from llamaherd_server.protocol import NativeConfig
+from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import NativeConfig
 
 log = structlog.get_logger()
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import structlog
 
-from llamaherd_server.engine.base import EngineError
-from llamaherd_server.turns import Turns
-from llamaherd_server.worker.errors import RequestError
+from llamaherd_server.process.turns import Turns
+from llamaherd_server.wire.errors import EngineError, RequestError
 from llamaherd_server.worker.forkserver import MOST_TOKENS, Forkserver, Job, Prepared
 
 log = structlog.get_logger()

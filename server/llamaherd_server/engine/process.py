@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from llamaherd_server.protocol import FromWorker
+from llamaherd_server.wire.protocol import FromWorker
 from llamaherd_server.worker.channel import LENGTH_BYTES
 
 KEPT_LINES, LAST_CHARS = 20, 500

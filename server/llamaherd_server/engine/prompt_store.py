@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from llamaherd_server.protocol import PromptStore
+from llamaherd_server.wire.protocol import PromptStore
 from llamaherd_server.worker import arena
 from llamaherd_server.worker.available import available_bytes
 from llamaherd_server.worker.prompt_files import store

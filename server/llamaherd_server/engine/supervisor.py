@@ -11,7 +11,7 @@ import structlog
 
 from llamaherd_server.engine.base import EngineState
 from llamaherd_server.engine.process import WorkerProcess
-from llamaherd_server.protocol import Failed, FromWorker, Loading, Ready, Text, Tokens
+from llamaherd_server.wire.protocol import Failed, FromWorker, Loading, Ready, Text, Tokens
 
 log = structlog.get_logger()
 

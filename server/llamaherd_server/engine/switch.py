@@ -7,10 +7,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 
-from llamaherd_server.engine.base import Engine, EngineError, EngineStatus, Event
+from llamaherd_server.config.settings import Settings, SettingsError
+from llamaherd_server.engine.base import Engine, EngineStatus, Event
 from llamaherd_server.engine.native import RETUNE_DRAIN_S
-from llamaherd_server.protocol import Embed, Embedded, EngineKind, EngineSettings, Generate, ModelInfo, Stats
-from llamaherd_server.settings import Settings, SettingsError
+from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import Embed, Embedded, EngineKind, EngineSettings, Generate, ModelInfo, Stats
 
 
 class Switch:

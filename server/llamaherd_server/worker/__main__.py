@@ -9,7 +9,7 @@ import sys
 
 import msgspec
 
-from llamaherd_server.protocol import ErrorCode, Failed, WorkerConfig
+from llamaherd_server.wire.protocol import ErrorCode, Failed, WorkerConfig
 from llamaherd_server.worker.channel import Channel, Closed
 from llamaherd_server.worker.memory import DoesNotFit
 from llamaherd_server.worker.model import ModelError

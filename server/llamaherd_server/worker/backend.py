@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
-from llamaherd_server.protocol import EngineSettings, TokenLogprob
+from llamaherd_server.wire.protocol import EngineSettings, TokenLogprob
 from llamaherd_server.worker.sequence import Sequence, Share
 
 # What llama_decode returns; anything else leaves the context unusable.
@@ -16,6 +16,9 @@ INVALID = -1  # the batch was refused; nothing has changed
 
 Part: TypeAlias = tuple[Any, int, int]
 """A saved state, its bytes, and up to which position it counts."""
+
+Checkpoint: TypeAlias = tuple[int, bytes]
+"""A length, and the partial state there."""
 
 
 class Backend(Protocol):

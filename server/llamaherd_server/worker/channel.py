@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from llamaherd_server.protocol import FromWorker, ToWorker
+from llamaherd_server.wire.protocol import FromWorker, ToWorker
 
 LENGTH_BYTES = 4
 RECEIVE_BYTES = 1 << 18

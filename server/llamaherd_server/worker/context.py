@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from llamaherd_server.protocol import EngineSettings, TokenLogprob
+from llamaherd_server.wire.protocol import EngineSettings, TokenLogprob
 from llamaherd_server.worker.backend import Part
 from llamaherd_server.worker.batch import Batch
 from llamaherd_server.worker.interrupt import Interrupt

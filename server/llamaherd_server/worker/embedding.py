@@ -15,11 +15,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from llamaherd_server.protocol import Embed, Embedded, EngineSettings, Failed
+from llamaherd_server.wire.errors import DecodeFailed, RequestError
+from llamaherd_server.wire.protocol import Embed, Embedded, EngineSettings, Failed
 from llamaherd_server.worker.backend import ABORTED, DONE
 from llamaherd_server.worker.batch import Batch
 from llamaherd_server.worker.context import new_context
-from llamaherd_server.worker.errors import DecodeFailed, RequestError
 from llamaherd_server.worker.interrupt import Interrupt
 from llamaherd_server.worker.memory import DoesNotFit, check_fits, context_bytes, total_cells
 from llamaherd_server.worker.model import MEAN_POOLING, Model

@@ -19,9 +19,9 @@ from contextlib import suppress
 
 import msgspec
 
-from llamaherd_server.priority import SLOW_S, Patience
+from llamaherd_server.process.priority import SLOW_S, Patience
+from llamaherd_server.wire.errors import RequestError, too_long
 from llamaherd_server.worker.channel import LENGTH_BYTES, frame
-from llamaherd_server.worker.errors import RequestError, too_long
 
 SHORT_CHARS = 2**13  # so much text is tokenised in 2 ms, and needs no child
 MOST_TOKENS = 2**18  # that a request for the tokens of a text gets

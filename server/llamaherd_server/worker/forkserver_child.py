@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import msgspec
 
-from llamaherd_server.priority import lower
+from llamaherd_server.process.priority import lower
 from llamaherd_server.worker.channel import LENGTH_BYTES, frame
 from llamaherd_server.worker.forkserver import (
     ALLOWED,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaherd_server.worker.errors import RequestError
+from llamaherd_server.wire.errors import RequestError
 from llamaherd_server.worker.forkserver import ALLOWED, Child
 from llamaherd_server.worker.logits import Candidates, row_of
 from llamaherd_server.worker.model import Model

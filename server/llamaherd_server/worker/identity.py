@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llamaherd_server.protocol import WorkerConfig
+from llamaherd_server.wire.protocol import WorkerConfig
 
 # Of a file of many gigabytes the size, its beginning, and pieces all over it.
 _BEGINNING, _PIECE, _PIECES = 1 << 20, 1 << 14, 64

@@ -10,7 +10,8 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TypeAlias
 
-from llamaherd_server.protocol import (
+from llamaherd_server.wire.errors import RequestError, too_long
+from llamaherd_server.wire.protocol import (
     Cancel,
     Detokenize,
     Embed,
@@ -23,9 +24,9 @@ from llamaherd_server.protocol import (
     Tokens,
     ToWorker,
 )
+from llamaherd_server.wire.text import TextStream
 from llamaherd_server.worker.channel import Channel
 from llamaherd_server.worker.embedding import Job as EmbeddingJob
-from llamaherd_server.worker.errors import RequestError, too_long
 from llamaherd_server.worker.forkserver import MOST_TOKENS, SHORT_CHARS, Child, Job, Prepared
 from llamaherd_server.worker.interrupt import Interrupt
 from llamaherd_server.worker.lanes import Lanes, Task
@@ -34,7 +35,6 @@ from llamaherd_server.worker.model import Model
 from llamaherd_server.worker.prompts import PromptCache
 from llamaherd_server.worker.sampling import NativeSampler, checked, has_breakers
 from llamaherd_server.worker.sequence import Sampler, Sequence
-from llamaherd_server.worker.text import TextStream
 from llamaherd_server.worker.texts import Stretch, Texts, reading
 
 Work: TypeAlias = Sequence | EmbeddingJob | Cancel | Retune

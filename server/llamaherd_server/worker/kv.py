@@ -6,8 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from llamaherd_server.worker.backend import Backend, Part
-from llamaherd_server.worker.prompts import Checkpoint
+from llamaherd_server.worker.backend import Backend, Checkpoint, Part
 from llamaherd_server.worker.sequence import Sequence
 from llamaherd_server.worker.texts import Stretch
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaherd_server.protocol import Logprob, TokenLogprob
+from llamaherd_server.wire.protocol import Logprob, TokenLogprob
 from llamaherd_server.worker.model import Model
 
 

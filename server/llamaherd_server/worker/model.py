@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llamaherd_server.gguf import GgufError, Shape, read_header, shape
-from llamaherd_server.protocol import ModelInfo, Pooling, WorkerConfig
+from llamaherd_server.wire.protocol import ModelInfo, Pooling, WorkerConfig
 from llamaherd_server.worker.forkserver import Forkserver
 from llamaherd_server.worker.lib import Log
 from llamaherd_server.worker.vocabulary import Vocabulary

@@ -20,8 +20,9 @@ from typing import Any
 
 import msgspec
 
-from llamaherd_server.protocol import EngineSettings
+from llamaherd_server.wire.protocol import EngineSettings
 from llamaherd_server.worker.arena import Arena
+from llamaherd_server.worker.backend import Checkpoint
 from llamaherd_server.worker.prefix import common
 from llamaherd_server.worker.prompt_files import Header, header_of, prompt_files, read
 from llamaherd_server.worker.texts import Stretch, Texts
@@ -29,7 +30,6 @@ from llamaherd_server.worker.texts import Stretch, Texts
 LEAST = 16  # tokens: shorter pieces, and shorter common beginnings, are computed again
 
 _FORMAT = 1  # of blobs: others are not read
-Checkpoint = tuple[int, bytes]  # a length, and the partial state there
 
 
 @dataclass(eq=False, slots=True)

@@ -10,7 +10,7 @@ import sys
 
 import msgspec
 
-from llamaherd_server.protocol import NativeConfig, WorkerConfig
+from llamaherd_server.wire.protocol import NativeConfig, WorkerConfig
 from llamaherd_server.worker.lib import Log, load
 from llamaherd_server.worker.memory import DoesNotFit, check_fits, context_bytes
 from llamaherd_server.worker.model import Model, ModelError

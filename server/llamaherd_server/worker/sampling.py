@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from llamaherd_server import sampling_values
-from llamaherd_server.protocol import Sampling
-from llamaherd_server.sampling_values import BadValue
-from llamaherd_server.worker.errors import RequestError
+from llamaherd_server.wire import sampling_values
+from llamaherd_server.wire.errors import RequestError
+from llamaherd_server.wire.protocol import Sampling
+from llamaherd_server.wire.sampling_values import BadValue
 from llamaherd_server.worker.model import Model
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from bisect import insort
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from llamaherd_server.protocol import Delta, Failed, Finished, FinishReason, Started, Stats, Step
+from llamaherd_server.wire.errors import DecodeFailed, RequestError
+from llamaherd_server.wire.protocol import Delta, Failed, Finished, FinishReason, Started, Stats, Step
 from llamaherd_server.worker.backend import ABORTED, DONE, INVALID, NO_ROOM, Backend
-from llamaherd_server.worker.errors import DecodeFailed, RequestError
 from llamaherd_server.worker.keeper import Keeper
 from llamaherd_server.worker.kv import KvCache
 from llamaherd_server.worker.placement import Place, find_place

@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
-from llamaherd_server.protocol import Finished, FinishReason, Generate
-from llamaherd_server.worker.text import TextStream
+from llamaherd_server.wire.protocol import Finished, FinishReason, Generate
+from llamaherd_server.wire.text import TextStream
 from llamaherd_server.worker.texts import Stretch
 
 NO_SLOT = -1

@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llamaherd_server.protocol import Cancel, EngineSettings, Failed, Loading, Ready, Retune, Retuned, WorkerConfig
+from llamaherd_server.wire.errors import RequestError
+from llamaherd_server.wire.protocol import Cancel, EngineSettings, Failed, Loading, Ready, Retune, Retuned, WorkerConfig
 from llamaherd_server.worker.arena import Arena
 from llamaherd_server.worker.channel import Channel
 from llamaherd_server.worker.context import Context, resolve_threads
 from llamaherd_server.worker.embedding import Embedder, Job
-from llamaherd_server.worker.errors import RequestError
 from llamaherd_server.worker.identity import identity
 from llamaherd_server.worker.intake import Intake, Work, fit, slot_tokens
 from llamaherd_server.worker.interrupt import Interrupt

@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from llamaherd_server.app import create_app
-from llamaherd_server.settings import Settings
+from llamaherd_server.config.settings import Settings
 
 from ..api.double import Double
 from ..conftest import paced, running

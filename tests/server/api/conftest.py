@@ -19,8 +19,8 @@ import uvicorn
 
 from llamaherd_server.api.state import AppState
 from llamaherd_server.app import create_app
-from llamaherd_server.http_protocol import Protocol
-from llamaherd_server.settings import Settings
+from llamaherd_server.config.settings import Settings
+from llamaherd_server.http.protocol import Protocol
 from llamaherd_server.worker.lib import load
 from tests.server.conftest import required
 

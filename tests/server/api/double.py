@@ -7,8 +7,9 @@ from array import array
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
-from llamaherd_server.engine.base import EngineError, EngineState, EngineStatus, Event
-from llamaherd_server.protocol import (
+from llamaherd_server.engine.base import EngineState, EngineStatus, Event
+from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import (
     Delta,
     Embed,
     Embedded,

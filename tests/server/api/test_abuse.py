@@ -14,9 +14,9 @@ from llamaherd_server.api.chat import ChatRequest
 from llamaherd_server.api.completions import CompletionRequest
 from llamaherd_server.api.fields import GenerationFields
 from llamaherd_server.chat.schema import schema_grammar
-from llamaherd_server.engine_settings import merge
+from llamaherd_server.config.engine_settings import merge
 from llamaherd_server.errors import ApiError
-from llamaherd_server.protocol import EngineSettings
+from llamaherd_server.wire.protocol import EngineSettings
 
 KEYWORDS = (
     *("type", "properties", "required", "additionalProperties", "items", "prefixItems", "minItems", "maxItems"),

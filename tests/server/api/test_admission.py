@@ -10,9 +10,9 @@ from statistics import quantiles
 
 import pytest
 
-from llamaherd_server.admission import Admission, Ticket
-from llamaherd_server.auth import Key
+from llamaherd_server.config.keys import Key
 from llamaherd_server.errors import ApiError
+from llamaherd_server.serving.admission import Admission, Ticket
 
 
 class Clock:

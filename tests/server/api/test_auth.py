@@ -9,9 +9,9 @@ import os
 import httpx
 import pytest
 
-from llamaherd_server.auth import KeysError
+from llamaherd_server.config.keys import KeysError
 from llamaherd_server.keyfile import revoke
-from llamaherd_server.protocol import EngineSettings
+from llamaherd_server.wire.protocol import EngineSettings
 
 from .conftest import Serve, until
 from .double import Double

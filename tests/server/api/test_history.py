@@ -23,9 +23,9 @@ from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
 from llamaherd_server.app import create_app
+from llamaherd_server.config.settings import Settings
 from llamaherd_server.engine.base import Event
-from llamaherd_server.protocol import Delta, Generate, Started
-from llamaherd_server.settings import Settings
+from llamaherd_server.wire.protocol import Delta, Generate, Started
 
 from .double import MODEL, Double, finished
 from .test_tools import TEMPLATE

@@ -12,8 +12,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from llamaherd_server import http_protocol
 from llamaherd_server.api import answer
+from llamaherd_server.http import protocol as http_protocol
 from tests.server.conftest import Server, paced, running
 
 from .conftest import Serve

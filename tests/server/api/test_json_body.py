@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from llamaherd_server.api.messages import MessagesRequest
+from llamaherd_server.config.settings import LimitSettings
 from llamaherd_server.errors import ApiError
-from llamaherd_server.json_body import MAX_CONTAINERS, MAX_STRINGS, decode
-from llamaherd_server.protocol import EngineSettings
-from llamaherd_server.settings import LimitSettings
+from llamaherd_server.http.json_body import MAX_CONTAINERS, MAX_STRINGS, decode
+from llamaherd_server.wire.protocol import EngineSettings
 
 from .conftest import Serve
 from .double import Double

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaherd_server.auth import KeyStore
+from llamaherd_server.config.keys import KeyStore
 from llamaherd_server.keyfile import add, revoke
 
 from .conftest import Serve

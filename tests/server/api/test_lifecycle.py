@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from llamaherd_server.engine.base import EngineError, Event
-from llamaherd_server.protocol import Generate, Started
+from llamaherd_server.engine.base import Event
+from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import Generate, Started
 
 from .conftest import Serve, until
 from .double import Double

@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from llamaherd_server.engine.base import EngineError, Event
-from llamaherd_server.protocol import Delta, Generate, Logprob, Started, TokenLogprob
+from llamaherd_server.engine.base import Event
+from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import Delta, Generate, Logprob, Started, TokenLogprob
 
 from .conftest import Serve
 from .double import MODEL, Double, finished

@@ -8,8 +8,8 @@ import anthropic
 import httpx
 import pytest
 
-from llamaherd_server.engine.base import EngineError
-from llamaherd_server.protocol import Started
+from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import Started
 
 from .conftest import Serve, Served
 from .double import Double

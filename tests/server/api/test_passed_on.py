@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from llamaherd_server.api import answer, llama_server
-from llamaherd_server.engine.base import EngineError
+from llamaherd_server.wire.errors import EngineError
 
 from .conftest import Serve
 from .double import Double

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from llamaherd_server.auth import ANONYMOUS, Key
+from llamaherd_server.config.keys import ANONYMOUS, Key
 from llamaherd_server.errors import ApiError
-from llamaherd_server.quota import CRASH_REFUSED_S, CRASH_WINDOW_S, CRASHES, Quotas
+from llamaherd_server.serving.quota import CRASH_REFUSED_S, CRASH_WINDOW_S, CRASHES, Quotas
 
 from .conftest import Serve
 from .double import Double

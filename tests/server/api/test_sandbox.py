@@ -16,9 +16,9 @@ import pytest
 from llamaherd_server.chat.jinja import Rendering, render
 from llamaherd_server.chat.sandbox import Sandbox, SandboxError, Slow
 from llamaherd_server.errors import ApiError
-from llamaherd_server.json_body import decode
-from llamaherd_server.priority import START_NICE, Patience, lower
-from llamaherd_server.turns import caller
+from llamaherd_server.http.json_body import decode
+from llamaherd_server.process.priority import START_NICE, Patience, lower
+from llamaherd_server.process.turns import caller
 
 BURNS = Rendering("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
 FINE = Rendering("{{ x }}", {"x": "é"})

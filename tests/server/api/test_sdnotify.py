@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaherd_server.sdnotify import Notifier
+from llamaherd_server.process.sdnotify import Notifier
 
 
 def test_what_a_full_queue_refused_is_sent_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

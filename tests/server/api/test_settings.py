@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaherd_server.settings import SettingsError, load
+from llamaherd_server.config.settings import SettingsError, load
 
 
 @pytest.fixture

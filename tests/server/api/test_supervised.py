@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from llamaherd_server.keyfile import add
-from llamaherd_server.quota import CRASHES
+from llamaherd_server.serving.quota import CRASHES
 
 from ..conftest import START_S, Server, paced, running, until_ready, write_config
 

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from llamaherd_server.engine.base import Event
-from llamaherd_server.protocol import Delta, Generate, Started
+from llamaherd_server.wire.protocol import Delta, Generate, Started
 
 from .conftest import Serve
 from .double import MODEL, Double, finished

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from llamaherd_server.engine.embedded import EmbeddedEngine
-from llamaherd_server.protocol import Delta, Finished, Generate, Sampling, Started, TokenLogprob
+from llamaherd_server.wire.protocol import Delta, Finished, Generate, Sampling, Started, TokenLogprob
 
 GREEDY = Sampling(temperature=0)
 ENDLESS = Sampling(temperature=0, ignore_eos=True)

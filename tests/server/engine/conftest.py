@@ -10,7 +10,7 @@ from typing import Any
 import pytest_asyncio
 
 from llamaherd_server.engine.embedded import EmbeddedEngine
-from llamaherd_server.protocol import EngineSettings
+from llamaherd_server.wire.protocol import EngineSettings
 
 from ..conftest import required
 

@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from bench import servers
-from llamaherd_server.protocol import Sampling
+from llamaherd_server.wire.protocol import Sampling
 
 from .asking import COUNTRIES, GREEDY, ask
 from .conftest import SETTINGS, running

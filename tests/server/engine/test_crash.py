@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llamaherd_server.engine.base import EngineError
 from llamaherd_server.engine.embedded import EmbeddedEngine
+from llamaherd_server.wire.errors import EngineError
 
 from ..conftest import required
 from .asking import Answer, ask
@@ -79,7 +79,7 @@ ORPHAN = """
 import asyncio, os, sys
 from pathlib import Path
 from llamaherd_server.engine.embedded import EmbeddedEngine
-from llamaherd_server.protocol import EngineSettings
+from llamaherd_server.wire.protocol import EngineSettings
 
 async def main():
     engine = EmbeddedEngine(Path(sys.argv[1]), -1, EngineSettings(parallel=1, ctx_per_slot=256))

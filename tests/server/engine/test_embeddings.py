@@ -13,9 +13,9 @@ import pytest
 from msgspec.structs import replace
 
 from bench import servers
-from llamaherd_server.engine.base import EngineError
 from llamaherd_server.engine.embedded import EmbeddedEngine
-from llamaherd_server.protocol import Embed
+from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import Embed
 
 from .asking import COUNTRIES, ENDLESS, ask
 from .conftest import SETTINGS

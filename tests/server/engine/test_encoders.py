@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from bench import servers
-from llamaherd_server.engine.base import EngineError
 from llamaherd_server.engine.embedded import EmbeddedEngine
-from llamaherd_server.protocol import Embed
+from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import Embed
 
 from .asking import ask
 from .conftest import running

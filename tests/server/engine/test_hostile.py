@@ -10,10 +10,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from llamaherd_server.engine.base import EngineError
 from llamaherd_server.engine.embedded import EmbeddedEngine
-from llamaherd_server.protocol import Delta, Generate, Sampling
-from llamaherd_server.turns import caller
+from llamaherd_server.process.turns import caller
+from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import Delta, Generate, Sampling
 
 from .asking import ENDLESS, Answer, ask
 

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from llamaherd_server.engine.base import EngineError
 from llamaherd_server.engine.embedded import EmbeddedEngine
-from llamaherd_server.protocol import Sampling
+from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import Sampling
 
 from .asking import ENDLESS, Answer, ask
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from llamaherd_server.engine.base import EngineError
-from llamaherd_server.protocol import Adapter
+from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import Adapter
 
 from ..conftest import required
 from .asking import ask

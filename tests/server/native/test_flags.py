@@ -9,8 +9,9 @@ from typing import Any, get_args
 
 import pytest
 
-from llamaherd_server.engine.flags import OWNED, check_extra_args, flags
-from llamaherd_server.protocol import Adapter, EngineSettings, KvType, NativeConfig
+from llamaherd_server.config.extra_args import OWNED, check_extra_args
+from llamaherd_server.engine.flags import flags
+from llamaherd_server.wire.protocol import Adapter, EngineSettings, KvType, NativeConfig
 
 from ..conftest import required
 

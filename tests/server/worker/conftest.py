@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llamaherd_server.protocol import EngineSettings, WorkerConfig
+from llamaherd_server.wire.protocol import EngineSettings, WorkerConfig
 from llamaherd_server.worker.lib import Log, load
 from llamaherd_server.worker.model import Model
 

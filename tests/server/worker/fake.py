@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llamaherd_server.protocol import EngineSettings, Generate, TokenLogprob
+from llamaherd_server.wire.errors import RequestError
+from llamaherd_server.wire.protocol import EngineSettings, Generate, TokenLogprob
+from llamaherd_server.wire.text import TextStream
 from llamaherd_server.worker.backend import ABORTED, DONE, INVALID, NO_ROOM, Part
-from llamaherd_server.worker.errors import RequestError
 from llamaherd_server.worker.sequence import Sequence, Share
-from llamaherd_server.worker.text import TextStream
 
 EOG = 3
 

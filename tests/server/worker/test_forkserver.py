@@ -7,7 +7,7 @@ import string
 
 import pytest
 
-from llamaherd_server.worker.errors import RequestError
+from llamaherd_server.wire.errors import RequestError
 from llamaherd_server.worker.forkserver import Child, Forkserver, Job
 from llamaherd_server.worker.forkserver_child import Grammars
 from llamaherd_server.worker.model import Model

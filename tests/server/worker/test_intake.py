@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from llamaherd_server.protocol import (
+from llamaherd_server.wire.protocol import (
     Cancel,
     Detokenize,
     Embed,

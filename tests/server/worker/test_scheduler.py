@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaherd_server.protocol import Delta, EngineSettings, Failed, Finished, Started
+from llamaherd_server.wire.errors import DecodeFailed
+from llamaherd_server.wire.protocol import Delta, EngineSettings, Failed, Finished, Started
 from llamaherd_server.worker import arena
 from llamaherd_server.worker import scheduler as scheduler_module
-from llamaherd_server.worker.errors import DecodeFailed
 from llamaherd_server.worker.prefix import WORTH_WAITING
 from llamaherd_server.worker.prompts import PromptCache
 from llamaherd_server.worker.scheduler import Scheduler

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaherd_server.worker.text import TextStream
+from llamaherd_server.wire.text import TextStream
 
 
 def stream(pieces: list[bytes], stops: list[str]) -> tuple[list[str], TextStream]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from llamaherd_server.protocol import Generate, Sampling
+from llamaherd_server.wire.errors import RequestError
+from llamaherd_server.wire.protocol import Generate, Sampling
 from llamaherd_server.worker import intake, texts
 from llamaherd_server.worker.arena import Arena, create
-from llamaherd_server.worker.errors import RequestError
 from llamaherd_server.worker.forkserver import SHORT_CHARS, Job
 from llamaherd_server.worker.intake import sequence_of
 from llamaherd_server.worker.model import Model

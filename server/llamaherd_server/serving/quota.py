@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import structlog
 
-from llamaherd_server.auth import ANONYMOUS, Key
+from llamaherd_server.config.keys import ANONYMOUS, Key
 from llamaherd_server.errors import ApiError
 
 log = structlog.get_logger()

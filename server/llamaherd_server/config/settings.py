@@ -19,10 +19,10 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from llamaherd_server.engine.flags import check_extra_args
-from llamaherd_server.engine_settings import merge
+from llamaherd_server.config.engine_settings import merge
+from llamaherd_server.config.extra_args import check_extra_args
 from llamaherd_server.errors import nearest
-from llamaherd_server.protocol import Adapter, EngineKind, EngineSettings
+from llamaherd_server.wire.protocol import Adapter, EngineKind, EngineSettings
 
 
 class SettingsError(Exception):

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from llamaherd_server.auth import Key
+from llamaherd_server.config.keys import Key
 from llamaherd_server.errors import ApiError
 
 # A minute of waiting puts a key 600 tokens, about one chat turn, before the others.

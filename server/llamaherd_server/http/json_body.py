@@ -16,8 +16,8 @@ from fastapi import Request
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-from llamaherd_server.error_responses import of_validation
 from llamaherd_server.errors import ApiError
+from llamaherd_server.http.error_responses import of_validation
 
 T = TypeVar("T")
 

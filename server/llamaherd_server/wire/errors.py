@@ -1,8 +1,8 @@
-"""What a single request did wrong, and what ends the worker."""
+"""What fails a request, in a worker and in the front end, and what ends a worker."""
 
 from __future__ import annotations
 
-from llamaherd_server.protocol import ErrorCode
+from llamaherd_server.wire.protocol import ErrorCode
 
 
 class RequestError(ValueError):
@@ -24,3 +24,16 @@ def too_long(tokens: int, room: int, about: str = "") -> RequestError:
 
 class DecodeFailed(RuntimeError):
     """llama_decode failed in a way that leaves the context unusable."""
+
+
+class EngineError(Exception):
+    """A request, or the engine itself, could not do what was asked; `code` says whose fault it is."""
+
+    def __init__(
+        self, code: ErrorCode, message: str, param: str | None = None, details: dict[str, int] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.param = param
+        self.details = details or {}

@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 
 from llamaherd_server.engine.base import Event
-from llamaherd_server.metrics import Metrics
-from llamaherd_server.protocol import Delta, Started
+from llamaherd_server.serving.metrics import Metrics
+from llamaherd_server.wire.protocol import Delta, Started
 
 
 @dataclass(slots=True)

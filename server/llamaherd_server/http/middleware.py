@@ -19,16 +19,16 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llamaherd_server.auth import ANONYMOUS, Key, KeyStore
-from llamaherd_server.error_responses import CLIENT_GONE, error_response
+from llamaherd_server.config.keys import ANONYMOUS, Key, KeyStore
+from llamaherd_server.config.settings import HttpSettings, LimitSettings, is_loopback
 from llamaherd_server.errors import ApiError, shown
-from llamaherd_server.generation import Text
-from llamaherd_server.lifecycle import Lifecycle
-from llamaherd_server.meter import Usage
-from llamaherd_server.metrics import Metrics
-from llamaherd_server.quota import Quotas
-from llamaherd_server.settings import HttpSettings, LimitSettings, is_loopback
-from llamaherd_server.turns import caller
+from llamaherd_server.http.error_responses import CLIENT_GONE, error_response
+from llamaherd_server.process.turns import caller
+from llamaherd_server.serving.generation import Text
+from llamaherd_server.serving.lifecycle import Lifecycle
+from llamaherd_server.serving.meter import Usage
+from llamaherd_server.serving.metrics import Metrics
+from llamaherd_server.serving.quota import Quotas
 
 log = structlog.get_logger()
 

@@ -11,8 +11,8 @@ from pydantic import BaseModel, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from llamaherd_server.engine.base import EngineError
 from llamaherd_server.errors import ApiError
+from llamaherd_server.wire.errors import EngineError
 
 # nginx's status for a client that closed the connection; nobody reads the response.
 CLIENT_GONE = 499

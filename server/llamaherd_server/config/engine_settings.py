@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from llamaherd_server.errors import nearest
-from llamaherd_server.protocol import EngineSettings
+from llamaherd_server.wire.protocol import EngineSettings
 
 # llama.cpp's llama_max_parallel_sequences(), and what a 32-bit token position can address.
 MAX_PARALLEL = 256

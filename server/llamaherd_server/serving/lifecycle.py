@@ -11,13 +11,14 @@ from contextlib import contextmanager, suppress
 
 import structlog
 
-from llamaherd_server.auth import KeyStore
-from llamaherd_server.engine.base import EngineError, EngineState
+from llamaherd_server.config.keys import KeyStore
+from llamaherd_server.config.settings import LimitSettings
+from llamaherd_server.engine.base import EngineState
 from llamaherd_server.errors import ApiError
-from llamaherd_server.generation import Serving
-from llamaherd_server.metrics import Totals
-from llamaherd_server.sdnotify import Notifier
-from llamaherd_server.settings import LimitSettings
+from llamaherd_server.process.sdnotify import Notifier
+from llamaherd_server.serving.generation import Serving
+from llamaherd_server.serving.metrics import Totals
+from llamaherd_server.wire.errors import EngineError
 
 log = structlog.get_logger()
 

@@ -15,9 +15,9 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from llamaherd_server.admission import Admission
 from llamaherd_server.engine.base import Engine, EngineStatus
-from llamaherd_server.protocol import Finished, Stats
+from llamaherd_server.serving.admission import Admission
+from llamaherd_server.wire.protocol import Finished, Stats
 
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 _INTER_TOKEN_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)

@@ -11,16 +11,17 @@ from typing import Self
 
 import msgspec
 
-from llamaherd_server.admission import Admission, Ticket
-from llamaherd_server.auth import Key
-from llamaherd_server.engine.base import EngineError, Event
+from llamaherd_server.config.keys import Key
+from llamaherd_server.config.settings import LimitSettings
+from llamaherd_server.engine.base import Event
 from llamaherd_server.engine.switch import Switch
 from llamaherd_server.errors import ApiError
-from llamaherd_server.meter import Meter, Usage
-from llamaherd_server.metrics import Metrics
-from llamaherd_server.protocol import Delta, Finished, Generate
-from llamaherd_server.quota import Quotas
-from llamaherd_server.settings import LimitSettings
+from llamaherd_server.serving.admission import Admission, Ticket
+from llamaherd_server.serving.meter import Meter, Usage
+from llamaherd_server.serving.metrics import Metrics
+from llamaherd_server.serving.quota import Quotas
+from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import Delta, Finished, Generate
 
 # For the cost that the queue expects of a request: what it is taken to generate unless its max_tokens is less, and the
 # characters taken to make one token. What it really used is put right at its end.

@@ -1,0 +1,29 @@
+"""Which of llama-server's flags an operator may add to those that the settings stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# Flags that the settings say, or on which the way between the two processes rests: with all their names.
+OWNED = frozenset(
+    f"-{flag}"
+    for line in (
+        "m -model mu -model-url dr -docker-repo hf hfr -hf-repo hff -hf-file -models-dir -models-preset a -alias",
+        "-chat-template -chat-template-file -lora -lora-scaled",
+        "-rpc mm -mmproj mmu -mmproj-url ngl -gpu-layers -n-gpu-layers fit -fit -offline",
+        "-host -port -reuse-port -api-prefix -api-key -api-key-file -ssl-key-file -ssl-cert-file -threads-http",
+        "c -ctx-size np -parallel b -batch-size ub -ubatch-size ctk -cache-type-k ctv -cache-type-v fa -flash-attn",
+        "kvu -kv-unified no-kvu -no-kv-unified -kv-unified-per-slot t -threads tb -threads-batch",
+        "-slots -no-slots -ui -webui -no-ui -no-webui -path -log-colors lv -verbosity -log-verbosity",
+        "h -help -usage -version",
+    )
+    for flag in line.split()
+)
+
+
+def check_extra_args(arguments: Sequence[str]) -> None:
+    """Raise ValueError for an argument that is not the operator's to give."""
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name in OWNED:
+            raise ValueError(f"{name} is set by the server: leave it out, and use the setting that it stands for")

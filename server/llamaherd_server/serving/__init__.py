@@ -1,0 +1,1 @@
+"""From an admitted request to its answer: fairness, limits, the engine, and what is counted."""

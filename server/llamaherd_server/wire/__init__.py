@@ -1,0 +1,1 @@
+"""What the front end and a worker say to each other."""
