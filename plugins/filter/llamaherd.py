@@ -294,7 +294,7 @@ def cuda_mistakes(facts: Mapping[str, Any], architectures: str) -> list[str]:
     """
     driver, toolkit = facts["cuda"]["driver"], facts["cuda"]["toolkit"]
     if complaint := facts["cuda"]["complaint"]:
-        return [f"nvidia-smi says: {complaint}; mend the driver (updated: reboot), or set llamaherd_accelerator to cpu"]
+        return [f"nvidia-smi says: {complaint}; fix the driver (updated: reboot), or set llamaherd_accelerator to cpu"]
     if not driver:
         return ["there is an NVIDIA device but no driver; install it, or set llamaherd_accelerator to cpu"]
     if not facts["gpus"]:

@@ -78,7 +78,7 @@ EMBEDDED = [tuning(model_file("smollm2-135m-instruct"), {"engine": "embedded"})]
         ("debian12", {"llamaherd_settings": {"parallel": 0}}, "parallel 0 is out of range"),
         ("debian12", {"llamaherd_accelerator": "cuda"}, "set llamaherd_accelerator to auto or cpu"),
         ("cuda", changed("cuda", cuda=CUDA), "no driver"),
-        ("cuda", changed("cuda", cuda=CUDA | {"complaint": BROKEN}), f"nvidia-smi says: {BROKEN}; mend the driver"),
+        ("cuda", changed("cuda", cuda=CUDA | {"complaint": BROKEN}), f"nvidia-smi says: {BROKEN}; fix the driver"),
         ("cuda", changed("cuda", gpus=[]), "a driver of 510 or newer"),
         ("cuda", changed("cuda", cuda=CUDA | {"driver": "12.8", "toolkit": "13.0"}), "runs CUDA 12.8 at most"),
         ("debian12", {"llamaherd_bundle": "/nonexistent"}, "SHA256SUMS is missing"),
