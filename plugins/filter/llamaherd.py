@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ansible_collections.llamaherd.llamaherd.plugins.module_utils import setting_rules as rules
+
 
 def tree_hash(root: str) -> str:
     """The sha256 of all files under `root` with their relative names, less what tools leave behind."""
@@ -115,43 +117,14 @@ def engine_mistakes(served: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-# The smallest and the largest value, as the server has them.
-_RANGES = {
-    "parallel": (1, 256),
-    "batch": (1, 2**31 - 1),
-    "ubatch": (1, 2**31 - 1),
-    "ctx_per_slot": (16, 2**31 - 1),
-    "kv_cells": (0, 2**31 - 1),
-    "threads": (0, 512),
-    "threads_batch": (0, 512),
-}
+_SCHEMA = json.loads((Path(__file__).resolve().parents[2] / "meta/engine_settings.json").read_text())
 
 
 def setting_mistakes(served: Sequence[Mapping[str, Any]], instances: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the server would refuse of its `served_models`' and its `server_instances`' settings, one line each."""
     asked = [(f"model {model['name']}", model["settings"]) for model in served]
     asked += [(one["unit"], {**served[0]["settings"], **one["settings"]}) for one in instances if one["settings"]]
-    return [f"{who}: {mistake}" for who, settings in asked for mistake in _setting_mistakes(settings)]
-
-
-def _setting_mistakes(settings: Mapping[str, Any]) -> list[str]:
-    ranged = {name: settings[name] for name in _RANGES}
-    if found := [
-        f"{name} {value} is out of range: it must be between {_RANGES[name][0]} and {_RANGES[name][1]}"
-        for name, value in ranged.items()
-        if value is None or not _RANGES[name][0] <= value <= _RANGES[name][1]
-    ]:
-        return found
-    parallel, batch, ubatch, ctx = (settings[name] for name in ("parallel", "batch", "ubatch", "ctx_per_slot"))
-    if ubatch > batch:
-        found.append(f"ubatch {ubatch} is larger than batch {batch}: lower ubatch or raise batch")
-    if batch < parallel:
-        found.append(f"batch {batch} is smaller than parallel {parallel}: raise batch, each slot puts a token into it")
-    if parallel * ctx >= 2**31:
-        found.append(f"parallel {parallel} x ctx_per_slot {ctx} is more than {2**31 - 1} tokens: lower one of them")
-    if settings["flash_attention"] == "off" and settings["kv_type_v"] not in ("f32", "f16", "bf16"):
-        found.append(f"kv_type_v {settings['kv_type_v']} needs flash attention: set flash_attention to auto or on")
-    return found
+    return [f"{who}: {mistake}" for who, settings in asked for mistake in rules.setting_mistakes(settings, _SCHEMA)]
 
 
 def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:

@@ -19,41 +19,12 @@ options:
     description: The memory that the model may use, for RV(largest_parallel) and RV(largest_ctx_per_slot).
     type: int
     required: true
-  parallel:
-    description: The number of slots.
-    type: int
+  settings:
+    description:
+      - "The engine's settings: C(parallel), C(ctx_per_slot) and C(ubatch), and of the others what differs from
+        the server's defaults."
+    type: dict
     required: true
-  ctx_per_slot:
-    description: The context of each slot in tokens.
-    type: int
-    required: true
-  ubatch:
-    description: The physical batch size in tokens.
-    type: int
-    required: true
-  kv_cells:
-    description: The cells of a unified KV cache. V(0) means O(parallel) times O(ctx_per_slot).
-    type: int
-    default: 0
-  kv_unified:
-    description: Whether all slots share one KV cache.
-    type: bool
-    default: true
-  flash_attention:
-    description: Whether flash attention is on.
-    type: str
-    choices: [auto, "on", "off"]
-    default: auto
-  kv_type_k:
-    description: The type of the cached keys.
-    type: str
-    choices: [bf16, f16, f32, q4_0, q4_1, q5_0, q5_1, q8_0]
-    default: f16
-  kv_type_v:
-    description: The type of the cached values.
-    type: str
-    choices: [bf16, f16, f32, q4_0, q4_1, q5_0, q5_1, q8_0]
-    default: f16
 author: ["The llamaherd authors (!UNKNOWN)"]
 """
 
@@ -62,9 +33,10 @@ EXAMPLES = r"""
   llamaherd.llamaherd.gguf_info:
     path: /var/lib/llamaherd/models/model.gguf
     memory_bytes: 8589934592
-    parallel: 4
-    ctx_per_slot: 4096
-    ubatch: 512
+    settings:
+      parallel: 4
+      ctx_per_slot: 4096
+      ubatch: 512
   register: model
 """
 
@@ -104,13 +76,13 @@ needed_bytes:
   type: int
 largest_parallel:
   description:
-    - The largest O(parallel) with which the model fits into O(memory_bytes), up to the given value. 0 if none
+    - The largest C(parallel) with which the model fits into O(memory_bytes), up to the given value. 0 if none
       fits.
   returned: when the file exists
   type: int
 largest_ctx_per_slot:
   description:
-    - The largest O(ctx_per_slot) with which the model fits into O(memory_bytes), up to the given value. 0 if none
+    - The largest C(ctx_per_slot) with which the model fits into O(memory_bytes), up to the given value. 0 if none
       fits.
   returned: when the file exists
   type: int
@@ -121,8 +93,9 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible_collections.llamaherd.llamaherd.plugins.module_utils.gguf import (
-    KV_BYTES,
+    DEFAULTS,
     PADDING,
     GgufError,
     compute_bytes,
@@ -153,27 +126,21 @@ def needs(path: Path, settings: Mapping[str, Any], memory_bytes: int) -> dict[st
 
 
 def main() -> None:
-    kv_type = {"type": "str", "choices": sorted(KV_BYTES), "default": "f16"}
     module = AnsibleModule(
         argument_spec={
             "path": {"type": "path", "required": True},
             "memory_bytes": {"type": "int", "required": True},
-            "parallel": {"type": "int", "required": True},
-            "ctx_per_slot": {"type": "int", "required": True},
-            "ubatch": {"type": "int", "required": True},
-            "kv_cells": {"type": "int", "default": 0},
-            "kv_unified": {"type": "bool", "default": True},
-            "flash_attention": {"type": "str", "choices": ["auto", "on", "off"], "default": "auto"},
-            "kv_type_k": kv_type,
-            "kv_type_v": kv_type,
+            "settings": {"type": "dict", "required": True},
         },
         supports_check_mode=True,
     )
     path = Path(module.params["path"])
     if not path.exists():
         module.exit_json(changed=False, exists=False)
+    settings = {**DEFAULTS, **module.params["settings"]}
+    settings["kv_unified"] = boolean(settings["kv_unified"])
     try:
-        module.exit_json(changed=False, exists=True, **needs(path, module.params, module.params["memory_bytes"]))
+        module.exit_json(changed=False, exists=True, **needs(path, settings, module.params["memory_bytes"]))
     except (GgufError, OSError) as error:
         module.fail_json(msg=f"{path} is no usable GGUF: {error}")
 

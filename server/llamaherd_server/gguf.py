@@ -48,6 +48,10 @@ KV_BYTES = {
 }
 
 
+# Of settings that the arithmetic can do without.
+DEFAULTS = {"kv_cells": 0, "kv_unified": True, "flash_attention": "auto", "kv_type_k": "f16", "kv_type_v": "f16"}
+
+
 class GgufError(ValueError):
     """The file is not a GGUF that we can read; the message says where it goes wrong."""
 

@@ -23,7 +23,7 @@ for line in sys.stdin:
     job = json.loads(line)
     if not (child := os.fork()):
         for number, path in enumerate([os.devnull, job["stdout"], job["stderr"]]):
-            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
         PlaybookCLI.cli_executor(["ansible-playbook", *job["arguments"]])  # ends the process
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """

@@ -55,6 +55,9 @@ def progress() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def filters() -> ModuleType:
+    rules = "ansible_collections.llamaherd.llamaherd.plugins.module_utils"
+    sys.modules[rules] = ModuleType(rules)
+    sys.modules[rules].setting_rules = load("plugins/module_utils/setting_rules.py", f"{rules}.setting_rules")  # type: ignore[attr-defined]
     return load("plugins/filter/llamaherd.py", "llamaherd_filters")
 
 

@@ -6,9 +6,9 @@ step produced in one `Step`, never one message per token. Times are seconds; siz
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
 
 EngineKind = Literal["embedded", "llama-server"]
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -31,20 +31,27 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """What a context is built from; every field can be changed without reloading the weights.
 
     The total context is `parallel * ctx_per_slot` tokens in either KV layout, unless `kv_cells` says that sequences
-    share fewer (unified KV only): then one is parked whenever they run short. Zero threads means: decide on the host.
+    share fewer (unified KV only): then one is preempted whenever they run short.
+
+    Bounds and descriptions are those of the playbooks too: `python -m scripts.engine_settings` hands them on. What
+    settings must agree on is in config/setting_rules.py.
     """
 
-    parallel: int = 4
-    batch: int = 2048
-    ubatch: int = 512
-    ctx_per_slot: int = 2048
-    kv_unified: bool = True
-    kv_cells: int = 0  # tokens; 0: parallel * ctx_per_slot
-    kv_type_k: KvType = "f16"
-    kv_type_v: KvType = "f16"
-    flash_attention: Literal["auto", "on", "off"] = "auto"
-    threads: int = 0
-    threads_batch: int = 0
+    # llama.cpp's llama_max_parallel_sequences(), and what a 32-bit token position can address
+    parallel: Annotated[int, Meta(ge=1, le=256, description="Sequences computed at once (slots).")] = 4
+    batch: Annotated[int, Meta(ge=1, le=2**31 - 1, description="Most tokens of one decode step.")] = 2048
+    ubatch: Annotated[int, Meta(ge=1, le=2**31 - 1, description="Most tokens computed at once within a step.")] = 512
+    ctx_per_slot: Annotated[int, Meta(ge=16, le=2**31 - 1, description="Context of one slot in tokens.")] = 2048
+    kv_unified: Annotated[bool, Meta(description="One KV cache for all slots.")] = True
+    kv_cells: Annotated[
+        int,
+        Meta(ge=0, le=2**31 - 1, description="KV cells of a unified cache in tokens; 0: parallel times ctx_per_slot."),
+    ] = 0
+    kv_type_k: Annotated[KvType, Meta(description="Type of K.")] = "f16"
+    kv_type_v: Annotated[KvType, Meta(description="Type of V.")] = "f16"
+    flash_attention: Annotated[Literal["auto", "on", "off"], Meta(description="Flash attention.")] = "auto"
+    threads: Annotated[int, Meta(ge=0, le=512, description="Threads for decoding; 0: decided on the host.")] = 0
+    threads_batch: Annotated[int, Meta(ge=0, le=512, description="Threads for prompts; 0: decided on the host.")] = 0
 
 
 class Sampling(Struct, frozen=True, kw_only=True):

@@ -1,0 +1,1 @@
+../../server/llamaherd_server/config/setting_rules.py

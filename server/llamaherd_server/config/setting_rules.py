@@ -1,0 +1,43 @@
+"""What an engine's settings must be within, and agree on. For the server, and by a link in plugins/module_utils for the
+playbooks, on a controller without the server's packages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def setting_mistakes(settings: Mapping[str, Any], schema: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is wrong with whole settings, one line each: the setting, its value, the remedy.
+
+    `schema`: of each setting its JSON schema, of which the bounds count; types have been checked.
+    """
+    found = [
+        f"{name} {settings[name]} is out of range: it must be between {one['minimum']} and {one['maximum']}"
+        for name, one in schema.items()
+        if "minimum" in one and not _within(settings[name], one["minimum"], one["maximum"])
+    ]
+    if found:
+        return found
+    parallel, batch, ubatch, ctx = (int(settings[name]) for name in ("parallel", "batch", "ubatch", "ctx_per_slot"))
+    if ubatch > batch:
+        found.append(f"ubatch {ubatch} is larger than batch {batch}: lower ubatch or raise batch")
+    if batch < parallel:
+        found.append(
+            f"batch {batch} is smaller than parallel {parallel}: raise batch, each slot puts one token into it"
+        )
+    if parallel * ctx >= 2**31:
+        found.append(f"parallel {parallel} x ctx_per_slot {ctx} is more than {2**31 - 1} tokens: lower one of them")
+    if settings["flash_attention"] == "off" and settings["kv_type_v"] not in ("f32", "f16", "bf16"):
+        found.append(
+            f"kv_type_v {settings['kv_type_v']} needs flash attention: set flash_attention to auto or on, or choose f16"
+        )
+    return found
+
+
+def _within(value: Any, low: int, high: int) -> bool:
+    try:
+        return low <= int(value) <= high
+    except (TypeError, ValueError):
+        return False
