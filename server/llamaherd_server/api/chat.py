@@ -8,13 +8,14 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, model_validator
 
 from llamaherd_server.api.answer import answer, json_response, run_of
-from llamaherd_server.api.bias import resolve_biases
 from llamaherd_server.api.chat_fields import MOST_TOOLS, Message, NamedChoice, ResponseFormat, ToolField, choice_of
 from llamaherd_server.api.chat_shape import ChatShape
 from llamaherd_server.api.conversation import Conversation, prepare
 from llamaherd_server.api.fields import GenerationFields, Ignored, Limit
+from llamaherd_server.api.llama_fields import renamed
 from llamaherd_server.api.media import Collected
 from llamaherd_server.api.routing import ModelRoute
+from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import state_of
 from llamaherd_server.api.wire import Options
 from llamaherd_server.errors import unsupported
@@ -51,6 +52,17 @@ class ChatRequest(GenerationFields):
     modalities: list[Literal["text"]] | None = Field(None, description="Only text.")
     prediction: Ignored = None
     verbosity: Ignored = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _probabilities(cls, body: Any) -> Any:
+        """llama-server's number of log probabilities, under either of its names."""
+        if isinstance(body, dict):
+            count = body.get("n_probs", body.get("logprobs"))
+            if type(count) is int:
+                named = renamed(body, {"n_probs": "top_logprobs"})
+                return {"top_logprobs": count, **named, "logprobs": True} if count else {**named, "logprobs": False}
+        return body
 
     @model_validator(mode="after")
     def _supported(self) -> Self:
@@ -96,19 +108,19 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a chat, in the model's own chat format."""
     state = state_of(request)
     state.check_model(body.model, request.state.key)
-    await resolve_biases(state, body)
+    await resolve_sampling(state, body)
     chat = await prepare(state, await beside(request, body.conversation))
     requests = [
         chat.generate(
             body.sampling(index),
-            max_tokens=body.max_completion_tokens or body.max_tokens,
+            max_tokens=most_tokens(state, body.max_completion_tokens or body.max_tokens),
             stop=body.stop or [],
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             cache_prompt=body.cache_prompt,
         )
         for index in range(body.n)
     ]
-    shape = ChatShape(Options.of(body, state.model_name), chat.reader, logprobs=body.logprobs)
+    shape = ChatShape(Options.of(body, state, requests), chat.reader, logprobs=body.logprobs)
     return await answer(request, run_of(request, requests, body.n), shape, stream=body.stream)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llamaherd_server.api.answer import Choice
-from llamaherd_server.api.wire import Envelope, Options, encode, timings_object, usage_object
+from llamaherd_server.api.wire import Envelope, Options, encode
 from llamaherd_server.chat.formats import Reader
 from llamaherd_server.chat.reply import CallBegin, Content, Message, Parser, Piece, Reasoning
 from llamaherd_server.engine.base import Event
@@ -44,7 +44,7 @@ class ChatShape:
         body = b'"delta":{},"logprobs":null,"finish_reason":' + encode(
             finish_reason(event, parser.calls if parser else 0)
         )
-        return rest + self._envelope.finish(index, body, timings_object(event))
+        return rest + self._envelope.finish(index, body, event)
 
     def _delta(self, index: int, delta: dict[str, Any], logprobs: list[TokenLogprob] | None = None) -> bytes:
         told = encode(_logprobs(logprobs)) if logprobs else b"null"
@@ -56,8 +56,7 @@ class ChatShape:
             **self._envelope.head,
             "object": "chat.completion",
             "choices": [self._choice(choice) for choice in choices],
-            "usage": usage_object(usage),
-            "timings": timings_object(choices[0].end),
+            **self._envelope.whole(choices, usage),
         }
 
     def _choice(self, choice: Choice) -> dict[str, Any]:

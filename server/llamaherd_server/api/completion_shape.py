@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llamaherd_server.api.answer import Choice
-from llamaherd_server.api.wire import Envelope, Options, encode, timings_object, usage_object
+from llamaherd_server.api.wire import Envelope, Options, encode
 from llamaherd_server.engine.base import Event
 from llamaherd_server.serving.meter import Usage
 from llamaherd_server.wire.protocol import Delta, Started, TokenLogprob
@@ -30,15 +30,14 @@ class CompletionShape:
                 return b""
             return self._text(index, event.text, encode(self._take_logprobs(index, event.logprobs)))
         body = b'"text":"","logprobs":null,"finish_reason":' + encode(event.reason)
-        return self._envelope.finish(index, body, timings_object(event))
+        return self._envelope.finish(index, body, event)
 
     def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
         """The answer in one object."""
         return {
             **self._envelope.head,
             "choices": [self._choice(choice) for choice in choices],
-            "usage": usage_object(usage),
-            "timings": timings_object(choices[0].end),
+            **self._envelope.whole(choices, usage),
         }
 
     def _text(self, index: int, text: str, logprobs: bytes) -> bytes:

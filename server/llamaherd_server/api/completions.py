@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BeforeValidator, Field, model_validator
 
 from llamaherd_server.api.answer import answer, run_of
-from llamaherd_server.api.bias import resolve_biases
 from llamaherd_server.api.completion_shape import CompletionShape
 from llamaherd_server.api.fields import GenerationFields
+from llamaherd_server.api.llama_fields import renamed
 from llamaherd_server.api.routing import ModelRoute
+from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import AppState, state_of
 from llamaherd_server.api.wire import Options
+from llamaherd_server.chat.formats import Reader
+from llamaherd_server.chat.tools import AnswerSchema, Choice, reply_grammar
 from llamaherd_server.errors import ApiError, unsupported
 from llamaherd_server.wire.errors import EngineError, too_long
 from llamaherd_server.wire.protocol import Generate, ModelInfo
@@ -21,6 +25,7 @@ from llamaherd_server.wire.protocol import Generate, ModelInfo
 router = APIRouter(route_class=ModelRoute)
 
 _MAX_PROMPTS = 128
+_PLAIN = Reader(form=None, thinking=None, thinks=False, schemas={}, parallel=False)
 
 
 def as_prompts(prompt: Any) -> Any:
@@ -58,6 +63,26 @@ async def _tokens(state: AppState, parts: list[str | int]) -> list[int]:
     return tokens
 
 
+async def texts_of(state: AppState, prompts: list[str | list[int]], n: int) -> list[str]:
+    """The prompts as text, each `n` times; of tokens that are none, nothing: computing them is what fails."""
+    texts: list[str] = []
+    for prompt in prompts:
+        text = prompt if isinstance(prompt, str) else ""
+        if not isinstance(prompt, str):
+            with suppress(EngineError):
+                text = await state.engine.detokenize(prompt)
+        texts += [text] * n
+    return texts
+
+
+async def grammar_of(state: AppState, body: Any) -> str | None:
+    """The grammar of a body with `grammar` or `json_schema`; raises ApiError."""
+    if body.json_schema is None:
+        return body.grammar  # type: ignore[no-any-return]
+    wanted = AnswerSchema(body.json_schema or {"type": "object"}, "json_schema", strict=False)
+    return await reply_grammar(state.sandbox, _PLAIN, Choice(()), wanted)
+
+
 def _is_token(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
@@ -78,12 +103,20 @@ class CompletionRequest(GenerationFields):
         None, max_length=2**20, description="What follows the completion; needs a model that fills in the middle."
     )
     logprobs: int | None = Field(None, ge=0, le=20, description="Log probabilities of the tokens and so many others.")
+    json_schema: Any = Field(None, description="The answer follows it. Not together with `grammar`.")
     best_of: int | None = Field(None, description="Only equal to `n`.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _probabilities(cls, body: Any) -> Any:
+        return renamed(body, {"n_probs": "logprobs"})
 
     @model_validator(mode="after")
     def _supported(self) -> Self:
         if self.best_of not in (None, self.n):
             raise unsupported("best_of", f"best_of: only best_of = n ({self.n}) is supported")
+        if self.grammar and self.json_schema is not None:
+            raise unsupported("grammar", "grammar: not together with json_schema")
         if self.echo and self.logprobs is not None:
             raise unsupported("echo", "echo: not together with logprobs: those of a prompt are not computed")
         return self
@@ -94,13 +127,14 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue each prompt."""
     state = state_of(request)
     state.check_model(body.model, request.state.key)
-    await resolve_biases(state, body)
+    await resolve_sampling(state, body)
     body.prompt = await resolve_prompts(state, body.prompt)
+    body.grammar = await grammar_of(state, body)
     requests = [
         Generate(
             id=0,
             prompt=_with_suffix(state.model_info(), prompt, body.suffix),
-            max_tokens=body.max_tokens,
+            max_tokens=most_tokens(state, body.max_tokens),
             stop=body.stop or [],
             sampling=body.sampling(index),
             logprobs=body.logprobs,
@@ -109,8 +143,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         for prompt in body.prompt
         for index in range(body.n)
     ]
-    options = Options.of(body, state.model_name)
-    echo = await _echoes(state, body)
+    options = Options.of(body, state, requests)
+    echo = await texts_of(state, body.prompt, body.n) if body.echo else [""] * len(requests)
     shape = CompletionShape(options, logprobs=body.logprobs is not None, echo=echo)
     return await answer(request, run_of(request, requests, body.n), shape, stream=body.stream)
 
@@ -126,13 +160,3 @@ def _with_suffix(model: ModelInfo, prompt: str | list[int], suffix: str | None) 
         raise ApiError(400, "suffix: only with prompts that are text", param="suffix", code="unsupported")
     before, after, middle = model.fim
     return f"{before}{prompt}{after}{suffix}{middle}"
-
-
-async def _echoes(state: AppState, body: CompletionRequest) -> list[str]:
-    texts = []
-    for prompt in body.prompt:
-        text = ""
-        if body.echo:
-            text = prompt if isinstance(prompt, str) else await state.engine.detokenize(prompt)
-        texts += [text] * body.n
-    return texts

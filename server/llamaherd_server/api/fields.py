@@ -17,10 +17,11 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
+from llamaherd_server.api.llama_fields import renamed, with_samplers, without_off
 from llamaherd_server.errors import unknown_field
 from llamaherd_server.wire.protocol import Sampling
 
-_STOPS = 16
+_STOPS = 64
 _INT32 = 2**31 - 1
 _TOKEN_ID = re.compile(r"-?[0-9]{1,10}")
 # Far below any logit, yet finite: JSON has no infinity.
@@ -77,7 +78,9 @@ class Body(Lenient):
 
 
 def _as_list(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
+    """An empty text stops nothing."""
+    stops = [stop] if isinstance(stop, str) else stop
+    return [one for one in stops if one != ""] if isinstance(stops, list) else stops
 
 
 def _as_biases(bias: Any) -> Any:
@@ -163,6 +166,14 @@ class SamplingFields(Body):
         None, max_length=2**20, description="GBNF grammar with the root rule `root`; an invalid one is a 400."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_here(cls, body: Any) -> Any:
+        """llama-server's other fields, where they change nothing or are another way to say what there is here."""
+        if not isinstance(body, dict):
+            return body
+        return with_samplers(without_off(body, cls.model_fields.keys() | {"samplers"}))
+
     def sampling(self, index: int = 0) -> Sampling:
         """The parameters of choice `index`."""
         given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
@@ -187,6 +198,7 @@ class GenerationFields(SamplingFields):
     )
     cache_prompt: bool = Field(True, description="False: compute all of the prompt, whatever the KV cache has.")
     timings_per_token: bool = Field(False, description="Accepted; `timings` come with the end of every answer.")
+    verbose: bool = Field(False, description="True: the answer's `__verbose` is llama-server's own, with the prompt.")
     user: Ignored = None
     metadata: Ignored = None
     store: Ignored = None
@@ -197,3 +209,8 @@ class GenerationFields(SamplingFields):
     prompt_cache_options: Ignored = None
     id_slot: Any = Field(None, description="Accepted and ignored: the scheduler chooses the slot.")
     return_progress: Any = Field(None, description="Accepted and ignored.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_as_here(cls, body: Any) -> Any:
+        return renamed(body, {"n_cmpl": "n"})

@@ -7,43 +7,37 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-import msgspec
 from pydantic import Field, model_validator
 
 from llamaherd_server.api.answer import Choice
 from llamaherd_server.api.completions import Prompts
 from llamaherd_server.api.fields import GenerationFields, Ignored, Lenient, Limit
-from llamaherd_server.api.wire import encode, timings_object
+from llamaherd_server.api.llama_answer import native_answer
+from llamaherd_server.api.llama_fields import renamed
+from llamaherd_server.api.wire import encode
 from llamaherd_server.engine.base import Event
 from llamaherd_server.errors import ApiError, unsupported
 from llamaherd_server.serving.meter import Usage
 from llamaherd_server.wire.protocol import Finished, Generate, Logprob, ModelInfo, Started, TokenLogprob
-
-# Samplers that this engine does not have, as llama-server says that they are off.
-_OFF = {
-    **{"dynatemp_range": 0.0, "dynatemp_exponent": 1.0, "top_n_sigma": -1.0, "adaptive_target": -1.0},
-    **{"adaptive_decay": 0.9, "min_keep": 0, "n_keep": 0, "n_discard": 0, "post_sampling_probs": False, "lora": []},
-}
-_RANDOM_SEED = 2**32 - 1
 
 
 class LlamaFields(GenerationFields):
     """What /completion and /infill have in common."""
 
     n_predict: Limit = Field(None, description="Most tokens of a completion; -1: up to the context's end.")
-    n_probs: int = Field(0, ge=0, le=20, description="Log probabilities of so many tokens at each place.")
+    n_probs: int = Field(0, ge=0, le=100, description="Log probabilities of so many tokens at each place.")
     return_tokens: bool = Field(False, description="True: the answer has the ids of its tokens; a stream always has.")
     response_fields: list[str] | None = Field(None, max_length=64, description="Only these fields; `a/b`: b of a.")
     json_schema: Any = Field(None, description="The answer follows it. Not together with `grammar`.")
-    post_sampling_probs: bool = Field(False, description="Only false: probabilities are those before sampling.")
-    n_keep: Any = Field(None, description="Accepted and ignored: the context is never shifted.")
-    n_discard: Any = Field(None, description="Accepted and ignored: the context is never shifted.")
-    sse_ping_interval: Ignored = None
+    reasoning_format: Ignored = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _probabilities(cls, body: Any) -> Any:
+        return renamed(body, {"logprobs": "n_probs"})
 
     @model_validator(mode="after")
     def _supported(self) -> Self:
-        if self.post_sampling_probs:
-            raise unsupported("post_sampling_probs", "post_sampling_probs: only on the engine llama-server")
         if self.grammar and self.json_schema is not None:
             raise unsupported("grammar", "grammar: not together with json_schema")
         return self
@@ -91,10 +85,13 @@ class InfillRequest(LlamaFields):
 
 
 class LlamaShape:
-    """llama-server's answer. `requests` are in the order of the choices."""
+    """llama-server's answer. `requests`, and their prompts as text, are in the order of the choices."""
 
-    def __init__(self, body: LlamaFields, model: str, requests: list[Generate], *, several: bool) -> None:
+    def __init__(
+        self, body: LlamaFields, model: str, requests: list[Generate], prompts: list[str], *, several: bool
+    ) -> None:
         self._body = body
+        self._prompts = prompts
         self._model = model
         self._requests = requests
         self._several = several
@@ -108,7 +105,7 @@ class LlamaShape:
             self._prompt_tokens[index] = event.prompt_tokens
             return b""
         if isinstance(event, Finished):
-            return _event(self._final(index, "", [], event, self._texts[index]))
+            return _event(self._asked_for(self._final(index, "", [], event, self._texts[index])))
         self._texts[index] += event.text
         self._counts[index] += event.n_tokens
         tokens = event.logprobs or []
@@ -144,47 +141,18 @@ class LlamaShape:
         tokens = [token.token for token in choice.logprobs] if self._body.return_tokens else []
         answer = self._final(choice.index, choice.text, tokens, choice.end, choice.text)
         answer |= self._probabilities(choice.logprobs)
+        return self._asked_for(answer)
+
+    def _asked_for(self, answer: dict[str, Any]) -> dict[str, Any]:
         fields = self._body.response_fields
         return {path: found[0] for path in fields if (found := _found(answer, path))} if fields else answer
 
     def _final(self, index: int, content: str, tokens: list[int], end: Finished, said: str) -> dict[str, Any]:
-        most = self._requests[index].max_tokens
-        return {
-            "index": index,
-            "content": content,
-            "tokens": tokens,
-            "id_slot": -1,
-            "stop": True,
-            "model": self._model,
-            "tokens_predicted": end.completion_tokens,
-            "tokens_evaluated": end.prompt_tokens,
-            "generation_settings": self._settings(index),
-            "prompt": self._requests[index].prompt,
-            "has_new_line": "\n" in said,
-            "truncated": end.reason == "length" and (most is None or end.completion_tokens < most),
-            "stop_type": "limit" if end.reason == "length" else "word" if end.stop else "eos",
-            "stopping_word": end.stop or "",
-            "tokens_cached": end.prompt_tokens + end.completion_tokens,
-            "timings": timings_object(end),
-        }
-
-    def _settings(self, index: int) -> dict[str, Any]:
-        request = self._requests[index]
-        most = -1 if request.max_tokens is None else request.max_tokens
-        given = msgspec.structs.asdict(request.sampling)
-        return {
-            **given,
-            "seed": _RANDOM_SEED if request.sampling.seed is None else request.sampling.seed,
-            "logit_bias": [{"token": token, "bias": bias} for token, bias in request.sampling.logit_bias.items()],
-            "grammar": request.sampling.grammar or "",
-            "stop": request.stop,
-            "max_tokens": most,
-            "n_predict": most,
-            "n_probs": self._body.n_probs,
-            "stream": self._body.stream,
-            "timings_per_token": self._body.timings_per_token,
-            **_OFF,
-        }
+        body, request = self._body, self._requests[index]
+        shown = {"n_probs": body.n_probs, "stream": body.stream, "timings_per_token": body.timings_per_token}
+        answer = native_answer(request, self._model, index, end, said, **shown)
+        answer |= {"content": content, "tokens": tokens, "prompt": self._prompts[index]}
+        return answer
 
     def _probabilities(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
         if not self._body.n_probs or not tokens:

@@ -17,14 +17,17 @@ from fastapi import APIRouter, Request, Response
 from pydantic import TypeAdapter
 
 from llamaherd_server.api.answer import EventStream, answer, begun, error_of, json_response, run_of, unless_gone
-from llamaherd_server.api.bias import resolve_biases
-from llamaherd_server.api.completions import resolve_prompts
-from llamaherd_server.api.llama_completion import InfillRequest, LlamaCompletionRequest, LlamaFields, LlamaShape
+from llamaherd_server.api.completions import grammar_of, resolve_prompts, texts_of
+from llamaherd_server.api.llama_answer import generation_settings
+from llamaherd_server.api.llama_completion import (
+    InfillRequest,
+    LlamaCompletionRequest,
+    LlamaFields,
+    LlamaShape,
+)
 from llamaherd_server.api.routing import ModelRoute
+from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import AppState, state_of
-from llamaherd_server.chat.formats import Reader
-from llamaherd_server.chat.tools import AnswerSchema, reply_grammar
-from llamaherd_server.chat.tools import Choice as ToolsChoice
 from llamaherd_server.engine.base import Engine, EngineStatus
 from llamaherd_server.engine.native import NativeEngine, lines_of
 from llamaherd_server.errors import ApiError
@@ -42,7 +45,6 @@ _SLOT_FIELDS = (
     *("n_prompt_tokens", "n_prompt_tokens_processed", "n_prompt_tokens_cache"),
 )
 _COMPLETION, _INFILL = TypeAdapter(LlamaCompletionRequest), TypeAdapter(InfillRequest)
-_PLAIN = Reader(form=None, thinking=None, thinks=False, schemas={}, parallel=False)
 
 
 @router.get("/props")
@@ -50,14 +52,14 @@ async def props(request: Request) -> Response:
     """The model's template and tokens, the slots and the sampling defaults."""
     state = state_of(request)
     status, info = state.engine.status(), state.model_info()
-    known = {
-        "default_generation_settings": {
-            "params": msgspec.to_builtins(Sampling()),
-            "n_ctx": status.settings.ctx_per_slot,
-        },
+    known: dict[str, Any] = {
+        "default_generation_settings": {"params": {}, "n_ctx": status.settings.ctx_per_slot},
         "total_slots": status.settings.parallel,
         "model_path": str(state.settings.model.path),
-        "modalities": {"vision": False, "audio": False},
+        "modalities": {"vision": False, "video": False, "audio": False},
+        "endpoint_slots": True,
+        "endpoint_props": False,
+        "endpoint_metrics": True,
         "chat_template": info.chat_template or "",
         "bos_token": info.bos_token,
         "eos_token": info.eos_token,
@@ -67,6 +69,15 @@ async def props(request: Request) -> Response:
     async with state.engine.using() as engine:
         if isinstance(engine, NativeEngine):
             known = await engine.get("/props")
+    defaults = state.sampling_defaults()
+    limit = defaults.pop("max_tokens", -1)
+    usual = generation_settings(Generate(id=0, prompt="", sampling=Sampling(**defaults), max_tokens=limit))
+    known["default_generation_settings"]["params"] = {
+        **usual,
+        **known["default_generation_settings"]["params"],
+        **defaults,
+        **{"max_tokens": limit, "n_predict": limit},
+    }
     return json_response({**known, "model_alias": state.model_name})
 
 
@@ -112,15 +123,13 @@ async def infill(request: Request) -> Response:
 async def _answered(request: Request, body: LlamaFields, prompts: list[str | list[int]], *, several: bool) -> Response:
     """The embedded engine's answer."""
     state = state_of(request)
-    await resolve_biases(state, body)
-    if body.json_schema is not None:
-        wanted = AnswerSchema(body.json_schema or {"type": "object"}, "json_schema", strict=False)
-        body.grammar = await reply_grammar(state.sandbox, _PLAIN, ToolsChoice(()), wanted)
+    await resolve_sampling(state, body)
+    body.grammar = await grammar_of(state, body)
     requests = [
         Generate(
             id=0,
             prompt=prompt,
-            max_tokens=body.most,
+            max_tokens=most_tokens(state, body.most),
             stop=body.stop or [],
             sampling=body.sampling(index),
             logprobs=body.logprobs,
@@ -129,7 +138,9 @@ async def _answered(request: Request, body: LlamaFields, prompts: list[str | lis
         for prompt in prompts
         for index in range(body.n)
     ]
-    shape = LlamaShape(body, state.model_name, requests, several=several or body.n > 1)
+    shape = LlamaShape(
+        body, state.model_name, requests, await texts_of(state, prompts, body.n), several=several or body.n > 1
+    )
     return await answer(request, run_of(request, requests, body.n), shape, stream=body.stream)
 
 
@@ -142,13 +153,25 @@ async def _passed_on(request: Request, path: str) -> Response | None:
     state.check_model(None, request.state.key)
     if not isinstance(state.engine.in_force, NativeEngine):
         return None
-    work = _Work(request, path, {name: value for name, value in body.items() if name != "model"})
+    work = _Work(request, path, _with_defaults(state, body))
     if not body.get("stream"):
         return await unless_gone(request.receive, work.whole())
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(work)
         await begun(request.receive, work.first())
         return EventStream(work.chunks(), stack.pop_all())
+
+
+def _with_defaults(state: AppState, body: dict[str, Any]) -> dict[str, Any]:
+    """The body for llama-server, with what the model's settings say of sampling; the GGUF's part it knows itself."""
+    defaults = dict(state.settings.model.sampling)
+    limits = {"n_predict", "max_tokens", "max_completion_tokens"}
+    given = {name: value for name, value in body.items() if value is not None and name != "model"}
+    if most := defaults.pop("max_tokens", None):
+        given = {name: value for name, value in given.items() if name not in limits or value != -1}
+        if not limits & given.keys():
+            defaults["n_predict"] = most
+    return defaults | given
 
 
 def _native(engine: Engine, path: str) -> NativeEngine:

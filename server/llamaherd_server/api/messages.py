@@ -12,7 +12,6 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BeforeValidator, Field, Tag, model_validator
 
 from llamaherd_server.api.answer import answer, json_response, run_of
-from llamaherd_server.api.bias import resolve_biases
 from llamaherd_server.api.chat_fields import (
     MOST_TOOLS,
     Name,
@@ -26,6 +25,7 @@ from llamaherd_server.api.conversation import Conversation, prepare
 from llamaherd_server.api.fields import Body, Ignored, Lenient, SamplingFields, Text
 from llamaherd_server.api.messages_shape import MessagesShape
 from llamaherd_server.api.routing import ModelRoute
+from llamaherd_server.api.sampling import resolve_sampling
 from llamaherd_server.api.state import state_of
 from llamaherd_server.chat.tools import Tool
 from llamaherd_server.errors import unsupported
@@ -256,7 +256,7 @@ async def messages(body: MessagesRequest, request: Request) -> Response:
     state = state_of(request)
     state.check_model(body.model, request.state.key)
     chat = await prepare(state, await beside(request, body.conversation))
-    await resolve_biases(state, body)
+    await resolve_sampling(state, body)
     generation = chat.generate(body.sampling(), max_tokens=body.max_tokens, stop=body.stop_sequences)
     shape = MessagesShape(state.model_name, chat.reader)
     return await answer(request, run_of(request, [generation]), shape, stream=body.stream)

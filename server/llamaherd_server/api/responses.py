@@ -12,7 +12,6 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BeforeValidator, Field, Tag, model_validator
 
 from llamaherd_server.api.answer import answer, run_of
-from llamaherd_server.api.bias import resolve_biases
 from llamaherd_server.api.chat_fields import (
     MOST_TOOLS,
     Name,
@@ -26,6 +25,7 @@ from llamaherd_server.api.conversation import Conversation, prepare
 from llamaherd_server.api.fields import Body, Ignored, Lenient, Limit, SamplingFields, StreamOptions
 from llamaherd_server.api.responses_shape import ResponsesShape
 from llamaherd_server.api.routing import ModelRoute
+from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import state_of
 from llamaherd_server.chat.tools import Tool
 from llamaherd_server.errors import unsupported
@@ -281,8 +281,8 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation, in the shape of OpenAI's responses."""
     state = state_of(request)
     state.check_model(body.model, request.state.key)
-    await resolve_biases(state, body)
+    await resolve_sampling(state, body)
     chat = await prepare(state, await beside(request, body.to_prepare))
-    generation = chat.generate(body.sampling(), max_tokens=body.max_output_tokens)
+    generation = chat.generate(body.sampling(), max_tokens=most_tokens(state, body.max_output_tokens))
     shape = ResponsesShape(state.model_name, chat.reader, body.told_back())
     return await answer(request, run_of(request, [generation]), shape, stream=body.stream)

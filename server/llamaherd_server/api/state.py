@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,17 @@ class AppState:
         if info is None:
             raise ApiError(503, "the model is loading", code="model_loading", retry_after=5)
         return info
+
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Fields of requests by name, where a request leaves them out: by the settings, else by the model."""
+        return {**self.model_info().sampling, **self.settings.model.sampling}
+
+    @property
+    def fingerprint(self) -> str:
+        """Another one where equal seeds may give other samples: another build, engine or model."""
+        info = self.model_info()
+        told = f"{self.engine.status().kind} {info.build} {info.description} {info.n_params} {info.size_bytes}"
+        return f"b{zlib.crc32(told.encode()):08x}"
 
     def all(self) -> list[AppState]:
         """Every model's, once."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from llamaherd_server.api.answer import Choice
 from llamaherd_server.api.fields import GenerationFields
+from llamaherd_server.api.llama_answer import native_answer, timings_object
+from llamaherd_server.api.state import AppState
 from llamaherd_server.errors import ApiError
 from llamaherd_server.serving.meter import Usage
-from llamaherd_server.wire.protocol import Finished
+from llamaherd_server.wire.protocol import Finished, Generate
 
 _DONE = b"data: [DONE]\n\n"
 # Line ends that JSON may hold as they are, and at which clients in Python (httpx's iter_lines) would cut an event.
@@ -32,12 +36,20 @@ class Options:
     """What a request asked to be told besides its text."""
 
     model: str
-    include_usage: bool
+    fingerprint: str
+    include_usage: bool = False
+    # Of a choice: its index, its end and its text; what it gives is put into the answer, as llama-server does.
+    verbose: Callable[[int, Finished, str], dict[str, Any]] | None = None
 
     @classmethod
-    def of(cls, body: GenerationFields, model: str) -> Options:
+    def of(cls, body: GenerationFields, state: AppState, requests: list[Generate]) -> Options:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        return cls(model, include_usage)
+
+        def verbose(index: int, end: Finished, text: str) -> dict[str, Any]:
+            shown = {"stream": body.stream, "timings_per_token": body.timings_per_token}
+            return native_answer(requests[index], state.model_name, index, end, text, **shown)
+
+        return cls(state.model_name, state.fingerprint, include_usage, verbose if body.verbose else None)
 
 
 class Envelope:
@@ -49,8 +61,10 @@ class Envelope:
             "object": kind,
             "created": int(time.time()),
             "model": options.model,
+            "system_fingerprint": options.fingerprint,
         }
         self._open = b"data: " + encode(self.head)[:-1]
+        self._verbose = options.verbose
         self._include_usage = options.include_usage
         self._timings = b"null"
         # OpenAI: all chunks but the last have a null usage when usage was asked for
@@ -60,11 +74,20 @@ class Envelope:
         """An event with one choice; `body`: its fields besides the index, encoded, without braces."""
         return b'%b,"choices":[{"index":%d,%b}]%b' % (self._open, index, body, self._close)
 
-    def finish(self, index: int, body: bytes, timings: dict[str, Any]) -> bytes:
-        """The event that ends a choice; `timings` stand in the stream's last event, as llama-server has it."""
-        self._timings = encode(timings)
+    def finish(self, index: int, body: bytes, end: Finished) -> bytes:
+        """The event that ends a choice; its timings stand in the stream's last event, as llama-server has it."""
+        self._timings = encode(timings_object(end))
         event = self.choice(index, body)
+        if self._verbose:
+            more = b',"__verbose":' + encode(self._verbose(index, end, ""))
+            event = event.removesuffix(b"}\n\n") + more + b"}\n\n"
         return event if self._include_usage else event.removesuffix(b"}\n\n") + self._timed()
+
+    def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
+        """What an answer in one object has after its choices."""
+        first = choices[0]
+        more = {"__verbose": self._verbose(0, first.end, first.text)} if self._verbose else {}
+        return {"usage": usage_object(usage), "timings": timings_object(first.end), **more}
 
     def _timed(self) -> bytes:
         return b',"timings":' + self._timings + b"}\n\n"
@@ -92,25 +115,4 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
-
-
-def timings_object(event: Finished) -> dict[str, Any]:
-    """llama-server's timings of one generation."""
-    prompt_n = event.prompt_tokens - event.cached_tokens
-    return {
-        "cache_n": event.cached_tokens,
-        **_rates("prompt", prompt_n, event.prompt_s),
-        **_rates("predicted", event.completion_tokens, event.decode_s, begun=1),  # the first one is the prompt's
-    }
-
-
-def _rates(name: str, count: int, seconds: float, begun: int = 0) -> dict[str, float]:
-    """`begun`: of the `count` tokens, those that were there when the time began."""
-    timed = max(0, count - begun)
-    return {
-        f"{name}_n": count,
-        f"{name}_ms": seconds * 1000,
-        f"{name}_per_token_ms": seconds * 1000 / timed if timed else 0.0,
-        f"{name}_per_second": timed / seconds if timed and seconds else 0.0,
     }

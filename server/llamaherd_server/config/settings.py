@@ -22,7 +22,8 @@ from pydantic_settings import (
 from llamaherd_server.config.engine_settings import merge
 from llamaherd_server.config.extra_args import check_extra_args
 from llamaherd_server.errors import nearest
-from llamaherd_server.wire.protocol import Adapter, EngineKind, EngineSettings
+from llamaherd_server.wire.protocol import Adapter, EngineKind, EngineSettings, Sampling
+from llamaherd_server.wire.sampling_values import checked
 
 
 class SettingsError(Exception):
@@ -68,6 +69,19 @@ class AuthSettings(Section):
     keys_file: Path | None = None
 
 
+def _checked_sampling(given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of requests with values that the engines take."""
+    known = {*Sampling.__struct_fields__, "max_tokens"} - {"grammar", "logit_bias"}
+    if unknown := next((name for name in given if name not in known), None):
+        raise ValueError(f"unknown field {unknown!r}{nearest(unknown, known)}")
+    try:
+        msgspec.convert({name: value for name, value in given.items() if name != "max_tokens"}, Sampling)
+        msgspec.convert(given.get("max_tokens", 1), Annotated[int, msgspec.Meta(ge=1)])
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
+    return checked(given, n_vocab=2**31, context=2**31)
+
+
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
 # As an alias: the model answers to every name that is no other model's.
 ANY_NAME = "*"
@@ -85,7 +99,8 @@ class ModelSettings(Section):
     """A model that is served. `gpu_layers` -1: all; `mmproj`: a multimodal projector, for llama-server.
 
     `chat_template`: a Jinja file that goes before the GGUF's own. `chat_template_kwargs`: variables for it, where a
-    request gives none of the name. `aliases`: of the only model, ["*"] unless given.
+    request gives none of the name. `sampling`: fields of requests, `max_tokens` among them, where a request leaves them
+    out. `aliases`: of the only model, ["*"] unless given.
     """
 
     name: ModelName
@@ -95,6 +110,7 @@ class ModelSettings(Section):
     mmproj: ExistingFile | None = None
     chat_template: ExistingFile | None = None
     chat_template_kwargs: dict[str, Any] = {}
+    sampling: Annotated[dict[str, Any], AfterValidator(_checked_sampling)] = {}
     lora: list[AdapterSettings] = []
 
     def adapters(self) -> list[Adapter]:

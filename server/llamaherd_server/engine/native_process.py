@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import math
 import os
 import secrets
 import shutil
@@ -26,12 +27,14 @@ from llamaherd_server.wire.protocol import (
     ModelInfo,
     NativeConfig,
     Ready,
+    Sampling,
     Stats,
     Step,
 )
 
 _LOADING_POLL_S = 0.05
 _HEARTBEAT_S = 1.0
+_RANDOM_SEED = 2**32 - 1
 # Below the 5 s after which llama-server closes an idle connection.
 _KEEPALIVE_S = 2.0
 _PR_SET_PDEATHSIG = 1
@@ -129,6 +132,7 @@ class NativeProcess(ChildProcess):
                 eos_token=props["eos_token"],
                 chat_template=props["chat_template"] or None,
                 pooling="rank" if {"--rerank", "--reranking"} & {*self._config.extra_args} else "mean",
+                sampling=_defaults(props["default_generation_settings"]["params"]),
                 build=props["build_info"],
             ),
             settings=self._config.settings,
@@ -165,3 +169,13 @@ def _cells(settings: EngineSettings) -> int:
 def _end_with_parent() -> None:
     """Linux ends the process when the front end is killed, which no handler of ours could do (prctl(2))."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _defaults(params: dict[str, Any]) -> dict[str, int | float]:
+    """What the GGUF and the command line say of sampling, where that is not llama-server's default anyway."""
+    usual = msgspec.structs.asdict(Sampling()) | {"seed": _RANDOM_SEED, "max_tokens": -1}
+    return {
+        name: value
+        for name, value in params.items()
+        if isinstance(default := usual.get(name), int | float) and not math.isclose(value, default, rel_tol=1e-6)
+    }

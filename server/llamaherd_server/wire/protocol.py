@@ -210,6 +210,9 @@ class ModelInfo(Struct, tag="model", kw_only=True):
     chat_template: str | None
     pooling: Pooling = "mean"  # of its embeddings; rank: it has scores for /v1/rerank instead
     fim: tuple[str, str, str] | None = None  # what stands before a text, its suffix, and the middle to be filled in
+    sampling: dict[str, int | float] = field(
+        default_factory=dict
+    )  # its defaults by the names of Sampling, and max_tokens
     build: str  # llama.cpp's system info line
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llamaherd_server.gguf import GgufError, Shape, read_header, shape
-from llamaherd_server.wire.protocol import ModelInfo, Pooling, WorkerConfig
+from llamaherd_server.wire.protocol import ModelInfo, Pooling, Sampling, WorkerConfig
+from llamaherd_server.wire.sampling_values import checked
 from llamaherd_server.worker.forkserver import Forkserver
 from llamaherd_server.worker.lib import Log
 from llamaherd_server.worker.vocabulary import Vocabulary
@@ -18,6 +19,12 @@ MAGIC = b"GGUF"
 MEAN_POOLING, RANK_POOLING = 1, 4  # llama_pooling_type
 POOLING_NAMES: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last", 4: "rank"}
 PROGRESS_STEP = 0.05
+# Metadata below general.sampling, by the names of Sampling.
+SAMPLING_KEYS = {
+    **{"temperature": "temp", "repeat_last_n": "penalty_last_n", "repeat_penalty": "penalty_repeat"},
+    **{name: name for name in ("top_k", "top_p", "min_p", "xtc_probability", "xtc_threshold")},
+    **{name: name for name in ("mirostat", "mirostat_tau", "mirostat_eta")},
+}
 
 
 class ModelError(Exception):
@@ -116,6 +123,7 @@ class Model(Vocabulary):
             chat_template=self._template or (template.decode(errors="replace") if template else None),
             pooling=POOLING_NAMES[self.pooling],
             fim=self._fim(),
+            sampling=self._sampling(),
             build=lib.llama_print_system_info().decode(errors="replace").strip(),
         )
 
@@ -124,6 +132,17 @@ class Model(Vocabulary):
         if min(pre, suf, mid) < 0:
             return None
         return self._special(pre), self._special(suf), self._special(mid)
+
+    def _sampling(self) -> dict[str, int | float]:
+        """The GGUF's defaults that llama.cpp can take."""
+        usual, found = Sampling(), dict[str, int | float]()
+        for name, key in SAMPLING_KEYS.items():
+            try:
+                number = type(getattr(usual, name))(float(self.meta(f"general.sampling.{key}")))
+                found |= checked({name: number}, n_vocab=self.n_vocab, context=self.n_ctx_train)
+            except (ValueError, OverflowError):
+                continue
+        return found
 
     def _special(self, token: int) -> str:
         return self.piece(token, special=True).decode(errors="replace") if token >= 0 else ""

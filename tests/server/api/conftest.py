@@ -55,9 +55,11 @@ def serve(tmp_path: Path) -> Serve:
         keys: str | None = None,
         http: dict[str, Any] | None = None,
         aliases: Sequence[str] | None = (),
+        sampling: dict[str, Any] | None = None,
         **limits: Any,
     ) -> AsyncIterator[Served]:
         named = {"name": "double", "path": model, **({} if aliases is None else {"aliases": [*aliases]})}
+        named["sampling"] = sampling or {}
         named["chat_template_kwargs"] = {"enable_thinking": False}
         table: dict[str, Any] = {"model": named, "limits": limits, "http": http or {}}
         table["engine"] = {"parallel": double.settings.parallel}

@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from llamaherd_server.api.llama_fields import SAMPLERS
 from llamaherd_server.engine.base import Event
 from llamaherd_server.wire.errors import EngineError
-from llamaherd_server.wire.protocol import Delta, Generate, Logprob, Started, TokenLogprob
+from llamaherd_server.wire.protocol import Delta, Generate, Logprob, Sampling, Started, TokenLogprob
 
 from .conftest import Serve
 from .double import MODEL, Double, finished
@@ -90,10 +91,13 @@ async def test_only_the_fields_that_are_asked_for(serve: Serve) -> None:
     [
         ({"n_predictt": 1}, "n_predictt"),
         ({"post_sampling_probs": True}, "post_sampling_probs"),
+        ({"dynatemp_range": 0.5}, "dynatemp_range"),
+        ({"lora": [{"id": 0, "scale": 1}]}, "lora"),
         ({"grammar": 'root ::= "a"', "json_schema": {}}, "grammar"),
         ({"prompt": {"prompt_string": "x", "multimodal_data": ["AAAA"]}}, "prompt"),
         ({"prompt": []}, "prompt"),
-        ({"samplers": ["top_k"]}, "samplers"),
+        ({"samplers": ["top_p", "top_k"]}, "samplers"),
+        ({"samplers": "ki"}, "samplers"),
     ],
 )
 async def test_what_cannot_be_honoured_is_refused(serve: Serve, fields: dict[str, Any], param: str) -> None:
@@ -103,9 +107,94 @@ async def test_what_cannot_be_honoured_is_refused(serve: Serve, fields: dict[str
     assert not double.seen
 
 
-async def test_a_schema_is_a_grammar(serve: Serve) -> None:
+TURNS = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 9, "model": "double"}
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": TURNS,
+    "/v1/completions": {"prompt": "x"},
+    "/completion": {"prompt": "x"},
+    "/v1/responses": {"input": "x"},
+    "/v1/messages": TURNS,
+}
+OFF = {
+    **{"dynatemp_range": 0, "dynatemp_exponent": 1, "top_n_sigma": -1, "adaptive_target": -1, "min_keep": 0},
+    **{"t_max_predict_ms": 0, "n_indent": 0, "lora": [], "n_keep": -1, "backend_sampling": True, "verbose": False},
+    **{"timings_per_token": True, "return_tokens": False, "reasoning_budget_tokens": -1, "samplers": [*SAMPLERS]},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_llama_servers_fields_are_taken_where_they_change_nothing(serve: Serve, path: str) -> None:
     async with serve(double := Double()) as served:
-        await served.http.post("/completion", json={"prompt": "x", "json_schema": {"const": "42"}})
+        for fields in ({}, OFF):
+            assert (await served.http.post(path, json={**BODIES[path], **fields})).status_code == 200
+        refused = await served.http.post(path, json={**BODIES[path], "top_n_sigma": 1.5})
+    plain, off = double.seen
+    assert off.sampling == plain.sampling
+    assert refused.status_code == 400
+    assert "top_n_sigma" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("samplers", [["top_k", "temp"], "kt", ["Top-K", "temperature"]])
+async def test_samplers_left_out_of_the_list_are_off(serve: Serve, samplers: Any) -> None:
+    async with serve(double := Double()) as served:
+        await served.http.post("/completion", json={"prompt": "x", "top_p": 0.5, "samplers": samplers})
+    assert double.seen[0].sampling == Sampling(top_p=1.0, min_p=0.0)
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_a_models_own_defaults_are_for_what_a_request_leaves_out(serve: Serve, path: str) -> None:
+    model = msgspec.structs.replace(MODEL, sampling={"temperature": 0.1, "top_k": 5, "min_p": 0.2})
+    async with serve(
+        double := Double(model=model), sampling={"temperature": 0.3, "seed": 7, "max_tokens": 2}
+    ) as served:
+        await served.http.post(path, json={**BODIES[path], "top_k": 9})
+        props = (await served.http.get("/props")).json()["default_generation_settings"]["params"]
+    [request] = double.seen
+    assert request.sampling == Sampling(temperature=0.3, top_k=9, min_p=0.2, seed=7)
+    assert request.max_tokens == (9 if "max_tokens" in BODIES[path] else 2)
+    assert {name: props[name] for name in ("temperature", "top_k", "seed", "n_predict", "top_p")} == {
+        **{"temperature": 0.3, "top_k": 5, "seed": 7, "n_predict": 2, "top_p": 0.95}
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [(path, BODIES[path]) for path in ("/v1/chat/completions", "/v1/completions")]
+)
+async def test_verbose_shows_llama_servers_own_object(serve: Serve, path: str, body: dict[str, Any]) -> None:
+    async with serve(double := Double(tokens=2)) as served:
+        whole = (await served.http.post(path, json={**body, "verbose": True})).json()
+        stream = await served.http.post(path, json={**body, "verbose": True, "stream": True})
+        plain = (await served.http.post(path, json=body)).json()
+    assert (whole["__verbose"]["prompt"], whole["__verbose"]["content"]) == (double.seen[0].prompt, "w0 w1 ")
+    assert [("__verbose" in line, '"timings"' in line) for line in stream.text.split("\n\n")[-3:-2]] == [(True, True)]
+    assert "__verbose" not in plain
+    assert plain["system_fingerprint"] == whole["system_fingerprint"]
+
+
+async def test_probabilities_are_asked_for_by_either_name(serve: Serve) -> None:
+    asked = [
+        *[("/v1/chat/completions", {"n_probs": 3}), ("/v1/chat/completions", {"logprobs": 3})],
+        *[("/v1/completions", {"n_probs": 3}), ("/completion", {"logprobs": 3})],
+    ]
+    async with serve(double := Double()) as served:
+        for path, fields in asked:
+            assert (await served.http.post(path, json={**BODIES[path], **fields})).status_code == 200
+    assert [request.logprobs for request in double.seen] == [3, 3, 3, 3]
+
+
+async def test_a_stream_leaves_out_fields_at_its_end_only(serve: Serve) -> None:
+    body = {"prompt": [97, 98], "stream": True, "response_fields": ["stop", "prompt"]}
+    async with serve(Double(tokens=1)) as served:
+        reply = await served.http.post("/completion", json=body)
+    first, last = [json.loads(line[6:]) for line in reply.text.split("\n\n") if line]
+    assert first["content"] == "w0 "
+    assert last == {"stop": True, "prompt": "ab"}
+
+
+@pytest.mark.parametrize("path", ["/completion", "/v1/completions"])
+async def test_a_schema_is_a_grammar(serve: Serve, path: str) -> None:
+    async with serve(double := Double()) as served:
+        await served.http.post(path, json={"prompt": "x", "json_schema": {"const": "42"}})
     assert "42" in str(double.seen[0].sampling.grammar)
 
 

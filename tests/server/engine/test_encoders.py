@@ -36,9 +36,11 @@ async def vectors(engine: EmbeddedEngine, question: Embed) -> list[list[float]]:
 
 @pytest.mark.parametrize("pooling", [gguf.PoolingType.CLS, gguf.PoolingType.MEAN, gguf.PoolingType.LAST])
 async def test_an_encoders_embeddings_are_llama_servers(tmp_path: Path, pooling: gguf.PoolingType) -> None:
-    path = write_encoder(tmp_path / "encoder.gguf", pooling)
+    path = write_encoder(tmp_path / "encoder.gguf", pooling, temp=0.25, top_k=3, top_p=9)
     data = theirs(path, "/v1/embeddings", {"input": TEXTS}, "--embedding")["data"]
     async with running(path=path) as engine:
+        assert (info := engine.status().model)
+        assert info.sampling == {"temperature": 0.25, "top_k": 3}  # a top_p of 9 is none
         ours = await vectors(engine, Embed(0, [*TEXTS]))
         for mine, one in zip(ours, data, strict=True):
             assert mine == pytest.approx(one["embedding"], abs=1e-3)

@@ -30,9 +30,11 @@ def write_lora(path: Path, weight: str, n_in: int, n_out: int) -> Path:
     return path
 
 
-def write_encoder(path: Path, pooling: gguf.PoolingType) -> Path:
-    """A BERT of a few thousand weights whose tokens are letters."""
+def write_encoder(path: Path, pooling: gguf.PoolingType, **sampling: float) -> Path:
+    """A BERT of a few thousand weights whose tokens are letters; `sampling`: its metadata of that kind."""
     writer = gguf.GGUFWriter(path, "bert")
+    for name, value in sampling.items():
+        writer.add_float32(f"general.sampling.{name}", value)
     writer.add_context_length(N_CTX)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(LAYERS)

@@ -201,3 +201,17 @@ def test_the_key_is_not_among_the_arguments(server: Server, http: httpx.Client) 
     process = Path(f"/proc/{pid(http)}")
     environment = dict(pair.split("=", 1) for pair in (process / "environ").read_text().split("\0") if "=" in pair)
     assert environment["LLAMA_API_KEY"] not in (process / "cmdline").read_text()
+
+
+def test_the_binarys_defaults_and_the_models_are_for_what_a_request_leaves_out(tmp_path: Path) -> None:
+    engine = native(extra_args=["--seed", "7", "--n-predict", "3"])
+    with running(tmp_path, engine=engine, model={"sampling": {"temperature": 0}}) as server:
+        http = httpx.Client(base_url=server.url, timeout=60)
+        props = http.get("/props").json()["default_generation_settings"]["params"]
+        chat = http.post("/v1/chat/completions", json={"messages": ASK["messages"], "verbose": True}).json()
+        own = http.post("/completion", json={"prompt": "x", "top_k": 9, "stop": None}).json()
+    for settings in (props, chat["__verbose"]["generation_settings"], own["generation_settings"]):
+        assert {name: settings[name] for name in ("seed", "n_predict", "temperature")} == {
+            **{"seed": 7, "n_predict": 3, "temperature": 0}
+        }
+    assert chat["usage"]["completion_tokens"] == 3
