@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from llamaherd_server.api.answer import answer, json_response, run_of
 from llamaherd_server.api.chat_fields import MOST_TOOLS, Message, NamedChoice, ResponseFormat, ToolField, choice_of
 from llamaherd_server.api.chat_shape import ChatShape
-from llamaherd_server.api.conversation import Conversation, prepare
+from llamaherd_server.api.conversation import Conversation, counted, prepare
 from llamaherd_server.api.fields import GenerationFields, Ignored, Limit
 from llamaherd_server.api.llama_fields import renamed
 from llamaherd_server.api.media import Collected
@@ -136,6 +136,4 @@ async def apply_template(body: ChatRequest, request: Request) -> Response:
 async def input_tokens(body: ChatRequest, request: Request) -> Response:
     """How many tokens a chat has in the model's own chat format, as llama-server counts them."""
     state = state_of(request)
-    chat = await prepare(state, body.conversation())
-    count = await state.engine.count_tokens(chat.prompt, add_special=chat.add_special)
-    return json_response({"object": "response.input_tokens", "input_tokens": count})
+    return await counted(state, await prepare(state, await beside(request, body.conversation)))

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from fastapi import Response
 
+from llamaherd_server.api.answer import json_response
 from llamaherd_server.api.media import Collected
 from llamaherd_server.api.state import AppState
 from llamaherd_server.chat import template
@@ -75,6 +77,9 @@ async def prepare(state: AppState, conversation: Conversation) -> Prepared:
     elif known.id_length:
         messages = list(with_ids_of(known.id_length, messages))
     variables = {**state.settings.model.chat_template_kwargs, **conversation.variables}
+    if not isinstance(thinks := variables.get("enable_thinking", True), bool):  # a text "false" is true in a template
+        message = f"enable_thinking {thinks!r} must be true or false"
+        raise ApiError(400, message, param="chat_template_kwargs", code="invalid_value")
     tools = [tool.for_template() for tool in choice.tools]
     prompt = await template.render(state.sandbox, model, messages, variables, tools=tools, traits=traits)
     thinking = thinking_of(source) if conversation.split_reasoning and form is not HARMONY else None
@@ -89,3 +94,9 @@ async def prepare(state: AppState, conversation: Conversation) -> Prepared:
     answer = None if schema is None else AnswerSchema(schema, field_, conversation.answer_strict)
     grammar = await reply_grammar(state.sandbox, reader, choice, answer)
     return Prepared(prompt, template.adds_special(model, prompt), grammar, reader, conversation.media.media())
+
+
+async def counted(state: AppState, chat: Prepared) -> Response:
+    """The answer that says how many tokens the conversation has, as OpenAI and llama-server give it."""
+    count = await state.engine.count_tokens(chat.prompt, add_special=chat.add_special)
+    return json_response({"object": "response.input_tokens", "input_tokens": count})

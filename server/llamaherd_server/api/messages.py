@@ -197,7 +197,7 @@ class OutputConfig(Lenient):
 class CountRequest(Body):
     """A conversation."""
 
-    model: str = Field(description="A name of /v1/models.")
+    model: str | None = Field(None, description="A name of /v1/models; left out: the model that is served.")
     messages: list[Turn] = Field(min_length=1, max_length=4096, description="The conversation so far.")
     system: Annotated[list[TextBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock])] = (
         Field([], description="What stands before the conversation.")

@@ -29,6 +29,9 @@ class RerankRequest(Body):
 
 
 @router.post("/v1/rerank", response_class=Response)
+@router.post("/rerank", response_class=Response, include_in_schema=False)
+@router.post("/reranking", response_class=Response, include_in_schema=False)
+@router.post("/v1/reranking", response_class=Response, include_in_schema=False)
 async def rerank(body: RerankRequest, request: Request) -> Response:
     """The documents' indices and scores, the most relevant first. Needs a model with a ranking head."""
     state = state_of(request)

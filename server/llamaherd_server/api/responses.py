@@ -21,7 +21,7 @@ from llamaherd_server.api.chat_fields import (
     only_types,
     template_call,
 )
-from llamaherd_server.api.conversation import Conversation, prepare
+from llamaherd_server.api.conversation import Conversation, counted, prepare
 from llamaherd_server.api.fields import Body, Ignored, Lenient, Limit, SamplingFields, StreamOptions
 from llamaherd_server.api.responses_shape import ResponsesShape
 from llamaherd_server.api.routing import ModelRoute
@@ -274,6 +274,14 @@ def _turns(items: list[Item]) -> list[dict[str, Any]]:
         else:
             turns.append({"role": item.role, "content": item.content})
     return turns
+
+
+@router.post("/v1/responses/input_tokens", response_class=Response)
+async def response_input_tokens(body: ResponsesRequest, request: Request) -> Response:
+    """How many tokens a conversation has in the model's own chat format."""
+    state = state_of(request)
+    chat = await prepare(state, await beside(request, body.to_prepare))
+    return await counted(state, chat)
 
 
 @router.post("/v1/responses", response_class=Response)

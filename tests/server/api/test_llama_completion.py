@@ -191,6 +191,13 @@ async def test_a_stream_leaves_out_fields_at_its_end_only(serve: Serve) -> None:
     assert last == {"stop": True, "prompt": "ab"}
 
 
+async def test_an_empty_stop_stops_nothing(serve: Serve) -> None:
+    async with serve(double := Double()) as served:
+        for stop in ("", ["", "zz"]):
+            assert (await served.http.post("/completion", json={"prompt": "x", "stop": stop})).status_code == 200
+    assert [request.stop for request in double.seen] == [[], ["zz"]]
+
+
 @pytest.mark.parametrize("path", ["/completion", "/v1/completions"])
 async def test_a_schema_is_a_grammar(serve: Serve, path: str) -> None:
     async with serve(double := Double()) as served:
@@ -217,13 +224,17 @@ async def test_the_routes_without_v1_are_there(serve: Serve) -> None:
             (await served.http.post(f"{prefix}/chat/completions/input_tokens", json=turns)).json()["input_tokens"]
             for prefix in ("", "/v1")
         ]
+        asked = {"input": "Hello"}
+        counted.append((await served.http.post("/v1/responses/input_tokens", json=asked)).json()["input_tokens"])
         models = [(await served.http.get(path)).json() for path in ("/models", "/v1/models")]
         health = [(await served.http.get(path)).status_code for path in ("/health", "/v1/health")]
         vectors = (await served.http.post("/embeddings", json={"content": ["a", "b"]})).json()
+        mixed = (await served.http.post("/tokenize", json={"content": [7, "ab", "c"], "model": "double"})).json()
         pieces = (await served.http.post("/tokenize", json={"content": "ab", "with_pieces": True})).json()
     assert chat.json()["object"] == "chat.completion"
-    assert counted == [len(str(double.seen[0].prompt))] * 2
+    assert counted == [len(str(double.seen[0].prompt))] * 3
     assert models[0] == models[1]
+    assert mixed == {"tokens": [7, 97, 98, 99]}
     assert health == [200, 200]
     assert vectors == [{"index": 0, "embedding": [[1.0]]}, {"index": 1, "embedding": [[1.0]]}]
     assert pieces == {"tokens": [{"id": 97, "piece": "a"}, {"id": 98, "piece": "b"}]}
