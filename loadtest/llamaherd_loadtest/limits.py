@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from llamaherd_loadtest.quantiles import Judgement, judge_share, quantile
+from llamaherd_loadtest.quantiles import Judgement, judge_share, quantile, unbiased_quantile
 from llamaherd_loadtest.samples import OK, Sample
 
 METRICS = ("ttft", "tpot", "itl", "gap", "e2e")
@@ -108,10 +108,14 @@ def judge_errors(errors: int, total: int) -> Judgement:
     return Judgement.MISSES if judgement is Judgement.MISSES else Judgement.UNRESOLVED
 
 
-def observe(limit: Limit, samples: list[Sample]) -> float | None:
-    """The limited figure of these requests, milliseconds; None where no request has it."""
+def observe(limit: Limit, samples: list[Sample], *, unbiased: bool = False) -> float | None:
+    """The limited figure of these requests, milliseconds; None where no request has it.
+
+    `unbiased`: not the requests' own quantile, but what they say of the quantile of all that could be sent.
+    """
     values = sorted(v * 1000 for s in samples if s.outcome == OK for v in _values(limit.metric, s))
-    return quantile(values, limit.p) if values else None
+    figure = unbiased_quantile if unbiased else quantile
+    return figure(values, limit.p) if values else None
 
 
 def _values(metric: str, sample: Sample) -> list[float]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections import Counter
+from collections.abc import Callable
+
+from msgspec.structs import replace
 
 from llamaherd_loadtest.limits import parse_limit
 from llamaherd_loadtest.quantiles import Judgement
-from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement, judge_errors
+from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement, Record, judge_errors
 from llamaherd_loadtest.tune.search import Search
-from llamaherd_loadtest.tune.settings import Settings
+from llamaherd_loadtest.tune.settings import Settings, key
+from llamaherd_loadtest.tune.space import DEFAULT_SPACE, candidates
 from llamaherd_loadtest.tune.verdict import make_verdict
 
 from .simulated import CURRENT, GRID, GRID_S, LIMITS, SimulatedServer, search
@@ -94,7 +100,7 @@ def test_settings_that_are_always_spoiled_are_set_aside() -> None:
 
 
 def test_a_few_failed_requests_say_nothing() -> None:
-    class Failing:
+    class Erring:
         """The current settings fail `errors` of 81 requests; no others are better."""
 
         def __init__(self, errors: int) -> None:
@@ -109,7 +115,7 @@ def test_a_few_failed_requests_say_nothing() -> None:
             )
 
     for errors, changes in ((0, False), (1, False), (20, True)):
-        tried = Search([CURRENT, GRID[0]], LIMITS, always=1, budget_s=60, bench=Failing(errors), seed=1)
+        tried = Search([CURRENT, GRID[0]], LIMITS, always=1, budget_s=60, bench=Erring(errors), seed=1)
         assert tried.run().change == changes
     judged = {
         errors: judge_errors([Measurement(took_s=1.0, requests=81 - errors, errors=errors)]) for errors in range(4)
@@ -134,11 +140,98 @@ def test_settings_that_keep_the_limits_replace_current_ones_that_miss_them() -> 
     assert server.passes(choice.record.settings)
 
 
-def test_current_settings_that_fail_end_the_search() -> None:
-    class Dead:
-        def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
-            return Measurement(took_s=1.0, fault="failed: no answer")
+class Failing:
+    """A simulated server on which `fails` says of settings, and of how often they were measured, whether they fail."""
 
-    tried = Search(GRID, LIMITS, always=2, budget_s=900, bench=Dead(), seed=1)
+    def __init__(self, server: SimulatedServer, fails: Callable[[Settings, int], bool]) -> None:
+        self._server, self._fails, self._seen = server, fails, Counter[str]()
+
+    def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
+        self._seen[key(settings)] += 1
+        if self._fails(settings, self._seen[key(settings)]):
+            return Measurement(took_s=1.0, fault="failed: no answer")
+        return self._server.measure(settings, window_s, seed, load)
+
+
+def test_current_settings_that_keep_failing_end_the_search() -> None:
+    tried = Search(GRID, LIMITS, always=2, budget_s=900, bench=Failing(SimulatedServer(3), lambda *_: True), seed=1)
     choice = tried.run()
-    assert (choice.change, choice.reason, tried.steps) == (False, "failed: no answer", 1)
+    assert (choice.change, choice.reason, tried.steps) == (False, "failed: no answer", 3)
+
+
+def test_one_failure_rules_nothing_out_and_a_second_one_in_other_company_does() -> None:
+    server = SimulatedServer(3)
+    best, shares = server.best(), []
+    for seed in range(5):
+        once = Failing(SimulatedServer(3), lambda settings, n: settings in (CURRENT, best) and n == 1)
+        tried = search(server, CURRENT, budget_s=BUDGET_S / 2, seed=seed, bench=once)
+        shares.append(server.truth(tried.run().record.settings)[0] / server.truth(best)[0])
+        assert not tried.records[0].fault and tried.records[0].confirmed
+    assert min(shares) >= 0.9
+    always = Failing(SimulatedServer(3), lambda settings, _: settings != CURRENT and settings["ubatch"] == 512)
+    tried = search(server, CURRENT, budget_s=BUDGET_S / 2, seed=1, bench=always)
+    assert tried.run().record.settings["ubatch"] != 512
+    counts = Counter(len(r.all_windows) for r in tried.records[1:] if r.settings["ubatch"] == 512 and r.all_windows)
+    assert max(counts) == 2, "and the time goes to others"
+
+
+def test_a_setting_that_failed_once_is_not_chosen_unless_it_works_again() -> None:
+    good, failed = Measurement(took_s=1.0, score=9.0, requests=50), Measurement(took_s=1.0, fault="failed: gone")
+    record = Record(CURRENT, screening=[good], confirming=[failed])
+    assert record.fault == "" and record.failed_once
+    again = replace(failed, valid_before=4)
+    assert Record(CURRENT, screening=[good], confirming=[failed, again]).fault == "failed: gone"
+    assert Record(CURRENT, screening=[failed, failed]).fault == ""
+    assert not Record(CURRENT, screening=[failed, good, good]).failed_once
+    assert Record(CURRENT, screening=[replace(failed, does_not_fit=True)]).fault == "failed: gone"
+
+
+class Slightly:
+    """Quiet windows: one setting is 5 % faster than all others, which are alike."""
+
+    def __init__(self, faster: Settings, noise: float) -> None:
+        self._faster, self._noise, self._draw = faster, noise, random.Random(1)
+
+    def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
+        speed = 100.0 * (1.05 if settings == self._faster else 1.0) * math.exp(self._draw.gauss(0, self._noise))
+        observed = {limit.name: limit.ms / 2 * math.exp(self._draw.gauss(0, self._noise)) for limit in LIMITS}
+        return Measurement(took_s=1.4 * window_s, score=speed, tokens_per_s=speed, requests=50, observed=observed)
+
+
+def test_a_quiet_host_shows_small_gains_and_ends_early() -> None:
+    space = candidates(CURRENT, {"parallel": [2, 4, 8], "ubatch": [128, 512], "kv_unified": [True, False]})
+    adopted, spent, changed = 0, [], 0
+    for seed in range(20):
+        faster = space[1 + seed % (len(space) - 1)]
+        tried = Search(space, LIMITS, always=1, budget_s=1800, bench=Slightly(faster, 0.01), seed=seed)
+        adopted += tried.run().record.settings == faster
+        spent.append(tried.spent_s / 1800)
+        changed += Search(space, LIMITS, always=1, budget_s=1800, bench=Slightly({}, 0.01), seed=seed).run().change
+    assert adopted >= 18
+    assert sum(spent) / len(spent) < 0.9
+    assert changed <= 1
+
+
+class Gpu:
+    """As a GPU is: throughput saturates at about 100 slots, memory ends at `most`."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._draw = most, random.Random(1)
+
+    def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
+        slots = int(settings["parallel"])
+        if slots > self._most:
+            return Measurement(took_s=1.0, fault="not launched: out of memory", does_not_fit=True)
+        speed = 90 * slots / (1 + slots / 100) * math.exp(self._draw.gauss(0, 0.03))
+        observed = {"ttft_p95": 100.0 + slots, "tpot_p95": 10 + slots / 20}
+        return Measurement(took_s=1.4 * window_s, score=speed, tokens_per_s=speed, requests=50, observed=observed)
+
+
+def test_the_space_grows_where_its_largest_settings_look_best() -> None:
+    space = candidates(CURRENT, DEFAULT_SPACE)
+    for most, chosen in ((16, {16}), (128, {128}), (4096, {512, 1024})):
+        tried = Search(space, LIMITS, always=1, budget_s=1800, bench=Gpu(most), seed=1, larger=lambda _: True)
+        assert tried.run().record.settings["parallel"] in chosen
+        assert max(int(r.settings["parallel"]) for r in tried.records) <= min(2 * most, 1024)
+    tried = Search(space, LIMITS, always=1, budget_s=1800, bench=Gpu(4096), seed=1)
+    assert tried.run().record.settings["parallel"] == 16

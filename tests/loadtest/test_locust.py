@@ -25,7 +25,7 @@ from llamaherd_loadtest.summary import distribution, json_schema
 from tests.server.conftest import Server
 
 from .conftest import KEY, Double
-from .double import CONTEXT, PREFILL_S
+from .double import PREFILL_S
 
 LOCUSTFILES = Path(__file__).parents[2] / "loadtest/locustfiles"
 WRITTEN = {"json-file": "stats", "samples": "samples.jsonl", "summary": "summary.json", "benchmark-report": "br.yml"}
@@ -100,77 +100,6 @@ def test_two_runs_send_no_prompt_twice(start_double: Callable[..., Double], key_
     assert len(prompts) == len(set(prompts))
 
 
-@pytest.mark.parametrize(
-    ("model", "fault"),
-    [
-        ("wedged", "the server stopped answering: nothing arrived"),
-        ("silent", "it ended before the server had answered a first request"),
-    ],
-)
-def test_a_server_that_does_not_answer_is_a_failed_run(
-    start_double: Callable[..., Double], key_file: Path, tmp_path: Path, model: str, fault: str
-) -> None:
-    done = locust("chat.py", start_double(), key_file, tmp_path, "-u", "2", "-r", "2", "-t", "6s", model=model)
-    assert done.returncode == 3, done.stderr
-    assert f"this run is invalid: {fault}" in done.stderr
-
-
-def test_an_open_loop_that_asks_too_much_says_how_many_were_late(
-    start_double: Callable[..., Double], key_file: Path, tmp_path: Path
-) -> None:
-    """4 slots make 4 answers of 20 tokens in about 0.45 s: half of what is asked for, so the queue grows to the end."""
-    more = ["--rate", "18", "--max-tokens", "20", "--limits", "ttft_p95=500ms", "-t", "8s", "--seed", "1"]
-    done = locust("chat_open.py", start_double(), key_file, tmp_path, *more)
-    summary = summary_of(tmp_path)
-    assert done.returncode == 3
-    assert re.search(r"this run is invalid: (over-saturated: \d+ requests waited|event loop|CPU)", done.stderr)
-    assert summary["judged"][0]["judgement"] == "misses" and summary["waited_s"] > 1
-    assert summary["cut_off"] > 20
-    good = summary["goodput"]["requests_per_s"] * summary["window_s"]
-    assert summary["goodput"]["attainment"] < 0.8 * good / summary["requests"]
-
-
-def test_a_few_errors_are_counted_and_many_are_a_fault(
-    start_double: Callable[..., Double], key_file: Path, tmp_path: Path
-) -> None:
-    more = ["-u", "4", "-r", "4", "-t", "3s", "--max-tokens", "2"]
-    done = locust("chat.py", start_double(), key_file, tmp_path, *more, model="flaky")
-    assert well(done), done.stderr
-    assert [*summary_of(tmp_path)["errors"]] == ["http 429"]
-    assert re.search(r"\d\.\d% \(0\.\d% to \d+\.\d%\) of the requests failed", done.stderr)
-    done = locust("chat.py", start_double(), key_file, tmp_path, *more, model="dropped")
-    assert done.returncode == 3
-    assert re.search(r"this run is invalid: \d+ of \d+ requests failed, most with connection", done.stderr)
-    url = start_double().url
-    where = ["--url", url, "--key-file", str(key_file), "--model", "dropped", "--window", "1", "--concurrency=2"]
-    command = [sys.executable, "-m", "llamaherd_loadtest.measure", *where]
-    measured = subprocess.run(command, check=False, capture_output=True, text=True, timeout=90)
-    assert (measured.returncode, measured.stdout, measured.stderr.count("\n")) == (1, "", 1)
-    assert "3 windows of 1 s were invalid, the last one: " in measured.stderr
-
-
-def test_files_that_cannot_be_written_are_one_clear_line_and_no_half_of_a_file(
-    double: Double, key_file: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "summary.json").write_text("the former one")
-    more = ["-u", "1", "--requests", "3", "--max-tokens", "2"]
-    small, ours = ["prlimit", "--fsize=500"], {"samples": "samples.jsonl", "summary": "summary.json"}
-    done = locust("chat.py", double, key_file, tmp_path, *more, model="paced", before=small, written=ours)
-    assert done.returncode == 2
-    assert f"cannot write {tmp_path}/samples.jsonl: File too large" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "requests, no errors" in done.stderr, "the figures are in the log"
-    assert (tmp_path / "summary.json").read_text() == "the former one"
-    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
-
-
-def test_locustfiles_that_both_measure_are_one_clear_line(double: Double, key_file: Path, tmp_path: Path) -> None:
-    done = locust("chat.py,chat_open.py", double, key_file, tmp_path, "-t", "1s")
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
-    assert "one locustfile measures at a time, not ChatUser and ChatArrivals: start Locust once for each" in done.stderr
-
-
 def test_an_open_loop_sends_on_schedule_and_counts_latency_from_it(
     double: Double, key_file: Path, tmp_path: Path
 ) -> None:
@@ -187,29 +116,6 @@ def test_an_open_loop_sends_on_schedule_and_counts_latency_from_it(
     answered = [s for s in samples if s.outcome == "ok"]
     assert all(s.ttft == (s.first or 0) - s.scheduled for s in answered)
     assert max(s.ttft or 0 for s in answered) > 3 * min(s.ttft or 0 for s in answered), "they queue for four slots"
-
-
-def test_an_unusable_server_ends_the_test_with_its_cause(double: Double, tmp_path: Path) -> None:
-    wrong = tmp_path / "key"
-    wrong.write_text("wrong")
-    for processes in ([], ["--processes", "2"]):
-        done = locust("chat.py", double, wrong, tmp_path, "-u", "1", "-t", "20s", *processes)
-        assert done.returncode == 2
-        assert f"{double.url} refuses the API key" in done.stderr
-
-
-def test_a_workload_larger_than_the_context_is_refused_before_any_load(
-    start_double: Any, key_file: Path, tmp_path: Path
-) -> None:
-    double = start_double()
-    done = locust("chat.py", double, key_file, tmp_path, "-u", "4", "-t", "20s", "--prompt-tokens", str(CONTEXT))
-    assert done.returncode == 2
-    longest = CONTEXT + 96
-    assert (
-        f"workload chat sends requests of up to {longest} tokens, answers included, and a slot of engine" in done.stderr
-    )
-    assert f"holds {CONTEXT}: raise the server's context per slot" in done.stderr
-    assert len(double.get("/log")) == 1, "nothing was sent but the request that calibrates"
 
 
 def test_the_summary_keeps_to_its_schema_and_exports_llm_ds_report(
@@ -347,12 +253,6 @@ def test_a_trace_is_replayed_at_its_times_with_its_lengths(double: Double, key_f
     samples = samples_of(tmp_path)
     assert [(s.prompt_tokens, s.tokens) for s in samples] == [(i, o) for _, i, o in rows]
     assert [s.scheduled - samples[0].scheduled for s in samples] == pytest.approx([0, 0, 0.5, 1.5], abs=1e-6)
-
-
-def test_a_run_that_never_was_full_is_invalid(double: Double, key_file: Path, tmp_path: Path) -> None:
-    done = locust("chat.py", double, key_file, tmp_path, "-u", "2", "-t", "2s", "--max-tokens", "900", model="paced")
-    assert "the load was never full: 0 of 2 users had warmed up" in summary_of(tmp_path)["fault"], done.stderr
-    assert "this run is invalid" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.tune.beliefs import Beliefs
-from llamaherd_loadtest.tune.evidence import Measurement, Record
+from llamaherd_loadtest.tune.capacity import judge
+from llamaherd_loadtest.tune.evidence import Measurement, Record, judge_over, score_noise
 from llamaherd_loadtest.tune.journal import Journal, ReplayBench, read_steps
 from llamaherd_loadtest.tune.search import Step
 from llamaherd_loadtest.tune.settings import difference, label
@@ -127,3 +129,22 @@ def test_a_resumed_search_ends_as_if_it_had_not_been_interrupted() -> None:
 def test_a_journal_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="nowhere"):
         Journal(tmp_path / "nowhere" / "journal.jsonl", "this host", 1, CURRENT)
+
+
+def test_a_limit_is_judged_by_the_requests_of_all_windows() -> None:
+    """A tenth of the requests above a p95 limit, in windows too small for a p95 each."""
+    windows = [Measurement(took_s=1.0, requests=8, over={"ttft_p95": (over, 8)}) for over in (1, 0, 1, 2, 0, 1)]
+    judged = [judge_over(windows[:count], LIMITS[0]) for count in (2, 6)] + [judge_over(windows * 4, LIMITS[0])]
+    assert judged == [Judgement.UNRESOLVED, Judgement.UNRESOLVED, Judgement.MISSES]
+    assert judge_over([Measurement(took_s=1.0, requests=80, over={"ttft_p95": (3, 80)})], LIMITS[0]) is Judgement.PASSES
+    assert judge(windows * 4, LIMITS, lambda _: 0.0) is Judgement.MISSES
+
+
+def test_noise_is_the_prior_at_first_and_the_hosts_own_soon() -> None:
+    def noise(windows: int) -> float:
+        quiet = [Measurement(took_s=1.0, score=100.0 + i % 2) for i in range(windows)]
+        return score_noise([Record(CURRENT, screening=quiet)]).sigma
+
+    assert noise(1) == pytest.approx(0.1)
+    assert noise(6) < 0.04
+    assert noise(12) < 0.02

@@ -1,4 +1,4 @@
-"""`python -m llamaherd_loadtest.report FOLDER PAGE`: make the report again from a tuning job's folder."""
+"""`python -m llamaherd_loadtest.report FOLDER PAGE`: make the report from the folder of a tuning job or a load test."""
 
 from __future__ import annotations
 
@@ -12,11 +12,19 @@ from llamaherd_loadtest.report.write import write_report
 def main() -> int:
     """Write the page that the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m llamaherd_loadtest.report", description=__doc__)
-    parser.add_argument("folder", type=Path, help="what was given to the tuner as --out")
-    parser.add_argument("page", type=Path, help="the HTML file to write")
+    add = parser.add_argument
+    add("folder", type=Path, help="the tuner's --out, or a folder with a load test's summary.json and samples.jsonl")
+    add("page", type=Path, help="the HTML file to write")
+    add(
+        "--about",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what a load test cannot know, such as host, hardware, build; may be repeated",
+    )
     args = parser.parse_args()
     try:
-        write_report(args.folder, args.page)
+        write_report(args.folder, args.page, dict(pair.split("=", 1) for pair in args.about))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"report: {error}\n")
         return 2

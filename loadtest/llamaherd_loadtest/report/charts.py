@@ -12,6 +12,7 @@ from llamaherd_loadtest.quantiles import quantile
 from llamaherd_loadtest.report import under_load
 from llamaherd_loadtest.report.ink import INK, STYLE, figure, in_ms, key_above, to_svg
 from llamaherd_loadtest.tune.search import Step
+from llamaherd_loadtest.tune.settings import key
 from llamaherd_loadtest.tune.verdict import Row, Verdict
 
 
@@ -36,8 +37,10 @@ def _trade_off(verdict: Verdict) -> str:
         return ""
     drawn, (axes,) = figure()
     seen: set[str] = set()
+    numbers = _numbers(verdict)
     for row in rows:
         role = _role(row, verdict)
+        _name(axes, row.ttft_p95_ms or 0.0, row.output_tokens_per_s or 0.0, numbers[key(row.settings)])
         axes.scatter(row.ttft_p95_ms, row.output_tokens_per_s, label=None if role in seen else role, **_MARKS[role])
         seen.add(role)
     limit = verdict.limits.get("ttft_p95")
@@ -54,7 +57,8 @@ def _latencies(verdict: Verdict, steps: Sequence[Step]) -> str:
     confirmed = [step for step in steps if step.phase == "confirm" and not step.measurement.fault]
     if not confirmed:
         return ""
-    other = next((r.settings for r in verdict.table if r.confirmed and r.settings != verdict.current), None)
+    others = [r.settings for r in verdict.table if r.confirmed and r.settings != verdict.current]
+    other = verdict.chosen if verdict.chosen in others else next(iter(others), None)
     lines = [(verdict.current, "current")]
     if other is not None:
         lines.append((other, "chosen" if other == verdict.chosen else "other"))
@@ -63,7 +67,7 @@ def _latencies(verdict: Verdict, steps: Sequence[Step]) -> str:
         shown: list[float] = []
         for settings, role in lines:
             values = [v for s in confirmed if s.settings == settings for v in getattr(s.measurement, f"{metric}_ms")]
-            _cumulative(axes, values, role)
+            cumulative(axes, values, role, f"{role} ({len(values)})")
             shown += values
         limit = verdict.limits.get(f"{metric}_p95")
         if limit is not None:
@@ -88,6 +92,10 @@ def _course(verdict: Verdict, steps: Sequence[Step]) -> str:
     for role, group in groups.items():
         good = [s for s in group if not s.measurement.fault]
         axes.scatter([s.number for s in good], [s.measurement.tokens_per_s for s in good], label=role, **_MARKS[role])
+    numbers = _numbers(verdict)
+    for step in steps:
+        if not step.measurement.fault and key(step.settings) in numbers and step.phase in ("screen", "confirm"):
+            _name(axes, step.number, step.measurement.tokens_per_s, numbers[key(step.settings)])
     faults = [s.number for s in steps if s.measurement.fault]
     if faults:
         axes.scatter(faults, [0] * len(faults), label="fault", **_MARKS["fault"])
@@ -125,6 +133,15 @@ _MARKS: dict[str, dict[str, Any]] = {
 }
 
 
+def _numbers(verdict: Verdict) -> dict[str, int]:
+    """How the page's table numbers the settings."""
+    return {key(row.settings): number for number, row in enumerate(verdict.table, start=1)}
+
+
+def _name(axes: Any, x: float, y: float, number: int) -> None:
+    axes.annotate(str(number), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8, color=INK["muted"])
+
+
 def _role(row: Row, verdict: Verdict) -> str:
     if row.settings == verdict.current:
         return "current"
@@ -133,9 +150,10 @@ def _role(row: Row, verdict: Verdict) -> str:
     return {"passes": "passes", "unresolved": "unresolved"}.get(row.verdict.split()[0], "misses a limit")
 
 
-def _cumulative(axes: Any, values: Sequence[float], role: str) -> None:
+def cumulative(axes: Any, values: Sequence[float], role: str, label: str) -> None:
+    """The share of `values` up to each."""
     ordered = sorted(values)
     if ordered:
         shares = [i / 100 for i in range(101)]
         colour = INK["current"] if role == "current" else INK["chosen"]
-        axes.plot([quantile(ordered, p) for p in shares], shares, color=colour, label=f"{role} ({len(ordered)})")
+        axes.plot([quantile(ordered, p) for p in shares], shares, color=colour, label=label)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
@@ -11,49 +12,73 @@ from llamaherd_loadtest.quantiles import estimate
 from llamaherd_loadtest.report.ink import INK, figure, in_ms, key_above, to_svg
 from llamaherd_loadtest.tune.evidence import Measurement
 from llamaherd_loadtest.tune.search import Step
-from llamaherd_loadtest.tune.settings import Settings
+from llamaherd_loadtest.tune.settings import Settings, key, label
+from llamaherd_loadtest.tune.space import knobs
 from llamaherd_loadtest.tune.verdict import Verdict
+
+Loads = dict[int, list[Measurement]]
 
 
 def latencies_by_load(verdict: Verdict, steps: Sequence[Step]) -> str:
     """TTFT and TPOT p95 by requests in flight, with 95 % intervals.
 
-    Of the chosen settings where their capacity was measured, otherwise at each load of all settings with as many slots.
+    Of the chosen settings where their capacity was measured, otherwise a line for all settings that differ in nothing
+    but the slots.
     """
-    at: dict[int, list[Measurement]] = defaultdict(list)
-    climb = [s for s in steps if s.phase == "load"]
-    for step in climb or [s for s in steps if s.phase != "arrivals"]:
-        if not step.measurement.fault:
-            at[step.measurement.concurrency or int(step.settings["parallel"])].append(step.measurement)
-    loads = sorted(at)
-    if len(loads) < 2:
+    lines = _lines(verdict, steps)
+    if not lines:
         return ""
     drawn, panels = figure(panels=2, height=2.2)
     for axes, metric in zip(panels, ("ttft", "tpot"), strict=True):
-        pooled = {load: sorted(v for m in at[load] for v in getattr(m, f"{metric}_ms")) for load in loads}
-        points = [(load, estimate(values, 0.95)) for load, values in pooled.items() if values]
-        axes.plot([load for load, _ in points], [q.value for _, q in points], color=INK["chosen"], zorder=2)
-        sure = [(load, q.value, q.low, q.high) for load, q in points if q.low is not None and q.high is not None]
-        unsure = [(load, q.value) for load, q in points if not q.resolved]
-        if sure:
-            x, y, low, high = zip(*sure, strict=True)
-            ends = [[v - w for v, w in zip(y, low, strict=True)], [w - v for v, w in zip(y, high, strict=True)]]
-            axes.errorbar(x, y, ends, fmt="o", capsize=4, color=INK["chosen"], label="p95, 95 % interval")
-        if unsure:
-            hollow = {"marker": "o", "facecolor": "none", "edgecolor": INK["chosen"]}
-            axes.scatter(*zip(*unsure, strict=True), **hollow, label="p95, unresolved")
-        shown = [v for _, q in points for v in (q.low, q.value, q.high) if v]
+        shown = [value for name, role, loads in lines for value in _line(axes, metric, name, role, loads)]
         if (limit := verdict.limits.get(f"{metric}_p95")) is not None:
             axes.axhline(limit, color=INK["miss"], linestyle="--", label=f"limit {limit:.0f} ms")
             shown.append(limit)
         in_ms(axes, "y", f"{metric.upper()} p95", shown or [1.0])
         axes.set_xscale("log", base=2)
-        ticks = [2**i for i in range(max(loads).bit_length())]
+        ticks = [2**i for i in range(max(load for *_, loads in lines for load in loads).bit_length())]
         axes.set_xticks(ticks, [str(load) for load in ticks])
         axes.minorticks_off()
-        key_above(axes, 2)
-    panels[-1].set_xlabel("requests in flight")
-    return to_svg(drawn, "Time to first token and time per output token at p95 by requests in flight")
+    key_above(panels[0], 1)
+    panels[-1].set_xlabel("requests in flight; hollow: unresolved")
+    return to_svg(drawn, "Time to first token and time per output token at p95 by requests in flight, a line a setting")
+
+
+def _lines(verdict: Verdict, steps: Sequence[Step]) -> list[tuple[str, str, Loads]]:
+    """Each line's name, colour and windows by load; of other settings than the current and the chosen at most two."""
+    climb = [s for s in steps if s.phase == "load"]
+    groups: dict[str, Loads] = defaultdict(lambda: defaultdict(list))
+    of: dict[str, Settings] = {}
+    for step in climb or [s for s in steps if s.phase != "arrivals"]:
+        if not step.measurement.fault:
+            rest = {k: v for k, v in step.settings.items() if k != "parallel"}
+            load = step.measurement.concurrency or int(step.settings["parallel"])
+            groups[key(rest)][load].append(step.measurement)
+            of[key(rest)] = rest
+    named = knobs([row.settings for row in verdict.table])
+    roles = {key({k: v for k, v in verdict.current.items() if k != "parallel"}): "current"}
+    roles |= {key({k: v for k, v in verdict.chosen.items() if k != "parallel"}): "chosen"}
+    lines = [
+        (label(of[group], named), roles.get(group, "muted"), loads) for group, loads in groups.items() if len(loads) > 1
+    ]
+    lines.sort(key=lambda line: (line[1] == "muted", -len(line[2])))
+    return lines[: len(set(roles.values())) + 2]
+
+
+def _line(axes: Any, metric: str, name: str, role: str, loads: Loads) -> list[float]:
+    pooled = {load: sorted(v for m in loads[load] for v in getattr(m, f"{metric}_ms")) for load in sorted(loads)}
+    points = [(load, estimate(values, 0.95)) for load, values in pooled.items() if values]
+    colour = INK[role]
+    axes.plot([load for load, _ in points], [q.value for _, q in points], color=colour, zorder=2, label=name)
+    sure = [(load, q.value, q.low, q.high) for load, q in points if q.low is not None and q.high is not None]
+    unsure = [(load, q.value) for load, q in points if not q.resolved]
+    if sure:
+        x, y, low, high = zip(*sure, strict=True)
+        ends = [[v - w for v, w in zip(y, low, strict=True)], [w - v for v, w in zip(y, high, strict=True)]]
+        axes.errorbar(x, y, ends, fmt="o", capsize=4, color=colour)
+    if unsure:
+        axes.scatter(*zip(*unsure, strict=True), marker="o", facecolor="none", edgecolor=colour)
+    return [v for _, q in points for v in (q.low, q.value, q.high) if v]
 
 
 def stalls(verdict: Verdict, steps: Sequence[Step]) -> str:

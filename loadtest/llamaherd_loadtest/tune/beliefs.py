@@ -10,14 +10,14 @@ from msgspec import Struct
 
 from llamaherd_loadtest.limits import Limit
 from llamaherd_loadtest.quantiles import Judgement
-from llamaherd_loadtest.tune.evidence import Record, judge_errors, limit_noise, score_noise
+from llamaherd_loadtest.tune.evidence import Record, judge_errors, judge_over, limit_noise, score_noise
 from llamaherd_loadtest.tune.surrogate import Array, Belief, Grid
 
 _DRAWS = 100
 _MISS = 0.45  # what missing a limit costs, as a logarithm of the score
 _PENALTY = 4.0  # and, for each such logarithm of the miss, on top: near misses stay above far ones
 _LENIENCY = 0.5  # how many standard deviations a finalist may come nearer to a limit for nothing
-_LIMIT_MARGIN = 0.55  # standard deviations from a limit that count as clear of it
+_LIMIT_MARGIN = 1.0  # standard deviations from a limit that count as clear of it: 84 % sure
 
 
 class Beliefs(Struct, frozen=True):
@@ -36,6 +36,11 @@ class Beliefs(Struct, frozen=True):
         bests = np.argmax(worth, axis=1)
         rivals = bests[bests != bests[0]]
         return int(max((bests[0], *rivals[:1]), key=lambda row: worth[:, row].std()))
+
+    def regret(self, chosen: int, ruled_out: Iterable[int], dice: np.random.Generator) -> float:
+        """What that setting may lose on the best one, as a logarithm of the score: 5 % of the draws lose more."""
+        worth = self._worth(ruled_out, dice)
+        return float(np.quantile(worth.max(axis=1) - worth[:, chosen], 0.95))
 
     def best(self, count: int, ruled_out: Iterable[int]) -> list[int]:
         """The `count` settings that look best, those that may miss a limit marked down."""
@@ -59,11 +64,14 @@ class Beliefs(Struct, frozen=True):
         worst = (errors, "" if errors is Judgement.PASSES else "error_rate")
         if errors is Judgement.MISSES:
             return worst
+        if record.failed_once:
+            worst = (Judgement.UNRESOLVED, "failure")
         for limit, belief in self.excess:
             mean, margin = float(belief.mean[row]), _LIMIT_MARGIN * float(belief.sd[row])
-            if mean - margin > 0:
+            pooled = judge_over(record.windows, limit)
+            if mean - margin > 0 or pooled is Judgement.MISSES:
                 return Judgement.MISSES, limit.name
-            if mean + margin > 0:
+            if mean + margin > 0 or pooled is Judgement.UNRESOLVED:
                 worst = (Judgement.UNRESOLVED, limit.name)
         return worst
 

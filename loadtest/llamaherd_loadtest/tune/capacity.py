@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from llamaherd_loadtest.limits import Limit
 from llamaherd_loadtest.quantiles import Judgement
-from llamaherd_loadtest.tune.evidence import Measurement, judge_errors
+from llamaherd_loadtest.tune.evidence import Measurement, judge_errors, judge_over
 
 _TRIES = 3  # windows for a load that one window leaves unresolved
 _FAR = 4  # times the slots: beyond it requests only wait
@@ -63,15 +63,17 @@ def judge(windows: Sequence[Measurement], limits: Sequence[Limit], noise: Callab
     windows = [m for m in windows if not m.invalid]
     if not windows:
         return Judgement.UNRESOLVED
-    worst = Judgement.MISSES if any(m.fault for m in windows) else judge_errors(windows)
-    if worst is Judgement.MISSES:
-        return worst
+    failed = sum(m.failed for m in windows)
+    if failed > 1 or judge_errors(windows) is Judgement.MISSES:
+        return Judgement.MISSES
+    worst = Judgement.UNRESOLVED if failed else judge_errors(windows)
     for limit in limits:
         logs = [math.log(max(m.observed[limit.name], 1e-6) / limit.ms) for m in windows if limit.name in m.observed]
         margin = noise(limit) / math.sqrt(max(len(logs), 1))
-        if logs and fmean(logs) - margin > 0:
+        pooled = judge_over(windows, limit)
+        if pooled is Judgement.MISSES or (logs and fmean(logs) - margin > 0):
             return Judgement.MISSES
-        if logs and fmean(logs) + margin > 0:
+        if pooled is Judgement.UNRESOLVED or (logs and fmean(logs) + margin > 0):
             worst = Judgement.UNRESOLVED
     return worst
 

@@ -1,11 +1,12 @@
 """What has been measured so far, and how far it can be trusted. All pure; noise is worked on in logarithms.
 
-Windows of the same settings differ by a noise that all settings share, so it is pooled over them; a prior worth a few
-windows keeps two lucky windows from looking exact.
+Windows of the same settings differ by a noise that all settings share, so it is pooled over them. A prior worth a few
+windows keeps two lucky windows from looking exact, and fades as soon as there are more: quiet hosts are seen as such.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import NormalDist, fmean
@@ -14,13 +15,15 @@ from msgspec import Struct, field
 
 from llamaherd_loadtest import limits
 from llamaherd_loadtest.limits import Limit
-from llamaherd_loadtest.quantiles import Judgement
+from llamaherd_loadtest.quantiles import Judgement, judge_share
 from llamaherd_loadtest.tune.settings import Settings
 
 _PRIOR_WINDOWS = 4
 _PRIOR_SCORE_NOISE = 0.10
 _PRIOR_LATENCY_NOISE = 0.15
 _MAX_SPOILED = 3
+_WELL_SINCE = 2  # windows
+_MAX_FAILED = 3  # where nothing else was valid in between, one cause may be behind them
 
 
 class Load(Struct, frozen=True):
@@ -61,10 +64,12 @@ class Measurement(Struct, kw_only=True):
     missing data, as where the client was too slow; `does_not_fit` that the server had not the memory. `took_s` is all
     the time that it cost, the change of settings and the warm-up included; `request_s` what a request took, also in a
     window that is invalid. `stalls` are, for each request, the second of the window at which it ended and its largest
-    gap in ms.
+    gap in ms. `over` counts, for each limit, the requests above it and those that have the figure; `observed` corrects
+    for what a quantile of few requests reads too little. `valid_before` are the search's valid windows until then.
     """
 
     took_s: float
+    valid_before: int = 0
     concurrency: int = 0
     fault: str = ""
     does_not_fit: bool = False
@@ -74,6 +79,7 @@ class Measurement(Struct, kw_only=True):
     requests: int = 0
     errors: int = 0
     observed: dict[str, float] = field(default_factory=dict)
+    over: dict[str, tuple[int, int]] = field(default_factory=dict)
     ttft_ms: list[float] = field(default_factory=list)
     tpot_ms: list[float] = field(default_factory=list)
     stalls: list[tuple[float, float]] = field(default_factory=list)
@@ -87,6 +93,11 @@ class Measurement(Struct, kw_only=True):
         """Whether it says nothing about the settings."""
         return self.fault.startswith("invalid")
 
+    @property
+    def failed(self) -> bool:
+        """Whether it says that the settings do not work."""
+        return bool(self.fault) and not self.invalid
+
 
 class Record(Struct):
     """All windows of one setting, by phase; `ruled_out` says why it needs none."""
@@ -98,13 +109,30 @@ class Record(Struct):
 
     @property
     def fault(self) -> str:
-        """Why the settings do not work, if so: one failure is enough to rule them out, missing data are none."""
-        return next((m.fault for m in self.all_windows if m.fault and not m.invalid), self.ruled_out)
+        """Why the settings do not work, if so: they want memory, or failed again after others had worked.
+
+        One failure may have a cause of its own, such as a server that somebody restarts. Missing data are no failure.
+        """
+        failed = [m for m in self.all_windows if m.failed]
+        repeated = len({m.valid_before for m in failed}) > 1 or len(failed) >= _MAX_FAILED
+        return next((m.fault for m in failed if repeated or m.does_not_fit), self.ruled_out)
+
+    @property
+    def failed_once(self) -> bool:
+        """Whether they failed, and it is not known yet whether they would again: two windows since went well."""
+        since = itertools.takewhile(lambda m: not m.failed, reversed(self.all_windows))
+        failed = any(m.failed for m in self.all_windows)
+        return failed and not self.fault and len(_valid(since)) < _WELL_SINCE
+
+    @property
+    def failed_after(self) -> int:
+        """The search's valid windows before the last failure; -1 where there was none."""
+        return max((m.valid_before for m in self.all_windows if m.failed), default=-1)
 
     @property
     def spoiled(self) -> str:
-        """Why the last invalid window is; empty where there is none."""
-        return next((m.fault for m in reversed(self.all_windows) if m.invalid), "")
+        """Why the last window without figures has none; empty where all have them."""
+        return next((m.fault for m in reversed(self.all_windows) if m.fault), "")
 
     @property
     def hopeless(self) -> bool:
@@ -142,6 +170,16 @@ def judge_errors(windows: Sequence[Measurement]) -> Judgement:
     return limits.judge_errors(errors, errors + sum(m.requests for m in windows))
 
 
+def judge_over(windows: Iterable[Measurement], limit: Limit) -> Judgement:
+    """Whether the requests of all windows together keep a limit: UNRESOLVED where more are above it than may be, though
+    chance explains it. Without requests it is not doubted."""
+    over, of = (sum(counts) for counts in zip((0, 0), *(m.over.get(limit.name, (0, 0)) for m in windows), strict=True))
+    if over <= (1 - limit.p) * of:
+        return Judgement.PASSES
+    misses = judge_share(over, of, 1 - limit.p) is Judgement.MISSES
+    return Judgement.MISSES if misses else Judgement.UNRESOLVED
+
+
 class Noise(Struct, frozen=True):
     """Standard deviation of one window's logarithm, and the degrees of freedom behind it."""
 
@@ -164,14 +202,16 @@ def limit_noise(records: Iterable[Record], limit: Limit) -> Noise:
 
 
 def _pooled(records: Iterable[Record], figure: Callable[[Measurement], float], prior: float) -> Noise:
-    squares, freedom = prior**2 * _PRIOR_WINDOWS, float(_PRIOR_WINDOWS)
+    squares = freedom = 0.0
     for record in records:
         for windows in (record.screening, record.confirming):
             logs = [math.log(figure(m)) for m in _valid(windows) if figure(m) > 0]
             if len(logs) > 1:
                 squares += _squares(logs)
                 freedom += len(logs) - 1
-    return Noise(math.sqrt(squares / freedom), freedom)
+    worth = _PRIOR_WINDOWS / (1 + freedom)
+    freedom += worth
+    return Noise(math.sqrt((squares + worth * prior**2) / freedom), max(freedom, _PRIOR_WINDOWS))
 
 
 def _valid(windows: Iterable[Measurement]) -> list[Measurement]:

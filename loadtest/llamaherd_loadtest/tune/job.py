@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -100,6 +100,7 @@ def _tune(options: Options) -> Verdict:
         objective=options.objective,
         load=options.load,
         calibrated=calibrated,
+        larger=_larger(options),
         on_step=on_step,
     )
     say(
@@ -171,6 +172,12 @@ def _divide(options: Options, found: Settings) -> tuple[int, list[Settings], lis
     return sum(settings in fixed for settings in launch), launch, pruned
 
 
+def _larger(options: Options) -> Callable[[Settings], bool]:
+    """Whether settings with more slots than the space has may be tried: not where the operator named the slots."""
+    named = any(text.startswith("parallel=") for text in options.space) or options.proposal is not None
+    return lambda settings: not named and bool(prune([settings], options.workload.need)[0])
+
+
 @contextmanager
 def _room(out: Path) -> Iterator[None]:
     try:
@@ -214,6 +221,7 @@ def _provenance(options: Options, found: EngineState, search: Search, seed: int)
         "model": msgspec.to_builtins(found.model),
         "engine": found.engine,
         "build": found.build,
+        "about": options.about,
         "subject": options.subject,
         "url": options.target.url,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

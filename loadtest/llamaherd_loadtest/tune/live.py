@@ -128,10 +128,10 @@ class LiveBench:
         # Requests that fail say something about the settings, also where they leave the load short of what was asked
         # for: how many are too many is judged over all windows.
         health = replace(run.health, concurrency=1.0) if errors else run.health
-        summary = summarise(run.samples, run.start, run.end, health)
+        summary = summarise(run.samples, run.start, run.end, health, self._limits)
         too_many = judge_errors(errors, len(inside)) is Judgement.MISSES
         wanted = [*self._limits, *([self._objective.limit] if self._objective.limit else [])]
-        observed = {limit.name: observe(limit, inside) for limit in wanted}
+        observed = {limit.name: observe(limit, inside, unbiased=True) for limit in wanted}
         fault = f"invalid: {summary.fault}" if summary.fault and not too_many else ""
         if not ok:
             fault = f"invalid: no request ended within the window of {summary.window_s:.0f} s"
@@ -148,6 +148,7 @@ class LiveBench:
             requests=summary.requests,
             errors=errors,
             observed={name: value for name, value in observed.items() if value is not None},
+            over={judged.limit.name: (judged.over, judged.of) for judged in summary.judged},
             ttft_ms=[s.ttft * 1000 for s in ok if s.ttft is not None],
             tpot_ms=[s.tpot * 1000 for s in ok if s.tpot is not None],
             stalls=[(round(s.end - run.start, 2), s.largest_gap * 1000) for s in ok if s.largest_gap is not None],

@@ -38,6 +38,7 @@ class Options(Struct, frozen=True, kw_only=True):
     command: str
     proposal: Path | None
     in_service: bool
+    about: str
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -61,6 +62,7 @@ def parse(arguments: Sequence[str]) -> Options:
         command="python -m llamaherd_loadtest.tune " + shlex.join(arguments),
         proposal=args.proposal,
         in_service=args.in_service,
+        about=args.about,
     )
 
 
@@ -80,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "--subject",
         help="host, model's hash and build, as a journal that may be resumed knows them; --url if not given",
     )
+    add("--about", default="", help="the host's hardware and build, for the report")
     add("--workload", default="chat", help=f"a .yml file, or one of {', '.join(workload_names())}")
     add(
         "--limit",

@@ -17,7 +17,7 @@ from llamaherd_loadtest.limits import Limit
 from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.tune.beliefs import Beliefs, believe
 from llamaherd_loadtest.tune.capacity import Capacity, find_capacity, judge, settle
-from llamaherd_loadtest.tune.decide import Choice, Contender, choose
+from llamaherd_loadtest.tune.decide import MIN_GAIN, Choice, Contender, choose
 from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement, Record, limit_noise, score_noise
 from llamaherd_loadtest.tune.objective import TOKENS, Objective
 from llamaherd_loadtest.tune.pace import Calibrated, Pace, Plan
@@ -30,6 +30,7 @@ _CONFIRM_SHARE = 0.3
 _MIN_CONFIRM = 4  # windows (A B B A), where the budget leaves time for screening
 _CLEAR = 3  # times its margin: a gain that needs no more windows of the current settings
 _RANDOM_SHARE = 0.25  # of the screening, before the windows' own evidence leads
+_MOST_SLOTS = 1024
 _ARRIVALS_SHARE = 0.25  # of the time for the capacity
 _ARRIVALS_LOAD = 0.8  # of the capacity: more would only queue
 
@@ -65,21 +66,24 @@ class Search:
         objective: Objective = TOKENS,
         load: Load = SLOTS,
         calibrated: Calibrated | None = None,
+        larger: Callable[[Settings], bool] = lambda _: False,
         on_step: Callable[[Step], None] = lambda _: None,
     ) -> None:
         """The first of `candidates` are the current settings; the first `always` are never left out.
 
         All windows but those of `capacity` are under `load`. `calibrated` is what a request took under
-        it; without, requests are taken for short until windows show otherwise.
+        it; without, requests are taken for short until windows show otherwise. `larger` says of settings with more
+        slots than all candidates whether they may be added where the most slots look best.
         """
         self.records = [Record(settings) for settings in candidates]
         self.limits, self.objective, self.load = limits, objective, load
         self.spent_s = 0.0
-        self.steps = 0
-        self._grid = Grid(candidates)
+        self.steps = self._valid = 0
+        self._grid, self._larger = Grid(candidates), larger
         self._always, self._budget_s, self._bench, self._seed = always, budget_s, bench, seed
         self.on_step = on_step
         self._pace = Pace()
+        self._believed: Beliefs | None = None
         if calibrated:
             self._pace.observe(calibrated.concurrency, calibrated.request_s)
         self._plan = Plan(budget_s, self._pace, pair(candidates, load), least_rounds(load))
@@ -101,27 +105,33 @@ class Search:
 
     def beliefs(self) -> Beliefs:
         """What the windows so far say of all candidates."""
-        return believe(self._grid, self.records, self.limits)
+        if self._believed is None:
+            self._believed = believe(self._grid, self.records, self.limits)
+        return self._believed
 
     def _screen(self, until_s: float) -> None:
         """The settings that are always in and a random few; then, window by window, what may turn out best."""
         random_until_s = until_s * _RANDOM_SHARE
-        first = [*range(self._always), *self._shuffled_rest()]
+        first, ahead = [*range(self._always), *self._shuffled_rest()], list[int]()
         while not self._failed() and (rows := self._screenable(until_s)):
             if first and first[0] >= self._always and self.spent_s >= random_until_s:
                 first = []
-            row = rows[0] if len(rows) == 1 else next((r for r in first if r in rows), None)
+            row = rows[0] if len(rows) == 1 else next((r for r in (*ahead, *first) if r in rows), None)
             if row is None:
                 row = self.beliefs().next({*range(len(self.records))} - {*rows}, self._dice())
             first = [r for r in first if r != row]
             self._measure("screen", row)
+            ahead = self._grow()
+            if not (ahead or first) and self._settled():
+                return
 
     def _screenable(self, until_s: float) -> list[int]:
         """What there is time to measure: the current settings until they were, then what can be confirmed beside them.
 
         Where the budget is short, the first other setting may take of the time to confirm, or all of it.
         """
-        end_s = {row: self.spent_s + self._cost_s(row) for row in range(len(self.records)) if not self._set_aside(row)}
+        rows = [row for row in range(len(self.records)) if not self._set_aside(row)]
+        end_s = {row: self.spent_s + self._cost_s(row) for row in rows if row == 0 or not self._just_failed(row)}
         measured = [row for row, record in enumerate(self.records) if record.figures]
         if 0 not in measured:
             return [0] if end_s[0] <= self._budget_s else []
@@ -135,7 +145,7 @@ class Search:
         """Interleave as A B … B A with fresh prompts, so that a drift of the host hits all alike.
 
         Each round is of the settings that look best by then: one that falls behind leaves its time to the next, and so
-        do the current ones once they are clearly beaten.
+        do the current ones once they are clearly beaten. It ends where more windows would not change the choice.
         """
         current, forwards = [0], True
         while not self._failed() and (others := self._finalists(finalists, current)):
@@ -144,6 +154,37 @@ class Search:
             choice = self._choose()
             current = [] if choice.gain > _CLEAR * choice.margin > 0 else [0]
             forwards = not forwards
+            if forwards and self._settled(choice):
+                return
+
+    def _settled(self, choice: Choice | None = None) -> bool:
+        """Whether other settings are unlikely to be better, by a gain worth a change, than those chosen: the best ones
+        so far, where none are."""
+        if not self.records[0].figures or (choice is not None and not choice.measured):
+            return False
+        beliefs, aside = self.beliefs(), [*filter(self._set_aside, range(len(self.records)))]
+        chosen = beliefs.best(1, aside) if choice is None else [self.records.index(choice.record)]
+        return bool(chosen) and beliefs.regret(chosen[0], aside, self._dice()) < MIN_GAIN
+
+    def _grow(self) -> list[int]:
+        """Add settings with twice the slots where the most slots did best, as long as they may be launched.
+
+        Returns the row of those that differ from the best in nothing but the slots: they are to be measured next.
+        """
+        aside = [*filter(self._set_aside, range(len(self.records)))]
+        most = max((int(r.settings["parallel"]) for r in self.records), default=0)
+        best = self.beliefs().best(1, aside) if self.records[0].figures else []
+        if not best or not self.records[best[0]].figures or most >= _MOST_SLOTS:
+            return []
+        settings = self.records[best[0]].settings
+        if int(settings["parallel"]) < most:
+            return []
+        edge = [{**r.settings, "parallel": 2 * most} for r in self.records if r.settings["parallel"] == most]
+        grown = [*filter(self._larger, edge)]
+        if grown:
+            self.records += map(Record, grown)
+            self._grid, self._believed = Grid([r.settings for r in self.records]), None
+        return [row for row, r in enumerate(self.records) if r.settings == {**settings, "parallel": 2 * most}]
 
     def _finalists(self, count: int, current: Sequence[int]) -> list[int]:
         """Up to `count` that look best, as many as one round has time for beside `current`."""
@@ -151,7 +192,11 @@ class Search:
             return []
         left_s = self._budget_s - self.spent_s
         rows = range(1, len(self.records))
-        unfit = [r for r in rows if not self.records[r].figures or self._round_s([*current, r]) > left_s]
+        unfit = [
+            r
+            for r in rows
+            if not self.records[r].figures or self._just_failed(r) or self._round_s([*current, r]) > left_s
+        ]
         found = self.beliefs().best(count, {0, *unfit, *filter(self._set_aside, rows)})
         while found and self._round_s([*current, *found]) > left_s:
             found.pop()
@@ -216,6 +261,7 @@ class Search:
         record = self.records[row]
         measurement = self._window(phase, record.settings, self._budget_s, self.load)
         (record.screening if phase == "screen" else record.confirming).append(measurement)
+        self._believed = None
         if measurement.does_not_fit:
             for other in self.records:
                 if not other.all_windows and needs_as_much(other.settings, record.settings):
@@ -228,6 +274,8 @@ class Search:
         concurrency = in_flight(settings, load)
         window_s, planned_s = self._plan.window_s(concurrency), self._plan.cost_s(concurrency)
         measurement = self._bench.measure(settings, window_s, self._seed * 1000 + self.steps, load)
+        measurement.valid_before = self._valid
+        self._valid += not measurement.fault
         self.spent_s += measurement.took_s
         self._pace.observe(concurrency, measurement.request_s)
         if not measurement.fault:
@@ -258,6 +306,10 @@ class Search:
     def _failed(self) -> bool:
         """Whether the current settings do not work, so that there is nothing to compare others with."""
         return bool(self.records[0].fault)
+
+    def _just_failed(self, row: int) -> bool:
+        """Whether no window was valid since it failed: what made it fail may go on."""
+        return self.records[row].failed_after == self._valid
 
     def _set_aside(self, row: int) -> bool:
         """Whether it is not measured any more. The current settings are tried for as long as there is time."""

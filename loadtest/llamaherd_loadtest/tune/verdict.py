@@ -25,13 +25,14 @@ SCHEMA = "llamaherd.verdict/1"
 class Row(Struct, kw_only=True):
     """One setting. Latencies are milliseconds over all requests of its windows; `resolved`: enough for an interval.
 
-    `score` is what the objective makes of it.
+    `score` is what the objective makes of it; `stream_tokens_per_s` is how fast one answer is written, at the median.
     """
 
     label: str
     settings: Settings
     score: float = 0.0
     output_tokens_per_s: float | None = None
+    stream_tokens_per_s: float | None = None
     ttft_p95_ms: float | None = None
     tpot_p95_ms: float | None = None
     requests: int = 0
@@ -67,8 +68,7 @@ class Verdict(Struct, kw_only=True):
     @property
     def figures(self) -> dict[str, float]:
         """What the chosen settings measured, in the table's units."""
-        rows = (row for row in self.table if row.settings == self.chosen)
-        row = next(rows, Row(label="", settings={}, verdict=""))
+        row = _row_of(self.table, self.chosen)
         measured = {name: getattr(row, name) for name in ("output_tokens_per_s", "ttft_p95_ms", "tpot_p95_ms")}
         return {name: round(value, 1) for name, value in measured.items() if value is not None}
 
@@ -90,26 +90,36 @@ def make_verdict(search: Search, choice: Choice | None, pruned: Sequence[Pruned]
     """Sum up a search; `choice` is None where it was interrupted."""
     current = search.records[0].settings
     chosen = choice.record.settings if choice else current
+    table = _table(search, chosen, pruned)
     return Verdict(
         verdict="change" if choice and choice.change else "keep",
-        sentence=_sentence(choice, current, search.objective),
+        sentence=_sentence(choice, table, current, search.objective),
         partial=choice is None,
         measured=choice is not None and choice.measured,
         objective=search.objective.name,
         load=str(search.load),
         current=current,
         chosen=chosen,
-        table=_table(search, chosen, pruned),
+        table=table,
     )
 
 
-def _sentence(choice: Choice | None, current: Settings, objective: Objective) -> str:
+def _sentence(choice: Choice | None, table: Sequence[Row], current: Settings, objective: Objective) -> str:
     if choice is None:
         return f"Keep {label(current)}: the search was interrupted."
     if not choice.change:
         return f"Keep {label(current)}: {choice.reason}."
     gain = objective.in_words(choice.gain, choice.margin)
-    return f"Change {difference(current, choice.record.settings)}: {gain}, within all limits; {choice.reason}."
+    before, after = (_row_of(table, settings) for settings in (current, choice.record.settings))
+    streams = ""
+    if before.stream_tokens_per_s and after.stream_tokens_per_s:
+        streams = f", each stream {before.stream_tokens_per_s:.3g} → {after.stream_tokens_per_s:.3g} tokens/s"
+    within = "within all limits" if after.resolved else f"within all limits as far as {after.requests} requests tell"
+    return f"Change {difference(current, choice.record.settings)}: {gain}{streams}, {within}; {choice.reason}."
+
+
+def _row_of(table: Sequence[Row], settings: Settings) -> Row:
+    return next((row for row in table if row.settings == settings), Row(label="", settings={}, verdict=""))
 
 
 def _table(search: Search, chosen: Settings, pruned: Sequence[Pruned]) -> list[Row]:
@@ -142,6 +152,7 @@ def _row(search: Search, index: int, record: Record, chosen: Settings, named: tu
         row.ttft_p95_ms, row.resolved = p95.value, p95.resolved
     if tpot:
         row.tpot_p95_ms = estimate(tpot, 0.95).value
+        row.stream_tokens_per_s = 1000 / max(estimate(tpot, 0.5).value, 1e-3)
     row.verdict = _row_verdict(search, index, record, chosen)
     return row
 
