@@ -30,6 +30,7 @@ _CONFIRM_SHARE = 0.3
 _MIN_CONFIRM = 4  # windows (A B B A), where the budget leaves time for screening
 _CLEAR = 3  # times its margin: a gain that needs no more windows of the current settings
 _RANDOM_SHARE = 0.25  # of the screening, before the windows' own evidence leads
+_QUIET = 0.03  # the noise of a window's score
 _MOST_SLOTS = 1024
 _ARRIVALS_SHARE = 0.25  # of the time for the capacity
 _ARRIVALS_LOAD = 0.8  # of the capacity: more would only queue
@@ -158,9 +159,9 @@ class Search:
                 return
 
     def _settled(self, choice: Choice | None = None) -> bool:
-        """Whether other settings are unlikely to be better, by a gain worth a change, than those chosen: the best ones
-        so far, where none are."""
-        if not self.records[0].figures or (choice is not None and not choice.measured):
+        """Whether, on a quiet host, other settings are unlikely to be better, by a gain worth a change, than those
+        chosen: the best ones so far, where none are. On a noisy one all time is worth its while."""
+        if not self.records[0].figures or score_noise(self.records).sigma > _QUIET:
             return False
         beliefs, aside = self.beliefs(), [*filter(self._set_aside, range(len(self.records)))]
         chosen = beliefs.best(1, aside) if choice is None else [self.records.index(choice.record)]
