@@ -29,7 +29,8 @@ from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import AppState, state_of
 from llamaherd_server.engine.base import Engine, EngineStatus
-from llamaherd_server.engine.native import NativeEngine, lines_of
+from llamaherd_server.engine.native import NativeEngine
+from llamaherd_server.engine.native_api import lines_of
 from llamaherd_server.errors import ApiError
 from llamaherd_server.http.json_body import json_of, validated
 from llamaherd_server.serving.generation import CHARS_PER_TOKEN, EXPECTED_OUTPUT, Serving, late_error

@@ -15,7 +15,7 @@ from llamaherd_server.errors import ApiError
 
 router = APIRouter(route_class=ModelRoute)
 
-_MAX_PIECES = 4096
+_MAX_PIECES = 65536
 _MAX_PARTS = 4096
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 
@@ -27,7 +27,9 @@ class TokenizeRequest(Body):
     model: str | None = Field(None, description="A name of /v1/models; left out: the model that is served.")
     add_special: bool = Field(False, description="True: with the tokens that a prompt begins with, such as BOS.")
     parse_special: bool = Field(True, description="False: control tokens in the text are plain text.")
-    with_pieces: bool = Field(False, description="True: each token as an object with its `id` and its text as `piece`.")
+    with_pieces: bool = Field(
+        False, description="True: each token as an object with its `id` and its text, or bytes, as `piece`."
+    )
 
 
 class DetokenizeRequest(Body):
@@ -58,8 +60,17 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     if len(tokens) > _MAX_PIECES:
         message = f"with_pieces: {len(tokens)} tokens are more than {_MAX_PIECES}: send less text"
         raise ApiError(400, message, param="content", code="invalid_value")
-    pieces = [{"id": token, "piece": await engine.detokenize([token])} for token in tokens]
-    return json_response({"tokens": pieces})
+    pieces = await engine.pieces(tokens)
+    told = [{"id": token, "piece": _text_of(piece)} for token, piece in zip(tokens, pieces, strict=True)]
+    return json_response({"tokens": told})
+
+
+def _text_of(piece: bytes) -> str | list[int]:
+    """Part of a character as its bytes."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return [*piece]
 
 
 @router.post("/detokenize", response_class=Response)

@@ -73,6 +73,9 @@ class Engine(Protocol):
 
     async def detokenize(self, tokens: list[int]) -> str: ...
 
+    async def pieces(self, tokens: list[int]) -> list[bytes]:
+        """The bytes of each token, which may be a part of a character."""
+
     async def embed(self, question: Embed) -> Embedded:
         """Embeddings or scores; the engine assigns `question.id`, cancelling ends the work. Raises EngineError."""
 

@@ -160,6 +160,9 @@ class EmbeddedEngine:
         asked = Tokenize(next(self._ids), text, add_special, counted=True, owner=caller.get())
         return (await self._answer(asked, Tokens)).count
 
+    async def pieces(self, tokens: list[int]) -> list[bytes]:
+        return (await self._answer(Detokenize(next(self._ids), tokens, caller.get(), apart=True), Text)).pieces
+
     async def detokenize(self, tokens: list[int]) -> str:
         return (await self._answer(Detokenize(next(self._ids), tokens, caller.get()), Text)).text
 

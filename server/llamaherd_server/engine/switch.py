@@ -73,6 +73,10 @@ class Switch:
         async with self.using() as engine:
             return await engine.detokenize(tokens)
 
+    async def pieces(self, tokens: list[int]) -> list[bytes]:
+        async with self.using() as engine:
+            return await engine.pieces(tokens)
+
     async def embed(self, question: Embed) -> Embedded:
         async with self.using() as engine:
             return await engine.embed(question)

@@ -174,9 +174,12 @@ class Tokenize(Struct, tag="tokenize"):
 
 
 class Detokenize(Struct, tag="detokenize"):
+    """`apart`: the bytes of each token are asked for, not the text of all."""
+
     id: int
     tokens: list[int]
     owner: str = ""
+    apart: bool = False
 
 
 class Embed(Struct, tag="embed"):
@@ -326,6 +329,7 @@ class Tokens(Struct, tag="tokens"):
 class Text(Struct, tag="text"):
     id: int
     text: str
+    pieces: list[bytes] = field(default_factory=list)  # where they were asked for, instead of the text
 
 
 class Embedded(Struct, tag="embedded"):

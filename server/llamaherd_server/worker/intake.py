@@ -299,6 +299,8 @@ def _with_vocabulary(model: Model, message: Tokenize | Detokenize, task: Task | 
     unknown = model.unknown(message.tokens)
     if unknown is not None:
         raise RequestError("invalid_value", "tokens", f"token {unknown} is not in the vocabulary")
+    if message.apart:
+        return Text(message.id, "", model.pieces_of(message.tokens))
     return Text(message.id, model.detokenize(message.tokens))
 
 

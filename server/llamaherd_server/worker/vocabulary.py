@@ -68,10 +68,14 @@ class Vocabulary:
             if len(tokens) == 1:
                 yield tokens[0]
 
-    def detokenize(self, tokens: list[int]) -> str:
+    def pieces_of(self, tokens: list[int]) -> list[bytes]:
+        """The bytes of each token, which may be a part of a character."""
         for token in {*tokens} - self._pieces.keys():
             self._pieces[token] = self.piece(token, special=True)
-        return b"".join(map(self._pieces.__getitem__, tokens)).decode(errors="replace")
+        return [*map(self._pieces.__getitem__, tokens)]
+
+    def detokenize(self, tokens: list[int]) -> str:
+        return b"".join(self.pieces_of(tokens)).decode(errors="replace")
 
     def borders(self, tokens: list[int]) -> list[int]:
         """Lengths at which messages begin: those before the first control token that comes again.

@@ -115,6 +115,9 @@ class Double:
     async def detokenize(self, tokens: list[int]) -> str:
         return bytes(tokens).decode()
 
+    async def pieces(self, tokens: list[int]) -> list[bytes]:
+        return [bytes([token]) for token in tokens]
+
     async def embed(self, question: Embed) -> Embedded:
         await asyncio.sleep(self.pace_s)
         return Embedded(1, [array("f", [1.0]).tobytes() for _ in question.inputs], len(question.inputs))

@@ -230,14 +230,14 @@ async def test_the_routes_without_v1_are_there(serve: Serve) -> None:
         health = [(await served.http.get(path)).status_code for path in ("/health", "/v1/health")]
         vectors = (await served.http.post("/embeddings", json={"content": ["a", "b"]})).json()
         mixed = (await served.http.post("/tokenize", json={"content": [7, "ab", "c"], "model": "double"})).json()
-        pieces = (await served.http.post("/tokenize", json={"content": "ab", "with_pieces": True})).json()
+        pieces = (await served.http.post("/tokenize", json={"content": ["ab", 0xE5], "with_pieces": True})).json()
     assert chat.json()["object"] == "chat.completion"
     assert counted == [len(str(double.seen[0].prompt))] * 3
     assert models[0] == models[1]
     assert mixed == {"tokens": [7, 97, 98, 99]}
     assert health == [200, 200]
     assert vectors == [{"index": 0, "embedding": [[1.0]]}, {"index": 1, "embedding": [[1.0]]}]
-    assert pieces == {"tokens": [{"id": 97, "piece": "a"}, {"id": 98, "piece": "b"}]}
+    assert pieces == {"tokens": [{"id": 97, "piece": "a"}, {"id": 98, "piece": "b"}, {"id": 0xE5, "piece": [0xE5]}]}
 
 
 async def test_a_prompt_that_is_too_long_is_told_in_numbers(serve: Serve) -> None:

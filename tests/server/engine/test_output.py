@@ -128,7 +128,10 @@ async def test_logprobs_are_a_distribution_and_greedy_takes_its_mode(engine: Emb
 
 async def test_tokens_make_the_text_that_they_came_from(engine: EmbeddedEngine) -> None:
     text = "Hello <|im_end|> wörld 🐑"
-    assert await engine.detokenize(await engine.tokenize(text)) == text
+    tokens = await engine.tokenize(text)
+    assert await engine.detokenize(tokens) == text
+    pieces = await engine.pieces(tokens)
+    assert (len(pieces), b"".join(pieces)) == (len(tokens), text.encode())
 
 
 async def test_without_max_tokens_the_slot_is_the_limit(engine: EmbeddedEngine) -> None:

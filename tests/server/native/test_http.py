@@ -80,6 +80,10 @@ def test_a_mistake_is_the_clients(http: httpx.Client) -> None:
 def test_tokens_go_there_and_back(http: httpx.Client) -> None:
     tokens = http.post("/tokenize", json={"content": "hello wörld"}).json()["tokens"]
     assert http.post("/detokenize", json={"tokens": tokens}).json()["content"] == "hello wörld"
+    pieces = http.post("/tokenize", json={"content": "x媽", "with_pieces": True}).json()["tokens"]
+    parts = [one["piece"].encode() if isinstance(one["piece"], str) else bytes(one["piece"]) for one in pieces]
+    assert b"".join(parts) == "x媽".encode()
+    assert list in {type(one["piece"]) for one in pieces}  # bytes of what is no character by itself
 
 
 def test_embeddings(http: httpx.Client) -> None:
