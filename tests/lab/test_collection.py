@@ -114,7 +114,18 @@ def test_the_archive_holds_what_roles_need_and_nothing_else(project: Project) ->
     top = {name.partition("/")[0] for name in names}
     files = {"CHANGELOG.md", "CONTRIBUTING.md", "FILES.json", "LICENSE", "MANIFEST.json", "README.md", "SECURITY.md"}
     assert top == files | {
-        *("changelogs", "loadtest", "meta", "playbooks", "plugins", "requirements.yml", "roles", "server", "templates", "tests")
+        *(
+            "changelogs",
+            "loadtest",
+            "meta",
+            "playbooks",
+            "plugins",
+            "requirements.yml",
+            "roles",
+            "server",
+            "templates",
+            "tests",
+        )
     }
     assert {name.split("/")[1] for name in names if name.startswith("tests/")} == {"__init__.py", "sanity", "verify"}
     assert not [name for name in names if re.search(r"(^|/)\.|__pycache__|\.(key|crt|pyc)$", name)]

@@ -87,12 +87,6 @@ class Forkserver:
         self._control: socket.socket | None = None
         self._known: OrderedDict[str, RequestError | None] = OrderedDict()  # grammars; None: it passed its trial
 
-    def start(self) -> None:
-        """Ahead of the first job, which then does not wait for it."""
-        with self._lock:
-            if self._control is None:
-                self._start()
-
     def open(self, job: Job) -> Child:
         """A child at work on the job; raises RequestError for a grammar that has been refused before."""
         with self._lock:

@@ -34,8 +34,7 @@ class ModelError(Exception):
 class Model(Vocabulary):
     """A loaded GGUF. `progress` is told how much has been loaded, 0 to 1. Raises ModelError.
 
-    Without `weights` it knows everything of the model, computes nothing and takes next to no memory. `forks_ahead`: the
-    forkserver starts beside the load.
+    Without `weights` it knows everything of the model, computes nothing and takes next to no memory.
     """
 
     def __init__(
@@ -46,13 +45,10 @@ class Model(Vocabulary):
         progress: Callable[[float], None],
         *,
         weights: bool = True,
-        forks_ahead: bool = False,
     ) -> None:
         path, gpu_layers = config.path, config.gpu_layers
         check_magic(path)
         self.forkserver = Forkserver(path)
-        if forks_ahead:
-            self.forkserver.start()
         self.log = log
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers

@@ -36,7 +36,7 @@ class Header(msgspec.Struct, kw_only=True):
     state: int  # bytes
     checkpoints: list[tuple[int, int]]  # length, bytes
     used: float  # Unix time of the request that it is from
-    texts: list[Stretch] = []  # of the prompt, which `tokens` have all of
+    texts: list[Stretch] = []  # of the prompt, which end among `tokens`
 
 
 def header_of(blob: memoryview | bytes, size: int | None = None) -> Header | None:

@@ -98,11 +98,6 @@ class PromptCache:
         self.texts = Texts()
         self._take_over(self._in_memory())
 
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing, on disk neither."""
-        return not self._pieces and not (self._folder and any(self._folder.iterdir()))
-
     def suit(self, settings: EngineSettings, *, cuts: bool) -> None:
         """From now on states are those of a context with these settings, which `cuts` slots back to any length or not;
         others' are not found."""
@@ -157,7 +152,7 @@ class PromptCache:
             state=0,
             checkpoints=[(length, len(state)) for length, state in checkpoints],
             used=time.time(),
-            texts=[one for one in texts if start <= one[1] and one[2] <= len(tokens)],
+            texts=[one for one in texts if start < one[2] <= len(tokens)],
         )
         room: list[tuple[int, bytes, int]] = []
 
@@ -365,7 +360,7 @@ class PromptCache:
                 piece.parent = parent
                 self._add(piece)
                 for digest, start, end in piece.header.texts:
-                    self.texts.put(digest, piece.header.tokens[start - piece.start : end - piece.start])
+                    self.texts.put(digest, _tokens(piece, start, end))
             elif piece.offset is not None:
                 self.arena.free(piece.offset)
 
@@ -383,6 +378,12 @@ class PromptCache:
                 self.arena.free(offset)
                 self._drop(piece)
         return verified
+
+
+def _tokens(piece: Piece, start: int, end: int) -> list[int]:
+    """Those of a prompt at these positions, of which the last are the piece's."""
+    before = _tokens(piece.parent, start, piece.start) if piece.parent and start < piece.start else []
+    return before + piece.header.tokens[max(start - piece.start, 0) : end - piece.start]
 
 
 def _agreed(piece: Piece, tokens: list[int]) -> int:

@@ -35,9 +35,7 @@ class Service:
         lib.llama_backend_init()
         self._channel = channel
         self._prompts = _prompt_cache(config, lib)
-        # Where chats go on, long ones too, which are tokenised there, it is to be ready when the model is.
-        ahead = self._prompts is not None and not self._prompts.empty
-        self._model = Model(lib, log, config, lambda done: channel.send(Loading(done)), forks_ahead=ahead)
+        self._model = Model(lib, log, config, lambda done: channel.send(Loading(done)))
         self._interrupt = Interrupt(lib, log)
         self._context = Context(self._model, config.settings, self._interrupt)
         self._context.warm_up()

@@ -94,7 +94,11 @@ def test_it_is_kept_with_the_computed_prompt(model: Model, jobs: list[list[str]]
         buffer(1)
         return 1
 
-    assert before.put("key", sequence.tokens, (None, 0), [], save, texts=sequence.texts)
+    assert before.put("key", sequence.tokens[:30], (None, 0), [], save)
+    after_first = before.lacks("key", sequence.tokens, chained=True)
+    assert after_first is not None
+    assert after_first[1] == 30  # in the middle of the text
+    assert before.put("key", sequence.tokens, after_first, [], save, texts=sequence.texts)
     after = PromptCache(Arena(fd, 2**20), "model")
     assert read(model, after.texts, chat + message("user", 300), "key").tokens[: sequence.n_prompt] == sequence.tokens
     assert sum(map(len, jobs[1])) < 2 * 600
