@@ -22,10 +22,10 @@ from llamaherd_server.api.chat_fields import (
     template_call,
 )
 from llamaherd_server.api.conversation import Conversation, prepare
-from llamaherd_server.api.fields import Body, Ignored, Lenient, SamplingFields, Text
+from llamaherd_server.api.fields import Body, Ignored, Lenient, Limit, SamplingFields, Text
 from llamaherd_server.api.messages_shape import MessagesShape
 from llamaherd_server.api.routing import ModelRoute
-from llamaherd_server.api.sampling import resolve_sampling
+from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import state_of
 from llamaherd_server.chat.tools import Tool
 from llamaherd_server.errors import unsupported
@@ -245,7 +245,7 @@ class CountRequest(Body):
 class MessagesRequest(CountRequest, SamplingFields):
     """A conversation to continue. Sampling fields that Anthropic does not have are llama-server's."""
 
-    max_tokens: int = Field(ge=1, le=2**31 - 1, description="Most tokens of the answer.")
+    max_tokens: Limit = Field(None, description="Most tokens of the answer; left out: as the model's settings say.")
     stop_sequences: list[Text] = Field([], max_length=16, description="Texts that end the answer.")
     stream: bool = Field(False, description="True: server-sent events.")
 
@@ -257,7 +257,9 @@ async def messages(body: MessagesRequest, request: Request) -> Response:
     state.check_model(body.model, request.state.key)
     chat = await prepare(state, await beside(request, body.conversation))
     await resolve_sampling(state, body)
-    generation = chat.generate(body.sampling(), max_tokens=body.max_tokens, stop=body.stop_sequences)
+    generation = chat.generate(
+        body.sampling(), max_tokens=most_tokens(state, body.max_tokens), stop=body.stop_sequences
+    )
     shape = MessagesShape(state.model_name, chat.reader)
     return await answer(request, run_of(request, [generation]), shape, stream=body.stream)
 

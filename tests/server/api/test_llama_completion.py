@@ -113,7 +113,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "x"},
     "/completion": {"prompt": "x"},
     "/v1/responses": {"input": "x"},
-    "/v1/messages": TURNS,
+    "/v1/messages": {"messages": TURNS["messages"]},
 }
 OFF = {
     **{"dynatemp_range": 0, "dynatemp_exponent": 1, "top_n_sigma": -1, "adaptive_target": -1, "min_keep": 0},
