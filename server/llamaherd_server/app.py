@@ -26,7 +26,6 @@ from llamaherd_server.api import (
 )
 from llamaherd_server.api.state import AppState
 from llamaherd_server.chat import template
-from llamaherd_server.chat.sandbox import Sandbox
 from llamaherd_server.config.keys import KeyStore
 from llamaherd_server.config.settings import Settings
 from llamaherd_server.engine.base import Engine
@@ -34,6 +33,7 @@ from llamaherd_server.engine.switch import Switch
 from llamaherd_server.errors import ApiError
 from llamaherd_server.http import error_responses
 from llamaherd_server.http.middleware import Gate, RequestContext
+from llamaherd_server.sandbox.pool import Sandbox
 from llamaherd_server.serving.admission import Admission
 from llamaherd_server.serving.generation import Serving
 from llamaherd_server.serving.lifecycle import Lifecycle

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llamaherd_server.chat.reply import CallBegin, Content, Parser, Piece, Reasoning
+from llamaherd_server.toolcalls.reply import CallBegin, Content, Parser, Piece, Reasoning
 from llamaherd_server.wire.protocol import Delta
 
 Kind = Literal["text", "reasoning", "call"]

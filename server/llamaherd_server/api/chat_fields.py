@@ -10,10 +10,10 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from llamaherd_server.api.fields import Body, Lenient
 from llamaherd_server.api.media import Collected, MediaPart
-from llamaherd_server.chat.surrogates import without_halves
-from llamaherd_server.chat.tools import Choice, Tool
 from llamaherd_server.errors import ApiError, unsupported
 from llamaherd_server.http.json_body import check_cost
+from llamaherd_server.toolcalls.surrogates import without_halves
+from llamaherd_server.toolcalls.tools import Choice, Tool
 
 MOST_TOOLS = 128
 # Levels of a call's arguments that are handed to templates as they are: Python's json and Jinja recurse.

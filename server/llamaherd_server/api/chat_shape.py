@@ -6,10 +6,10 @@ from typing import Any
 
 from llamaherd_server.api.answer import Choice
 from llamaherd_server.api.wire import Envelope, Options, encode
-from llamaherd_server.chat.formats import Reader
-from llamaherd_server.chat.reply import CallBegin, Content, Message, Parser, Piece, Reasoning
 from llamaherd_server.engine.base import Event
 from llamaherd_server.serving.meter import Usage
+from llamaherd_server.toolcalls.formats import Reader
+from llamaherd_server.toolcalls.reply import CallBegin, Content, Message, Parser, Piece, Reasoning
 from llamaherd_server.wire.protocol import Delta, Finished, Logprob, Started, TokenLogprob
 
 

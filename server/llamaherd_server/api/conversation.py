@@ -12,9 +12,9 @@ from llamaherd_server.api.answer import json_response
 from llamaherd_server.api.media import Collected
 from llamaherd_server.api.state import AppState
 from llamaherd_server.chat import template
-from llamaherd_server.chat.formats import HARMONY, HERMES, Reader, format_of, thinking_of
-from llamaherd_server.chat.tools import AnswerSchema, Choice, reply_grammar, with_ids_of
 from llamaherd_server.errors import ApiError
+from llamaherd_server.toolcalls.formats import HARMONY, HERMES, Reader, format_of, thinking_of
+from llamaherd_server.toolcalls.tools import AnswerSchema, Choice, reply_grammar, with_ids_of
 from llamaherd_server.wire.protocol import Generate, Media, Sampling
 
 

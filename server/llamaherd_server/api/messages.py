@@ -27,10 +27,10 @@ from llamaherd_server.api.messages_shape import MessagesShape
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import state_of
-from llamaherd_server.chat.tools import Tool
 from llamaherd_server.errors import unsupported
 from llamaherd_server.http.error_responses import MessagesErrorBody
 from llamaherd_server.http.json_body import beside
+from llamaherd_server.toolcalls.tools import Tool
 
 router = APIRouter(route_class=ModelRoute)
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": MessagesErrorBody}, "5XX": {"model": MessagesErrorBody}}

@@ -9,11 +9,11 @@ from llamaherd_server.api.answer import Choice
 from llamaherd_server.api.blocks import Block, Blocks, blocks_of
 from llamaherd_server.api.chat_fields import arguments_object
 from llamaherd_server.api.wire import encode, event
-from llamaherd_server.chat.formats import Reader
-from llamaherd_server.chat.reply import Piece
 from llamaherd_server.engine.base import Event
 from llamaherd_server.errors import ApiError
 from llamaherd_server.serving.meter import Usage
+from llamaherd_server.toolcalls.formats import Reader
+from llamaherd_server.toolcalls.reply import Piece
 from llamaherd_server.wire.protocol import Delta, Finished, Started
 
 _DELTAS = {

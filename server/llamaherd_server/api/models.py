@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request
 
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import AppState, state_of
-from llamaherd_server.chat.formats import thinking_of
 from llamaherd_server.config.settings import ANY_NAME
+from llamaherd_server.toolcalls.formats import thinking_of
 
 router = APIRouter(route_class=ModelRoute)
 

@@ -27,9 +27,9 @@ from llamaherd_server.api.responses_shape import ResponsesShape
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import state_of
-from llamaherd_server.chat.tools import Tool
 from llamaherd_server.errors import unsupported
 from llamaherd_server.http.json_body import beside
+from llamaherd_server.toolcalls.tools import Tool
 
 router = APIRouter(route_class=ModelRoute)
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from fastapi import Request
 
-from llamaherd_server.chat.sandbox import Sandbox
 from llamaherd_server.config.keys import Key
 from llamaherd_server.config.settings import ANY_NAME, Settings
 from llamaherd_server.engine.switch import Switch
 from llamaherd_server.errors import ApiError, shown
 from llamaherd_server.http.json_body import json_of
+from llamaherd_server.sandbox.pool import Sandbox
 from llamaherd_server.serving.generation import Serving
 from llamaherd_server.serving.lifecycle import Lifecycle
 from llamaherd_server.wire.protocol import ModelInfo

@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 
-from llamaherd_server.chat.calls import Calls
 from llamaherd_server.chat.conversations import KINDS
-from llamaherd_server.chat.formats import format_of
 from llamaherd_server.chat.jinja import Rendering, render
+from llamaherd_server.toolcalls.calls import Calls
+from llamaherd_server.toolcalls.formats import format_of
 
 Messages = list[dict[str, Any]]
 

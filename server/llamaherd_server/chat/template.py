@@ -7,8 +7,8 @@ from typing import Any
 import structlog
 
 from llamaherd_server.chat.adapt import Found, Prompting, Traits, prompt_of, traits_of
-from llamaherd_server.chat.sandbox import Sandbox, SandboxError, Slow
 from llamaherd_server.errors import ApiError
+from llamaherd_server.sandbox.pool import Sandbox, SandboxError, Slow
 from llamaherd_server.wire.protocol import ModelInfo
 
 log = structlog.get_logger()

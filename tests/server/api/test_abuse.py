@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from llamaherd_server.api.chat import ChatRequest
 from llamaherd_server.api.completions import CompletionRequest
 from llamaherd_server.api.fields import GenerationFields
-from llamaherd_server.chat.schema import schema_grammar
 from llamaherd_server.config.engine_settings import merge
 from llamaherd_server.errors import ApiError
+from llamaherd_server.grammar.schema import schema_grammar
 from llamaherd_server.wire.protocol import EngineSettings
 
 KEYWORDS = (

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from llamaherd_server.chat.jinja import Rendering, render
-from llamaherd_server.chat.sandbox import Sandbox, SandboxError, Slow
 from llamaherd_server.errors import ApiError
 from llamaherd_server.http.json_body import decode
 from llamaherd_server.process.priority import START_NICE, Patience, lower
 from llamaherd_server.process.turns import caller
+from llamaherd_server.sandbox.pool import Sandbox, SandboxError, Slow
 
 BURNS = Rendering("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
 FINE = Rendering("{{ x }}", {"x": "é"})
@@ -35,7 +35,7 @@ async def sandbox() -> AsyncIterator[Sandbox]:
 def children() -> list[int]:
     """Those of this process that render and convert; other tests have left others."""
     pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [int(pid) for pid in pids if b"sandbox_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [int(pid) for pid in pids if b"sandbox.child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 async def test_an_api_error_of_the_function_arrives_as_it_is(sandbox: Sandbox) -> None:
@@ -110,7 +110,7 @@ async def test_one_caller_leaves_processes_to_the_others() -> None:
 async def test_a_call_is_slow_by_itself_or_for_the_host(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ApiError, match="the host is overloaded"):
         await sandbox.in_child(render, BURNS, 1000, 1e-3)
-    monkeypatch.setattr("llamaherd_server.chat.sandbox._SLOW_SHARE", 1e-5)
+    monkeypatch.setattr("llamaherd_server.sandbox.pool._SLOW_SHARE", 1e-5)
     with pytest.raises(Slow, match="of CPU time, on a busy host"):
         await sandbox.in_child(render, BURNS, 1000, 1e-3)
 

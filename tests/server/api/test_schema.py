@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft7Validator, Draft202012Validator  # type: ignore[import-untyped]
 
-from llamaherd_server.chat.schema import schema_grammar
 from llamaherd_server.errors import ApiError
+from llamaherd_server.grammar.schema import schema_grammar
 
 from .gbnf_texts import Texts
 

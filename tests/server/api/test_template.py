@@ -13,10 +13,10 @@ import msgspec
 import pytest
 
 from llamaherd_server.chat.adapt import Prompting, prompt_of, traits_of
-from llamaherd_server.chat.formats import HARMONY, Reader, format_of, thinking_of
-from llamaherd_server.chat.sandbox import Sandbox
 from llamaherd_server.chat.template import adds_special, render
 from llamaherd_server.errors import ApiError
+from llamaherd_server.sandbox.pool import Sandbox
+from llamaherd_server.toolcalls.formats import HARMONY, Reader, format_of, thinking_of
 
 from .double import MODEL
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from llamaherd_server.chat import formats
-from llamaherd_server.chat.formats import Format, Reader, thinking_of
-from llamaherd_server.chat.reply import CallBegin, Message
-from llamaherd_server.chat.tools import Choice, Reply, Tool, grammar_of_reply
 from llamaherd_server.errors import ApiError
+from llamaherd_server.toolcalls import formats
+from llamaherd_server.toolcalls.formats import Format, Reader, thinking_of
+from llamaherd_server.toolcalls.reply import CallBegin, Message
+from llamaherd_server.toolcalls.tools import Choice, Reply, Tool, grammar_of_reply
 
 THINK = ("<think>", "</think>")
 WEATHER = Tool(

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from math import ceil, floor
 
-from llamaherd_server.chat.language import Term, Terms
-from llamaherd_server.chat.string_formats import INTEGERS
-from llamaherd_server.chat.subschemas import ASSERTIONS, Schema, number, refuse
+from llamaherd_server.grammar.language import Term, Terms
+from llamaherd_server.grammar.string_formats import INTEGERS
+from llamaherd_server.grammar.subschemas import ASSERTIONS, Schema, number, refuse
 
 # Every number of so many digits is exact in a double; where nothing else is asked for, numbers end there.
 DIGITS = 15

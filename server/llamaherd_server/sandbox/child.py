@@ -1,4 +1,4 @@
-"""A process that may die: it runs functions of this package on untrusted input; sandbox.py starts it.
+"""A process that may die: it runs functions of this package on untrusted input; pool.py starts it.
 
 A frame is 4 bytes of length and a body. A call's body is a `Call` as JSON, an answer's is one byte and JSON: `+` and
 the function's value, `-` and an `ApiError`'s fields, or `!` and the message of any other exception.

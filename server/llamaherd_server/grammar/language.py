@@ -11,8 +11,8 @@ from functools import reduce
 from math import gcd
 from typing import Any
 
-from llamaherd_server.chat.automaton import MAX_STATES, Automaton
-from llamaherd_server.chat.ranges import LAST, Ranges, classes_of, merged, minus
+from llamaherd_server.grammar.automaton import MAX_STATES, Automaton
+from llamaherd_server.grammar.ranges import LAST, Ranges, classes_of, merged, minus
 
 MAX_TERMS = 100_000
 _SURROGATES = (0xD800, 0xDFFF)

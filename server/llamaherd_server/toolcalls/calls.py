@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from llamaherd_server.chat.reply import Malformed, Source, Writer
-from llamaherd_server.chat.subschemas import is_of, property_kinds
-from llamaherd_server.chat.surrogates import without_halves
+from llamaherd_server.grammar.subschemas import is_of, property_kinds
+from llamaherd_server.toolcalls.reply import Malformed, Source, Writer
+from llamaherd_server.toolcalls.surrogates import without_halves
 
 Schemas: TypeAlias = Mapping[str, Any]  # the parameters' schema by the tool's name
 Body: TypeAlias = Callable[[Source, Writer, Schemas], Generator[None, None, None]]

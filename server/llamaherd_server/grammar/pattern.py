@@ -12,8 +12,8 @@ from re import _constants as ops  # type: ignore[attr-defined]  # re has no publ
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
-from llamaherd_server.chat.language import Term, Terms
-from llamaherd_server.chat.ranges import Ranges, complement, merged
+from llamaherd_server.grammar.language import Term, Terms
+from llamaherd_server.grammar.ranges import Ranges, complement, merged
 
 MAX_LENGTH = 4000
 _LINE_ENDS: Ranges = ((10, 10), (13, 13), (0x2028, 0x2029))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llamaherd_server.chat.gbnf import literal, repeated
-from llamaherd_server.chat.strings import MAX_LENGTH, lengths
-from llamaherd_server.chat.subschemas import Schema, json_text, refuse
+from llamaherd_server.grammar.gbnf import literal, repeated
+from llamaherd_server.grammar.strings import MAX_LENGTH, lengths
+from llamaherd_server.grammar.subschemas import Schema, json_text, refuse
 
 _MOST_DISTINCT = 100  # values that a set of them is written out for
 
 if TYPE_CHECKING:
-    from llamaherd_server.chat.schema import Converter
+    from llamaherd_server.grammar.schema import Converter
 
 
 def array_rule(converter: Converter, schema: Schema, where: str) -> str | None:

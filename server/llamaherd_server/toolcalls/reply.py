@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from llamaherd_server.chat.surrogates import Whole
+from llamaherd_server.toolcalls.surrogates import Whole
 from llamaherd_server.wire.text import overlap
 
 

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from llamaherd_server.chat.gbnf import literal
-from llamaherd_server.chat.ranges import Ranges, common, minus
+from llamaherd_server.grammar.gbnf import literal
+from llamaherd_server.grammar.ranges import Ranges, common, minus
 
 MAX_STATES = 4000
 _INLINE = 40  # a class of more text becomes a rule of its own

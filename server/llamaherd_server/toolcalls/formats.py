@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
-from llamaherd_server.chat import calls
-from llamaherd_server.chat.calls import Body, Elements, Schemas
-from llamaherd_server.chat.gbnf import literal
-from llamaherd_server.chat.reply import Malformed, Message, Parser, Source, Writer
+from llamaherd_server.grammar.gbnf import literal
+from llamaherd_server.toolcalls import calls
+from llamaherd_server.toolcalls.calls import Body, Elements, Schemas
+from llamaherd_server.toolcalls.reply import Malformed, Message, Parser, Source, Writer
 
 THINKING = (
     *(("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought\n", "<channel|>")),

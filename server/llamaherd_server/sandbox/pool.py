@@ -18,10 +18,10 @@ from typing import Self, TypeVar, get_type_hints
 
 import msgspec
 
-from llamaherd_server.chat.sandbox_child import Call, Refused
 from llamaherd_server.errors import ApiError
 from llamaherd_server.process.priority import SLOW_S, Patience
 from llamaherd_server.process.turns import Turns
+from llamaherd_server.sandbox.child import Call, Refused
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -55,7 +55,7 @@ class _Lost(Exception):
 
 
 class Sandbox:
-    """Supervised sandbox_child processes, started when they are needed."""
+    """Supervised child processes, started when they are needed."""
 
     def __init__(self, most: int = _MOST) -> None:
         self._idle: asyncio.LifoQueue[_Child] = asyncio.LifoQueue()
@@ -162,7 +162,7 @@ class _Child:
     @classmethod
     async def start(cls) -> Self:
         ours, theirs = socket.socketpair()
-        command = (sys.executable, "-I", "-m", "llamaherd_server.chat.sandbox_child")
+        command = (sys.executable, "-I", "-m", "llamaherd_server.sandbox.child")
         with theirs:
             end = theirs.fileno()
             try:

@@ -9,13 +9,13 @@ from typing import Any
 
 import msgspec
 
-from llamaherd_server.chat.calls import Elements
-from llamaherd_server.chat.formats import FORMATS, HARMONY, Format, Keywords, Reader
-from llamaherd_server.chat.gbnf import literal, without
-from llamaherd_server.chat.sandbox import Sandbox, SandboxError
-from llamaherd_server.chat.schema import arguments_rules, bare_rules, grammar_of, schema_rules
-from llamaherd_server.chat.subschemas import property_kinds
 from llamaherd_server.errors import ApiError
+from llamaherd_server.grammar.gbnf import literal, without
+from llamaherd_server.grammar.schema import arguments_rules, bare_rules, grammar_of, schema_rules
+from llamaherd_server.grammar.subschemas import property_kinds
+from llamaherd_server.sandbox.pool import Sandbox, SandboxError
+from llamaherd_server.toolcalls.calls import Elements
+from llamaherd_server.toolcalls.formats import FORMATS, HARMONY, Format, Keywords, Reader
 
 # For the conversion of schemas: the largest of zod's and pydantic's takes 0.3 s. Beside it there is the grammar's own.
 _CPU_S, _PATIENCE = 1.0, 2.5

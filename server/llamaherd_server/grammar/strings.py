@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llamaherd_server.chat.automaton import MAX_STATES
-from llamaherd_server.chat.language import Term, Terms, TooLarge
-from llamaherd_server.chat.pattern import language_of
-from llamaherd_server.chat.string_formats import FORMATS, FREE
-from llamaherd_server.chat.subschemas import Schema, number, refuse
+from llamaherd_server.grammar.automaton import MAX_STATES
+from llamaherd_server.grammar.language import Term, Terms, TooLarge
+from llamaherd_server.grammar.pattern import language_of
+from llamaherd_server.grammar.string_formats import FORMATS, FREE
+from llamaherd_server.grammar.subschemas import Schema, number, refuse
 
 MAX_LENGTH = 1_000_000
 _SHORTEST_CUT = 200

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from llamaherd_server.chat.arrays import array_rule
-from llamaherd_server.chat.gbnf import PRIMITIVES, literal, repeated, trie
-from llamaherd_server.chat.language import Term, Terms, TooLarge
-from llamaherd_server.chat.numbers import Bounds, bounds_of
-from llamaherd_server.chat.objects import listed_properties, object_rule
-from llamaherd_server.chat.strings import MAX_LENGTH, Strings, lengths
-from llamaherd_server.chat.subschemas import (
+from llamaherd_server.errors import ApiError
+from llamaherd_server.grammar.arrays import array_rule
+from llamaherd_server.grammar.gbnf import PRIMITIVES, literal, repeated, trie
+from llamaherd_server.grammar.language import Term, Terms, TooLarge
+from llamaherd_server.grammar.numbers import Bounds, bounds_of
+from llamaherd_server.grammar.objects import listed_properties, object_rule
+from llamaherd_server.grammar.strings import MAX_LENGTH, Strings, lengths
+from llamaherd_server.grammar.subschemas import (
     ASSERTIONS,
     COMBINING,
     KINDS,
@@ -30,7 +31,6 @@ from llamaherd_server.chat.subschemas import (
     names,
     refuse,
 )
-from llamaherd_server.errors import ApiError
 
 MAX_SCHEMA_BYTES = MAX_GRAMMAR_BYTES = 2**20
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llamaherd_server.chat.gbnf import constant
-from llamaherd_server.chat.language import Term, TooLarge
-from llamaherd_server.chat.numbers import bounds_of
-from llamaherd_server.chat.strings import MAX_LENGTH, lengths
-from llamaherd_server.chat.subschemas import Schema, names, properties
+from llamaherd_server.grammar.gbnf import constant
+from llamaherd_server.grammar.language import Term, TooLarge
+from llamaherd_server.grammar.numbers import bounds_of
+from llamaherd_server.grammar.strings import MAX_LENGTH, lengths
+from llamaherd_server.grammar.subschemas import Schema, names, properties
 
 if TYPE_CHECKING:
-    from llamaherd_server.chat.schema import Converter
+    from llamaherd_server.grammar.schema import Converter
 
 
 def object_rule(converter: Converter, schema: Schema, where: str) -> str | None:

@@ -1,0 +1,1 @@
+"""JSON schemas and patterns as GBNF, the grammars of llama.cpp."""

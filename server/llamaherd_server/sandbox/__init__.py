@@ -1,0 +1,1 @@
+"""Processes that work on untrusted input, and may die of it."""
