@@ -122,7 +122,7 @@ def test_what_a_change_does_to_each_stream_and_how_sure_it_is_stands_in_the_head
     choice = tried.run()
     doubtful = make_verdict(tried, choice, [])
     requests = next(row.requests for row in doubtful.table if row.settings == doubtful.chosen)
-    assert f", within all limits as far as {requests} requests tell; " in doubtful.sentence
+    assert f", within all limits as far as {requests} requests show; " in doubtful.sentence
 
 
 def test_points_are_named_and_settings_that_differ_have_lines_of_their_own(page: Path) -> None:

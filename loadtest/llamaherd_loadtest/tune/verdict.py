@@ -114,7 +114,7 @@ def _sentence(choice: Choice | None, table: Sequence[Row], current: Settings, ob
     streams = ""
     if before.stream_tokens_per_s and after.stream_tokens_per_s:
         streams = f", each stream {before.stream_tokens_per_s:.3g} → {after.stream_tokens_per_s:.3g} tokens/s"
-    within = "within all limits" if after.resolved else f"within all limits as far as {after.requests} requests tell"
+    within = "within all limits" if after.resolved else f"within all limits as far as {after.requests} requests show"
     return f"Change {difference(current, choice.record.settings)}: {gain}{streams}, {within}; {choice.reason}."
 
 
