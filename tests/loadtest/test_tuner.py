@@ -44,7 +44,7 @@ def test_finds_the_best_settings_past_refusals_and_crashes(
     before = in_force(double)
     space = ["--space", "parallel=4,8,16,64", "--space", "ubatch=128"]
     limits = ["--limit", "ttft_p95=2s", "--limit", "tpot_p95=500ms"]
-    done = run(double, key_file, tmp_path, *space, *limits, "--budget", "45s")
+    done = run(double, key_file, tmp_path, *space, *limits, "--budget", "60s")
     assert done.returncode == 0, done.stderr
     found = verdict(tmp_path)
     assert found["verdict"] == "change"
@@ -59,7 +59,7 @@ def test_finds_the_best_settings_past_refusals_and_crashes(
     assert "does not fit" in rows["parallel 64, batch 2048, ubatch 128"]["verdict"]
     assert found["limits"] == {"ttft_p95": 2000, "tpot_p95": 500}
     assert found["provenance"]["model"]["name"] == "engine"
-    assert found["provenance"]["spent_s"] <= 45
+    assert found["provenance"]["spent_s"] <= 60
     assert found["provenance"]["measured"]["output_tokens_per_s"] == round(chosen["output_tokens_per_s"], 1)
     page = (tmp_path / "report.html").read_text()
     assert found["sentence"] in page and page.count("<svg") == 6
@@ -156,6 +156,8 @@ def test_a_budget_that_is_too_small_names_one_that_does(
     done = run(*arguments, "--budget", f"{budget['needed_s']:g}s")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "budget.json").exists()
+    prompts = [str(entry["request"]["messages"]) for entry in double.get("/log").values()]
+    assert len(prompts) == len(set(prompts)), "a search repeated with its seed finds nothing in the server's cache"
     assert len([row for row in verdict(tmp_path)["table"] if row["windows"]]) == 2
 
 
