@@ -173,8 +173,8 @@ def _divide(options: Options, found: Settings) -> tuple[int, list[Settings], lis
 
 
 def _larger(options: Options) -> Callable[[Settings], bool]:
-    """Whether settings with more slots than the space has may be tried: not where the operator named the slots."""
-    named = any(text.startswith("parallel=") for text in options.space) or options.proposal is not None
+    """Whether settings with more slots than the space has may be tried: not where the operator named the space."""
+    named = bool(options.space) or options.proposal is not None
     return lambda settings: not named and bool(prune([settings], options.workload.need)[0])
 
 
