@@ -11,19 +11,12 @@ from fastapi import FastAPI, Security
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import APIKeyHeader, HTTPBearer
 
-from llamaherd_server.api import (
-    chat,
-    completions,
-    embeddings,
-    llama_server,
-    messages,
-    models,
-    ops,
-    rerank,
-    responses,
-    status_page,
-    tokenize,
-)
+from llamaherd_server.api.anthropic import messages
+from llamaherd_server.api.llamacpp import passed_on as llama_server
+from llamaherd_server.api.llamacpp import rerank, tokenize
+from llamaherd_server.api.openai import chat, completions, embeddings, models, responses
+from llamaherd_server.api.ops import routes as ops
+from llamaherd_server.api.ops import status_page
 from llamaherd_server.api.state import AppState
 from llamaherd_server.chat import template
 from llamaherd_server.config.keys import KeyStore

@@ -146,7 +146,7 @@ class Paced:
         except ValueError:
             self._channel.send(Failed(message.id, "invalid_value", "a token is not in the vocabulary", "tokens"))
         else:
-            self._channel.send(Text(message.id, text))
+            self._channel.send(Text(message.id, text, [bytes([token]) for token in message.tokens if message.apart]))
 
     def _add(self, request: Generate) -> None:
         scale = 4 if isinstance(request.prompt, str) else 1

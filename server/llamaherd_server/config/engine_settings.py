@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from llamaherd_server.config.setting_rules import setting_mistakes
+from llamaherd_server.config.setting_rules import out_of_range, setting_mistakes
 from llamaherd_server.errors import nearest
 from llamaherd_server.wire.protocol import EngineSettings
 
@@ -32,7 +32,7 @@ def merge(base: EngineSettings, values: Mapping[str, Any]) -> EngineSettings:
     try:
         merged = msgspec.convert(settings, EngineSettings, strict=False)
     except msgspec.ValidationError as error:
-        found = setting_mistakes(settings, schema())
+        found = out_of_range(settings, schema())
         raise ValueError(found[0] if found else f"engine setting: {error}") from None
     if found := setting_mistakes(msgspec.to_builtins(merged), schema()):
         raise ValueError(found[0])

@@ -11,14 +11,9 @@ from typing import Any
 def setting_mistakes(settings: Mapping[str, Any], schema: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What is wrong with whole settings, one line each: the setting, its value, the remedy.
 
-    `schema`: of each setting its JSON schema, of which the bounds count; types have been checked.
+    `schema`: of each setting its JSON schema, of which the bounds count. Types have been checked.
     """
-    found = [
-        f"{name} {settings[name]} is out of range: it must be between {one['minimum']} and {one['maximum']}"
-        for name, one in schema.items()
-        if "minimum" in one and not _within(settings[name], one["minimum"], one["maximum"])
-    ]
-    if found:
+    if found := out_of_range(settings, schema):
         return found
     parallel, batch, ubatch, ctx = (int(settings[name]) for name in ("parallel", "batch", "ubatch", "ctx_per_slot"))
     if ubatch > batch:
@@ -36,8 +31,17 @@ def setting_mistakes(settings: Mapping[str, Any], schema: Mapping[str, Mapping[s
     return found
 
 
+def out_of_range(settings: Mapping[str, Any], schema: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The numbers that are beyond their bounds, one line each; what is no number at all is another's to refuse."""
+    return [
+        f"{name} {settings[name]} is out of range: it must be between {one['minimum']} and {one['maximum']}"
+        for name, one in schema.items()
+        if "minimum" in one and not _within(settings[name], one["minimum"], one["maximum"])
+    ]
+
+
 def _within(value: Any, low: int, high: int) -> bool:
     try:
-        return low <= int(value) <= high
-    except (TypeError, ValueError):
-        return False
+        return value is not None and low <= float(value) <= high
+    except (TypeError, ValueError, OverflowError):
+        return True

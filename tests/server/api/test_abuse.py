@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from llamaherd_server.api.chat import ChatRequest
-from llamaherd_server.api.completions import CompletionRequest
 from llamaherd_server.api.fields import GenerationFields
+from llamaherd_server.api.openai.chat import ChatRequest
+from llamaherd_server.api.openai.completions import CompletionRequest
 from llamaherd_server.config.engine_settings import merge
 from llamaherd_server.errors import ApiError
 from llamaherd_server.grammar.schema import schema_grammar

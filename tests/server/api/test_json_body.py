@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llamaherd_server.api.messages import MessagesRequest
+from llamaherd_server.api.anthropic.messages import MessagesRequest
 from llamaherd_server.config.settings import LimitSettings
 from llamaherd_server.errors import ApiError
 from llamaherd_server.http.json_body import MAX_CONTAINERS, MAX_STRINGS, decode

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llamaherd_server.api.chat import ChatRequest
+from llamaherd_server.api.openai.chat import ChatRequest
 
 from .conftest import Serve
 from .double import Double

@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaherd_server.api import answer, llama_server
+from llamaherd_server.api import answer
+from llamaherd_server.api.llamacpp import passed_on as llama_server
 from llamaherd_server.wire.errors import EngineError
 
 from .conftest import Serve

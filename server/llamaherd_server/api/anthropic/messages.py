@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BeforeValidator, Field, Tag, model_validator
 
 from llamaherd_server.api.answer import answer, json_response, run_of
+from llamaherd_server.api.anthropic.messages_shape import MessagesShape
 from llamaherd_server.api.chat_fields import (
     MOST_TOOLS,
     Name,
@@ -23,7 +24,6 @@ from llamaherd_server.api.chat_fields import (
 )
 from llamaherd_server.api.conversation import Conversation, prepare
 from llamaherd_server.api.fields import Body, Ignored, Lenient, Limit, SamplingFields, Text
-from llamaherd_server.api.messages_shape import MessagesShape
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import state_of

@@ -10,10 +10,10 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from llamaherd_server.api.answer import Choice
-from llamaherd_server.api.completions import Prompts
 from llamaherd_server.api.fields import GenerationFields, Ignored, Lenient, Limit
 from llamaherd_server.api.llama_answer import native_answer
 from llamaherd_server.api.llama_fields import renamed
+from llamaherd_server.api.openai.completions import Prompts
 from llamaherd_server.api.wire import encode
 from llamaherd_server.engine.base import Event
 from llamaherd_server.errors import ApiError, unsupported

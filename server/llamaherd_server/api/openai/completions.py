@@ -9,9 +9,9 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BeforeValidator, Field, model_validator
 
 from llamaherd_server.api.answer import answer, run_of
-from llamaherd_server.api.completion_shape import CompletionShape
 from llamaherd_server.api.fields import GenerationFields
 from llamaherd_server.api.llama_fields import renamed
+from llamaherd_server.api.openai.completion_shape import CompletionShape
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import AppState, state_of

@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 
 from llamaherd_server.api.answer import answer, json_response, run_of
 from llamaherd_server.api.chat_fields import MOST_TOOLS, Message, NamedChoice, ResponseFormat, ToolField, choice_of
-from llamaherd_server.api.chat_shape import ChatShape
 from llamaherd_server.api.conversation import Conversation, counted, prepare
 from llamaherd_server.api.fields import GenerationFields, Ignored, Limit
 from llamaherd_server.api.llama_fields import renamed
 from llamaherd_server.api.media import Collected
+from llamaherd_server.api.openai.chat_shape import ChatShape
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import state_of

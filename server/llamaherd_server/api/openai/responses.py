@@ -23,7 +23,7 @@ from llamaherd_server.api.chat_fields import (
 )
 from llamaherd_server.api.conversation import Conversation, counted, prepare
 from llamaherd_server.api.fields import Body, Ignored, Lenient, Limit, SamplingFields, StreamOptions
-from llamaherd_server.api.responses_shape import ResponsesShape
+from llamaherd_server.api.openai.responses_shape import ResponsesShape
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import state_of

@@ -14,8 +14,8 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BeforeValidator, Field, model_validator
 
 from llamaherd_server.api.answer import json_response, unless_gone
-from llamaherd_server.api.completions import as_prompts, resolve_prompts
 from llamaherd_server.api.fields import Body
+from llamaherd_server.api.openai.completions import as_prompts, resolve_prompts
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.errors import ApiError

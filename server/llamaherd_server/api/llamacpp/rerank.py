@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from llamaherd_server.api.answer import json_response
-from llamaherd_server.api.embeddings import MOST_INPUTS, compute, floats, input_usage
 from llamaherd_server.api.fields import Body
+from llamaherd_server.api.openai.embeddings import MOST_INPUTS, compute, floats, input_usage
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.errors import ApiError

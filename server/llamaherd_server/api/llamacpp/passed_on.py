@@ -17,14 +17,14 @@ from fastapi import APIRouter, Request, Response
 from pydantic import TypeAdapter
 
 from llamaherd_server.api.answer import EventStream, answer, begun, error_of, json_response, run_of, unless_gone
-from llamaherd_server.api.completions import grammar_of, resolve_prompts, texts_of
 from llamaherd_server.api.llama_answer import generation_settings
-from llamaherd_server.api.llama_completion import (
+from llamaherd_server.api.llamacpp.completion import (
     InfillRequest,
     LlamaCompletionRequest,
     LlamaFields,
     LlamaShape,
 )
+from llamaherd_server.api.openai.completions import grammar_of, resolve_prompts, texts_of
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import AppState, state_of
