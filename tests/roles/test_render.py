@@ -264,6 +264,7 @@ def test_what_is_a_models_own_reaches_the_server(render: Render, tmp_path: Path)
     lora = {"name": "tone", "sha256": "b" * 64, "source": source, "scale": 0.5}
     own = {"settings": {"ctx_per_slot": 1024}, "engine": "llama-server", "chat_template": str(template), "lora": [lora]}
     own["chat_template_kwargs"] = {"enable_thinking": False, "reasoning_effort": "low"}
+    own["sampling"] = {"temperature": 0.6, "top_k": 20, "max_tokens": 512}
     model = {"name": "smollm2-135m-instruct", "sha256": "a" * 64, "source": source, **own}
     found = render("debian12", llamaherd_models=[model], llamaherd_settings={"parallel": 2, "ctx_per_slot": 4096})
     store = found.state_dir / "models"
@@ -275,6 +276,7 @@ def test_what_is_a_models_own_reaches_the_server(render: Render, tmp_path: Path)
     assert loaded.engine.settings == EngineSettings(parallel=2, ctx_per_slot=1024)
     assert loaded.model.chat_template == expected
     assert loaded.model.chat_template_kwargs == {"enable_thinking": False, "reasoning_effort": "low"}
+    assert loaded.model.sampling == {"temperature": 0.6, "top_k": 20, "max_tokens": 512}
     assert [(one.path, one.scale) for one in loaded.model.lora] == [(store / f"{'b' * 64}.gguf", 0.5)]
 
 
