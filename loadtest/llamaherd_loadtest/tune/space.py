@@ -73,7 +73,8 @@ def prune(settings: Sequence[Settings], need: int) -> tuple[list[Settings], list
 
 def knobs(all_settings: Sequence[Settings]) -> tuple[str, ...]:
     """The names in which settings differ."""
-    return tuple(name for name in all_settings[0] if len({str(s.get(name)) for s in all_settings}) > 1)
+    names = all_settings[0] if all_settings else ()
+    return tuple(name for name in names if len({str(s.get(name)) for s in all_settings}) > 1)
 
 
 def needs_as_much(settings: Settings, other: Settings) -> bool:
