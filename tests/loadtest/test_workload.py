@@ -50,11 +50,13 @@ def test_a_shared_prefix_is_shared_within_a_run_only() -> None:
     assert one != other
 
 
-def test_requests_ask_for_usage_and_equal_work() -> None:
+def test_requests_ask_for_usage_and_for_work_that_a_seed_repeats() -> None:
     body = json.loads(prompts("chat").request(0))
     assert body["stream_options"] == {"include_usage": True}
-    assert (body["stream"], body["ignore_eos"], body["max_tokens"]) == (True, True, 32)
-    assert json.loads(prompts("chat").request(0, 0.25))["max_tokens"] == 8
+    assert (body["stream"], body["ignore_eos"]) == (True, True)
+    assert json.loads(prompts("chat").request(0))["max_tokens"] == body["max_tokens"]
+    assert json.loads(prompts("chat").request(0, 0.25))["max_tokens"] == body["max_tokens"] // 4
+    assert len({json.loads(prompts("chat").request(i))["max_tokens"] for i in range(20)}) > 10
 
 
 @pytest.mark.parametrize(
