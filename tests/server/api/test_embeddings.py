@@ -98,6 +98,13 @@ def test_a_ranker_orders_documents_and_refuses_everything_else(tmp_path: Path) -
         best = post(server, "/v1/rerank", query="llama", documents=documents, top_n=1, return_documents=True).json()
         assert len(best["results"]) == 1
         assert best["results"][0]["document"] == {"text": documents[whole["results"][0]["index"]]}
+        scores = post(server, "/rerank", query="llama", texts=documents, return_text=True).raise_for_status().json()
+        assert [(one["index"], one["score"]) for one in scores] == [
+            (one["index"], one["relevance_score"]) for one in whole["results"]
+        ]
+        assert [one["text"] for one in scores] == [documents[one["index"]] for one in scores]
+        for both in {"documents": documents, "texts": documents}, {}:
+            assert post(server, "/rerank", query="llama", **both).status_code == 400
         for endpoint, body in (
             ("/v1/embeddings", {"input": "x"}),
             ("/v1/completions", {"prompt": "x", "max_tokens": 1}),
