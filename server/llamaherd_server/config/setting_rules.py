@@ -43,5 +43,7 @@ def out_of_range(settings: Mapping[str, Any], schema: Mapping[str, Mapping[str, 
 def _within(value: Any, low: int, high: int) -> bool:
     try:
         return value is not None and low <= float(value) <= high
-    except (TypeError, ValueError, OverflowError):
+    except OverflowError:
+        return False
+    except (TypeError, ValueError):
         return True

@@ -27,6 +27,11 @@ ErrorCode = Literal[
 ]
 
 
+def _within(low: int, high: int, description: str) -> Meta:
+    """For the schema alone: a worker decodes what the front end has checked."""
+    return Meta(description=description, extra_json_schema={"minimum": low, "maximum": high})
+
+
 class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a context is built from; every field can be changed without reloading the weights.
 
@@ -38,20 +43,20 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """
 
     # llama.cpp's llama_max_parallel_sequences(), and what a 32-bit token position can address
-    parallel: Annotated[int, Meta(ge=1, le=256, description="Sequences computed at once (slots).")] = 4
-    batch: Annotated[int, Meta(ge=1, le=2**31 - 1, description="Most tokens of one decode step.")] = 2048
-    ubatch: Annotated[int, Meta(ge=1, le=2**31 - 1, description="Most tokens computed at once within a step.")] = 512
-    ctx_per_slot: Annotated[int, Meta(ge=16, le=2**31 - 1, description="Context of one slot in tokens.")] = 2048
+    parallel: Annotated[int, _within(1, 256, "Sequences computed at once (slots).")] = 4
+    batch: Annotated[int, _within(1, 2**31 - 1, "Most tokens of one decode step.")] = 2048
+    ubatch: Annotated[int, _within(1, 2**31 - 1, "Most tokens computed at once within a step.")] = 512
+    ctx_per_slot: Annotated[int, _within(16, 2**31 - 1, "Context of one slot in tokens.")] = 2048
     kv_unified: Annotated[bool, Meta(description="One KV cache for all slots.")] = True
     kv_cells: Annotated[
         int,
-        Meta(ge=0, le=2**31 - 1, description="KV cells of a unified cache in tokens; 0: parallel times ctx_per_slot."),
+        _within(0, 2**31 - 1, "KV cells of a unified cache in tokens; 0: parallel times ctx_per_slot."),
     ] = 0
     kv_type_k: Annotated[KvType, Meta(description="Type of K.")] = "f16"
     kv_type_v: Annotated[KvType, Meta(description="Type of V.")] = "f16"
     flash_attention: Annotated[Literal["auto", "on", "off"], Meta(description="Flash attention.")] = "auto"
-    threads: Annotated[int, Meta(ge=0, le=512, description="Threads for decoding; 0: decided on the host.")] = 0
-    threads_batch: Annotated[int, Meta(ge=0, le=512, description="Threads for prompts; 0: decided on the host.")] = 0
+    threads: Annotated[int, _within(0, 512, "Threads for decoding; 0: decided on the host.")] = 0
+    threads_batch: Annotated[int, _within(0, 512, "Threads for prompts; 0: decided on the host.")] = 0
 
 
 class Sampling(Struct, frozen=True, kw_only=True):
