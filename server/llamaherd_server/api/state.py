@@ -57,8 +57,8 @@ class AppState:
     def fingerprint(self) -> str:
         """Another one where equal seeds may give other samples: another build, engine or model."""
         info = self.model_info()
-        told = f"{self.engine.status().kind} {info.build} {info.description} {info.n_params} {info.size_bytes}"
-        return f"b{zlib.crc32(told.encode()):08x}"
+        identity = f"{self.engine.status().kind} {info.build} {info.description} {info.n_params} {info.size_bytes}"
+        return f"b{zlib.crc32(identity.encode()):08x}"
 
     def all(self) -> list[AppState]:
         """Every model's, once."""

@@ -1,1 +1,1 @@
-"""What the server is told: its settings and keys."""
+"""The settings and the keys of the server."""

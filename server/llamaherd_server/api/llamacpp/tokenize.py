@@ -61,8 +61,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         message = f"with_pieces: {len(tokens)} tokens are more than {_MAX_PIECES}: send less text"
         raise ApiError(400, message, param="content", code="invalid_value")
     pieces = await engine.pieces(tokens)
-    told = [{"id": token, "piece": _text_of(piece)} for token, piece in zip(tokens, pieces, strict=True)]
-    return json_response({"tokens": told})
+    answered = [{"id": token, "piece": _text_of(piece)} for token, piece in zip(tokens, pieces, strict=True)]
+    return json_response({"tokens": answered})
 
 
 def _text_of(piece: bytes) -> str | list[int]:
