@@ -48,11 +48,15 @@ class Arena:
         self._turn = 0
         self._read_index()
 
+    def fits(self, size: int) -> bool:
+        """Whether the bound and the index have room for `size` bytes more."""
+        return self.used + _padded(size) <= self.size and len(self._taken) < _MOST_BLOBS
+
     def allocate(self, size: int) -> int | None:
-        """The offset of `size` bytes that no blob has; None where the bound or the index does not allow them."""
-        size = _padded(size)
-        if self.used + size > self.size or len(self._taken) >= _MOST_BLOBS:
+        """The offset of `size` bytes that no blob has; None where they do not fit."""
+        if not self.fits(size):
             return None
+        size = _padded(size)
         start = _FRONT
         for offset, taken in sorted(self._taken.items()):
             if offset - start >= size:

@@ -7,7 +7,8 @@ from functools import partial
 
 from llamaherd_server.worker.backend import Backend
 from llamaherd_server.worker.kv import KvCache, Slot
-from llamaherd_server.worker.prompts import LEAST, Found, PromptCache
+from llamaherd_server.worker.pieces import Found
+from llamaherd_server.worker.prompts import LEAST, PromptCache
 from llamaherd_server.worker.sequence import Sequence
 
 # Checkpoints of a slot, the bytes of all slots' together, and tokens between two borders, or two that none asks for.

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,60 +22,13 @@ import msgspec
 from llamaherd_server.wire.protocol import EngineSettings
 from llamaherd_server.worker.arena import Arena
 from llamaherd_server.worker.backend import Checkpoint
-from llamaherd_server.worker.prefix import common
+from llamaherd_server.worker.pieces import Found, Piece, line, longest, matched, tokens_of
 from llamaherd_server.worker.prompt_files import Header, header_of, prompt_files, read
 from llamaherd_server.worker.texts import Stretch, Texts
 
 LEAST = 16  # tokens: shorter pieces, and shorter common beginnings, are computed again
 
 _FORMAT = 1  # of blobs: others are not read
-
-
-@dataclass(eq=False, slots=True)
-class Piece:
-    """`tokens` are those at positions `start` to `end`. Without an `offset` it lies on disk only, at `path`."""
-
-    header: Header
-    parent: Piece | None
-    size: int
-    offset: int | None = None
-    path: Path | None = None
-    children: list[Piece] = field(default_factory=list)
-    used: float = 0.0
-    pins: int = 0
-    fetched: bool = False  # from disk, and not used since
-
-    @property
-    def start(self) -> int:
-        return self.header.start
-
-    @property
-    def end(self) -> int:
-        return self.header.start + len(self.header.tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The first `length` tokens of a prompt: the pieces from the root on, each taken up to where the next begins.
-
-    `checkpoint`: the index of the one in the last piece that is to be gone back to.
-    """
-
-    length: int
-    pieces: list[Piece]
-    checkpoint: int | None = None
-
-    @property
-    def size(self) -> int:
-        return sum(piece.size for piece in self.pieces)
-
-    @property
-    def fetched(self) -> bool:
-        return any(piece.fetched for piece in self.pieces)
-
-    @property
-    def on_disk(self) -> bool:
-        return any(piece.offset is None for piece in self.pieces)
 
 
 class PromptCache:
@@ -95,6 +47,7 @@ class PromptCache:
         self._roots: dict[tuple[str, str, tuple[int, ...]], list[Piece]] = {}
         self._pieces: dict[str, Piece] = {}
         self._lock = threading.RLock()
+        self._reading = threading.Lock()
         self.texts = Texts()
         self._take_over(self._in_memory())
 
@@ -115,16 +68,16 @@ class PromptCache:
         None where that is shorter than LEAST. `on_disk`: also where some of it has to be read first.
         """
         with self._lock:
-            found = self._longest(self._roots.get(self._key(scope, tokens), []), tokens, len(tokens) - 1, on_disk)
+            found = longest(self._of(scope, tokens), tokens, len(tokens) - 1, cuts=self.cuts, on_disk=on_disk)
             return found if found and found.length >= LEAST else None
 
     def lacks(self, scope: str, tokens: list[int], *, chained: bool) -> tuple[Piece | None, int] | None:
         """Where a piece that completes `tokens` would begin, and after which; None where next to nothing is missing."""
         with self._lock:
-            parent, matched = self._matched(self._roots.get(self._key(scope, tokens), []), tokens)
-            if len(tokens) - matched < LEAST:
+            parent, there = matched(self._of(scope, tokens), tokens)
+            if len(tokens) - there < LEAST:
                 return None
-            return (parent, matched) if chained and matched >= LEAST else (None, 0)
+            return (parent, there) if chained and there >= LEAST else (None, 0)
 
     def put(
         self,
@@ -211,55 +164,42 @@ class PromptCache:
     def fetch(self, scope: str, tokens: list[int]) -> None:
         """Read from disk what `find` would take if it were in memory; a file that does not verify goes."""
         while (found := self.find(scope, tokens, on_disk=True)) and found.on_disk:
+            with self._pinned(found.pieces):
+                failed = next((piece for piece in found.pieces if not self._read(piece)), None)
+            if failed is None or failed.header.id in self._pieces:  # there, or without room
+                return
+
+    def fetch_latest(self, most_bytes: int) -> None:
+        """Read from disk what was used last, as far as there is free room; the rest when it is asked for."""
+        with self._lock:
+            pieces = sorted(self._pieces.values(), key=lambda one: one.used, reverse=True)
+        for piece in [one for last in pieces for one in reversed([*line(last)])]:
             with self._lock:
-                pieces = [piece for piece in found.pieces if piece.offset is None]
-                for piece in found.pieces:
-                    piece.pins += 1
-            try:
-                failed = next((piece for piece in pieces if not self._read(piece)), None)
-                if failed is None or failed.header.id in self._pieces:  # there, or without room
+                if piece.offset is not None or piece.header.id not in self._pieces:
+                    continue
+                most_bytes -= piece.size
+                if most_bytes < 0 or not self.arena.fits(piece.size):
                     return
-            finally:
-                for piece in found.pieces:
+            with self._pinned([piece]):
+                self._read(piece)
+
+    @contextlib.contextmanager
+    def _pinned(self, pieces: list[Piece]) -> Iterator[None]:
+        with self._lock:
+            for piece in pieces:
+                piece.pins += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                for piece in pieces:
                     piece.pins -= 1
 
     # --- the forest ----------------------------------------------------------------------------------------------
 
-    def _key(self, scope: str, tokens: list[int]) -> tuple[str, str, tuple[int, ...]]:
-        return self.identity, scope, tuple(tokens[:LEAST])
-
-    def _longest(self, pieces: Iterable[Piece], tokens: list[int], most: int, on_disk: bool) -> Found | None:
-        best: Found | None = None
-        for piece in pieces:
-            if piece.offset is None and not on_disk:
-                continue
-            end = _agreed(piece, tokens)
-            own = self._usable(piece, min(end, most))
-            deeper = self._longest((one for one in piece.children if one.start <= end), tokens, most, on_disk)
-            if deeper and deeper.length > (own.length if own else 0):
-                own = Found(deeper.length, [piece, *deeper.pieces], deeper.checkpoint)
-            if own and (best is None or own.length > best.length):
-                best = own
-        return best
-
-    def _usable(self, piece: Piece, length: int) -> Found | None:
-        if length <= piece.start:
-            return None
-        if self.cuts or length == piece.end:
-            return Found(length, [piece])
-        for i, (there, _) in reversed([*enumerate(piece.header.checkpoints)]):
-            if there <= length:
-                return Found(there, [piece], i)
-        return None
-
-    def _matched(self, pieces: Iterable[Piece], tokens: list[int]) -> tuple[Piece | None, int]:
-        best: tuple[Piece | None, int] = (None, 0)
-        for piece in pieces:
-            if (end := _agreed(piece, tokens)) == piece.start:
-                continue
-            deeper = self._matched((one for one in piece.children if one.start <= end), tokens)
-            best = max(best, (piece, end), deeper, key=lambda pair: pair[1])
-        return best
+    def _of(self, scope: str, tokens: list[int]) -> list[Piece]:
+        """Those that may have a beginning of `tokens`."""
+        return self._roots.get((self.identity, scope, tuple(tokens[:LEAST])), [])
 
     def _add(self, piece: Piece) -> None:
         self._pieces[piece.header.id] = piece
@@ -295,10 +235,7 @@ class PromptCache:
 
     def _room(self, size: int, keep: Piece | None) -> int | None:
         """Memory for `size` bytes; what has saved least per byte, and not for the longest time, makes way."""
-        kept = set()
-        while keep:
-            kept.add(keep)
-            keep = keep.parent
+        kept = {*line(keep)}
         while (offset := self.arena.allocate(size)) is None:
             leaves = [
                 piece
@@ -360,34 +297,25 @@ class PromptCache:
                 piece.parent = parent
                 self._add(piece)
                 for digest, start, end in piece.header.texts:
-                    self.texts.put(digest, _tokens(piece, start, end))
+                    self.texts.put(digest, tokens_of(piece, start, end))
             elif piece.offset is not None:
                 self.arena.free(piece.offset)
 
     def _read(self, piece: Piece) -> bool:
-        with self._lock:
-            offset = self._room(piece.size, piece.parent)
-        if offset is None or piece.path is None:
-            return False
-        verified = read(piece.path, self.arena.view(offset, piece.size))  # beside the steps
-        with self._lock:
-            if verified:
-                self.arena.commit(offset, piece.size)
-                piece.offset, piece.fetched = offset, True
-            else:
-                self.arena.free(offset)
-                self._drop(piece)
-        return verified
-
-
-def _tokens(piece: Piece, start: int, end: int) -> list[int]:
-    """Those of a prompt at these positions, of which the last are the piece's."""
-    before = _tokens(piece.parent, start, piece.start) if piece.parent and start < piece.start else []
-    return before + piece.header.tokens[max(start - piece.start, 0) : end - piece.start]
-
-
-def _agreed(piece: Piece, tokens: list[int]) -> int:
-    """Up to which position the piece has these tokens."""
-    if tokens[piece.start : piece.start + 1] != piece.header.tokens[:1]:  # of siblings nearly all
-        return piece.start
-    return piece.start + common(piece.header.tokens, tokens[piece.start : piece.end])
+        with self._reading:
+            with self._lock:
+                if piece.offset is not None:
+                    return True
+                known = piece.header.id in self._pieces
+                offset = self._room(piece.size, piece.parent) if known else None
+            if offset is None or piece.path is None:
+                return False
+            verified = read(piece.path, self.arena.view(offset, piece.size))  # beside the steps
+            with self._lock:
+                if verified:
+                    self.arena.commit(offset, piece.size)
+                    piece.offset, piece.fetched = offset, True
+                else:
+                    self.arena.free(offset)
+                    self._drop(piece)
+            return verified

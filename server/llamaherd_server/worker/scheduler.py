@@ -17,9 +17,10 @@ from llamaherd_server.wire.protocol import Delta, Failed, Finished, FinishReason
 from llamaherd_server.worker.backend import ABORTED, DONE, INVALID, NO_ROOM, Backend
 from llamaherd_server.worker.keeper import Keeper
 from llamaherd_server.worker.kv import KvCache
+from llamaherd_server.worker.pieces import Found
 from llamaherd_server.worker.placement import Place, find_place
 from llamaherd_server.worker.prefix import best_source, is_coming
-from llamaherd_server.worker.prompts import Found, PromptCache
+from llamaherd_server.worker.prompts import PromptCache
 from llamaherd_server.worker.sequence import NO_SLOT, Sequence, Share
 from llamaherd_server.worker.stopwatch import Stopwatch
 

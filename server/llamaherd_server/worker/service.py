@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from llamaherd_server.process.priority import lower
 from llamaherd_server.wire.errors import RequestError
 from llamaherd_server.wire.protocol import Cancel, EngineSettings, Failed, Loading, Ready, Retune, Retuned, WorkerConfig
 from llamaherd_server.worker.arena import Arena
@@ -23,6 +25,7 @@ from llamaherd_server.worker.scheduler import Scheduler
 from llamaherd_server.worker.sequence import Sequence
 
 HEARTBEAT_S = 1.0
+AHEAD_BYTES = 2**30  # of prompts that a new worker reads from disk before they are asked for
 
 
 class Service:
@@ -47,6 +50,8 @@ class Service:
 
     def run(self) -> None:
         """Until the front end closes the channel, which raises Closed."""
+        if self._prompts:
+            threading.Thread(target=_fetch_latest, args=(self._prompts,), daemon=True).start()
         intake = Intake(self._channel, self._model, self._interrupt, self._room, self._prompts)
         while True:
             idle = self._scheduler.settled and self._embedder.idle
@@ -124,6 +129,11 @@ def _prompt_cache(config: WorkerConfig, lib: Any) -> PromptCache | None:
     arena = Arena(config.prompts.fd, config.prompts.bytes)
     folder = Path(config.prompts.folder) if config.prompts.folder else None
     return PromptCache(arena, identity(lib, config), folder)
+
+
+def _fetch_latest(prompts: PromptCache) -> None:
+    lower()
+    prompts.fetch_latest(AHEAD_BYTES)
 
 
 def _same_cells(one: EngineSettings, other: EngineSettings) -> bool:

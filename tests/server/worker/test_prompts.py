@@ -190,3 +190,20 @@ def test_the_latest_prompts_are_written_as_far_as_there_is_room(fd: int, tmp_pat
         later.fetch("", prompt(number))
     assert [bool(states(later, prompt(number))) for number in range(3)] == [False, True, True]
     assert len([*tmp_path.iterdir()]) == 2
+
+
+@pytest.mark.parametrize(("room", "most_bytes", "read"), [(8, 2**20, 3), (2, 2**20, 2), (8, 2500, 2)])
+def test_the_latest_prompts_are_read_first_into_free_room(
+    fd: int, tmp_path: Path, room: int, most_bytes: int, read: int
+) -> None:
+    prompts = cache(fd)
+    for number in range(3):
+        assert put(prompts, prompt(number), b"x" * 1000)
+    store(prompts.arena, tmp_path, 2**20, 60)
+    small = arena.create(room * PAGE)
+    later = PromptCache(Arena(small, room * PAGE), "model", tmp_path)
+    os.close(small)
+    later.suit(SETTINGS, cuts=True)
+    later.fetch_latest(most_bytes)
+    assert [bool(states(later, prompt(number))) for number in range(3)] == [read == 3, True, True]
+    assert later.evictions == 0

@@ -1,0 +1,119 @@
+"""Pieces of computed prompts, each going on where its parent leaves off, and how much of a prompt they have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llamaherd_server.worker.prefix import common
+from llamaherd_server.worker.prompt_files import Header
+
+
+@dataclass(eq=False, slots=True)
+class Piece:
+    """`tokens` are those at positions `start` to `end`. Without an `offset` it lies on disk only, at `path`."""
+
+    header: Header
+    parent: Piece | None
+    size: int
+    offset: int | None = None
+    path: Path | None = None
+    children: list[Piece] = field(default_factory=list)
+    used: float = 0.0
+    pins: int = 0
+    fetched: bool = False  # from disk, and not used since
+
+    @property
+    def start(self) -> int:
+        return self.header.start
+
+    @property
+    def end(self) -> int:
+        return self.header.start + len(self.header.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The first `length` tokens of a prompt: the pieces from the root on, each taken up to where the next begins.
+
+    `checkpoint`: the index of the one in the last piece that is to be gone back to.
+    """
+
+    length: int
+    pieces: list[Piece]
+    checkpoint: int | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(piece.size for piece in self.pieces)
+
+    @property
+    def fetched(self) -> bool:
+        return any(piece.fetched for piece in self.pieces)
+
+    @property
+    def on_disk(self) -> bool:
+        return any(piece.offset is None for piece in self.pieces)
+
+
+def longest(pieces: Iterable[Piece], tokens: list[int], most: int, *, cuts: bool, on_disk: bool) -> Found | None:
+    """The longest beginning of `tokens`, of at most `most` of them, that can be gone on from.
+
+    `cuts`: at any token of a piece. `on_disk`: also where some of it has to be read first.
+    """
+    best: Found | None = None
+    for piece in pieces:
+        if piece.offset is None and not on_disk:
+            continue
+        end = agreed(piece, tokens)
+        own = _usable(piece, min(end, most), cuts=cuts)
+        children = (one for one in piece.children if one.start <= end)
+        deeper = longest(children, tokens, most, cuts=cuts, on_disk=on_disk)
+        if deeper and deeper.length > (own.length if own else 0):
+            own = Found(deeper.length, [piece, *deeper.pieces], deeper.checkpoint)
+        if own and (best is None or own.length > best.length):
+            best = own
+    return best
+
+
+def _usable(piece: Piece, length: int, *, cuts: bool) -> Found | None:
+    if length <= piece.start:
+        return None
+    if cuts or length == piece.end:
+        return Found(length, [piece])
+    for i, (there, _) in reversed([*enumerate(piece.header.checkpoints)]):
+        if there <= length:
+            return Found(there, [piece], i)
+    return None
+
+
+def matched(pieces: Iterable[Piece], tokens: list[int]) -> tuple[Piece | None, int]:
+    """The piece that has more of the beginning of `tokens` than any other, and up to where."""
+    best: tuple[Piece | None, int] = (None, 0)
+    for piece in pieces:
+        if (end := agreed(piece, tokens)) == piece.start:
+            continue
+        deeper = matched((one for one in piece.children if one.start <= end), tokens)
+        best = max(best, (piece, end), deeper, key=lambda pair: pair[1])
+    return best
+
+
+def line(piece: Piece | None) -> Iterator[Piece]:
+    """The piece, and those that it goes on from."""
+    while piece:
+        yield piece
+        piece = piece.parent
+
+
+def tokens_of(piece: Piece, start: int, end: int) -> list[int]:
+    """Those of a prompt at these positions, of which the last are the piece's."""
+    before = tokens_of(piece.parent, start, piece.start) if piece.parent and start < piece.start else []
+    return before + piece.header.tokens[max(start - piece.start, 0) : end - piece.start]
+
+
+def agreed(piece: Piece, tokens: list[int]) -> int:
+    """Up to which position the piece has these tokens."""
+    if tokens[piece.start : piece.start + 1] != piece.header.tokens[:1]:  # of siblings nearly all
+        return piece.start
+    return piece.start + common(piece.header.tokens, tokens[piece.start : piece.end])
