@@ -192,7 +192,7 @@ def test_the_latest_prompts_are_written_as_far_as_there_is_room(fd: int, tmp_pat
     assert len([*tmp_path.iterdir()]) == 2
 
 
-@pytest.mark.parametrize(("room", "most_bytes", "read"), [(8, 2**20, 3), (2, 2**20, 2), (8, 2500, 2)])
+@pytest.mark.parametrize(("room", "most_bytes", "read"), [(8, 2**20, 3), (2, 2**20, 2), (8, 3200, 2)])
 def test_the_latest_prompts_are_read_first_into_free_room(
     fd: int, tmp_path: Path, room: int, most_bytes: int, read: int
 ) -> None:
