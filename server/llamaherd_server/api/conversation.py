@@ -13,6 +13,7 @@ from llamaherd_server.api.media import Collected
 from llamaherd_server.api.state import AppState
 from llamaherd_server.chat import template
 from llamaherd_server.errors import ApiError
+from llamaherd_server.toolcalls.derived import form_of
 from llamaherd_server.toolcalls.formats import HARMONY, HERMES, Reader, format_of, thinking_of
 from llamaherd_server.toolcalls.tools import AnswerSchema, Choice, reply_grammar, with_ids_of
 from llamaherd_server.wire.protocol import Generate, Media, Sampling
@@ -69,8 +70,9 @@ async def prepare(state: AppState, conversation: Conversation) -> Prepared:
     model = state.model_info()
     source = model.chat_template or template.CHATML
     choice, messages = conversation.choice, conversation.messages
-    traits = (await template.found(state.sandbox, model)).traits
-    known = None if traits.foreign_tools else format_of(source)
+    found = await template.found(state.sandbox, model)
+    traits, shape = found.traits, found.shape
+    known = form_of(shape) if shape else None if traits.foreign_tools else format_of(source)
     form = known or HERMES if choice.tools or known is HARMONY else None
     if known is None:
         traits = msgspec.structs.replace(traits, foreign_tools=True)
@@ -92,7 +94,7 @@ async def prepare(state: AppState, conversation: Conversation) -> Prepared:
     )
     schema, field_ = conversation.answer_schema, conversation.answer_field
     answer = None if schema is None else AnswerSchema(schema, field_, conversation.answer_strict)
-    grammar = await reply_grammar(state.sandbox, reader, choice, answer)
+    grammar = await reply_grammar(state.sandbox, reader, choice, answer, shape if choice.tools else None)
     return Prepared(prompt, template.adds_special(model, prompt), grammar, reader, conversation.media.media())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ import msgspec
 from llamaherd_server.chat.conversations import KINDS
 from llamaherd_server.chat.jinja import Rendering, render
 from llamaherd_server.toolcalls.calls import Calls
+from llamaherd_server.toolcalls.derived import Shape, shape_of
 from llamaherd_server.toolcalls.formats import format_of
 
 Messages = list[dict[str, Any]]
@@ -54,10 +56,14 @@ class Traits(msgspec.Struct, frozen=True):
 
 
 class Found(msgspec.Struct):
-    """The traits of a template, and the kinds of conversations that it does not print whole even so, with the error."""
+    """The traits of a template, and the kinds of conversations that it does not print whole even so, with the error.
+
+    `shape`: of its calls, where it prints them as no known family does.
+    """
 
     traits: Traits
     failures: dict[str, str]
+    shape: Shape | None = None
 
 
 class Prompting(msgspec.Struct):
@@ -91,7 +97,17 @@ def traits_of(template: str) -> Found:
         if other != traits and _weight(same := _failures(template, other), _ALL) <= _weight(failures, _ALL):
             traits, failures = other, same
     told = {kind: text if isinstance(text, str) else f"leaves out {', '.join(text)}" for kind, text in failures.items()}
-    return Found(traits, told)
+    shape = None
+    if "tools" in template and not traits.foreign_tools and format_of(template) is None:
+        shape = shape_of(partial(_printed, template, traits))
+    return Found(traits, told, shape)
+
+
+def _printed(template: str, traits: Traits, messages: Messages, tools: list[dict[str, Any]]) -> str:
+    try:
+        return render(Rendering(template, context_of(template, messages, tools, traits, _TOKENS)))
+    except Exception as error:
+        raise ValueError("it cannot be rendered") from error
 
 
 def _failures(template: str, traits: Traits) -> dict[str, str | list[str]]:

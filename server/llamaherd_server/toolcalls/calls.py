@@ -66,15 +66,21 @@ def json_calls(source: Source, writer: Writer, _: Schemas) -> Generator[None, No
 
 def named_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
     """Mistral's newer form: `name[ARGS]{…}`, with a `[CALL_ID]…` before the arguments in some."""
-    head = yield from _before(source, "[ARGS]")
+    head = yield from before(source, "[ARGS]")
     yield from _stream(source, writer, head.partition("[CALL_ID]")[0].strip())
+
+
+def call_before(source: Source, writer: Writer, marker: str) -> Generator[None, None, None]:
+    """A name, the marker, and the arguments as JSON."""
+    name = (yield from before(source, marker)).strip()
+    yield from _stream(source, writer, name)
 
 
 def deepseek_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
     """`name<｜tool▁sep｜>{…}` (V3.1), or `function<｜tool▁sep｜>name` and the arguments in a fence (V3, R1)."""
-    name = (yield from _before(source, "<｜tool▁sep｜>")).strip()
+    name = (yield from before(source, "<｜tool▁sep｜>")).strip()
     if name == "function":
-        name = (yield from _before(source, "\n")).strip()
+        name = (yield from before(source, "\n")).strip()
         yield from source.expect("```json")
         yield from _stream(source, writer, name)
         yield from source.expect("```")
@@ -84,7 +90,7 @@ def deepseek_call(source: Source, writer: Writer, _: Schemas) -> Generator[None,
 
 def kimi_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
     """`functions.name:0<|tool_call_argument_begin|>{…}`."""
-    head = (yield from _before(source, "<|tool_call_argument_begin|>")).strip()
+    head = (yield from before(source, "<|tool_call_argument_begin|>")).strip()
     yield from _stream(source, writer, head.removeprefix("functions.").rpartition(":")[0])
 
 
@@ -106,14 +112,14 @@ class Elements:
         """One call, or several."""
         yield from source.expect(self.call[0])
         while True:
-            yield from self._call(source, writer, schemas)
+            yield from self.call_one(source, writer, schemas)
             source.mark()  # what is told already is not content, whatever comes
             yield from source.spaces()
             if not (yield from source.literal(self.call[0])):
                 return
 
-    def _call(self, source: Source, writer: Writer, schemas: Schemas) -> Generator[None, None, None]:
-        name = yield from _before(source, self.call[1].rstrip())
+    def call_one(self, source: Source, writer: Writer, schemas: Schemas) -> Generator[None, None, None]:
+        name = yield from before(source, self.call[1].rstrip())
         kinds = property_kinds(schemas.get(name))
         writer.begin_call(name)
         separator = "{"
@@ -123,13 +129,13 @@ class Elements:
                 break
             yield from source.expect(self.parameter[0])
             behind, *more = self.parameter[1].split()
-            key = yield from _before(source, behind)
+            key = yield from before(source, behind)
             for mark in more:
                 yield from source.expect(mark)
             of_key = kinds.get(key)
-            if self.typed and (yield from _before(source, '">')) == "true":
+            if self.typed and (yield from before(source, '">')) == "true":
                 of_key = frozenset(("string",))
-            value = yield from _before(source, self.parameter_end.strip())
+            value = yield from before(source, self.parameter_end.strip())
             value = value.removeprefix(self.padding).removesuffix(self.padding)
             writer.arguments(f"{separator}{_json(key)}: {_typed(value, of_key)}")
             separator = ", "
@@ -138,7 +144,7 @@ class Elements:
 
 def keyword_calls(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
     """LFM2's `[name(key=value, …), …]`, in Python's words."""
-    text = yield from _before(source, "<|tool_call_end|>")
+    text = yield from before(source, "<|tool_call_end|>")
     try:
         parsed = ast.parse(text.strip(), mode="eval").body
         calls = [_keyword_call(one) for one in (parsed.elts if isinstance(parsed, ast.List) else [parsed])]
@@ -161,9 +167,9 @@ def glm_call(source: Source, writer: Writer, schemas: Schemas) -> Generator[None
     separator = "{"
     another = mark == "<arg_key>"
     while another:
-        key = yield from _before(source, "</arg_key>")
+        key = yield from before(source, "</arg_key>")
         yield from source.expect("<arg_value>")
-        value = yield from _before(source, "</arg_value>")
+        value = yield from before(source, "</arg_value>")
         writer.arguments(f"{separator}{_json(key)}: {_typed(value, kinds.get(key))}")
         separator = ", "
         yield from source.spaces()
@@ -215,7 +221,7 @@ _GEMMA_TOKEN = re.compile(
 def gemma_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
     """`call:name{key:<|"|>text<|"|>,other:[1,true]}<tool_call|>`."""
     yield from source.expect("call:")
-    text = yield from _before(source, "<tool_call|>")
+    text = yield from before(source, "<tool_call|>")
     name, brace, rest = text.partition("{")
     tokens = [
         (match.lastgroup or "", match[match.lastgroup or ""])
@@ -288,7 +294,8 @@ def _text(source: Source) -> Generator[None, None, str]:
     return "".join(parts)
 
 
-def _before(source: Source, marker: str) -> Generator[None, None, str]:
+def before(source: Source, marker: str) -> Generator[None, None, str]:
+    """The text before the marker, which is taken too; raises Malformed where it does not come."""
     parts: list[str] = []
     if (yield from source.until((marker,), parts.append)) is None:
         raise Malformed
@@ -303,12 +310,18 @@ def _unquoted(text: str) -> str:
 
 
 def _typed(value: str, kinds: frozenset[str] | None) -> str:
-    """A parameter's text as JSON: as JSON where it is that, and of a type that is allowed; else as a string."""
+    """A parameter's text as JSON: as JSON where it is that, and of a type that is allowed; else as a string.
+
+    Where no string is allowed it may be Python's, as templates that print mappings by themselves have it.
+    """
     if kinds is None or kinds != {"string"}:
         with suppress(Malformed, RecursionError):
             found = _loads(value)
             if not kinds or "string" not in kinds or any(is_of(found, kind) for kind in kinds):
                 return _json(found)
+    if kinds and "string" not in kinds:
+        with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            return _json(ast.literal_eval(value.strip()))
     return _json(value)
 
 

@@ -15,6 +15,7 @@ from llamaherd_server.grammar.schema import arguments_rules, bare_rules, grammar
 from llamaherd_server.grammar.subschemas import property_kinds
 from llamaherd_server.sandbox.pool import Sandbox, SandboxError
 from llamaherd_server.toolcalls.calls import Elements
+from llamaherd_server.toolcalls.derived import Shape, form_of
 from llamaherd_server.toolcalls.formats import FORMATS, HARMONY, Format, Keywords, Reader
 
 # For the conversion of schemas: the largest of zod's and pydantic's takes 0.3 s. Beside it there is the grammar's own.
@@ -64,9 +65,9 @@ class AnswerSchema(msgspec.Struct):
 
 
 class Reply(msgspec.Struct):
-    """What a reply must look like. `form`: a format's name; `thinking`, `thinks`: as of its Reader."""
+    """What a reply must look like. `form`: a format's name, or its shape; `thinking`, `thinks`: as of its Reader."""
 
-    form: str | None
+    form: str | Shape | None
     thinking: tuple[str, str] | None
     thinks: bool
     choice: Choice
@@ -74,14 +75,21 @@ class Reply(msgspec.Struct):
 
 
 async def reply_grammar(
-    sandbox: Sandbox, reader: Reader, choice: Choice, answer: AnswerSchema | None = None
+    sandbox: Sandbox,
+    reader: Reader,
+    choice: Choice,
+    answer: AnswerSchema | None = None,
+    shape: Shape | None = None,
 ) -> str | None:
-    """What the reply must look like; None: as the model likes. Raises ApiError where a schema cannot be enforced."""
+    """What the reply must look like; None: as the model likes. Raises ApiError where a schema cannot be enforced.
+
+    `shape`: what the reader's format was made from, if it is of no known family.
+    """
     if answer is None and not (reader.form and choice.tools and choice.enforced):
         return None
-    name = reader.form.name if reader.form else None
+    form = shape or (reader.form.name if reader.form else None)
     try:
-        wanted = Reply(name, reader.thinking, reader.thinks, choice, answer)
+        wanted = Reply(form, reader.thinking, reader.thinks, choice, answer)
         return await sandbox.in_child(grammar_of_reply, wanted, _CPU_S, _PATIENCE)
     except SandboxError as error:
         param = answer.field if answer else "tools"
@@ -90,7 +98,10 @@ async def reply_grammar(
 
 def grammar_of_reply(reply: Reply) -> str | None:
     """The grammar; called in a sandboxed child. Raises ApiError."""
-    form = next((one for one in FORMATS if one.name == reply.form), None)
+    if isinstance(reply.form, Shape):
+        form: Format | None = form_of(reply.form)
+    else:
+        form = next((one for one in FORMATS if one.name == reply.form), None)
     choice, answer = reply.choice, reply.answer
     rules: dict[str, str] = {}
     roots = []

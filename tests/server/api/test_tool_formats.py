@@ -373,3 +373,6 @@ def test_parameters_as_text_follow_references_and_keep_to_their_types(lets: Lets
         assert not lets(grammar, written(**wrong)), wrong
     [call] = Reader(formats.QWEN_CODER, None, False, {"order": ORDER.schema}).whole(text).calls
     assert json.loads(call.arguments) == {"size": "1", "code": "42", "note": 'a <b>\n"c"', "items": ["1", "large"]}
+    in_python = text.replace('["1", "large"]', "['1', 'large']")
+    [same] = Reader(formats.QWEN_CODER, None, False, {"order": ORDER.schema}).whole(in_python).calls
+    assert json.loads(same.arguments) == json.loads(call.arguments)
