@@ -14,7 +14,8 @@ from llamaherd_server.api.state import AppState
 from llamaherd_server.chat import template
 from llamaherd_server.errors import ApiError
 from llamaherd_server.toolcalls.derived import form_of
-from llamaherd_server.toolcalls.formats import HARMONY, HERMES, Reader, format_of, thinking_of
+from llamaherd_server.toolcalls.formats import HARMONY, HERMES, format_of, thinking_of
+from llamaherd_server.toolcalls.reader import Reader
 from llamaherd_server.toolcalls.tools import AnswerSchema, Choice, reply_grammar, with_ids_of
 from llamaherd_server.wire.protocol import Generate, Media, Sampling
 

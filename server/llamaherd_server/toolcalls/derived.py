@@ -18,7 +18,8 @@ import msgspec
 from llamaherd_server.grammar.gbnf import literal
 from llamaherd_server.toolcalls import calls
 from llamaherd_server.toolcalls.calls import Elements, Schemas
-from llamaherd_server.toolcalls.formats import Format, Reader
+from llamaherd_server.toolcalls.formats import Format
+from llamaherd_server.toolcalls.reader import Reader
 from llamaherd_server.toolcalls.reply import Malformed, Source, Writer
 
 Print: TypeAlias = Callable[[list[dict[str, Any]], list[dict[str, Any]]], str]

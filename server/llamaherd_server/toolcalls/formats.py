@@ -1,4 +1,4 @@
-"""How model families write reasoning and tool calls: told from the chat template, read, and enforced by grammar.
+"""How model families write reasoning and tool calls, and by what in a chat template each is known.
 
 Sources: the templates in llama.cpp's models/templates, the model cards, OpenAI's harmony format
 (https://github.com/openai/harmony).
@@ -6,15 +6,14 @@ Sources: the templates in llama.cpp's models/templates, the model cards, OpenAI'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
 from llamaherd_server.grammar.gbnf import literal
 from llamaherd_server.toolcalls import calls
-from llamaherd_server.toolcalls.calls import Body, Elements, Schemas
-from llamaherd_server.toolcalls.reply import Malformed, Message, Parser, Source, Writer
+from llamaherd_server.toolcalls.calls import Body, Elements
 
 THINKING = (
     *(("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought\n", "<channel|>")),
@@ -333,101 +332,3 @@ def format_of(template: str) -> Format | None:
 def thinking_of(template: str) -> tuple[str, str] | None:
     """The markers around reasoning that the template knows."""
     return next((pair for pair in THINKING if pair[1] in template), None)
-
-
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """What a reply is read with. `form` None: there are no tools; `thinks`: the prompt ends within reasoning."""
-
-    form: Format | None
-    thinking: tuple[str, str] | None
-    thinks: bool
-    schemas: Mapping[str, object]
-    parallel: bool = True
-
-    @property
-    def preserved(self) -> list[str]:
-        """The control tokens that the engine must not hide."""
-        marks = [mark.removesuffix("thought\n") for mark in self.thinking or ()]
-        return [*(self.form.preserved if self.form else ()), *marks]
-
-    @property
-    def plain(self) -> bool:
-        """Whether a reply is nothing but its text."""
-        return self.form is None and self.thinking is None
-
-    def whole(self, text: str) -> Message:
-        """A whole reply."""
-        if self.plain:
-            return Message(text)
-        parser, message = self.parser(), Message()
-        for piece in (*parser.feed(text), *parser.finish()):
-            message.add(piece)
-        return message
-
-    def parser(self) -> Parser:
-        """For a reply that comes bit by bit."""
-        writer = Writer(
-            most_calls=None if self.parallel else 1,
-            id_length=self.form.id_length if self.form else None,
-        )
-        if self.form is HARMONY:
-            return Parser(_harmony, writer)
-        return Parser(self._read, writer)
-
-    def _read(self, source: Source, writer: Writer) -> Generator[None, None, None]:
-        begin, end = self.thinking or ("", "")
-        if self.thinks:
-            yield from source.until((end,), writer.reasoning)
-            writer.edge()
-        form = self.form
-        if form and form.bare:
-            yield from source.spaces()
-            if source.rest.startswith("{"):
-                yield from _call(source, writer, form, self.schemas, "")
-        marks = tuple(filter(None, (begin, *((form.opens, *form.skipped) if form else ()))))
-        while (mark := (yield from source.until(marks, writer.content))) is not None:
-            if mark == begin:
-                writer.edge()
-                yield from source.until((end,), writer.reasoning)
-                writer.edge()
-            elif form and mark == form.opens:
-                yield from _call(source, writer, form, self.schemas, mark)
-
-
-def _call(source: Source, writer: Writer, form: Format, schemas: Schemas, opened: str) -> Generator[None, None, None]:
-    """One call; what is none after all is content, so that nothing is lost."""
-    before = writer.calls
-    source.mark()
-    try:
-        yield from form.body(source, writer, schemas)
-    except Malformed:
-        if writer.calls == before:
-            writer.content(opened + source.taken)
-        return
-    writer.edge()
-    if form.closes:
-        yield from source.spaces()
-        yield from source.literal(form.closes)
-
-
-def _harmony(source: Source, writer: Writer) -> Generator[None, None, None]:
-    """Messages of `<|channel|>… to=… <|message|>…<|end|>`: analysis is reasoning, functions.* are calls."""
-    ends = ("<|end|>", "<|return|>", "<|call|>", "<|start|>")
-    while source.rest or not source.ended:
-        head: list[str] = []
-        if (yield from source.until(("<|message|>",), head.append)) is None:
-            writer.content("".join(head).replace("<|channel|>", "").replace("<|start|>", ""))
-            return
-        header = "".join(head)
-        words = header.replace("<|", " <|").split()
-        tool = next((word.removeprefix("to=functions.") for word in words if word.startswith("to=functions.")), None)
-        emit = writer.content
-        if tool is not None:
-            writer.edge()
-            writer.begin_call(tool)
-            emit = writer.arguments
-        elif "analysis" in header.partition("<|channel|>")[2]:
-            emit = writer.reasoning
-        yield from source.until(ends, emit)
-        writer.edge()

@@ -16,7 +16,8 @@ from llamaherd_server.grammar.subschemas import property_kinds
 from llamaherd_server.sandbox.pool import Sandbox, SandboxError
 from llamaherd_server.toolcalls.calls import Elements
 from llamaherd_server.toolcalls.derived import Shape, form_of
-from llamaherd_server.toolcalls.formats import FORMATS, HARMONY, Format, Keywords, Reader
+from llamaherd_server.toolcalls.formats import FORMATS, HARMONY, Format, Keywords
+from llamaherd_server.toolcalls.reader import Reader
 
 # For the conversion of schemas: the largest of zod's and pydantic's takes 0.3 s. Beside it there is the grammar's own.
 _CPU_S, _PATIENCE = 1.0, 2.5

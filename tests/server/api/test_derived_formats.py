@@ -9,7 +9,7 @@ import pytest
 
 from llamaherd_server.chat.adapt import Prompting, prompt_of, traits_of
 from llamaherd_server.toolcalls.derived import form_of
-from llamaherd_server.toolcalls.formats import Reader
+from llamaherd_server.toolcalls.reader import Reader
 from llamaherd_server.toolcalls.tools import Choice, Reply, grammar_of_reply
 from tests.server.api.conftest import Serve
 from tests.server.api.test_tool_formats import ASKED, CLOCK, WEATHER, Lets, every_way

@@ -17,7 +17,8 @@ from llamaherd_server.chat.template import adds_special, render
 from llamaherd_server.errors import ApiError
 from llamaherd_server.sandbox.pool import Sandbox
 from llamaherd_server.toolcalls.derived import form_of
-from llamaherd_server.toolcalls.formats import HARMONY, Reader, format_of, thinking_of
+from llamaherd_server.toolcalls.formats import HARMONY, format_of, thinking_of
+from llamaherd_server.toolcalls.reader import Reader
 
 from .double import MODEL
 

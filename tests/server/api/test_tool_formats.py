@@ -10,7 +10,8 @@ import pytest
 
 from llamaherd_server.errors import ApiError
 from llamaherd_server.toolcalls import formats
-from llamaherd_server.toolcalls.formats import Format, Reader, thinking_of
+from llamaherd_server.toolcalls.formats import Format, thinking_of
+from llamaherd_server.toolcalls.reader import Reader
 from llamaherd_server.toolcalls.reply import CallBegin, Message
 from llamaherd_server.toolcalls.tools import Choice, Reply, Tool, grammar_of_reply
 

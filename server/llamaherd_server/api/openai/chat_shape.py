@@ -8,7 +8,7 @@ from llamaherd_server.api.answer import Choice
 from llamaherd_server.api.wire import Envelope, Options, encode
 from llamaherd_server.engine.base import Event
 from llamaherd_server.serving.meter import Usage
-from llamaherd_server.toolcalls.formats import Reader
+from llamaherd_server.toolcalls.reader import Reader
 from llamaherd_server.toolcalls.reply import CallBegin, Content, Message, Parser, Piece, Reasoning
 from llamaherd_server.wire.protocol import Delta, Finished, Logprob, Started, TokenLogprob
 

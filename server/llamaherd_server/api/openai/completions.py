@@ -17,7 +17,7 @@ from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import AppState, state_of
 from llamaherd_server.api.wire import Options
 from llamaherd_server.errors import ApiError, unsupported
-from llamaherd_server.toolcalls.formats import Reader
+from llamaherd_server.toolcalls.reader import Reader
 from llamaherd_server.toolcalls.tools import AnswerSchema, Choice, reply_grammar
 from llamaherd_server.wire.errors import EngineError, too_long
 from llamaherd_server.wire.protocol import Generate, ModelInfo

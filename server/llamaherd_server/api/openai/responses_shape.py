@@ -12,7 +12,7 @@ from llamaherd_server.api.wire import event
 from llamaherd_server.engine.base import Event
 from llamaherd_server.errors import ApiError
 from llamaherd_server.serving.meter import Usage
-from llamaherd_server.toolcalls.formats import Reader
+from llamaherd_server.toolcalls.reader import Reader
 from llamaherd_server.toolcalls.reply import Piece
 from llamaherd_server.wire.protocol import Delta, FinishReason, Started
 
