@@ -2,7 +2,8 @@
 
 ansible.builtin.copy brings a file to the ssh user's ~/.ansible/tmp first, where a model may not fit. This one appends
 to `dest` through the task's own connection and become, piece by piece, after it has seen that the rest fits. An
-existing `dest` is taken for the beginning of the same file: the caller verifies the whole by its sha256.
+existing `dest` is taken for the beginning of the same file: the caller verifies the whole by its sha256. Of several
+files none is begun unless all of them fit.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ CHUNK = 1 << 25  # more costs memory on the controller, less a round trip each
 _LOOK = "test ! -e {dest} || wc -c <{dest}; echo; LC_ALL=C df -Pk {folder}"
 
 
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
     _VALID_ARGS = frozenset({"src", "dest", "label", "interval"})
 
@@ -27,28 +32,40 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
         result: dict[str, Any] = super().run(tmp, task_vars)
         args, host = self._task.args, (task_vars or {}).get("inventory_hostname", "")
         try:
-            source = Path(self._find_needle("files", args["src"]))
-        except AnsibleError:
-            return result | {
-                "failed": True,
-                "msg": f"{args['src']} is not there on this machine; give its absolute path",
-            }
-        if self._task.check_mode:
-            return result | {"changed": True}
-        try:
-            sent = self._send(source, str(args["dest"]), f"{host}: {args.get('label', source.name)}")
-        except OSError as error:
+            sources = [self._source(name) for name in _listed(args["src"])]
+            files = list(zip(sources, map(str, _listed(args["dest"])), strict=True))
+            if self._task.check_mode:
+                return result | {"changed": bool(files)}
+            sent = self._send_all(files, f"{host}: {args.get('label', sources[0].name if sources else '')}")
+        except (OSError, ValueError) as error:
             return result | {"failed": True, "msg": str(error)}
-        return result | sent | {"changed": True}
+        return result | sent | {"changed": bool(files)}
 
-    def _send(self, source: Path, dest: str, label: str) -> dict[str, Any]:
-        """Append what `dest` lacks of `source`; raises OSError with the remedy where that cannot be done."""
-        size, (resumed, free) = source.stat().st_size, self._look(dest)
-        if resumed > size:
-            self._shell(f"rm -f {shlex.quote(dest)}")
-            resumed = 0
-        if free < size - resumed:
-            raise OSError(self._no_room(source, dest, size - resumed, free))
+    def _source(self, name: str) -> Path:
+        try:
+            return Path(self._find_needle("files", name))
+        except AnsibleError:
+            raise OSError(f"{name} is not there on this machine; give its absolute path") from None
+
+    def _send_all(self, files: list[tuple[Path, str]], label: str) -> dict[str, Any]:
+        """Send what the host lacks of each; raises OSError with the remedy where that cannot be done."""
+        missing = {}
+        for source, dest in files:
+            size, (resumed, free) = source.stat().st_size, self._look(dest)
+            if resumed > size:
+                self._shell(f"rm -f {shlex.quote(dest)}")
+                resumed = 0
+            missing[source, dest] = size - resumed
+            if free < sum(missing.values()):
+                raise OSError(self._no_room(source, dest, sum(missing.values()), free))
+        for source, dest in files:
+            size = source.stat().st_size
+            self._send(source, dest, size, size - missing[source, dest], label)
+        size = sum(source.stat().st_size for source, _dest in files)
+        return {"resumed": size - sum(missing.values()), "size": size}
+
+    def _send(self, source: Path, dest: str, size: int, resumed: int, label: str) -> None:
+        """Append to `dest` what comes after `resumed` bytes of `source`."""
         started = shown = time.monotonic()
         with source.open("rb") as file:
             done = file.seek(resumed)
@@ -65,7 +82,6 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
                     rate = (done - resumed) / (now - started) / 2**20
                     Display().display(f"  {label} sent {100 * done // size} % of {size >> 20} MiB, {rate:.1f} MiB/s")
                     shown = now
-        return {"resumed": resumed, "size": size}
 
     def _look(self, dest: str) -> tuple[int, int]:
         """How many bytes `dest` has, and how many more its file system takes."""

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from ansible_collections.llamaherd.llamaherd.plugins.module_utils import gguf
+
 # llama-server --help: every spelling of a flag that says what a variable of ours says. Flags go before variables.
 _MODEL = ("-m", "--model", "LLAMA_ARG_MODEL")
 _HUB = ("-hf", "-hfr", "--hf-repo", "LLAMA_ARG_HF_REPO")
@@ -62,10 +64,10 @@ def adopt_llama_server(service: Sequence[str], environment_files: Sequence[str] 
     """Read a service's ExecStart, Environment and WorkingDirectory, and the texts of its environment files.
 
     `service` has a line of each, as `busctl --json=short get-property` prints them: drop-ins, continued lines, quotes
-    and specifiers are systemd's own reading. Returns path (the GGUF, "" where the unit names none), hub (what -hf
-    names), mmproj and chat_template (paths, or ""), lora (name, path and scale of each), name, aliases, port,
-    gpu_layers and settings (with what the unit says alone), ctx_size and parallel as llama-server counts them (0: not
-    said), and left: flag and reason for the rest.
+    and specifiers are systemd's own reading. Returns path (the GGUF, "" where the unit names none), parts (the paths of
+    all its files), hub (what -hf names), mmproj and chat_template (paths, or ""), lora (name, path and scale of each),
+    name, aliases, port, gpu_layers and settings (with what the unit says alone), ctx_size and parallel as llama-server
+    counts them (0: not said), and left: flag and reason for the rest.
     """
     commands, assignments, folder = (json.loads(line)["data"] for line in service)
     environment = {name: value for name, _equals, value in (each.partition("=") for each in assignments)}
@@ -92,6 +94,7 @@ def adopt_llama_server(service: Sequence[str], environment_files: Sequence[str] 
     path = take(_MODEL, located, "")
     adopted: dict[str, Any] = {
         "path": path,
+        "parts": gguf.part_names(path),
         "hub": take(_HUB, str, ""),
         "mmproj": take(_MMPROJ, located, ""),
         "chat_template": take(_CHAT_TEMPLATE, located, ""),
@@ -99,7 +102,7 @@ def adopt_llama_server(service: Sequence[str], environment_files: Sequence[str] 
             {"name": PurePosixPath(file).name.removesuffix(".gguf"), "path": located(file), "scale": scale}
             for file, scale in [*take((_LORA,), _loras, []), *take((_LORA_SCALED,), _scaled_loras, [])]
         ],
-        "name": re.sub(r"[^\w.-]+", "-", PurePosixPath(path).name.removesuffix(".gguf").lower()),
+        "name": re.sub(r"[^\w.-]+", "-", re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", PurePosixPath(path).name).lower()),
         "aliases": take(_ALIAS, lambda names: [name.strip() for name in names.split(",")], []),
         "port": take(_PORT, int, 8080),
         "gpu_layers": take(_GPU_LAYERS, lambda word: int(word) if word.isdigit() else -1, -1),

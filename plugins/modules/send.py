@@ -13,12 +13,14 @@ description:
   - An existing O(dest) is taken for the start of the same file. Verify the checksum of the whole file afterwards.
 options:
   src:
-    description: The file on the controller.
-    type: path
+    description: The file on the controller, or several, of which none is begun unless all of them fit.
+    type: list
+    elements: path
     required: true
   dest:
-    description: The file on the host. Its directory must exist.
-    type: path
+    description: The file on the host, or one for each of O(src). Its directory must exist.
+    type: list
+    elements: path
     required: true
   label:
     description: The text that every progress line starts with. Defaults to the name of the file.
@@ -44,7 +46,7 @@ resumed:
   type: int
   sample: 0
 size:
-  description: The size of the file in bytes.
+  description: The size of the files in bytes.
   returned: success
   type: int
   sample: 91726304

@@ -26,6 +26,7 @@ from llamaherd_server.config.settings import Settings, SettingsError, load
 from llamaherd_server.engine.base import Engine
 from llamaherd_server.engine.embedded import EmbeddedEngine
 from llamaherd_server.engine.native import NativeEngine
+from llamaherd_server.gguf import part_paths
 from llamaherd_server.http.protocol import Protocol
 from llamaherd_server.process import log
 
@@ -107,10 +108,11 @@ def _keys_file(config: Path) -> Path:
 def _engine(among: int, settings: Settings) -> Engine:
     """The engine of a model that is one of so many."""
     model, engine, limits = settings.model, settings.engine, settings.limits
+    path = part_paths(model.path)[0]
     timeouts = {"heartbeat_timeout_s": limits.heartbeat_timeout_s, "load_timeout_s": limits.load_timeout_s}
     if engine.kind == "embedded":
         return EmbeddedEngine(
-            model.path,
+            path,
             model.gpu_layers,
             engine.settings,
             chat_template=model.chat_template,
@@ -122,7 +124,7 @@ def _engine(among: int, settings: Settings) -> Engine:
         )
     return NativeEngine(
         engine.program(),
-        model.path,
+        path,
         model.gpu_layers,
         engine.settings,
         name=model.name,

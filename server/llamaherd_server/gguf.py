@@ -11,8 +11,9 @@ it ends where no header of a real model is that long, so that neither time nor m
 from __future__ import annotations
 
 import os
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Union
@@ -26,6 +27,7 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 Value = Union[str, int, float, bool, list[int]]  # noqa: UP007 (a host may run this with Python 3.9)
 
+TENSOR_COUNT = "GGUF.tensor_count"
 PADDING = 256
 # Every n-th layer sees all of the context, where the GGUF has no list of its own: as llama.cpp knows its architectures.
 SLIDING_PERIOD = {
@@ -91,23 +93,68 @@ class _Reader:
 
 
 def read_header(path: Path) -> dict[str, Value]:
-    """The metadata of the GGUF at `path`: scalars, strings, and arrays of at most MAX_LAYERS integers.
-
-    Longer arrays and arrays of strings appear by their length under `<key>.length`. Raises GgufError, OSError.
-    """
+    """The metadata of the GGUF at `path`, as of `read_keys`. Raises GgufError, OSError."""
     with path.open("rb") as file:
-        reader = _Reader(file, os.fstat(file.fileno()).st_size)
-        if reader.take(4, "the magic") != b"GGUF":
-            raise GgufError("it does not begin with GGUF: not a model file")
-        version = reader.number("<I", "the version")
-        if version not in (2, 3):
-            raise GgufError(f"GGUF version {version} is not 2 or 3")
-        reader.length("the tensor count", 1 << 20)
-        header: dict[str, Value] = {}
-        for _number in range(reader.length("the number of keys", MAX_KEYS)):
-            key = reader.text("a key", MAX_KEY_LENGTH)
-            _read_value(reader, key, int(reader.number("<I", f"the type of {key}")), header)
-        return header
+        return read_keys(file, os.fstat(file.fileno()).st_size)
+
+
+def read_keys(file: BinaryIO, size: int) -> dict[str, Value]:
+    """The metadata of a GGUF of `size` bytes: scalars, strings, and arrays of at most MAX_LAYERS integers.
+
+    Longer arrays and arrays of strings appear by their length under `<key>.length`, and the number of tensors as
+    TENSOR_COUNT. Raises GgufError, OSError.
+    """
+    reader = _Reader(file, size)
+    if reader.take(4, "the magic") != b"GGUF":
+        raise GgufError("it does not begin with GGUF: not a model file")
+    version = reader.number("<I", "the version")
+    if version not in (2, 3):
+        raise GgufError(f"GGUF version {version} is not 2 or 3")
+    header: dict[str, Value] = {TENSOR_COUNT: reader.length("the tensor count", 1 << 20)}
+    for _number in range(reader.length("the number of keys", MAX_KEYS)):
+        key = reader.text("a key", MAX_KEY_LENGTH)
+        _read_value(reader, key, int(reader.number("<I", f"the type of {key}")), header)
+    return header
+
+
+def part_names(name: str) -> list[str]:
+    """The names of all parts of the split model that the file `name` is of, as llama.cpp derives them; else [name].
+
+    What stands before the file's own name (folders, an address) stays.
+    """
+    prefix, count = (found[1], int(found[2])) if (found := _PART.fullmatch(name)) else ("", 1)
+    return [f"{prefix}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)] if count > 1 else [name]
+
+
+def part_paths(path: Path) -> list[Path]:
+    """All files of the model at `path`, which may be a link of any name to the first part.
+
+    llama.cpp derives the others' names from the first's, so that it has to be given that one and not the link.
+    """
+    for first in path, path.resolve():
+        if len(names := part_names(first.name)) > 1:
+            return [first.with_name(name) for name in names]
+    return [path]
+
+
+def check_parts(headers: Sequence[Mapping[str, Value]]) -> None:
+    """Raises GgufError unless these are the headers of all parts of one model, in order."""
+    for number, header in enumerate(headers):
+        own, count = header.get("split.no", 0), header.get("split.count", 0) or 1
+        if (own, count) != (number, len(headers)):
+            raise GgufError(
+                f"part {number + 1} of {len(headers)} has split.no {own} and split.count {count}; a split model needs "
+                "the sha256 of all its parts in order, and its first part as source"
+            )
+    found = sum(int(str(header[TENSOR_COUNT])) for header in headers)
+    for number, header in enumerate(headers):
+        if len(headers) > 1 and (promised := header.get("split.tensors.count", found)) != found:
+            raise GgufError(
+                f"split.tensors.count of part {number + 1} is {promised}, all parts have {found}: not of one model"
+            )
+
+
+_PART = re.compile(r"(.*)-[0-9]{5}-of-([0-9]{5})\.gguf", re.DOTALL)
 
 
 def _read_value(reader: _Reader, key: str, kind: int, header: dict[str, Value]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from tests.roles.conftest import play
-from tests.unit.test_gguf import SMALL
+from tests.unit.test_gguf import SMALL, file, text
 
 Entry = Callable[..., dict[str, Any]]
 Bring = Callable[..., CompletedProcess[str]]
@@ -126,3 +127,77 @@ def test_what_was_cut_off_is_resumed(tmp_path: Path, entry: Entry, bring: Bring)
     failed = bring([other])
     assert "sha256 mismatch" in failed.stderr + failed.stdout
     assert bring([other]).returncode == 0, "from its beginning"
+
+
+def part(number: int, count: int) -> bytes:
+    """What llama-gguf-split writes: all keys in the first part, in each its own number and how many there are."""
+    keys = text("split.no") + struct.pack("<IH", 2, number) + text("split.count") + struct.pack("<IH", 2, count)
+    keys += text("split.tensors.count") + struct.pack("<Ii", 5, 0)
+    return file(SMALL[24:] + keys, 10) if number == 0 else file(keys, 3)
+
+
+@pytest.fixture
+def split_entry(tmp_path: Path) -> Entry:
+    """split_entry(name, numbers): parts of these numbers on the controller as an inventory lists them."""
+
+    def listed(name: str, numbers: tuple[int, ...] = (0, 1, 2), content: str = "") -> dict[str, Any]:
+        sums = []
+        for place, number in enumerate(numbers, 1):
+            path = tmp_path / f"{name}-{place:05}-of-{len(numbers):05}.gguf"
+            path.write_bytes(part(number, 3) + content.encode() * place)
+            sums.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        source = {"kind": "file", "path": str(tmp_path / f"{name}-00001-of-{len(numbers):05}.gguf")}
+        return {"name": name, "sha256": sums, "source": source}
+
+    return listed
+
+
+def test_a_split_model_has_all_its_parts_beside_the_first(
+    tmp_path: Path, split_entry: Entry, entry: Entry, bring: Bring
+) -> None:
+    run = bring([split_entry("a")])
+    assert run.returncode == 0, run.stdout + run.stderr
+    models = tmp_path / "state/models"
+    first = (models / "a.gguf").resolve()
+    stored = sorted(path for path in models.iterdir() if path.is_file() and not path.is_symlink())
+    assert stored[0] == first
+    assert [path.name[64:] for path in stored] == [f"-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    assert [path.read_bytes() for path in stored] == [part(number, 3) for number in range(3)]
+    assert "changed=0" in bring([split_entry("a")]).stdout
+    stored[1].unlink()
+    again = bring([split_entry("a")], "-v")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"size: {len(part(1, 3))}" in again.stdout, "the missing part alone is sent again"
+    # Parts go together: the one model that is kept is the latest, whole; then another takes its place.
+    assert bring([split_entry("a", content="b")]).returncode == 0
+    kept = {path.name for path in models.iterdir()}
+    assert {path.name for path in stored} < kept
+    assert bring([entry("a", "c")]).returncode == 0
+    assert not {path.name for path in stored} & {path.name for path in models.iterdir()}
+    assert len(list(models.glob("*-of-00003.gguf"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ((0, 2, 1), "part 2 of 3 has split.no 2"),
+        ((0, 1), "part 1 of 2 has split.no 0 and split.count 3"),
+        ((0,), "part 1 of 1 has split.no 0 and split.count 3"),
+    ],
+    ids=["swapped", "too few", "alone"],
+)
+def test_parts_of_no_model_are_one_line(
+    tmp_path: Path, split_entry: Entry, bring: Bring, numbers: tuple[int, ...], expected: str
+) -> None:
+    run = bring([split_entry("a", numbers)])
+    assert run.returncode != 0
+    assert expected in run.stdout + run.stderr
+    assert not (tmp_path / "state/models/a.gguf").exists()
+
+
+def test_a_part_that_the_controller_lacks_is_named(tmp_path: Path, split_entry: Entry, bring: Bring) -> None:
+    model = split_entry("a")
+    (tmp_path / "a-00002-of-00003.gguf").unlink()
+    run = bring([model])
+    assert run.returncode != 0
+    assert f"{tmp_path}/a-00002-of-00003.gguf is not there on this machine" in run.stdout + run.stderr

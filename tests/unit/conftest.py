@@ -23,9 +23,20 @@ def load(path: str, name: str) -> ModuleType:
     return module
 
 
+UTILS = "ansible_collections.llamaherd.llamaherd.plugins.module_utils"
+
+
+def util(name: str) -> ModuleType:
+    """The file of module_utils, also as what `from … import` takes out of the package."""
+    package = sys.modules.setdefault(UTILS, ModuleType(UTILS))
+    module = load(f"plugins/module_utils/{name}.py", f"{UTILS}.{name}")
+    setattr(package, name, module)
+    return module
+
+
 @pytest.fixture(scope="session")
 def gguf() -> ModuleType:
-    return load("plugins/module_utils/gguf.py", "ansible_collections.llamaherd.llamaherd.plugins.module_utils.gguf")
+    return util("gguf")
 
 
 @pytest.fixture(scope="session")
@@ -55,14 +66,17 @@ def progress() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def filters() -> ModuleType:
-    rules = "ansible_collections.llamaherd.llamaherd.plugins.module_utils"
-    sys.modules[rules] = ModuleType(rules)
-    sys.modules[rules].setting_rules = load("plugins/module_utils/setting_rules.py", f"{rules}.setting_rules")  # type: ignore[attr-defined]
+    util("setting_rules")
     return load("plugins/filter/llamaherd.py", "llamaherd_filters")
 
 
 @pytest.fixture(scope="session")
-def llama_server_filters() -> ModuleType:
+def model_filters(gguf: ModuleType) -> ModuleType:
+    return load("plugins/filter/models.py", "llamaherd_models_filters")
+
+
+@pytest.fixture(scope="session")
+def llama_server_filters(gguf: ModuleType) -> ModuleType:
     return load("plugins/filter/llama_server.py", "llamaherd_llama_server_filters")
 
 

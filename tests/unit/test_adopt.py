@@ -36,6 +36,7 @@ def test_flags_become_variables(llama_server_filters: ModuleType) -> None:
     left = {item["flag"]: item["reason"] for item in adopted.pop("left")}
     assert adopted == {
         "path": "/var/lib/llama/models/My Model qwen.gguf",
+        "parts": ["/var/lib/llama/models/My Model qwen.gguf"],
         "hub": "",
         "mmproj": "",
         "chat_template": "",
@@ -113,3 +114,9 @@ def test_a_model_of_the_hub_is_told(llama_server_filters: ModuleType) -> None:
         told(["llama-server", "-hf", "ggml-org/gemma-3-4b-it-GGUF:Q4_K_M"])
     )
     assert (adopted["path"], adopted["hub"]) == ("", "ggml-org/gemma-3-4b-it-GGUF:Q4_K_M")
+
+
+def test_a_split_model_is_all_its_parts_under_one_name(llama_server_filters: ModuleType) -> None:
+    adopted = llama_server_filters.adopt_llama_server(told(["llama-server", "-m", "/m/Big-00001-of-00003.gguf"]))
+    assert adopted["name"] == "big"
+    assert adopted["parts"] == [f"/m/Big-0000{number}-of-00003.gguf" for number in (1, 2, 3)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import pytest
 
 MODEL = b"GGUF" + bytes(range(256)) * 4096
 SHA256 = hashlib.sha256(MODEL).hexdigest()
+SLEEP = time.sleep
 
 
 @dataclass
@@ -23,6 +25,9 @@ class Hub:
     """A server of one file that can break off, refuse, or ignore ranges."""
 
     content: bytes = MODEL
+    files: dict[str, bytes] = field(default_factory=dict)  # by the address' last part, before `content`
+    running: int = 0
+    most: int = 0
     break_after: int | None = None
     ranges: bool = True
     token: str = ""
@@ -34,16 +39,24 @@ class Hub:
         if self.token and handler.headers.get("Authorization") != f"Bearer {self.token}":
             handler.send_error(401)
             return
-        start = int(self.asked[-1].removeprefix("bytes=").removesuffix("-") or 0) if self.ranges else 0
-        if start and start >= len(self.content):
+        content = self.files.get(handler.path.rpartition("/")[2], self.content)
+        span = self.asked[-1].removeprefix("bytes=") if self.ranges else ""
+        start, end = (int(word or len(content)) for word in (span or "0-").split("-"))
+        if start and start >= len(content):
             handler.send_error(416)
             return
-        body = self.content[start:]
-        handler.send_response(206 if start else 200)
+        body = content[start : end + 1]
+        handler.send_response(206 if span else 200)
         handler.send_header("Content-Length", str(len(body)))
+        handler.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(content)}")
         handler.end_headers()
         if self.break_after is not None:
             body, self.break_after = body[: self.break_after], None
+        if self.files and span != "0-0":
+            self.running += 1
+            self.most = max(self.most, self.running)
+            SLEEP(0.2)
+            self.running -= 1
         handler.wfile.write(body)
 
 
@@ -156,4 +169,44 @@ def test_what_does_not_fit_is_not_begun(
     monkeypatch.setattr(fetch_model.shutil, "disk_usage", lambda _: SimpleNamespace(free=len(MODEL) - 1))
     with pytest.raises(fetch_model.FetchError, match="GiB are needed: make room"):
         fetch(fetch_model, hub, tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def parts(fetch_model: ModuleType, hub: Hub, tmp_path: Path) -> list[tuple[Path, str, str]]:
+    """Five of a split model, which the hub has."""
+    found = []
+    for number in range(1, 6):
+        name = f"m-0000{number}-of-00005.gguf"
+        hub.files[name] = MODEL + bytes([number])
+        digest = hashlib.sha256(hub.files[name]).hexdigest()
+        found.append((tmp_path / name, digest, f"{hub.url.rpartition('/')[0]}/{name}"))
+    return found
+
+
+def test_parts_are_fetched_beside_each_other_within_a_bound(
+    fetch_model: ModuleType, hub: Hub, parts: list[tuple[Path, str, str]]
+) -> None:
+    parts[1][0].with_suffix(".partial").write_bytes(MODEL[:5000])
+    fetch_model.fetch_urls("m", parts, "", 3)
+    assert {path.name: path.read_bytes() for path in parts[0][0].parent.iterdir()} == hub.files
+    assert hub.most == 3
+    assert "bytes=5000-" in hub.asked
+
+
+def test_a_part_that_is_not_what_was_promised_is_named(
+    fetch_model: ModuleType, hub: Hub, parts: list[tuple[Path, str, str]]
+) -> None:
+    hub.files["m-00003-of-00005.gguf"] = MODEL
+    with pytest.raises(fetch_model.FetchError, match=r"model m, m-00003-of-00005.gguf: sha256 mismatch"):
+        fetch_model.fetch_urls("m", parts, "", 1)
+    assert not parts[2][0].exists()
+
+
+def test_parts_that_do_not_all_fit_are_not_begun(
+    fetch_model: ModuleType, parts: list[tuple[Path, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch_model.shutil, "disk_usage", lambda _: SimpleNamespace(free=5 * len(MODEL)))
+    with pytest.raises(fetch_model.FetchError, match="GiB are needed: make room"):
+        fetch_model.fetch_urls("m", parts, "", 4)
     assert not list(tmp_path.iterdir())

@@ -124,6 +124,31 @@ def entry(name: str, **more: object) -> dict[str, object]:
     return {"name": name, "sha256": "0" * 64, "source": {"kind": "file", "path": "/m.gguf"}, **more}
 
 
+SUMS = ["1" * 64, "2" * 64, "3" * 64]
+
+
+def split_entry(sums: object, name: str = "a", number: int = 1) -> dict[str, object]:
+    return entry(name, sha256=sums, source={"kind": "file", "path": f"/m-{number:05}-of-00003.gguf"})
+
+
+def test_the_files_of_an_entry(model_filters: ModuleType) -> None:
+    [whole] = model_filters.model_parts(entry("a"))
+    assert whole == {"file": f"{'0' * 64}.gguf", "sha256": "0" * 64, "from": "/m.gguf"}
+    source = {"kind": "hf", "repo": "o/n", "file": "q/m-00001-of-00003.gguf", "revision": "abc"}
+    model = {"name": "a", "sha256": SUMS, "source": source}
+    parts = model_filters.model_parts(model, "https://hub")
+    assert [part["from"] for part in parts] == [
+        f"https://hub/o/n/resolve/abc/q/m-0000{number}-of-00003.gguf" for number in (1, 2, 3)
+    ]
+    assert [part["sha256"] for part in parts] == SUMS
+    digest = parts[0]["file"][:64]
+    assert [part["file"] for part in parts] == [f"{digest}-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    assert digest not in SUMS
+    assert model_filters.model_file(model, "1") == parts[0]["file"]
+    assert model_filters.model_file(model | {"quantize": "Q4_0"}, "1") == f"{digest}.Q4_0-1.gguf"
+    assert model_filters.model_parts(model, bundle="/b")[1]["from"] == f"/b/models/{parts[1]['file']}"
+
+
 @pytest.mark.parametrize(
     ("entries", "expected"),
     [
@@ -137,6 +162,17 @@ def entry(name: str, **more: object) -> dict[str, object]:
         pytest.param([entry("a", memory_share=1), entry("b")], ["nothing is left"], id="no memory left"),
         pytest.param([entry("a", sha256="x")], ["a: sha256 is 'x'"], id="no sha256"),
         pytest.param([entry("a", source={"kind": "hf", "repo": "o/n"})], ["kind hf needs file"], id="no file"),
+        pytest.param([split_entry(SUMS)], [], id="a split model"),
+        pytest.param([split_entry(SUMS[:2])], ["first of 3 parts, sha256 has 2"], id="a part missing"),
+        pytest.param([split_entry([*SUMS[:2], SUMS[0]])], [f"{SUMS[0]} for two parts"], id="a part twice"),
+        pytest.param([split_entry(SUMS[0])], ["first of 3 parts, sha256 has 1"], id="one sum for all parts"),
+        pytest.param([split_entry(SUMS, number=2)], ["its first part, /m-00001-of-00003.gguf"], id="another part"),
+        pytest.param([entry("a", sha256=SUMS)], ["ends in -00001-of-00003.gguf"], id="sums of parts that are none"),
+        pytest.param(
+            [entry("a", mmproj="b"), split_entry(SUMS, name="b")],
+            ["b: a projector or LoRA is one file"],
+            id="projector",
+        ),
         pytest.param([entry("Qwen/Qwen3-8B:Q4 (ü)", aliases=["claude[1m]"])], [], id="a hub's name"),
         pytest.param([entry("a\nb")], [r"'a\nb' has '\n'"], id="a line's end"),
         pytest.param([entry('it\'s "a"')], ["has '\\'\"\"'"], id="quotes"),
@@ -147,60 +183,60 @@ def entry(name: str, **more: object) -> dict[str, object]:
     ],
 )
 def test_models_that_cannot_be_served(
-    filters: ModuleType, entries: list[dict[str, object]], expected: list[str]
+    model_filters: ModuleType, entries: list[dict[str, object]], expected: list[str]
 ) -> None:
-    found = filters.model_mistakes(entries, [one["name"] for one in entries])
+    found = model_filters.model_mistakes(entries, [one["name"] for one in entries])
     assert len(found) == len(expected)
     for line, part in zip(found, expected, strict=True):
         assert part in line
 
 
 @pytest.mark.parametrize("names", [[], [""], ["a"]])
-def test_an_empty_list_of_models_is_one_line(filters: ModuleType, names: list[str]) -> None:
-    [found] = filters.model_mistakes([], names)
+def test_an_empty_list_of_models_is_one_line(model_filters: ModuleType, names: list[str]) -> None:
+    [found] = model_filters.model_mistakes([], names)
     assert found.startswith("llamaherd_models is empty: list")
 
 
-def test_two_models_of_one_name(filters: ModuleType) -> None:
-    assert filters.model_mistakes([entry("a"), entry("b"), entry("b")], ["a"]) == [
+def test_two_models_of_one_name(model_filters: ModuleType) -> None:
+    assert model_filters.model_mistakes([entry("a"), entry("b"), entry("b")], ["a"]) == [
         "llamaherd_models lists 'b' twice: rename one"
     ]
 
 
 @given(st.text("ab%/F2", min_size=1), st.text("ab%/F2", min_size=1))
-def test_two_names_are_never_one_file(filters: ModuleType, one: str, other: str) -> None:
+def test_two_names_are_never_one_file(model_filters: ModuleType, one: str, other: str) -> None:
     names = [name.replace("%", "") for name in (one, other)]  # which no name has
-    links = [filters.model_link(name, "/store") for name in names]
+    links = [model_filters.model_link(name, "/store") for name in names]
     assert (links[0] == links[1]) == (names[0] == names[1])
     assert all(Path(link).parent == Path("/store") for link in links)
 
 
-def test_a_name_that_is_not_listed_is_told_with_those_that_are(filters: ModuleType) -> None:
-    assert filters.model_mistakes([entry("a"), entry("b")], ["a", "nope"]) == [
+def test_a_name_that_is_not_listed_is_told_with_those_that_are(model_filters: ModuleType) -> None:
+    assert model_filters.model_mistakes([entry("a"), entry("b")], ["a", "nope"]) == [
         "model nope is to be served, but llamaherd_models does not list it; it has a, b"
     ]
 
 
-def test_what_an_entry_leaves_out_is_shared(filters: ModuleType) -> None:
+def test_what_an_entry_leaves_out_is_shared(model_filters: ModuleType) -> None:
     models = [entry("a", settings={"parallel": 2}), entry("b", engine="llama-server", memory_share=0.5), entry("c")]
     shared = {"engine": "embedded", "settings": {"parallel": 4, "batch": 8}, "tuned": {"parallel": 3}}
-    a, b, c = filters.served_models(models, ["a", "b", "c"], shared)
+    a, b, c = model_filters.served_models(models, ["a", "b", "c"], shared)
     assert [one["settings"]["parallel"] for one in (a, b, c)] == [3, 4, 4]
     assert [one["engine"] for one in (a, b, c)] == ["embedded", "llama-server", "embedded"]
     assert [one["memory_share"] for one in (a, b, c)] == [0.25, 0.5, 0.25]
 
 
-def test_a_tuned_engine_is_the_first_models_and_no_setting(filters: ModuleType) -> None:
+def test_a_tuned_engine_is_the_first_models_and_no_setting(model_filters: ModuleType) -> None:
     models = [entry("a", engine="embedded"), entry("b", extra_args=["-x"])]
     shared = {"engine": "embedded", "settings": {"parallel": 4}, "tuned": {"engine": "llama-server", "parallel": 3}}
-    a, b = filters.served_models(models, ["a", "b"], shared)
+    a, b = model_filters.served_models(models, ["a", "b"], shared)
     assert (a["engine"], a["settings"], b["engine"], b["settings"]) == (
         *("llama-server", {"parallel": 3}),
         *("embedded", {"parallel": 4}),
     )
-    [mistake] = filters.engine_mistakes([a, b])
+    [mistake] = model_filters.engine_mistakes([a, b])
     assert "b: extra_args needs the engine llama-server" in mistake
-    assert "a: mmproj needs" in filters.engine_mistakes([a | {"engine": "embedded", "mmproj": "p"}])[0]
+    assert "a: mmproj needs" in model_filters.engine_mistakes([a | {"engine": "embedded", "mmproj": "p"}])[0]
 
 
 def test_instances_that_cannot_run_beside_each_other(filters: ModuleType) -> None:

