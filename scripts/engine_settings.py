@@ -1,4 +1,4 @@
-"""Hands the engine's settings on to the playbooks, from llamaherd_server.wire.protocol.EngineSettings.
+"""Hands the engine's settings and a model's placement on to the playbooks, from llamaherd_server.wire.protocol.
 
 `python -m scripts.engine_settings` writes the schema that filters read, the roles' argument_specs and their defaults;
 with `--check` it says which of them are stale, and fails.
@@ -16,25 +16,40 @@ from typing import Any
 import yaml
 
 from llamaherd_server.config.engine_settings import schema
+from llamaherd_server.wire.protocol import EngineSettings, Placement
 
 ROOT = Path(__file__).resolve().parents[1]
-_TYPES = {"integer": "int", "boolean": "bool", "string": "str"}
+_TYPES = {"integer": "int", "boolean": "bool", "string": "str", "array": "list", "number": "float"}
 
 
 def files() -> Iterator[tuple[Path, str]]:
     """Each file that settings are written into, and what it should hold."""
-    yield ROOT / "meta/engine_settings.json", json.dumps(schema(), indent=1) + "\n"
-    options = {name: _option(one) for name, one in schema().items()}
+    settings, placement = schema(EngineSettings), schema(Placement)
+    yield ROOT / "meta/engine_settings.json", json.dumps(settings, indent=1) + "\n"
+    yield ROOT / "meta/placement.json", json.dumps(placement, indent=1) + "\n"
     specs = ROOT / "roles/common/meta/argument_specs.yml"
-    yield specs, _between(specs, "            options: &settings\n", "          aliases:\n", _yaml(options, 14))
+    text = specs.read_text()
+    text = _between(text, "            options: &settings\n", "          aliases:\n", _options(settings))
+    yield specs, _between(text, "            options: &placement\n", "          memory_share:\n", _options(placement))
     defaults = ROOT / "roles/common/vars/main.yml"
-    values = {name: one["default"] for name, one in schema().items()}
-    yield defaults, _between(defaults, "_common_settings_defaults:\n", "# Of llamaherd_model first", _yaml(values, 2))
+    text = _between(
+        defaults.read_text(), "_common_settings_defaults:\n", "_common_placement_defaults:\n", _defaults(settings)
+    )
+    yield defaults, _between(text, "_common_placement_defaults:\n", "# Of llamaherd_model first", _defaults(placement))
+
+
+def _options(settings: dict[str, Any]) -> str:
+    return _yaml({name: _option(one) for name, one in settings.items()}, 14)
+
+
+def _defaults(settings: dict[str, Any]) -> str:
+    return _yaml({name: one["default"] for name, one in settings.items()}, 2)
 
 
 def _option(one: dict[str, Any]) -> dict[str, Any]:
     choices = {"choices": one["enum"]} if "enum" in one else {}
-    return {"type": _TYPES[one.get("type", "string")], **choices, "description": one["description"]}
+    elements = {"elements": _TYPES[one["items"]["type"]]} if "items" in one else {}
+    return {"type": _TYPES[one.get("type", "string")], **elements, **choices, "description": one["description"]}
 
 
 def _yaml(values: dict[str, Any], indent: int) -> str:
@@ -43,10 +58,8 @@ def _yaml(values: dict[str, Any], indent: int) -> str:
     return "".join(f"{' ' * indent}{entry.strip()[1:-1]}\n" for entry in entries)
 
 
-def _between(path: Path, start: str, end: str, text: str) -> str:
-    return re.sub(
-        f"({re.escape(start)}).*?({re.escape(end)})", lambda m: m[1] + text + m[2], path.read_text(), flags=re.S
-    )
+def _between(whole: str, start: str, end: str, text: str) -> str:
+    return re.sub(f"({re.escape(start)}).*?({re.escape(end)})", lambda m: m[1] + text + m[2], whole, flags=re.S)
 
 
 def main() -> None:

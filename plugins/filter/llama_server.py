@@ -41,6 +41,23 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], Callable[[str], Any]]] = {
     "threads_batch": (("-tb", "--threads-batch"), int),
     "kv_unified": (("-kvu", "--kv-unified", "LLAMA_ARG_KV_UNIFIED"), lambda word: _WORDS.get(word, word) == "on"),
 }
+_PLACEMENT: dict[str, tuple[tuple[str, ...], Callable[[str], Any]]] = {
+    "cpu_moe_layers": (("-ncmoe", "--n-cpu-moe", "LLAMA_ARG_N_CPU_MOE"), int),
+    "devices": (("-dev", "--device", "LLAMA_ARG_DEVICE"), lambda word: word.split(",")),
+    "split_mode": (("-sm", "--split-mode", "LLAMA_ARG_SPLIT_MODE"), str),
+    "tensor_split": (
+        ("-ts", "--tensor-split", "LLAMA_ARG_TENSOR_SPLIT"),
+        lambda word: [float(share) for share in word.split(",")],
+    ),
+    "main_gpu": (("-mg", "--main-gpu", "LLAMA_ARG_MAIN_GPU"), int),
+    "load_mode": (("-lm", "--load-mode", "LLAMA_ARG_LOAD_MODE"), str),
+    "numa": (("--numa", "LLAMA_ARG_NUMA"), str),
+}
+# Flags that --load-mode has replaced.
+_MLOCK = ("--mlock", "LLAMA_ARG_MLOCK")
+_NO_MMAP = ("--no-mmap", "LLAMA_ARG_NO_MMAP")
+_ALL_LAYERS = 512  # LLAMA_MAX_LAYERS
+_CPU_MOE = ("-cmoe", "--cpu-moe", "LLAMA_ARG_CPU_MOE")
 _MMPROJ = ("-mm", "--mmproj", "LLAMA_ARG_MMPROJ")
 _CHAT_TEMPLATE = ("--chat-template-file", "LLAMA_ARG_CHAT_TEMPLATE_FILE")
 # Both may be given more than once, and each may list several.
@@ -66,8 +83,8 @@ def adopt_llama_server(service: Sequence[str], environment_files: Sequence[str] 
     `service` has a line of each, as `busctl --json=short get-property` prints them: drop-ins, continued lines, quotes
     and specifiers are systemd's own reading. Returns path (the GGUF, "" where the unit names none), parts (the paths of
     all its files), hub (what -hf names), mmproj and chat_template (paths, or ""), lora (name, path and scale of each),
-    name, aliases, port, gpu_layers and settings (with what the unit says alone), ctx_size and parallel as llama-server
-    counts them (0: not said), and left: flag and reason for the rest.
+    name, aliases, port, gpu_layers, settings and placement (with what the unit says alone), ctx_size and parallel as
+    llama-server counts them (0: not said), and left: flag and reason for the rest.
     """
     commands, assignments, folder = (json.loads(line)["data"] for line in service)
     environment = {name: value for name, _equals, value in (each.partition("=") for each in assignments)}
@@ -109,7 +126,16 @@ def adopt_llama_server(service: Sequence[str], environment_files: Sequence[str] 
         "ctx_size": take(_CONTEXT, int, 0),
         "parallel": take(_PARALLEL, int, 0),
         "settings": {},
+        "placement": {},
     }
+    for placed, (names, kind) in _PLACEMENT.items():
+        if (value := take(names, kind, None)) is not None:
+            adopted["placement"][placed] = value
+    if take(_CPU_MOE, str, None) is not None:
+        adopted["placement"]["cpu_moe_layers"] = _ALL_LAYERS
+    locks, unmapped = take(_MLOCK, str, None) is not None, take(_NO_MMAP, str, None) is not None
+    if locks or unmapped:
+        adopted["placement"].setdefault("load_mode", ("mlock" if unmapped else "mmap+mlock") if locks else "none")
     for setting, (names, kind) in _SETTINGS.items():
         if (value := take(names, kind, None)) is not None:
             adopted["settings"][setting] = value

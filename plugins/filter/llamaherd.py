@@ -68,14 +68,25 @@ def instance_mistakes(instances: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-_SCHEMA = json.loads((Path(__file__).resolve().parents[2] / "meta/engine_settings.json").read_text())
+_META = Path(__file__).resolve().parents[2] / "meta"
+_SCHEMA = json.loads((_META / "engine_settings.json").read_text())
+_PLACEMENT_SCHEMA = json.loads((_META / "placement.json").read_text())
 
 
 def setting_mistakes(served: Sequence[Mapping[str, Any]], instances: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the server would refuse of its `served_models`' and its `server_instances`' settings, one line each."""
+    """What the server would refuse of settings and placement of its `served_models` and `server_instances`, one line
+    each.
+    """
+    placed = [
+        f"model {model['name']}: {mistake}"
+        for model in served
+        for mistake in rules.placement_mistakes(model["placement"], _PLACEMENT_SCHEMA)
+    ]
     asked = [(f"model {model['name']}", model["settings"]) for model in served]
     asked += [(one["unit"], {**served[0]["settings"], **one["settings"]}) for one in instances if one["settings"]]
-    return [f"{who}: {mistake}" for who, settings in asked for mistake in rules.setting_mistakes(settings, _SCHEMA)]
+    return placed + [
+        f"{who}: {mistake}" for who, settings in asked for mistake in rules.setting_mistakes(settings, _SCHEMA)
+    ]
 
 
 def rpc_mistakes(own: Mapping[str, Any], group: Sequence[str], inference: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -12,10 +12,10 @@ from ansible_collections.llamaherd.llamaherd.plugins.module_utils import gguf
 
 
 def served_models(models: Sequence[Mapping[str, Any]], names: Sequence[str], shared: Mapping[str, Any]) -> list[Any]:
-    """The entries of `models` with these `names`: engine, settings and memory_share are there in full.
+    """The entries of `models` with these `names`: engine, settings, placement and memory_share are there in full.
 
-    `shared` has what an entry leaves out: engine, settings; and tuned, which goes before the first one's own settings
-    and, where it has an engine, its engine.
+    `shared` has what an entry leaves out: engine, settings, placement; and tuned, which goes before the first one's own
+    settings and, where it has an engine, its engine.
     Memory that no entry asks a share of is divided equally among those that ask none.
     """
     found = [next(model for model in models if model["name"] == name) for name in names]
@@ -26,7 +26,10 @@ def served_models(models: Sequence[Mapping[str, Any]], names: Sequence[str], sha
         settings = {**shared["settings"], **model.get("settings", {}), **({} if number else shared["tuned"])}
         engine = settings.pop("engine", model.get("engine", shared["engine"]))
         share = model.get("memory_share", rest)
-        served.append({**model, "engine": engine, "settings": settings, "memory_share": share})
+        layers = {"gpu_layers": model["gpu_layers"]} if "gpu_layers" in model else {}
+        placement = {**shared.get("placement", {}), **layers, **model.get("placement", {})}
+        complete = {"engine": engine, "settings": settings, "placement": placement, "memory_share": share}
+        served.append({**model, **complete})
     return served
 
 

@@ -113,8 +113,8 @@ def _engine(among: int, settings: Settings) -> Engine:
     if engine.kind == "embedded":
         return EmbeddedEngine(
             path,
-            model.gpu_layers,
             engine.settings,
+            placement=model.placement,
             chat_template=model.chat_template,
             lora=model.adapters(),
             prompt_cache_mib=limits.prompt_cache_mib,
@@ -125,8 +125,8 @@ def _engine(among: int, settings: Settings) -> Engine:
     return NativeEngine(
         engine.program(),
         path,
-        model.gpu_layers,
         engine.settings,
+        placement=model.placement,
         name=model.name,
         mmproj=model.mmproj,
         chat_template=model.chat_template,

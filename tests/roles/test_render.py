@@ -302,9 +302,9 @@ def test_several_models_are_one_servers(render: Render) -> None:
     )
     chat, see, find = settings.load(found.folder / "server.toml").models
     assert (see.aliases, find.aliases) == ([], [])
-    assert (chat.name, chat.aliases, chat.gpu_layers) == ("chat", ["default"], -1)
+    assert (chat.name, chat.aliases, chat.placement.gpu_layers) == ("chat", ["default"], -1)
     assert (chat.engine.kind, chat.engine.settings.parallel, chat.engine.settings.batch) == ("embedded", 2, 256)
-    assert (see.engine.kind, see.engine.settings.parallel, see.gpu_layers) == ("llama-server", 6, 7)
+    assert (see.engine.kind, see.engine.settings.parallel, see.placement.gpu_layers) == ("llama-server", 6, 7)
     assert see.mmproj == found.state_dir / "models/eye.gguf"
     assert find.engine.extra_args == ["--embeddings", "--pooling", "mean"]
 

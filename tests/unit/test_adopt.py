@@ -55,8 +55,9 @@ def test_flags_become_variables(llama_server_filters: ModuleType) -> None:
             "flash_attention": "on",
             "threads": 6,
         },
+        "placement": {"load_mode": "mmap+mlock"},
     }
-    assert set(left) == {"--host", "--seed", "--mlock", "LLAMA_API_KEY"}
+    assert set(left) == {"--host", "--seed", "LLAMA_API_KEY"}
     assert left["--seed"] == "not taken over: was -1"
     assert "sk-secret" not in str(left)
 
@@ -96,6 +97,23 @@ def test_what_a_model_has_beside_its_weights_is_taken_over(llama_server_filters:
     ]
     unclear = llama_server_filters.adopt_llama_server(told(["llama-server", "-m", "/m", "--lora-scaled", "d.gguf"]))
     assert unclear["left"] == [{"flag": "--lora-scaled", "reason": "d.gguf is not understood"}]
+
+
+def test_where_weights_are_is_taken_over(llama_server_filters: ModuleType) -> None:
+    flags = "-ncmoe 12 -dev CUDA1,CUDA0 -sm row -ts 3,1.5 -mg 1 --numa distribute --no-mmap".split()  # noqa: SIM905
+    adopted = llama_server_filters.adopt_llama_server(told(["llama-server", "-m", "/m.gguf", *flags]))
+    assert adopted["left"] == []
+    assert adopted["placement"] == {
+        "cpu_moe_layers": 12,
+        "devices": ["CUDA1", "CUDA0"],
+        "split_mode": "row",
+        "tensor_split": [3.0, 1.5],
+        "main_gpu": 1,
+        "numa": "distribute",
+        "load_mode": "none",
+    }
+    adopted = llama_server_filters.adopt_llama_server(told(["llama-server", "-m", "/m.gguf", "-cmoe", "--mlock"]))
+    assert adopted["placement"] == {"cpu_moe_layers": 512, "load_mode": "mmap+mlock"}
 
 
 def test_what_is_no_number_is_told_and_not_guessed(llama_server_filters: ModuleType) -> None:

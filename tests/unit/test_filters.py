@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamaherd_server.config.engine_settings import merge
-from llamaherd_server.wire.protocol import EngineSettings
+from llamaherd_server.wire.protocol import EngineSettings, Placement
 
 
 def test_a_trees_hash_follows_names_and_contents_alone(filters: ModuleType, tmp_path: Path) -> None:
@@ -70,6 +70,7 @@ def test_driver_toolkit_and_gpus_go_together(
     assert all(part in line for part, line in zip(expected, found, strict=True))
 
 
+PLACEMENT = msgspec.to_builtins(Placement())
 INTEGERS = st.integers(-1, 600) | st.sampled_from([2**30, 2**31 - 1, 2**31])
 
 
@@ -87,7 +88,7 @@ INTEGERS = st.integers(-1, 600) | st.sampled_from([2**30, 2**31 - 1, 2**31])
 def test_settings_are_refused_before_a_deploy_as_the_server_would(
     filters: ModuleType, settings: dict[str, Any]
 ) -> None:
-    served = [{"name": "m", "settings": settings}]
+    served = [{"name": "m", "settings": settings, "placement": PLACEMENT}]
     try:
         merge(EngineSettings(), settings)
         refused = ""
@@ -100,8 +101,30 @@ def test_settings_are_refused_before_a_deploy_as_the_server_would(
     ]
 
 
+@given(
+    st.fixed_dictionaries(
+        {
+            **dict.fromkeys(["gpu_layers", "cpu_moe_layers", "main_gpu"], INTEGERS),
+            "devices": st.lists(st.sampled_from(["CUDA0", "Vulkan1"]), max_size=2),
+            "tensor_split": st.lists(st.floats(-1, 4), max_size=3),
+        }
+    )
+)
+def test_a_placement_is_refused_before_a_deploy_as_the_server_would(
+    filters: ModuleType, placement: dict[str, Any]
+) -> None:
+    try:
+        merge(Placement(), placement)
+        refused = False
+    except ValueError:
+        refused = True
+    whole = {**PLACEMENT, **placement}
+    served = [{"name": "m", "settings": msgspec.to_builtins(EngineSettings()), "placement": whole}]
+    assert bool(filters.setting_mistakes(served, [])) == refused
+
+
 def test_an_instances_own_settings_are_held_to_the_same(filters: ModuleType) -> None:
-    served = [{"name": "m", "settings": msgspec.to_builtins(EngineSettings())}]
+    served = [{"name": "m", "settings": msgspec.to_builtins(EngineSettings()), "placement": PLACEMENT}]
     instances = [
         {"unit": "llamaherd-server", "settings": {}},
         {"unit": "llamaherd-server-two", "settings": {"batch": 8}},

@@ -11,6 +11,7 @@ OWNED = frozenset(
         "m -model mu -model-url dr -docker-repo hf hfr -hf-repo hff -hf-file -models-dir -models-preset a -alias",
         "-chat-template -chat-template-file -lora -lora-scaled",
         "-rpc mm -mmproj mmu -mmproj-url ngl -gpu-layers -n-gpu-layers fit -fit -offline",
+        "ncmoe -n-cpu-moe dev -device sm -split-mode ts -tensor-split mg -main-gpu lm -load-mode -numa",
         "-host -port -reuse-port -api-prefix -api-key -api-key-file -ssl-key-file -ssl-cert-file -threads-http",
         "c -ctx-size np -parallel b -batch-size ub -ubatch-size ctk -cache-type-k ctv -cache-type-v fa -flash-attn",
         "kvu -kv-unified no-kvu -no-kv-unified -kv-unified-per-slot t -threads tb -threads-batch",

@@ -1,5 +1,5 @@
-"""What an engine's settings must be within, and agree on. For the server, and by a link in plugins/module_utils for the
-playbooks, on a controller without the server's packages.
+"""What an engine's settings and a model's placement must be within, and agree on. For the server, and by a link in
+plugins/module_utils for the playbooks, on a controller without the server's packages.
 """
 
 from __future__ import annotations
@@ -28,6 +28,17 @@ def setting_mistakes(settings: Mapping[str, Any], schema: Mapping[str, Mapping[s
         found.append(
             f"kv_type_v {settings['kv_type_v']} needs flash attention: set flash_attention to auto or on, or choose f16"
         )
+    return found
+
+
+def placement_mistakes(placement: Mapping[str, Any], schema: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The same of a model's placement."""
+    found = out_of_range(placement, schema)
+    devices, shares = placement["devices"], placement["tensor_split"]
+    if shares and (min(shares) < 0 or not 0 < sum(shares) < float("inf")):
+        found.append(f"tensor_split {shares} must have shares of at least 0, and one above")
+    if devices and len(shares) > len(devices):
+        found.append(f"tensor_split {shares} has more shares than there are devices: {', '.join(devices)}")
     return found
 
 

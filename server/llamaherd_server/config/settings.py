@@ -19,10 +19,10 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from llamaherd_server.config.engine_settings import merge
+from llamaherd_server.config.engine_settings import merge, schema
 from llamaherd_server.config.extra_args import check_extra_args
 from llamaherd_server.errors import nearest
-from llamaherd_server.wire.protocol import Adapter, EngineKind, EngineSettings, Sampling
+from llamaherd_server.wire.protocol import Adapter, EngineKind, EngineSettings, Placement, Sampling
 from llamaherd_server.wire.sampling_values import checked
 
 
@@ -96,22 +96,33 @@ class AdapterSettings(Section):
 
 
 class ModelSettings(Section):
-    """A model that is served. `gpu_layers` -1: all; `mmproj`: a multimodal projector, for llama-server.
+    """A model that is served; its `placement` lies in the same table.
 
-    `chat_template`: a Jinja file that goes before the GGUF's own. `chat_template_kwargs`: variables for it, where a
-    request gives none of the name. `sampling`: fields of requests, `max_tokens` among them, where a request leaves them
-    out. `aliases`: of the only model, ["*"] unless given.
+    `mmproj`: a multimodal projector, for llama-server. `chat_template`: a Jinja file that goes before the GGUF's own.
+    `chat_template_kwargs`: variables for it, where a request gives none of the name. `sampling`: fields of requests,
+    `max_tokens` among them, where a request leaves them out. `aliases`: of the only model, ["*"] unless given.
     """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     name: ModelName
     aliases: list[ModelName] = []
     path: ExistingFile
-    gpu_layers: int = Field(default=-1, ge=-1)
+    placement: Placement = Placement()
     mmproj: ExistingFile | None = None
     chat_template: ExistingFile | None = None
     chat_template_kwargs: dict[str, Any] = {}
     sampling: Annotated[dict[str, Any], AfterValidator(_checked_sampling)] = {}
     lora: list[AdapterSettings] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, table: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(table, dict) or "placement" in table:
+            return table
+        placed = {name: value for name, value in table.items() if name in schema(Placement)}
+        own = {name: value for name, value in table.items() if name not in placed}
+        return {**own, "placement": merge(Placement(), placed)}
 
     def adapters(self) -> list[Adapter]:
         return [Adapter(str(one.path), one.scale) for one in self.lora]

@@ -33,6 +33,7 @@ from llamaherd_server.wire.protocol import (
     FromWorker,
     Generate,
     ModelInfo,
+    Placement,
     Ready,
     Retune,
     Retuned,
@@ -75,9 +76,9 @@ class EmbeddedEngine:
     def __init__(
         self,
         model_path: Path,
-        gpu_layers: int,
         settings: EngineSettings,
         *,
+        placement: Placement | None = None,
         chat_template: Path | None = None,
         lora: list[Adapter] | None = None,
         prompt_cache_mib: int | None = 0,
@@ -89,8 +90,8 @@ class EmbeddedEngine:
         self._settings = settings
         self._worker = WorkerConfig(
             path=str(model_path),
-            gpu_layers=gpu_layers,
             settings=settings,
+            placement=placement or Placement(),
             chat_template=None if chat_template is None else str(chat_template),
             lora=lora or [],
         )

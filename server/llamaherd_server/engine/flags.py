@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from llamaherd_server.wire.protocol import NativeConfig
+from llamaherd_server.wire.protocol import NativeConfig, Placement
+
+_PLACEMENT_FLAGS = {
+    **{"gpu_layers": "--gpu-layers", "cpu_moe_layers": "--n-cpu-moe", "devices": "--device"},
+    **{"split_mode": "--split-mode", "tensor_split": "--tensor-split", "main_gpu": "--main-gpu"},
+    **{"load_mode": "--load-mode", "numa": "--numa"},
+}
 
 
 def flags(config: NativeConfig, socket: str) -> list[str]:
@@ -15,7 +21,7 @@ def flags(config: NativeConfig, socket: str) -> list[str]:
         "--host": socket,
         "--model": config.path,
         "--alias": config.name,
-        "--gpu-layers": "all" if config.gpu_layers < 0 else config.gpu_layers,
+        **_placement(config.placement),
         # what does not fit is to fail, not to become something else
         "--fit": "off",
         "--parallel": settings.parallel,
@@ -44,3 +50,13 @@ def flags(config: NativeConfig, socket: str) -> list[str]:
         arguments["--lora-scaled"] = ",".join(f"{one.path}:{one.scale}" for one in config.lora)
     switches = ["--kv-unified" if settings.kv_unified else "--no-kv-unified", "--slots", "--no-ui", "--offline"]
     return [*(str(word) for pair in arguments.items() for word in pair), *switches, *config.extra_args]
+
+
+def _placement(placement: Placement) -> dict[str, object]:
+    """What is not the binary's default, and the layers on the accelerator, of which its default is another."""
+    given: dict[str, object] = {}
+    for name, flag in _PLACEMENT_FLAGS.items():
+        value = getattr(placement, name)
+        if value != getattr(Placement(), name):
+            given[flag] = ",".join(map(str, value)) if isinstance(value, list) else value
+    return {"--gpu-layers": "all", **given}

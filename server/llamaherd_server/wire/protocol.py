@@ -59,6 +59,40 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     threads_batch: Annotated[int, _within(0, 512, "Threads for prompts; 0: decided on the host.")] = 0
 
 
+class Placement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where a model's weights are, and how they get there; to change it is to load them again.
+
+    Names and meanings are those of llama.cpp's flags.
+    """
+
+    gpu_layers: Annotated[int, _within(-1, 2**31 - 1, "Layers on the accelerator; -1: all.")] = -1
+    cpu_moe_layers: Annotated[
+        int,
+        _within(0, 2**31 - 1, "First layers whose experts stay on the CPU (mixtures of experts)."),
+    ] = 0
+    devices: Annotated[
+        list[str],
+        Meta(description="Devices to use, such as CUDA0, in order; none: all there are."),
+    ] = field(default_factory=list)
+    split_mode: Annotated[
+        Literal["none", "layer", "row", "tensor"],
+        Meta(description="How several devices share the model."),
+    ] = "layer"
+    tensor_split: Annotated[
+        list[float],
+        Meta(description="Shares of the devices, in any unit; none: by their free memory."),
+    ] = field(default_factory=list)
+    main_gpu: Annotated[int, _within(0, 63, "The device for all, with split_mode none, or for what row leaves.")] = 0
+    load_mode: Annotated[
+        Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"],
+        Meta(description="How weights are read."),
+    ] = "auto"
+    numa: Annotated[
+        Literal["off", "distribute", "isolate", "numactl"],
+        Meta(description="For hosts of several NUMA nodes."),
+    ] = "off"
+
+
 class Sampling(Struct, frozen=True, kw_only=True):
     """Sampling parameters; the defaults are llama-server's."""
 
@@ -106,8 +140,8 @@ class WorkerConfig(Struct, kw_only=True):
     """What a worker is started with, as JSON on its command line; `chat_template`: a file, before the GGUF's own."""
 
     path: str
-    gpu_layers: int  # -1: all
     settings: EngineSettings
+    placement: Placement = Placement()
     chat_template: str | None = None
     lora: list[Adapter] = field(default_factory=list)
     prompts: PromptStore | None = None
@@ -119,8 +153,8 @@ class NativeConfig(Struct, kw_only=True):
     name: str  # of the model, in answers
     binary: str
     path: str
-    gpu_layers: int  # -1: all
     settings: EngineSettings
+    placement: Placement = Placement()
     mmproj: str | None = None
     chat_template: str | None = None
     lora: list[Adapter] = field(default_factory=list)

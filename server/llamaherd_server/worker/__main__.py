@@ -12,8 +12,8 @@ import msgspec
 from llamaherd_server.wire.protocol import ErrorCode, Failed, WorkerConfig
 from llamaherd_server.worker.channel import Channel, Closed
 from llamaherd_server.worker.memory import DoesNotFit
-from llamaherd_server.worker.model import ModelError
 from llamaherd_server.worker.service import Service
+from llamaherd_server.worker.weights import ModelError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

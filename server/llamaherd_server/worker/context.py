@@ -14,8 +14,9 @@ from llamaherd_server.worker.backend import Part
 from llamaherd_server.worker.batch import Batch
 from llamaherd_server.worker.interrupt import Interrupt
 from llamaherd_server.worker.memory import DoesNotFit, check_fits, context_bytes, total_cells
-from llamaherd_server.worker.model import Model, ModelError
+from llamaherd_server.worker.model import Model
 from llamaherd_server.worker.sequence import Sequence, Share
+from llamaherd_server.worker.weights import ModelError
 
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}  # ggml_type
 FLASH = {"auto": -1, "off": 0, "on": 1}

@@ -15,13 +15,15 @@ _BEGINNING, _PIECE, _PIECES = 1 << 20, 1 << 14, 64
 
 
 def identity(lib: Any, config: WorkerConfig) -> str:
-    """Of model, LoRAs, llama.cpp's libraries, the layers on a GPU and what the processor can do."""
+    """Of model, LoRAs, llama.cpp's libraries, what is on which device, and what the processor can do."""
     digest = hashlib.blake2b(digest_size=16)
     libraries = Path(lib._lib._name).resolve().parent
     files = [*part_paths(Path(config.path)), *(Path(one.path) for one in config.lora)]
     for path in [*files, *sorted(one for one in libraries.glob("lib*") if one.is_file() and not one.is_symlink())]:
         _add(digest, path)
-    rest = (config.gpu_layers, [one.scale for one in config.lora], lib.llama_print_system_info())
+    placement = config.placement
+    on = (placement.gpu_layers, placement.cpu_moe_layers, placement.devices)
+    rest = (*on, [one.scale for one in config.lora], lib.llama_print_system_info())
     digest.update(repr(rest).encode())
     return digest.hexdigest()
 

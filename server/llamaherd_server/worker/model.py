@@ -14,21 +14,16 @@ from llamaherd_server.wire.sampling_values import checked
 from llamaherd_server.worker.forkserver import Forkserver
 from llamaherd_server.worker.lib import Log
 from llamaherd_server.worker.vocabulary import Vocabulary
+from llamaherd_server.worker.weights import ModelError, check_magic, load_weights
 
-MAGIC = b"GGUF"
 MEAN_POOLING, RANK_POOLING = 1, 4  # llama_pooling_type
 POOLING_NAMES: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last", 4: "rank"}
-PROGRESS_STEP = 0.05
 # Metadata below general.sampling, by the names of Sampling.
 SAMPLING_KEYS = {
     **{"temperature": "temp", "repeat_last_n": "penalty_last_n", "repeat_penalty": "penalty_repeat"},
     **{name: name for name in ("top_k", "top_p", "min_p", "xtc_probability", "xtc_threshold")},
     **{name: name for name in ("mirostat", "mirostat_tau", "mirostat_eta")},
 }
-
-
-class ModelError(Exception):
-    """The model cannot be loaded; the message is one line for the operator."""
 
 
 class Model(Vocabulary):
@@ -46,19 +41,11 @@ class Model(Vocabulary):
         *,
         weights: bool = True,
     ) -> None:
-        path, gpu_layers = config.path, config.gpu_layers
+        path, placement = config.path, config.placement
         check_magic(path)
         self.forkserver = Forkserver(path)
         self.log = log
-        params = lib.llama_model_default_params()
-        params.n_gpu_layers = gpu_layers
-        if not weights:
-            params.no_alloc, params.load_mode = True, lib.LLAMA_LOAD_MODE_NONE
-        params.progress_callback = report = lib.llama_progress_callback(_every_step(progress))
-        handle = lib.llama_model_load_from_file(path.encode(), params)
-        del report  # it had to live as long as the load
-        if not handle:
-            raise ModelError(f"{path} cannot be loaded: {log.last_error or 'llama.cpp does not say why'}")
+        handle = load_weights(lib, log, path, placement, progress, weights=weights)
         super().__init__(lib, handle)
         # What cannot be cut back: a recurrent state, and cells of a sliding window (in tokens) that others have taken.
         self.recurrent = bool(lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
@@ -70,7 +57,7 @@ class Model(Vocabulary):
         self.n_pooled = int((lib.llama_model_n_cls_out if self.ranks else lib.llama_model_n_embd_out)(self.handle))
         self.attends_backwards = self.meta(f"{self.meta('general.architecture')}.attention.causal") != "false"
         self.shape = _shape(path)
-        self.on_gpu = gpu_layers != 0 and bool(lib.llama_supports_gpu_offload())
+        self.on_gpu = placement.gpu_layers != 0 and bool(lib.llama_supports_gpu_offload())
         self._template = Path(config.chat_template).read_text() if config.chat_template else None
         self._adapters = [(self._adapter(one.path), one.scale) for one in config.lora]
 
@@ -144,33 +131,8 @@ class Model(Vocabulary):
         return self.piece(token, special=True).decode(errors="replace") if token >= 0 else ""
 
 
-def check_magic(path: str) -> None:
-    """Raises ModelError unless `path` is a readable file that begins as a GGUF does."""
-    try:
-        with Path(path).open("rb") as file:
-            magic = file.read(len(MAGIC))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-    if magic != MAGIC:
-        raise ModelError(f"{path} is no GGUF file: it begins with {magic!r}, not with {MAGIC!r}")
-
-
 def _shape(path: str) -> Shape | None:
     """None where the header does not say, or what llama.cpp knows better."""
     with suppress(GgufError):
         return shape(read_header(Path(path)))
     return None
-
-
-def _every_step(progress: Callable[[float], None]) -> Callable[[float, Any], bool]:
-    """llama.cpp calls for every tensor: pass on only what is worth a message."""
-    shown = -PROGRESS_STEP
-
-    def report(done: float, _user_data: Any) -> bool:
-        nonlocal shown
-        if done - shown >= PROGRESS_STEP:
-            shown = done
-            progress(done)
-        return True
-
-    return report

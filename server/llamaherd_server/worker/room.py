@@ -13,7 +13,8 @@ import msgspec
 from llamaherd_server.wire.protocol import NativeConfig, WorkerConfig
 from llamaherd_server.worker.lib import Log, load
 from llamaherd_server.worker.memory import DoesNotFit, check_fits, context_bytes
-from llamaherd_server.worker.model import Model, ModelError
+from llamaherd_server.worker.model import Model
+from llamaherd_server.worker.weights import ModelError
 
 REFUSED = 3
 
@@ -24,7 +25,7 @@ def main() -> int:
     log = Log(lib)
     lib.llama_backend_init()
     try:
-        bare = WorkerConfig(path=new.path, gpu_layers=new.gpu_layers, settings=new.settings)
+        bare = WorkerConfig(path=new.path, placement=new.placement, settings=new.settings)
         model = Model(lib, log, bare, lambda _: None, weights=False)
         # Weights that are mapped count as available: they are file cache.
         released = sum(context_bytes(model, one.settings) for one in running) - lib.llama_model_size(model.handle)

@@ -23,7 +23,7 @@ async def running(
     settings: EngineSettings = SETTINGS, heartbeat_timeout_s: float = 120, path: Path | None = None, **more: Any
 ) -> AsyncIterator[EmbeddedEngine]:
     path = path or Path(required("LLAMAHERD_TEST_MODEL"))
-    engine = EmbeddedEngine(path, -1, settings, heartbeat_timeout_s=heartbeat_timeout_s, **more)
+    engine = EmbeddedEngine(path, settings, heartbeat_timeout_s=heartbeat_timeout_s, **more)
     await engine.start()
     try:
         yield engine

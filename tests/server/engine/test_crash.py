@@ -112,7 +112,7 @@ def damaged(path: Path, damage: str) -> Path:
 @pytest.mark.parametrize("damage", ["no magic", "garbage", "truncated", "missing"])
 async def test_a_file_that_is_no_model_is_one_clear_line(tmp_path: Path, damage: str) -> None:
     path = damaged(tmp_path / "model.gguf", damage)
-    engine = EmbeddedEngine(path, -1, SETTINGS)
+    engine = EmbeddedEngine(path, SETTINGS)
     with pytest.raises(EngineError, match=str(path)) as error:
         await engine.start()
     assert "\n" not in error.value.message

@@ -11,7 +11,7 @@ import pytest
 
 from llamaherd_server.config.extra_args import OWNED, check_extra_args
 from llamaherd_server.engine.flags import flags
-from llamaherd_server.wire.protocol import Adapter, EngineSettings, KvType, NativeConfig
+from llamaherd_server.wire.protocol import Adapter, EngineSettings, KvType, NativeConfig, Placement
 
 from ..conftest import required
 
@@ -24,6 +24,23 @@ SETTINGS = [
 ]
 
 
+ALL_PLACED = Placement(
+    gpu_layers=7,
+    cpu_moe_layers=2,
+    devices=["none"],
+    split_mode="row",
+    tensor_split=[3, 1.5],
+    main_gpu=1,
+    load_mode="mmap+mlock",
+    numa="isolate",
+)
+PLACEMENTS = [
+    Placement(),
+    ALL_PLACED,
+    *(Placement(load_mode=mode) for mode in ("none", "mmap", "mlock", "dio")),
+    *(Placement(split_mode=mode) for mode in ("none", "layer", "tensor")),
+    *(Placement(numa=mode) for mode in ("distribute", "numactl")),
+]
 OWN: dict[str, Any] = {
     "mmproj": "p.gguf",
     "chat_template": "chat.jinja",
@@ -31,10 +48,8 @@ OWN: dict[str, Any] = {
 }
 
 
-def command(settings: EngineSettings, gpu_layers: int = -1, **more: Any) -> list[str]:
-    return flags(
-        NativeConfig(name="m", binary="", path="m.gguf", gpu_layers=gpu_layers, settings=settings, **more), "s.sock"
-    )
+def command(settings: EngineSettings, **more: Any) -> list[str]:
+    return flags(NativeConfig(name="m", binary="", path="m.gguf", settings=settings, **more), "s.sock")
 
 
 def binary() -> str:
@@ -49,11 +64,11 @@ def names() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("gpu_layers", [-1, 0, 7])
-def test_the_binary_takes_what_is_emitted(settings: EngineSettings, gpu_layers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_the_binary_takes_what_is_emitted(settings: EngineSettings, placement: Placement, tmp_path: Path) -> None:
     # arguments are read in order and --version ends it, after the ones before were checked
     (tmp_path / "chat.jinja").write_text("{{ messages }}")
-    arguments = [*command(settings, gpu_layers, **OWN), "--version"]
+    arguments = [*command(settings, placement=placement, **OWN), "--version"]
     ended = subprocess.run([binary(), *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
 
@@ -64,7 +79,12 @@ def test_the_binary_refuses_what_it_does_not_know() -> None:
 
 
 def test_whatever_is_emitted_is_owned_by_all_its_names(names: list[list[str]]) -> None:
-    emitted = {word for settings in SETTINGS for word in command(settings, **OWN) if re.match("--?[a-z]", word)}
+    emitted = {
+        word
+        for settings in SETTINGS
+        for word in command(settings, placement=ALL_PLACED, **OWN)
+        if re.match("--?[a-z]", word)
+    }
     assert emitted <= {name for line in names for name in line}
     for line in names:
         if emitted & {*line}:

@@ -15,5 +15,5 @@ from ..conftest import required
 def model() -> Model:
     lib = load()
     lib.llama_backend_init()
-    config = WorkerConfig(path=required("LLAMAHERD_TEST_MODEL"), gpu_layers=-1, settings=EngineSettings())
+    config = WorkerConfig(path=required("LLAMAHERD_TEST_MODEL"), settings=EngineSettings())
     return Model(lib, Log(lib), config, lambda _: None)

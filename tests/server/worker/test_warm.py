@@ -35,7 +35,7 @@ def random_model(request: pytest.FixtureRequest) -> Model:
     lib = load()
     lib.llama_backend_init()
     path = RandomModel(kind, layers=6, width=128).path()
-    return Model(lib, Log(lib), WorkerConfig(path=str(path), gpu_layers=0, settings=EngineSettings()), lambda _: None)
+    return Model(lib, Log(lib), WorkerConfig(path=str(path), settings=EngineSettings()), lambda _: None)
 
 
 @dataclass

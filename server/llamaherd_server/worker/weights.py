@@ -1,0 +1,124 @@
+"""How a GGUF's weights are loaded: onto which devices, and in which way."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llamaherd_server.wire.protocol import Placement
+from llamaherd_server.worker.lib import Log
+
+MAGIC = b"GGUF"
+PROGRESS_STEP = 0.05
+MOST_LAYERS = 512  # LLAMA_MAX_LAYERS
+_LOAD_MODES = {
+    **{"auto": "AUTO", "none": "NONE", "mmap": "MMAP", "mlock": "MLOCK"},
+    **{"mmap+mlock": "MMAP_MLOCK", "dio": "DIRECT_IO"},
+}
+_NUMA = {"off": 0, "distribute": 1, "isolate": 2, "numactl": 3}  # ggml_numa_strategy
+# llama.cpp's common.h: the tensors of a layer's experts
+_EXPERTS = r"blk\.{}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+
+
+class ModelError(Exception):
+    """The model cannot be loaded; the message is one line for the operator."""
+
+
+class _Override(ctypes.Structure):
+    """llama_model_tensor_buft_override"""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def load_weights(
+    lib: Any, log: Log, path: str, placement: Placement, progress: Callable[[float], None], *, weights: bool = True
+) -> Any:
+    """A llama_model of the GGUF at `path`; without `weights` it computes nothing. Raises ModelError.
+
+    `progress` is told how much has been loaded, 0 to 1.
+    """
+    if placement.numa != "off":
+        lib.llama_numa_init(_NUMA[placement.numa])
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = placement.gpu_layers
+    params.split_mode = getattr(lib, f"LLAMA_SPLIT_MODE_{placement.split_mode.upper()}")
+    params.main_gpu = placement.main_gpu
+    params.load_mode = getattr(lib, f"LLAMA_LOAD_MODE_{_LOAD_MODES[placement.load_mode]}")
+    # llama.cpp reads these while it loads: the names keep them
+    devices, overrides = _devices(lib._lib, placement.devices), _overrides(lib._lib, placement.cpu_moe_layers)
+    shares = _shares(placement.tensor_split, lib.LLAMA_MAX_DEVICES)
+    if devices is not None:
+        params.devices = ctypes.addressof(devices)
+    if overrides is not None:
+        params.tensor_buft_overrides = ctypes.addressof(overrides)
+    if shares is not None:
+        params.tensor_split = shares
+    if not weights:
+        params.no_alloc, params.load_mode = True, lib.LLAMA_LOAD_MODE_NONE
+    params.progress_callback = report = lib.llama_progress_callback(_every_step(progress))
+    handle = lib.llama_model_load_from_file(path.encode(), params)
+    del report, devices, overrides, shares
+    if not handle:
+        raise ModelError(f"{path} cannot be loaded: {log.last_error or 'llama.cpp does not say why'}")
+    return handle
+
+
+def check_magic(path: str) -> None:
+    """Raises ModelError unless `path` is a readable file that begins as a GGUF does."""
+    try:
+        with Path(path).open("rb") as file:
+            magic = file.read(len(MAGIC))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    if magic != MAGIC:
+        raise ModelError(f"{path} is no GGUF file: it begins with {magic!r}, not with {MAGIC!r}")
+
+
+def _devices(llama: Any, names: list[str]) -> Any:
+    """A list of ggml_backend_dev_t that ends with NULL; None: all devices."""
+    if not names:
+        return None
+    llama.ggml_backend_dev_by_name.restype = llama.ggml_backend_dev_get.restype = ctypes.c_void_p
+    llama.ggml_backend_dev_name.restype = ctypes.c_char_p
+    found = [llama.ggml_backend_dev_by_name(name.encode()) for name in names]
+    if None in found:
+        all_of_them = [ctypes.c_void_p(llama.ggml_backend_dev_get(i)) for i in range(llama.ggml_backend_dev_count())]
+        there = ", ".join(llama.ggml_backend_dev_name(device).decode() for device in all_of_them)
+        raise ModelError(f"devices: there is no {names[found.index(None)]!r} here; there are: {there}")
+    return (ctypes.c_void_p * (len(found) + 1))(*found, None)
+
+
+def _overrides(llama: Any, cpu_moe_layers: int) -> Any:
+    """The experts of so many layers in the CPU's memory; None: nothing is overridden."""
+    if not cpu_moe_layers:
+        return None
+    llama.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
+    on_cpu = llama.ggml_backend_cpu_buffer_type()
+    layers = range(min(cpu_moe_layers, MOST_LAYERS))
+    found = [_Override(_EXPERTS.format(layer).encode(), on_cpu) for layer in layers]
+    return (_Override * (len(found) + 1))(*found, _Override(None, None))
+
+
+def _shares(tensor_split: list[float], most: int) -> Any:
+    """One share for each device that llama.cpp may have; None: by free memory."""
+    if not tensor_split:
+        return None
+    if len(tensor_split) > most:
+        raise ModelError(f"tensor_split has {len(tensor_split)} shares: this llama.cpp has {most} devices at most")
+    return (ctypes.c_float * most)(*tensor_split)
+
+
+def _every_step(progress: Callable[[float], None]) -> Callable[[float, Any], bool]:
+    """llama.cpp calls for every tensor: pass on only what is worth a message."""
+    shown = -PROGRESS_STEP
+
+    def report(done: float, _user_data: Any) -> bool:
+        nonlocal shown
+        if done - shown >= PROGRESS_STEP:
+            shown = done
+            progress(done)
+        return True
+
+    return report
