@@ -12,12 +12,14 @@ from ansible_collections.llamaherd.llamaherd.plugins.module_utils import gguf
 
 
 def served_models(models: Sequence[Mapping[str, Any]], names: Sequence[str], shared: Mapping[str, Any]) -> list[Any]:
-    """The entries of `models` with these `names`: engine, settings, placement and memory_share are there in full.
+    """The entries of `models` with these `names`, complete: engine, settings, placement, memory_share, memory_bytes.
 
     `shared` has what an entry leaves out: engine, settings, placement; and tuned, which goes before the first one's own
     settings and, where it has an engine, its engine.
-    Memory that no entry asks a share of is divided equally among those that ask none.
+    Memory that no entry asks a share of is divided equally among those that ask none. `shared` may have memory: what
+    the host and its device have in bytes (0: no memory apart), and how many instances of the server share it.
     """
+    memory = shared.get("memory") or {"host": 0, "device": 0, "instances": 1}
     found = [next(model for model in models if model["name"] == name) for name in names]
     asked = [model["memory_share"] for model in found if "memory_share" in model]
     rest = (1 - sum(asked)) / max(1, len(found) - len(asked))
@@ -28,9 +30,18 @@ def served_models(models: Sequence[Mapping[str, Any]], names: Sequence[str], sha
         share = model.get("memory_share", rest)
         layers = {"gpu_layers": model["gpu_layers"]} if "gpu_layers" in model else {}
         placement = {**shared.get("placement", {}), **layers, **model.get("placement", {})}
+        of_all = _memory_bytes(memory, placement) * share / memory["instances"]
         complete = {"engine": engine, "settings": settings, "placement": placement, "memory_share": share}
-        served.append({**model, **complete})
+        served.append({**model, **complete, "memory_bytes": max(0, int(of_all))})
     return served
+
+
+def _memory_bytes(memory: Mapping[str, Any], placement: Mapping[str, Any]) -> int:
+    """The device's memory, the host's where no layer is there, both where some are."""
+    layers = placement.get("gpu_layers", -1)
+    on_device = memory["device"] and layers != 0
+    on_host = not memory["device"] or layers >= 0 or placement.get("cpu_moe_layers", 0)
+    return (memory["device"] if on_device else 0) + (memory["host"] if on_host else 0)
 
 
 def model_file(model: Mapping[str, Any], build: str) -> str:

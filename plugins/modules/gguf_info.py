@@ -79,6 +79,10 @@ needed_bytes:
   description: The sum of weights, KV cache and compute buffer.
   returned: when the file exists
   type: int
+ctx_per_slot:
+  description: The given C(ctx_per_slot) or, where that is 0, what the server decides on with O(memory_bytes).
+  returned: when the file exists
+  type: int
 largest_parallel:
   description:
     - The largest C(parallel) with which the model fits into O(memory_bytes), up to the given value. 0 if none
@@ -110,6 +114,7 @@ from ansible_collections.llamaherd.llamaherd.plugins.module_utils.gguf import (
     part_paths,
     read_header,
     shape,
+    with_context,
 )
 
 
@@ -119,6 +124,7 @@ def needs(path: Path, settings: Mapping[str, Any], memory_bytes: int) -> dict[st
     check_parts(headers)
     model = shape(headers[0])
     weights = sum(file.stat().st_size for file in files)
+    settings = with_context(model, settings, memory_bytes - weights)
     needed = {
         "weights_bytes": weights,
         "kv_bytes": int(kv_bytes(model, settings)),
@@ -128,6 +134,7 @@ def needs(path: Path, settings: Mapping[str, Any], memory_bytes: int) -> dict[st
         "architecture": model.architecture,
         "n_layers": model.n_layers,
         "n_ctx_train": model.n_ctx_train,
+        "ctx_per_slot": int(settings["ctx_per_slot"]),
         **needed,
         "needed_bytes": sum(needed.values()),
         "largest_parallel": largest("parallel", 1, model, settings, memory_bytes - weights),

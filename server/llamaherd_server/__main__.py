@@ -24,6 +24,7 @@ from llamaherd_server.app import create_app
 from llamaherd_server.config.keys import KeysError
 from llamaherd_server.config.settings import Settings, SettingsError, load
 from llamaherd_server.engine.base import Engine
+from llamaherd_server.engine.context_length import decided
 from llamaherd_server.engine.embedded import EmbeddedEngine
 from llamaherd_server.engine.native import NativeEngine
 from llamaherd_server.gguf import part_paths
@@ -113,7 +114,7 @@ def _engine(among: int, settings: Settings) -> Engine:
     if engine.kind == "embedded":
         return EmbeddedEngine(
             path,
-            engine.settings,
+            decided(settings, among),
             placement=model.placement,
             chat_template=model.chat_template,
             lora=model.adapters(),
@@ -125,7 +126,7 @@ def _engine(among: int, settings: Settings) -> Engine:
     return NativeEngine(
         engine.program(),
         path,
-        engine.settings,
+        decided(settings, among),
         placement=model.placement,
         name=model.name,
         mmproj=model.mmproj,

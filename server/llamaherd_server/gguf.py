@@ -37,6 +37,8 @@ SLIDING_PERIOD = {
 }
 # Layers that attend, of those that have a recurrent state in between, where the GGUF does not say so.
 FULL_ATTENTION_INTERVAL = dict.fromkeys(("qwen3next", "qwen35", "qwen35moe"), 4)
+# Where no context length is given: its share of the memory that weights leave, cells for each slot, its least.
+CONTEXT_SHARE, SHARED_CTX, LEAST_CTX = 0.7, 16384, 2048
 # Bytes per element of a KV cache: block bytes / block length, from ggml's type traits.
 KV_BYTES = {
     "f32": 4.0,
@@ -358,6 +360,31 @@ def compute_bytes(model: Shape, settings: Mapping[str, Any]) -> int:
     flash = settings["flash_attention"] != "off"
     per_token = 4 * (3 * model.n_ff + 4 * model.n_embd) + context * (2 if flash else 4 * (model.n_heads + 1))
     return ubatch * per_token + 4 * parallel * model.n_vocab
+
+
+def with_context(model: Shape, settings: Mapping[str, Any], memory_bytes: float) -> dict[str, Any]:
+    """The settings with a `ctx_per_slot` in place of 0: the trained one, or what fits into a share of `memory_bytes`.
+
+    Slots of a unified cache share cells for one whole context, and at least SHARED_CTX each, or what fits.
+    """
+    if int(settings["ctx_per_slot"]):
+        return dict(settings)
+    parallel, trained, memory_bytes = int(settings["parallel"]), model.n_ctx_train, CONTEXT_SHARE * memory_bytes
+    whole = {**settings, "ctx_per_slot": trained}
+    if not settings["kv_unified"]:
+        return {
+            **whole,
+            "ctx_per_slot": max(largest("ctx_per_slot", PADDING, model, whole, memory_bytes), _least(model)),
+        }
+    cells = int(settings["kv_cells"]) or parallel * min(trained, max(SHARED_CTX, -(-trained // parallel)))
+    fits = largest("kv_cells", PADDING, model, {**whole, "kv_cells": cells}, memory_bytes)
+    cells = max(fits, min(cells, _least(model)))
+    ctx = min(trained, cells)
+    return {**settings, "ctx_per_slot": ctx, "kv_cells": cells if cells < parallel * ctx else 0}
+
+
+def _least(model: Shape) -> int:
+    return min(model.n_ctx_train, LEAST_CTX)
 
 
 def largest(name: str, step: int, model: Shape, settings: Mapping[str, Any], memory_bytes: float) -> int:

@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -175,6 +176,39 @@ def test_what_does_not_fit_is_told_with_what_would(gguf_info: ModuleType, model:
     assert found["largest_ctx_per_slot"] % 256 == 0
     shorter = {"parallel": 64, "ctx_per_slot": found["largest_ctx_per_slot"]}
     assert gguf_info.needs(model, SETTINGS | shorter, memory)["needed_bytes"] <= memory
+
+
+@pytest.mark.parametrize(
+    ("parallel", "unified", "memory", "ctx", "cells"),
+    [
+        (1, True, 2**34, 8192, 0),
+        (4, True, 2**34, 8192, 0),
+        (4, False, 2**34, 8192, 0),
+        (16, True, 2000 * MIB, 8192, 60160),  # the slots share what fits
+        (16, False, 2000 * MIB, 3840, 0),
+        (4, True, 300 * MIB, 8192, 8448),
+        (4, True, 50 * MIB, 2048, 2048),  # less is no context: preflight refuses it
+        (4, True, -1, 2048, 2048),
+    ],
+)
+def test_a_context_that_is_not_said_is_the_trained_one_or_what_fits(
+    gguf: ModuleType, model: Path, parallel: int, unified: bool, memory: int, ctx: int, cells: int
+) -> None:
+    shape = gguf.shape(gguf.read_header(model))
+    settings = {**SETTINGS, "ctx_per_slot": 0, "parallel": parallel, "kv_unified": unified}
+    found = gguf.with_context(shape, settings, memory)
+    assert (found["ctx_per_slot"], found["kv_cells"]) == (ctx, cells)
+    if ctx > gguf.LEAST_CTX:
+        assert gguf.kv_bytes(shape, found) + gguf.compute_bytes(shape, found) <= gguf.CONTEXT_SHARE * memory
+    assert gguf.with_context(shape, SETTINGS, memory) == SETTINGS
+
+
+def test_long_contexts_share_one(gguf: ModuleType, model: Path) -> None:
+    shape = replace(gguf.shape(gguf.read_header(model)), n_ctx_train=131072)
+    settings = {**SETTINGS, "ctx_per_slot": 0}
+    assert gguf.with_context(shape, settings, 2**40) == {**settings, "ctx_per_slot": 131072, "kv_cells": 131072}
+    many = {**settings, "parallel": 16}
+    assert gguf.with_context(shape, many, 2**40) == {**many, "ctx_per_slot": 131072, "kv_cells": 16 * 16384}
 
 
 def test_absurd_settings_are_told_as_fast_as_others(gguf_info: ModuleType, model: Path) -> None:

@@ -101,6 +101,7 @@ class ModelSettings(Section):
     `mmproj`: a multimodal projector, for llama-server. `chat_template`: a Jinja file that goes before the GGUF's own.
     `chat_template_kwargs`: variables for it, where a request gives none of the name. `sampling`: fields of requests,
     `max_tokens` among them, where a request leaves them out. `aliases`: of the only model, ["*"] unless given.
+    `memory_mib`: what weights and context may take, where ctx_per_slot is 0; None: this model's share of the host's.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -114,6 +115,7 @@ class ModelSettings(Section):
     chat_template_kwargs: dict[str, Any] = {}
     sampling: Annotated[dict[str, Any], AfterValidator(_checked_sampling)] = {}
     lora: list[AdapterSettings] = []
+    memory_mib: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
     @classmethod

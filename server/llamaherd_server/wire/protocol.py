@@ -46,7 +46,10 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     parallel: Annotated[int, _within(1, 256, "Sequences computed at once (slots).")] = 4
     batch: Annotated[int, _within(1, 2**31 - 1, "Most tokens of one decode step.")] = 2048
     ubatch: Annotated[int, _within(1, 2**31 - 1, "Most tokens computed at once within a step.")] = 512
-    ctx_per_slot: Annotated[int, _within(16, 2**31 - 1, "Context of one slot in tokens.")] = 2048
+    ctx_per_slot: Annotated[
+        int,
+        _within(0, 2**31 - 1, "Context of one slot in tokens; 0: what the model was trained for, as far as it fits."),
+    ] = 0
     kv_unified: Annotated[bool, Meta(description="One KV cache for all slots.")] = True
     kv_cells: Annotated[
         int,

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
+
+
+def total_bytes() -> float | None:
+    """All memory that this process may ever have, by the host and its control groups; None where nobody tells."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    host = int(meminfo.read_text().split("MemTotal:")[1].split()[0]) * 1024.0
+    return min([host, *(float(limit) for _, limit in _limited_groups())])
 
 
 def available_bytes() -> float | None:
@@ -17,18 +27,24 @@ def available_bytes() -> float | None:
 
 
 def _control_group_bytes() -> float:
-    """What the tightest control group (version 2) above this process leaves, file cache that can go included."""
+    """What the tightest control group above this process leaves, file cache that can go included."""
+    left = math.inf
+    for group, most in _limited_groups():
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        left = min(left, most - used)
+    return left
+
+
+def _limited_groups() -> Iterator[tuple[Path, int]]:
+    """Control groups (version 2) of this process that bound its memory, with the bound in bytes."""
     groups = Path("/proc/self/cgroup").read_text().splitlines()
     own = next((line.removeprefix("0::") for line in groups if line.startswith("0::")), "/")
-    left = math.inf
     root = Path("/sys/fs/cgroup")
     folder = root / own.strip("/")
     for group in (folder, *folder.parents):
         limit = group / "memory.max"
         if limit.exists() and (most := limit.read_text().strip()) != "max":
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
-            left = min(left, int(most) - used)
+            yield group, int(most)
         if group == root:
-            break
-    return left
+            return

@@ -6,6 +6,7 @@ import asyncio
 from array import array
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from llamaherd_server.engine.base import EngineState, EngineStatus, Event
 from llamaherd_server.wire.errors import EngineError
@@ -47,7 +48,7 @@ class Double:
     model: ModelInfo = MODEL
     kind: EngineKind = "embedded"
     state: EngineState = "ready"
-    settings: EngineSettings = field(default_factory=EngineSettings)
+    settings: EngineSettings = field(default_factory=partial(EngineSettings, ctx_per_slot=2048))
     heartbeat_age_s: float = 0.0
     last_error: str | None = None
     script: Callable[[Generate], AsyncGenerator[Event, None]] | None = None

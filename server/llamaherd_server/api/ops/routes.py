@@ -12,6 +12,8 @@ from llamaherd_server.api.answer import json_response
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import AppState, state_of
 from llamaherd_server.config.engine_settings import merge
+from llamaherd_server.config.settings import SettingsError
+from llamaherd_server.engine.context_length import decided
 from llamaherd_server.errors import ApiError
 from llamaherd_server.wire.protocol import EngineKind, EngineSettings
 
@@ -21,7 +23,7 @@ _SETTINGS = {
     "parallel": "Slots: sequences that run at once.",
     "batch": "Most tokens of a step; at least `parallel`.",
     "ubatch": "Most tokens that are computed at once; at most `batch`.",
-    "ctx_per_slot": "Longest sequence, in tokens; the context has `parallel` times as many.",
+    "ctx_per_slot": "Longest sequence, in tokens; 0: as decided at the start.",
     "kv_unified": "True: slots share the KV cells; false: each has its own.",
     "kv_cells": "KV cells that slots share, if fewer than all need; 0: as many as all need.",
     "kv_type_k": "Type of the keys in the KV cache.",
@@ -87,11 +89,13 @@ async def retune(body: dict[str, Any], request: Request) -> Response:
     try:
         kind = msgspec.convert(body.get("engine", state.engine.status().kind), EngineKind)
         wanted = merge(state.engine.status().settings, settings)
+        if not wanted.ctx_per_slot:
+            wanted = decided(state.settings.with_engine(kind, wanted), len(state.all()))
     except msgspec.ValidationError:
         kinds = " or ".join(map(repr, get_args(EngineKind)))
         message = f"engine {body['engine']!r} is not known: set {kinds}"
         raise ApiError(400, message, param="engine", code="invalid_value") from None
-    except ValueError as error:
+    except (ValueError, SettingsError) as error:
         raise ApiError(400, str(error), code="invalid_value") from None
     in_force = await state.engine.retune(wanted, kind)
     state.serving.admission.set_parallel(in_force.parallel)

@@ -1,0 +1,36 @@
+"""How long a context is where the settings leave it open: decided once, before the engine is made."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import structlog
+
+from llamaherd_server.config.settings import Settings
+from llamaherd_server.gguf import LEAST_CTX, GgufError, part_paths, read_header, shape, with_context
+from llamaherd_server.wire.protocol import EngineSettings
+from llamaherd_server.worker.available import total_bytes
+
+log = structlog.get_logger()
+
+MIB = 2**20
+
+
+def decided(settings: Settings, among: int) -> EngineSettings:
+    """The engine's settings of a model that is one of so many, with a `ctx_per_slot`."""
+    given = settings.engine.settings
+    if given.ctx_per_slot:
+        return given
+    model = settings.model
+    files = part_paths(model.path)
+    memory = model.memory_mib * MIB if model.memory_mib else (total_bytes() or math.inf) / among
+    try:
+        kind = shape(read_header(files[0]))
+    except GgufError:  # llama.cpp may know it nevertheless
+        return msgspec.structs.replace(given, ctx_per_slot=LEAST_CTX)
+    spare = memory - sum(file.stat().st_size for file in files)
+    found = msgspec.convert(with_context(kind, msgspec.to_builtins(given), spare), EngineSettings)
+    figures = {"ctx_per_slot": found.ctx_per_slot, "kv_cells": found.kv_cells, "trained": kind.n_ctx_train}
+    log.info("context decided", model=model.name, **figures)
+    return found
