@@ -6,7 +6,8 @@ import asyncio
 import json
 import time
 from dataclasses import dataclass, field
-from typing import Any
+
+from llamaherd_loadtest.sse import END, parse_line
 
 
 @dataclass
@@ -57,31 +58,22 @@ async def _stream(port: int, path: str, fields: dict[str, object], key: str) -> 
     # Every server here sends an event as a chunk of its own, so that chunk sizes are lines to skip.
     async for line in reader:
         now = time.perf_counter()
-        if not line.startswith(b"data:"):
-            other += line
-            continue
-        data = line[5:].strip()
-        if data == b"[DONE]":
+        chunk = parse_line(line)
+        if chunk is END:
             finished = True
             break
-        event = json.loads(data)
-        if "error" in event:
-            other = line
-        if text := _text(event):
+        if chunk is None or chunk.is_error:
+            other += line
+            continue
+        if chunk.text:
             sample.arrivals.append(now)
-            sample.text += text
-        if usage := event.get("usage"):
-            sample.tokens, sample.prompt_tokens = usage["completion_tokens"], usage.get("prompt_tokens", 0)
-            sample.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+            sample.text += chunk.text
+        if usage := chunk.usage:
+            sample.tokens, sample.prompt_tokens = usage.completion_tokens or 0, usage.prompt_tokens or 0
+            details = usage.prompt_tokens_details
+            sample.cached_tokens = (details.cached_tokens if details else None) or 0
     writer.close()
     if not finished or not sample.arrivals:
         raise RuntimeError(f"no full stream from port {port}: {other[:500].decode(errors='replace')}")
     sample.tokens = sample.tokens or len(sample.arrivals)
     return sample
-
-
-def _text(event: dict[str, Any]) -> str:
-    """Of an event of either route."""
-    for choice in event.get("choices") or ():
-        return choice.get("text") or choice.get("delta", {}).get("content") or ""
-    return ""

@@ -47,6 +47,7 @@ class Delta(Struct, gc=False):
 
 class Choice(Struct, gc=False):
     delta: Delta | None = None
+    text: str | None = None  # instead of a delta, in legacy completions
     finish_reason: str | None = None
 
 
@@ -92,7 +93,7 @@ class Chunk(Struct, gc=False):
     @property
     def text(self) -> str:
         """The content that the event brings."""
-        contents = (choice.delta.content for choice in self.choices or () if choice.delta is not None)
+        contents = (choice.delta.content if choice.delta else choice.text for choice in self.choices or ())
         return "".join(content if isinstance(content, str) else _joined(content) for content in contents)
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
@@ -25,6 +25,7 @@ from llamaherd_server.wire.protocol import (
     Started,
     TokenLogprob,
 )
+from llamaherd_server.wire.sse import sent_events
 
 _ITS_FAILURE = re.compile("Compute error|Context size has been exceeded|failed to |Invalid input batch")
 
@@ -48,26 +49,15 @@ def completion_body(request: Generate, prompt: str | list[int] | dict[str, Any])
     }
 
 
-async def lines_of(response: httpx.Response) -> AsyncIterator[str]:
-    """The lines of a stream of events, which JSON's own line ends (U+2028 and the like) do not end."""
-    rest = b""
-    async for piece in response.aiter_bytes():
-        *whole, rest = (rest + piece).split(b"\n")
-        for line in whole:
-            yield line.decode()
-    if rest:
-        yield rest.decode()
-
-
 async def events_of(response: httpx.Response, request: Generate) -> AsyncGenerator[Event, None]:
     started = False
     generated = 0
-    async for line in lines_of(response):
-        if not line.startswith(("data: {", "error: {")):
+    async for event in sent_events(response.aiter_bytes()):
+        if not event.data.startswith("{"):
             continue
-        chunk = json.loads(line.partition(": ")[2])
-        if "error" in chunk or line.startswith("error"):
-            raise error_of(line.partition(": ")[2])
+        chunk = json.loads(event.data)
+        if "error" in chunk:
+            raise error_of(event.data)
         if not started:
             cached = chunk.get("prompt_progress", {}).get("cache", 0)
             yield Started(request.id, chunk["tokens_evaluated"], cached)

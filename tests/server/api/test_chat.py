@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import httpx
 import pytest
 
 from llamaherd_server.engine.base import Event
 from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.protocol import Delta, Generate, Logprob, Sampling, Started, TokenLogprob
+from tests.sse import events_of
 
 from .conftest import Serve
 from .double import Double, finished
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-
-
-def events(response: httpx.Response) -> list[dict[str, Any]]:
-    """The JSON of a stream's events; the stream must have ended with [DONE]."""
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 async def test_answers_in_openais_shape(serve: Serve) -> None:
@@ -42,7 +34,7 @@ async def test_answers_in_openais_shape(serve: Serve) -> None:
 
 async def test_streams_role_then_text_then_end(serve: Serve) -> None:
     async with serve(Double()) as served:
-        chunks = events(await served.chat(stream=True))
+        chunks = events_of((await served.chat(stream=True)).text)
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert deltas[0] == {"role": "assistant", "content": ""}
     assert [delta["content"] for delta in deltas[1:-1]] == ["w0 ", "w1 ", "w2 "]
@@ -53,7 +45,9 @@ async def test_streams_role_then_text_then_end(serve: Serve) -> None:
 
 async def test_streams_usage_and_timings_on_request(serve: Serve) -> None:
     async with serve(Double()) as served:
-        chunks = events(await served.chat(stream=True, stream_options={"include_usage": True}, timings_per_token=True))
+        chunks = events_of(
+            (await served.chat(stream=True, stream_options={"include_usage": True}, timings_per_token=True)).text
+        )
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == 3
     assert chunks[-1]["timings"]["predicted_n"] == 3
@@ -71,8 +65,7 @@ async def test_an_event_is_one_line_whatever_the_model_writes(serve: Serve) -> N
 
     async with serve(Double(script=script)) as served:
         lines = (await served.chat(stream=True)).text.splitlines()
-    lines = [line for line in lines if line.startswith("data: {")]
-    deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines]
+    deltas = [chunk["choices"][0]["delta"] for chunk in events_of("\n".join([*lines, ""]))]
     assert "".join(delta.get("content", "") for delta in deltas) == said
 
 
@@ -222,7 +215,9 @@ async def test_logprobs_have_openais_form(serve: Serve) -> None:
 
     async with serve(Double(script=script)) as served:
         whole = (await served.chat(logprobs=True, top_logprobs=2)).json()["choices"][0]["logprobs"]["content"]
-        streamed = events(await served.chat(logprobs=True, top_logprobs=2, stream=True))[1]["choices"][0]["logprobs"]
+        streamed = events_of((await served.chat(logprobs=True, top_logprobs=2, stream=True)).text)[1]["choices"][0][
+            "logprobs"
+        ]
     assert whole[0]["bytes"] == [0xC3]
     assert [one["logprob"] for one in whole[0]["top_logprobs"]] == [-0.5, -1.5]
     assert streamed["content"] == whole
@@ -344,10 +339,8 @@ async def test_a_crash_in_mid_stream_is_an_error_event_and_ends_the_stream(serve
 
     async with serve(Double(script=script)) as served:
         reply = await served.chat(stream=True)
-        lines = [line for line in reply.text.split("\n\n") if line]
         again = await served.chat(stream=True)
-    assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "engine_crashed"
-    assert "[DONE]" not in reply.text
+    assert events_of(reply.text, done=False)[-1]["error"]["code"] == "engine_crashed"
     assert again.status_code == 200
 
 

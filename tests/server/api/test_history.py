@@ -26,6 +26,7 @@ from llamaherd_server.app import create_app
 from llamaherd_server.config.settings import Settings
 from llamaherd_server.engine.base import Event
 from llamaherd_server.wire.protocol import Delta, Generate, Started
+from tests.sse import events_of
 
 from .double import MODEL, Double, finished
 from .test_tools import TEMPLATE
@@ -135,18 +136,16 @@ def _chat_deltas(served: Served) -> dict[str, Any]:
     """A streamed message as clients without an SDK put it together: deltas merged, whatever fields they have."""
     message: dict[str, Any] = {}
     body = {"messages": [{"role": "user", "content": ASK}], "tools": [TOOL], "stream": True}
-    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=30) as reply:
-        for line in reply.iter_lines():
-            if line.startswith("data: {"):
-                delta = json.loads(line[6:])["choices"][0]["delta"]
-                made = message.setdefault("tool_calls", []) if "tool_calls" in delta else []
-                for call in delta.pop("tool_calls", []):
-                    if call["index"] == len(made):
-                        made.append(call)
-                    else:
-                        made[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
-                for name, text in delta.items():
-                    message[name] = text if name == "role" else message.get(name, "") + (text or "")
+    for chunk in events_of(httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30).text):
+        delta = chunk["choices"][0]["delta"]
+        made = message.setdefault("tool_calls", []) if "tool_calls" in delta else []
+        for call in delta.pop("tool_calls", []):
+            if call["index"] == len(made):
+                made.append(call)
+            else:
+                made[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+        for name, text in delta.items():
+            message[name] = text if name == "role" else message.get(name, "") + (text or "")
     return message
 
 

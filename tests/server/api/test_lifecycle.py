@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import socket
 import time
@@ -15,6 +14,7 @@ import pytest
 from llamaherd_server.engine.base import Event
 from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.protocol import Generate, Started
+from tests.sse import events_of
 
 from .conftest import Serve, until
 from .double import Double
@@ -84,8 +84,7 @@ async def test_at_the_drain_deadline_streams_get_an_error_event(serve: Serve) ->
         await until(lambda: double.running == 1)
         served.state.lifecycle.drain()
         cut = await running
-    last = [line for line in cut.text.split("\n\n") if line][-1]
-    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_stopped"
+    assert events_of(cut.text, done=False)[-1]["error"]["code"] == "engine_stopped"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -13,6 +12,7 @@ from llamaherd_server.api.llama_fields import SAMPLERS
 from llamaherd_server.engine.base import Event
 from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.protocol import Delta, Generate, Logprob, Sampling, Started, TokenLogprob
+from tests.sse import events_of
 
 from .conftest import Serve
 from .double import MODEL, Double, finished
@@ -50,8 +50,7 @@ async def test_the_answer_has_llama_servers_fields(serve: Serve, path: str) -> N
     }
     assert (timings["prompt_n"], timings["cache_n"], timings["predicted_n"]) == (3, 2, 2)
     assert first["top_logprobs"] == [{"id": 0, "token": "a", "bytes": [97], "logprob": -0.5}]
-    assert "[DONE]" not in reply.text
-    *chunks, last = [json.loads(line[6:]) for line in reply.text.split("\n\n") if line]
+    *chunks, last = events_of(reply.text, done=False)
     assert [(chunk["content"], chunk["tokens"], chunk["stop"]) for chunk in chunks] == [
         ("a", [0], False),
         ("\n", [1], False),
@@ -166,7 +165,7 @@ async def test_verbose_shows_llama_servers_own_object(serve: Serve, path: str, b
         stream = await served.http.post(path, json={**body, "verbose": True, "stream": True})
         plain = (await served.http.post(path, json=body)).json()
     assert (whole["__verbose"]["prompt"], whole["__verbose"]["content"]) == (double.seen[0].prompt, "w0 w1 ")
-    assert [("__verbose" in line, '"timings"' in line) for line in stream.text.split("\n\n")[-3:-2]] == [(True, True)]
+    assert events_of(stream.text)[-1].keys() >= {"__verbose", "timings"}
     assert "__verbose" not in plain
     assert plain["system_fingerprint"] == whole["system_fingerprint"]
 
@@ -186,7 +185,7 @@ async def test_a_stream_leaves_out_fields_at_its_end_only(serve: Serve) -> None:
     body = {"prompt": [97, 98], "stream": True, "response_fields": ["stop", "prompt"]}
     async with serve(Double(tokens=1)) as served:
         reply = await served.http.post("/completion", json=body)
-    first, last = [json.loads(line[6:]) for line in reply.text.split("\n\n") if line]
+    first, last = events_of(reply.text, done=False)
     assert first["content"] == "w0 "
     assert last == {"stop": True, "prompt": "ab"}
 

@@ -13,6 +13,7 @@ import pytest
 from llamaherd_server.api import answer
 from llamaherd_server.api.llamacpp import passed_on as llama_server
 from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.sse import sent_events
 
 from .conftest import Serve
 from .double import Double
@@ -90,3 +91,17 @@ async def test_an_engine_that_ends_before_an_event_is_an_error(serve: Serve, pas
     async with serve(passing) as served:
         reply = await served.http.post("/completion", json=STREAM)
     assert (reply.status_code, reply.json()["error"]["code"]) == (500, "engine_crashed")
+
+
+async def test_events_are_the_same_wherever_the_network_cuts_them() -> None:
+    sent = ': a\n\nevent: b\ndata: {"c": "é\u2028\x85\r"}\n\ndata:1\ndata: 2\n\ndata: cut'.encode()
+    data = ["", '{"c": "é\u2028\x85\r"}', "1\n2", "cut"]
+
+    async def pieces(size: int) -> AsyncIterator[bytes]:
+        for start in range(0, len(sent), size):
+            yield sent[start : start + size]
+
+    for size in range(1, len(sent) + 1):
+        events = [event async for event in sent_events(pieces(size))]
+        assert [event.data for event in events] == data
+        assert b"".join(event.raw for event in events) == sent

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import signal
 import socket
@@ -20,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, Field
 
 from tests.server.conftest import START_S, Server, running, spawn, write_config
+from tests.sse import events_of
 
 CHAT: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Name three colours."}]
 
@@ -130,14 +130,14 @@ def test_metrics_tell_of_the_engine(server: Server) -> None:
 def test_a_dead_worker_costs_its_requests_and_no_others(server: Server) -> None:
     body = {"prompt": "Count: 1, 2,", "max_tokens": 400, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
-        lines = (line for line in stream.iter_lines() if line)
-        next(lines)
+        pieces = stream.iter_text()
+        begin = next(pieces)
         workers = subprocess.run(
             ["pgrep", "-P", str(server.process.pid), "-f", "llamaherd_server.worker"], capture_output=True, check=True
         )
         os.kill(int(workers.stdout), signal.SIGKILL)
-        *_, last = lines
-    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_crashed"
+        text = begin + "".join(pieces)
+    assert events_of(text, done=False)[-1]["error"]["code"] == "engine_crashed"
     after = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 1}, timeout=60)
     assert after.status_code == 200
     assert httpx.get(f"{server.url}/admin/engine").json()["restarts"] == 1
@@ -152,12 +152,13 @@ def test_with_keys_it_drains_on_sigterm(tmp_path: Path) -> None:
         body = {"prompt": "Count: 1, 2,", "max_tokens": 30, "stream": True, "ignore_eos": True}
         headers = {"Authorization": "Bearer secret"}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=60) as stream:
-            lines = (line for line in stream.iter_lines() if line)
-            next(lines)
+            pieces = stream.iter_text()
+            begin = next(pieces)
             exit_code: list[int] = []
             waiting = threading.Thread(target=lambda: exit_code.append(server.terminate()))
             waiting.start()
-            assert list(lines)[-1] == "data: [DONE]"
+            chunks = events_of(begin + "".join(pieces))
+            assert chunks[-1]["choices"][0]["finish_reason"] == "length"
         waiting.join()
     assert exit_code == [0]
     told = server.log.read_text()

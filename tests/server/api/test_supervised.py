@@ -19,6 +19,7 @@ import pytest
 
 from llamaherd_server.keyfile import add
 from llamaherd_server.serving.quota import CRASHES
+from tests.sse import events_of
 
 from ..conftest import START_S, Server, paced, running, until_ready, write_config
 
@@ -184,9 +185,9 @@ def test_the_log_has_what_was_said_where_the_operator_asks(tmp_path: Path, strea
         body = {"prompt": [PROMPT, "two"], "max_tokens": 3, "stream": stream}
         answer = httpx.post(f"{server.url}/v1/completions", json=body)
         assert server.terminate() == 0
-    events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")] if stream else [answer.text]
+    chunks = events_of(answer.text) if stream else [answer.json()]
     said = ["", ""]
-    for choice in (choice for event in events for choice in json.loads(event)["choices"]):
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
         said[choice["index"]] += choice["text"]
     [line] = [line for line in map(json.loads, server.log.read_text().splitlines()) if line["event"] == "request"]
     assert (line["prompts"], line["outputs"]) == ([PROMPT, "two"], said)

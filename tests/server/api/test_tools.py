@@ -11,10 +11,10 @@ import pytest
 
 from llamaherd_server.engine.base import Event
 from llamaherd_server.wire.protocol import Delta, Generate, Started
+from tests.sse import events_of
 
 from .conftest import Serve
 from .double import MODEL, Double, finished
-from .test_chat import events
 
 WEATHER = {
     "type": "function",
@@ -71,7 +71,7 @@ async def test_a_call_in_one_object(serve: Serve) -> None:
 
 async def test_a_call_as_it_is_written(serve: Serve) -> None:
     async with serve(saying(*CALL, template=TEMPLATE)) as served:
-        chunks = events(await served.chat(tools=[WEATHER], stream=True))
+        chunks = events_of((await served.chat(tools=[WEATHER], stream=True)).text)
     calls = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", ())]
     assert calls[0]["function"] == {"name": "weather", "arguments": ""}
     assert {call["index"] for call in calls} == {0}
@@ -120,7 +120,7 @@ async def test_reasoning_is_apart(serve: Serve) -> None:
     thinking = {"chat_template_kwargs": {"enable_thinking": True}}
     async with serve(double) as served:
         message = (await served.chat(**thinking)).json()["choices"][0]["message"]
-        chunks = events(await served.chat(stream=True, **thinking))
+        chunks = events_of((await served.chat(stream=True, **thinking)).text)
         left = (await served.chat(reasoning_format="none", **thinking)).json()["choices"][0]["message"]
     assert (message["reasoning_content"], message["content"]) == ("Hmm.", "Yes.")
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]

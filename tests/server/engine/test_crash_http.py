@@ -12,6 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.sse import events_of
+
 from ..conftest import running
 
 STREAMS, PARALLEL = 16, 4
@@ -24,12 +26,13 @@ async def stream(client: httpx.AsyncClient, number: int, begun: asyncio.Event) -
         if reply.status_code != 200:
             assert reply.status_code == 503
             return str(json.loads(await reply.aread())["error"]["code"])
-        last = ""
-        async for line in reply.aiter_lines():
+        text = ""
+        async for piece in reply.aiter_text():
             begun.set()
-            last = line or last
-    event = last.removeprefix("data: ")
-    return "done" if event == "[DONE]" else str(json.loads(event)["error"]["code"])
+            text += piece
+    if "[DONE]" in text:
+        return "done" if events_of(text) else "empty"
+    return str(events_of(text, done=False)[-1]["error"]["code"])
 
 
 async def watch(client: httpx.AsyncClient, seen: dict[str, Counter[int]]) -> None:

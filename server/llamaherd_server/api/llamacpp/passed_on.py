@@ -30,13 +30,13 @@ from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import AppState, state_of
 from llamaherd_server.engine.base import Engine, EngineStatus
 from llamaherd_server.engine.native import NativeEngine
-from llamaherd_server.engine.native_api import lines_of
 from llamaherd_server.errors import ApiError
 from llamaherd_server.http.json_body import json_of, validated
 from llamaherd_server.serving.generation import CHARS_PER_TOKEN, EXPECTED_OUTPUT, Serving, late_error
 from llamaherd_server.serving.meter import Meter, Usage
 from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.protocol import Delta, Finished, Generate, Sampling, Started
+from llamaherd_server.wire.sse import sent_events
 
 router = APIRouter(route_class=ModelRoute)
 
@@ -290,19 +290,14 @@ class _Work:
         """Put the events into the queue, and nothing after the last; those before the first are comments."""
         try:
             async with self._asked() as (response, meter, first):
-                event = ""
-                async for line in lines_of(response):
-                    if first.when() is not None and not line.startswith(("data: ", "error: ")):
+                async for event in sent_events(response.aiter_bytes()):
+                    if first.when() is not None and not event.data:
                         continue
                     first.reschedule(None)
-                    _see(meter, line)
-                    event += f"{line}\n"
-                    if not line:
-                        self._events.put_nowait(event.encode())
-                        event = ""
+                    _see(meter, event.data)
+                    self._events.put_nowait(event.raw)
                 if first.when() is not None:
                     raise EngineError("engine_crashed", "the engine ended while it worked on this request")
-                self._events.put_nowait(event.encode())
         except Exception as error:
             self._events.put_nowait(error)
         else:
@@ -324,10 +319,10 @@ class _Work:
             raise late_error(limits, whole=whole.expired()) from None
 
 
-def _see(meter: Meter, line: str) -> None:
-    """Count a line of a stream."""
-    if line.startswith("data: {"):
-        if '"timings"' in line:
-            _count(meter, json.loads(line[6:]).get("timings"))
+def _see(meter: Meter, data: str) -> None:
+    """Count an event of a stream."""
+    if data.startswith("{"):
+        if '"timings"' in data:
+            _count(meter, json.loads(data).get("timings"))
         else:
             meter.see(Delta(id=0, text="", n_tokens=1))
