@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
+
+import httpx
 
 from llamaherd_server.wire.protocol import (
     Delta,
@@ -45,8 +48,22 @@ class EngineStatus:
     intake_age_s: float = 0.0
 
 
+class OwnApi(Protocol):
+    """The HTTP API of llama-server."""
+
+    async def get(self, path: str) -> Any:
+        """The JSON that a GET is answered with; raises EngineError."""
+
+    def asked(self, path: str, body: dict[str, Any]) -> AbstractAsyncContextManager[httpx.Response]:
+        """A 200 whose body is still to be read; raises EngineError, then too. Leaving it cancels the work."""
+
+
 class Engine(Protocol):
     """A model behind a supervised process. Requests that were queued outlive a crash; running ones get an error."""
+
+    @property
+    def own_api(self) -> OwnApi | None:
+        """What requests of llama-server's own form are passed on to; None: the engine has no such API."""
 
     async def start(self) -> None:
         """Start the process and return when the model answers; raises EngineError when it never will."""

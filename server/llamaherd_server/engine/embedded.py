@@ -73,6 +73,8 @@ class _Call:
 class EmbeddedEngine:
     """Implements engine.base.Engine."""
 
+    own_api = None
+
     def __init__(
         self,
         model_path: Path,

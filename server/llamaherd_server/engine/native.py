@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from llamaherd_server.engine.base import LIVES, EngineStatus, Event
+from llamaherd_server.engine.base import LIVES, EngineStatus, Event, OwnApi
 from llamaherd_server.engine.native_api import completion_body, error_of, events_of
 from llamaherd_server.engine.native_process import NativeProcess
 from llamaherd_server.engine.native_room import check_room
@@ -91,6 +91,10 @@ class NativeEngine:
         self._running = 0
         self._retuning = asyncio.Lock()
         self._preparation = Preparation(model_path)
+
+    @property
+    def own_api(self) -> OwnApi:
+        return self
 
     async def start(self) -> None:
         await check_room(self._native)
@@ -214,7 +218,6 @@ class NativeEngine:
     # --- for what is passed on as it is ---------------------------------------------------------------------------
 
     async def get(self, path: str) -> Any:
-        """The JSON that llama-server answers a GET with; raises EngineError."""
         response = await self._sent("GET", path, None)
         await response.aread()
         await response.aclose()
@@ -222,7 +225,6 @@ class NativeEngine:
 
     @asynccontextmanager
     async def asked(self, path: str, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
-        """A 200 whose body is still to be read; raises EngineError, then too. Leaving it cancels the work."""
         if isinstance(grammar := body.get("grammar"), str) and grammar:
             await self._preparation.try_grammar(grammar)
         response = await self._sent("POST", path, self._bounded(body))

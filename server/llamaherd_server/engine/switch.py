@@ -8,7 +8,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 
 from llamaherd_server.config.settings import Settings, SettingsError
-from llamaherd_server.engine.base import Engine, EngineStatus, Event
+from llamaherd_server.engine.base import Engine, EngineStatus, Event, OwnApi
 from llamaherd_server.engine.native import RETUNE_DRAIN_S
 from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.protocol import Embed, Embedded, EngineKind, EngineSettings, Generate, ModelInfo, Stats
@@ -31,6 +31,10 @@ class Switch:
         self._open.set()
         self._changing = asyncio.Lock()
         self._stopped = False
+
+    @property
+    def own_api(self) -> OwnApi | None:
+        return self.in_force.own_api
 
     async def start(self) -> None:
         await self.in_force.start()

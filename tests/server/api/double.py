@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from llamaherd_server.engine.base import EngineState, EngineStatus, Event
+from llamaherd_server.engine.base import EngineState, EngineStatus, Event, OwnApi
 from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.protocol import (
     Delta,
@@ -57,6 +57,10 @@ class Double:
     running: int = 0
     most_running: int = 0
     closed_early: int = 0
+
+    @property
+    def own_api(self) -> OwnApi | None:
+        return None
 
     async def start(self) -> None:
         if self.refuse_start:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from llamaherd_server.api import answer
-from llamaherd_server.api.llamacpp import passed_on as llama_server
+from llamaherd_server.engine.base import OwnApi
 from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.sse import sent_events
 
@@ -30,6 +30,13 @@ class Passing(Double):
     events: tuple[str, ...] = EVENTS
     refusal: EngineError | None = None
 
+    @property
+    def own_api(self) -> OwnApi:
+        return self
+
+    async def get(self, path: str) -> Any:
+        return {"/props": {"default_generation_settings": {"params": {"top_k": 7}}, "total_slots": 9}}[path]
+
     @asynccontextmanager
     async def asked(self, path: str, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
         assert (path, body) == ("/completion", STREAM)
@@ -45,7 +52,6 @@ class Passing(Double):
 
 @pytest.fixture
 def passing(monkeypatch: pytest.MonkeyPatch) -> Passing:
-    monkeypatch.setattr(llama_server, "NativeEngine", Passing)
     monkeypatch.setattr(answer, "KEEP_ALIVE_S", 0.05)
     return Passing()
 
@@ -66,6 +72,13 @@ async def test_a_long_prompt_and_a_place_in_the_queue_are_no_silence(serve: Serv
     for reply in replies:
         assert reply.text.startswith(": keep-alive\n\n")
         assert reply.text.replace(": keep-alive\n\n", "") == "".join(EVENTS)
+
+
+async def test_props_are_the_engines_own_with_this_model(serve: Serve, passing: Passing) -> None:
+    async with serve(passing) as served:
+        props = (await served.http.get("/props")).json()
+    assert (props["total_slots"], props["model_alias"]) == (9, "double")
+    assert props["default_generation_settings"]["params"]["top_k"] == 7
 
 
 @pytest.mark.parametrize(("wait_s", "status"), [(0.0, 400), (0.3, 200)])

@@ -28,8 +28,7 @@ from llamaherd_server.api.openai.completions import grammar_of, resolve_prompts,
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import AppState, state_of
-from llamaherd_server.engine.base import Engine, EngineStatus
-from llamaherd_server.engine.native import NativeEngine
+from llamaherd_server.engine.base import Engine, EngineStatus, OwnApi
 from llamaherd_server.errors import ApiError
 from llamaherd_server.http.json_body import json_of, validated
 from llamaherd_server.serving.generation import CHARS_PER_TOKEN, EXPECTED_OUTPUT, Serving, late_error
@@ -68,8 +67,8 @@ async def props(request: Request) -> Response:
         "is_sleeping": False,
     }
     async with state.engine.using() as engine:
-        if isinstance(engine, NativeEngine):
-            known = await engine.get("/props")
+        if engine.own_api:
+            known = await engine.own_api.get("/props")
     defaults = state.sampling_defaults()
     limit = defaults.pop("max_tokens", -1)
     usual = generation_settings(Generate(id=0, prompt="", sampling=Sampling(**defaults), max_tokens=limit))
@@ -87,7 +86,7 @@ async def slots_of(request: Request) -> Response:
     """Which slots are busy. Never a prompt or an output. `?fail_on_no_slot=1`: a 503 when none is free."""
     state = state_of(request)
     async with state.engine.using() as engine:
-        slots = await engine.get("/slots") if isinstance(engine, NativeEngine) else _slots(engine.status())
+        slots = await engine.own_api.get("/slots") if engine.own_api else _slots(engine.status())
     told = [{name: slot[name] for name in _SLOT_FIELDS if name in slot} for slot in slots]
     if request.query_params.get("fail_on_no_slot") and all(slot["is_processing"] for slot in told):
         raise ApiError(503, "no slot is free", code="no_slot", retry_after=1)
@@ -152,7 +151,7 @@ async def _passed_on(request: Request, path: str) -> Response | None:
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_value")
     state.check_model(None, request.state.key)
-    if not isinstance(state.engine.in_force, NativeEngine):
+    if state.engine.own_api is None:
         return None
     work = _Work(request, path, _with_defaults(state, body))
     if not body.get("stream"):
@@ -175,9 +174,9 @@ def _with_defaults(state: AppState, body: dict[str, Any]) -> dict[str, Any]:
     return defaults | given
 
 
-def _native(engine: Engine, path: str) -> NativeEngine:
-    if isinstance(engine, NativeEngine):
-        return engine
+def _own_api(engine: Engine, path: str) -> OwnApi:
+    if engine.own_api:
+        return engine.own_api
     raise ApiError(503, f"the engine changed before {path} could begin", code="engine_stopped", retry_after=1)
 
 
@@ -313,7 +312,7 @@ class _Work:
             async with whole, _admitted(self._request, state, self._body) as meter, state.engine.using() as engine:
                 streamed = bool(self._body.get("stream"))
                 first = asyncio.timeout(limits.first_token_timeout_s if streamed else None)
-                async with first, _native(engine, self._path).asked(self._path, self._body) as response:
+                async with first, _own_api(engine, self._path).asked(self._path, self._body) as response:
                     yield response, meter, first
         except TimeoutError:
             raise late_error(limits, whole=whole.expired()) from None
