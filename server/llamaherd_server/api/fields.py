@@ -185,7 +185,24 @@ class SamplingFields(Body):
 _SAMPLING = Sampling.__struct_fields__
 
 
-class GenerationFields(SamplingFields):
+class AccountFields(Body):
+    """What OpenAI and Anthropic have for their own accounts."""
+
+    metadata: Ignored = None
+    service_tier: Ignored = None
+
+
+class OpenAiFields(AccountFields):
+    """What OpenAI has on every route for its own accounts and caches."""
+
+    user: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Any = Field(None, description="Accepted and ignored: a key's equal prefixes are always shared.")
+    prompt_cache_retention: Ignored = None
+    prompt_cache_options: Ignored = None
+
+
+class GenerationFields(SamplingFields, OpenAiFields):
     """What chat and completions have in common besides sampling."""
 
     model: str | None = Field(None, description="A name of /v1/models; left out: the model that is served.")
@@ -199,14 +216,7 @@ class GenerationFields(SamplingFields):
     cache_prompt: bool = Field(True, description="False: compute all of the prompt, whatever the KV cache has.")
     timings_per_token: bool = Field(False, description="Accepted; `timings` come with the end of every answer.")
     verbose: bool = Field(False, description="True: the answer's `__verbose` is llama-server's own, with the prompt.")
-    user: Ignored = None
-    metadata: Ignored = None
     store: Ignored = None
-    service_tier: Ignored = None
-    safety_identifier: Ignored = None
-    prompt_cache_key: Any = Field(None, description="Accepted and ignored: a key's equal prefixes are always shared.")
-    prompt_cache_retention: Ignored = None
-    prompt_cache_options: Ignored = None
     id_slot: Any = Field(None, description="Accepted and ignored: the scheduler chooses the slot.")
     return_progress: Any = Field(None, description="Accepted and ignored.")
 

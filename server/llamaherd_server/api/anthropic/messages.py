@@ -23,7 +23,7 @@ from llamaherd_server.api.chat_fields import (
     template_call,
 )
 from llamaherd_server.api.conversation import Conversation, prepare
-from llamaherd_server.api.fields import Body, Ignored, Lenient, Limit, SamplingFields, Text
+from llamaherd_server.api.fields import AccountFields, Ignored, Lenient, Limit, SamplingFields, Text
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import state_of
@@ -194,7 +194,7 @@ class OutputConfig(Lenient):
     effort: str | None = Field(None, description="Given to the chat template as `reasoning_effort`.")
 
 
-class CountRequest(Body):
+class CountRequest(AccountFields):
     """A conversation."""
 
     model: str | None = Field(None, description="A name of /v1/models; left out: the model that is served.")
@@ -213,8 +213,6 @@ class CountRequest(Body):
     betas: Ignored = None
     speed: Ignored = None
     inference_geo: Ignored = None
-    metadata: Ignored = None
-    service_tier: Ignored = None
     diagnostics: Ignored = None
     user_profile_id: Ignored = None
     workspace_id: Ignored = None

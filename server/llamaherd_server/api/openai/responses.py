@@ -22,7 +22,7 @@ from llamaherd_server.api.chat_fields import (
     template_call,
 )
 from llamaherd_server.api.conversation import Conversation, counted, prepare
-from llamaherd_server.api.fields import Body, Ignored, Lenient, Limit, SamplingFields, StreamOptions
+from llamaherd_server.api.fields import Body, Ignored, Lenient, Limit, OpenAiFields, SamplingFields, StreamOptions
 from llamaherd_server.api.openai.responses_shape import ResponsesShape
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
@@ -174,7 +174,7 @@ class ReasoningSettings(Lenient):
     effort: str | None = Field(None, description="Given to the chat template as `reasoning_effort`.")
 
 
-class ResponsesRequest(SamplingFields):
+class ResponsesRequest(SamplingFields, OpenAiFields):
     """A conversation to continue. Fields that OpenAI does not have are llama-server's."""
 
     model: str | None = Field(None, description="A name of /v1/models; left out: the model that is served.")
@@ -207,12 +207,6 @@ class ResponsesRequest(SamplingFields):
     client_metadata: Ignored = None
     context_management: Any = Field(None, description="Accepted and ignored: nothing is compacted.")
     max_tool_calls: Any = Field(None, description="Accepted and ignored: it counts calls of OpenAI's own tools.")
-    user: Ignored = None
-    service_tier: Ignored = None
-    safety_identifier: Ignored = None
-    prompt_cache_key: Any = Field(None, description="Accepted and ignored: a key's equal prefixes are always shared.")
-    prompt_cache_retention: Ignored = None
-    prompt_cache_options: Ignored = None
 
     def to_prepare(self) -> Conversation:
         """What is to be rendered and how the answer must look; raises ApiError."""
