@@ -50,13 +50,17 @@ def without(name: str, markers: tuple[str, ...], *, not_first: str = "") -> dict
         return None if any(seen.endswith(marker) for marker in markers) else seen
 
     def rule(prefix: str, excluded: str = "") -> str:
-        others = f"{characters([*alphabet, *excluded], negate=True)} {name}-0"
-        known = (
-            f"{literal(char)} {name}-{prefixes.index(target)}"
-            for char in alphabet
-            if char not in excluded and (target := after(prefix + char)) is not None
-        )
-        return " | ".join(['""', *known, others])
+        """Few alternatives, each with all characters that lead to one state: llama.cpp follows all of them at once."""
+        targets = {char: after(prefix + char) for char in alphabet if char not in excluded}
+        special = [*excluded, *(char for char, target in targets.items() if target != "")]
+        ways = [
+            f"{characters([char for char in targets if targets[char] == target], negate=False)} "
+            f"{name}-{prefixes.index(target)}"
+            for target in dict.fromkeys(targets.values())
+            if target
+        ]
+        others = f"{characters(special, negate=True)} {name}-0"
+        return " | ".join(['""', *ways, others])
 
     return {name: rule("", not_first), **{f"{name}-{number}": rule(one) for number, one in enumerate(prefixes)}}
 

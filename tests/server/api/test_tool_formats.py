@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import pytest
 
 from llamaherd_server.errors import ApiError
+from llamaherd_server.grammar.gbnf import literal, without
+from llamaherd_server.grammar.schema import grammar_of
 from llamaherd_server.toolcalls import formats
 from llamaherd_server.toolcalls.formats import Format, thinking_of
 from llamaherd_server.toolcalls.reader import Reader
@@ -377,3 +379,14 @@ def test_parameters_as_text_follow_references_and_keep_to_their_types(lets: Lets
     in_python = text.replace('["1", "large"]', "['1', 'large']")
     [same] = Reader(formats.QWEN_CODER, None, False, {"order": ORDER.schema}).whole(in_python).calls
     assert json.loads(same.arguments) == json.loads(call.arguments)
+
+
+@pytest.mark.parametrize("marker", ["</think>", "<|END_THINKING|>", "[/THINK]", "aab"])
+def test_text_without_a_marker_has_few_ways_on(marker: str, lets: Lets) -> None:
+    """Each alternative of a rule costs as much for every token as the rest of the grammar: ten made it 25 times."""
+    rules = without("text", (marker,))
+    assert max(rule.count(" | ") for rule in rules.values()) <= 3
+    grammar = grammar_of({**rules, "root": f"text {literal(marker)}"})
+    for text in ("", "a", marker[:-1], marker[:-1] + marker[:-1], marker[0] + marker[:-1] + "b<", "aaaa</</thi"):
+        assert lets(grammar, text + marker) == (marker not in (text + marker)[:-1])
+    assert not lets(grammar, f"x{marker}y{marker}")
