@@ -14,17 +14,21 @@ from llamaherd_server.api.state import AppState
 from llamaherd_server.chat import template
 from llamaherd_server.errors import ApiError
 from llamaherd_server.toolcalls.derived import form_of
-from llamaherd_server.toolcalls.formats import HARMONY, HERMES, format_of, thinking_of
+from llamaherd_server.toolcalls.formats import HARMONY, HARMONY_THINKING, HERMES, format_of, thinking_of
 from llamaherd_server.toolcalls.reader import Reader
 from llamaherd_server.toolcalls.tools import AnswerSchema, Choice, reply_grammar, with_ids_of
-from llamaherd_server.wire.protocol import Generate, Media, Sampling
+from llamaherd_server.wire.protocol import Generate, Media, ReasoningBudget, Sampling
+
+# Most tokens of reasoning where a model's template does not know efforts; None: as many as it likes.
+EFFORTS = {"minimal": 512, "low": 1024, "medium": 4096, "high": None, "xhigh": None, "max": None}
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """`messages` are as templates expect them. `answer_schema` None: any text; `answer_field` is where it stood.
 
-    `answer_strict`: what of the schema cannot be enforced is an error.
+    `answer_strict`: what of the schema cannot be enforced is an error. `effort` and `reasoning_tokens` bound the
+    model's reasoning; None: as it likes.
     """
 
     messages: list[dict[str, Any]]
@@ -34,6 +38,8 @@ class Conversation:
     answer_strict: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
     split_reasoning: bool = True
+    effort: str | None = None
+    reasoning_tokens: int | None = None
     media: Collected = field(default_factory=Collected)
 
 
@@ -46,6 +52,7 @@ class Prepared:
     grammar: str | None
     reader: Reader
     media: Media | None = None
+    reasoning: ReasoningBudget | None = None
 
     def generate(self, sampling: Sampling, **fields: Any) -> Generate:
         """One generation of the reply; `fields` are further ones of Generate. Raises ApiError."""
@@ -59,6 +66,7 @@ class Prepared:
             sampling=msgspec.structs.replace(sampling, grammar=self.grammar or sampling.grammar),
             preserved=self.reader.preserved,
             media=self.media,
+            reasoning=self.reasoning,
             **fields,
         )
 
@@ -79,24 +87,48 @@ async def prepare(state: AppState, conversation: Conversation) -> Prepared:
         traits = msgspec.structs.replace(traits, foreign_tools=True)
     elif known.id_length:
         messages = list(with_ids_of(known.id_length, messages))
-    variables = {**state.settings.model.chat_template_kwargs, **conversation.variables}
+    effort, tokens = _bound(conversation, source)
+    variables = {**state.settings.model.chat_template_kwargs, **effort, **conversation.variables}
     if not isinstance(thinks := variables.get("enable_thinking", True), bool):  # a text "false" is true in a template
         message = f"enable_thinking {thinks!r} must be true or false"
         raise ApiError(400, message, param="chat_template_kwargs", code="invalid_value")
     tools = [tool.for_template() for tool in choice.tools]
     prompt = await template.render(state.sandbox, model, messages, variables, tools=tools, traits=traits)
-    thinking = thinking_of(source) if conversation.split_reasoning and form is not HARMONY else None
+    markers = HARMONY_THINKING if form is HARMONY else thinking_of(source)
+    begun = markers is not None and prompt.rstrip().endswith(markers[0])
+    thinking = markers if conversation.split_reasoning and form is not HARMONY else None
     reader = Reader(
         form=form,
         thinking=thinking,
-        thinks=thinking is not None and prompt.rstrip().endswith(thinking[0]),
+        thinks=thinking is not None and begun,
         schemas={tool.name: tool.schema for tool in choice.tools},
         parallel=choice.parallel,
     )
     schema, field_ = conversation.answer_schema, conversation.answer_field
     answer = None if schema is None else AnswerSchema(schema, field_, conversation.answer_strict)
     grammar = await reply_grammar(state.sandbox, reader, choice, answer, shape if choice.tools else None)
-    return Prepared(prompt, template.adds_special(model, prompt), grammar, reader, conversation.media.media())
+    reasoning = None
+    if markers and tokens is not None:
+        reasoning = ReasoningBudget(begin=markers[0], end=markers[1], tokens=tokens, begun=begun)
+    return Prepared(
+        prompt, template.adds_special(model, prompt), grammar, reader, conversation.media.media(), reasoning
+    )
+
+
+def _bound(conversation: Conversation, source: str) -> tuple[dict[str, Any], int | None]:
+    """Variables for a template that knows efforts, else the most tokens that reasoning may have; raises ApiError."""
+    effort, tokens = conversation.effort, conversation.reasoning_tokens
+    if tokens is not None and tokens < 0:
+        tokens = None
+    variables: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+    if tokens == 0 or effort == "none":
+        return {**variables, "enable_thinking": False}, 0
+    if effort is None or "reasoning_effort" in source:
+        return variables, tokens
+    if effort not in EFFORTS:
+        message = f"reasoning effort {effort!r} is not known: take one of none, {', '.join(EFFORTS)}"
+        raise ApiError(400, message, param="reasoning_effort", code="invalid_value")
+    return variables, EFFORTS[effort] if tokens is None else tokens
 
 
 async def counted(state: AppState, chat: Prepared) -> Response:

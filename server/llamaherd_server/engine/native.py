@@ -133,6 +133,9 @@ class NativeEngine:
         request = msgspec.structs.replace(
             request, sampling=Sampling(**self._bounded(msgspec.structs.asdict(request.sampling)))
         )
+        if request.reasoning and request.sampling.grammar:
+            message = "a bound on reasoning is not together with a grammar, a schema or a required tool on llama-server"
+            raise EngineError("unsupported", message)
         prompt: str | list[int] | dict[str, Any] = request.prompt
         if request.media is not None:
             prompt = await self._with_media(str(request.prompt), request.media)

@@ -22,6 +22,7 @@ from llamaherd_server.wire.protocol import (
     Finished,
     Generate,
     Logprob,
+    ReasoningBudget,
     Started,
     TokenLogprob,
 )
@@ -46,6 +47,18 @@ def completion_body(request: Generate, prompt: str | list[int] | dict[str, Any])
         "cache_prompt": request.cache_prompt,
         "stream": True,
         "return_progress": True,
+        **(_reasoning(request.reasoning) if request.reasoning else {}),
+    }
+
+
+def _reasoning(budget: ReasoningBudget) -> dict[str, Any]:
+    begun = {"generation_prompt": budget.begin} if budget.begun else {}  # what the prompt ends with, for its sampler
+    return {
+        "reasoning_budget_tokens": budget.tokens,
+        "reasoning_budget_start_tag": budget.begin,
+        "reasoning_budget_end_tags": [budget.end],
+        "reasoning_budget_message": "",  # without it nothing is written
+        **begun,
     }
 
 

@@ -19,6 +19,7 @@ THINKING = (
     *(("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought\n", "<channel|>")),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
+HARMONY_THINKING = ("<|channel|>analysis<|message|>", "<|end|>")
 # A rule for one call of a tool: its name and the name of the rule of its arguments.
 CallRule: TypeAlias = Callable[[str, str], str]
 

@@ -175,6 +175,18 @@ class Media(Struct):
     data: list[str]
 
 
+class ReasoningBudget(Struct, kw_only=True):
+    """Of reasoning, which stands between `begin` and `end`, at most `tokens`; then `end` is written for the model.
+
+    `begun`: the prompt ends within it.
+    """
+
+    begin: str
+    end: str
+    tokens: int
+    begun: bool = False
+
+
 class Generate(Struct, tag="generate", kw_only=True):
     """Complete `prompt` (text, or token ids). `max_tokens` None: until a stop or the slot's context is full."""
 
@@ -191,6 +203,7 @@ class Generate(Struct, tag="generate", kw_only=True):
     media: Media | None = None  # only where the prompt is text and the engine llama-server
     owner: str = ""  # whose it is: what is slow to make ready is done in turns among owners
     preserved: list[str] = field(default_factory=list)  # control tokens that are text here: others are not told
+    reasoning: ReasoningBudget | None = None
 
 
 class Cancel(Struct, tag="cancel"):

@@ -30,14 +30,20 @@ class GrammarSampler:
         self._child = child
         self._candidates = Candidates(model)
         self._asked: int | None = None
+        self._forced: int | None = None
 
     def sample(self, context: Any, row: int) -> int | None:
         """None: the grammar is asked, and `late` has the token."""
         if self._asked is None:
             self.logits = row_of(self._model, context, row).copy()
-            self._asked, _ = self._choose(self.logits)
+            self._asked = self._choose(self.logits)[0] if self._forced is None else self._forced
+            self._forced = None
             self._child.ask(self._asked)
         return None
+
+    def force(self, token: int) -> None:
+        """Let the next `sample` be this token, if the grammar allows it."""
+        self._forced = token
 
     def late(self, wait_s: float) -> int | None:
         answer = self._child.answer(self._model.n_vocab, wait_s)

@@ -33,6 +33,7 @@ from llamaherd_server.worker.lanes import Lanes, Task
 from llamaherd_server.worker.memory import total_cells
 from llamaherd_server.worker.model import Model
 from llamaherd_server.worker.prompts import PromptCache
+from llamaherd_server.worker.reasoning import BudgetSampler
 from llamaherd_server.worker.sampling import NativeSampler, checked, has_breakers
 from llamaherd_server.worker.sequence import Sampler, Sequence
 from llamaherd_server.worker.texts import Stretch, Texts, reading
@@ -197,7 +198,9 @@ def sequence_of(
     with _read(model, request, sampling.grammar, task, room=room, texts=texts) as (tokens, stretches, child):
         preserved = frozenset(model.control_tokens(request.preserved))
         chain = NativeSampler(model, sampling, tokens)
-        sampler = chain if child is None else _with_grammar(model, chain, child)
+        sampler: Sampler = chain if child is None else _with_grammar(model, chain, child)
+        if request.reasoning:
+            sampler = BudgetSampler(model, sampler, request.reasoning)
         borders = model.borders(tokens) if model.recurrent or model.window else []
         return Sequence(request, tokens, sampler, TextStream(request.stop), preserved, borders, stretches)
 

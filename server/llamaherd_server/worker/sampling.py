@@ -36,6 +36,7 @@ class NativeSampler:
 
     def __init__(self, model: Model, sampling: Sampling, prompt: list[int]) -> None:
         self._lib = lib = model.lib
+        self._forced: int | None = None
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         for stage in (*_bias_stages(model, sampling), *_history_stages(model, sampling), *_choice(model, sampling)):
             lib.llama_sampler_chain_add(self._chain, stage)
@@ -45,7 +46,15 @@ class NativeSampler:
 
     def sample(self, context: Any, row: int) -> int | None:
         """The next token from batch row `row` of the last llama_decode; the chain's history gets it too."""
-        return int(self._lib.llama_sampler_sample(self._chain, context, row))
+        if self._forced is None:
+            return int(self._lib.llama_sampler_sample(self._chain, context, row))
+        token, self._forced = self._forced, None
+        self.accept(token)
+        return token
+
+    def force(self, token: int) -> None:
+        """Let the next `sample` be this token."""
+        self._forced = token
 
     def choose(self, candidates: Candidates) -> tuple[int, float]:
         """One of the candidates, and its logit; the history gets nothing."""

@@ -16,13 +16,17 @@ _arrivals = itertools.count()
 
 
 class Sampler(Protocol):
-    """Takes the tokens of one request: sampling.NativeSampler, or grammar.GrammarSampler, which may be late."""
+    """Takes the tokens of one request: sampling.NativeSampler; grammar.GrammarSampler, which may be late; or either of
+    them within reasoning.BudgetSampler.
+    """
 
     @property
     def logits(self) -> Any:
         """Those of a token that is late."""
 
     def sample(self, context: Any, row: int) -> int | None: ...
+
+    def force(self, token: int) -> None: ...
 
     def late(self, wait_s: float) -> int | None: ...
 

@@ -60,6 +60,9 @@ async def test_a_stream_with_thinking_text_and_a_call(serve: Serve) -> None:
     assert (call["name"], call["input"]) == ("weather", {"city": "Bern"})
     assert message.stop_reason == "tool_use"
     assert message.usage.output_tokens == 2 + len(CALL)
+    budget = double.seen[0].reasoning
+    assert budget is not None
+    assert (budget.begin, budget.end, budget.tokens, budget.begun) == ("<think>", "</think>", 1024, True)
 
 
 async def test_calls_and_results_reach_the_template(serve: Serve) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from llamaherd_server.engine.embedded import EmbeddedEngine
-from llamaherd_server.wire.protocol import Delta, Finished, Generate, Sampling, Started, TokenLogprob
+from llamaherd_server.wire.protocol import Delta, Finished, Generate, ReasoningBudget, Sampling, Started, TokenLogprob
 
 GREEDY = Sampling(temperature=0)
 ENDLESS = Sampling(temperature=0, ignore_eos=True)
@@ -31,11 +32,11 @@ async def ask(
     *,
     stop: list[str] | None = None,
     logprobs: int | None = None,
+    reasoning: ReasoningBudget | None = None,
 ) -> Answer:
     """Raises EngineError, as `generate` does."""
-    request = Generate(
-        id=0, prompt=prompt, max_tokens=max_tokens, sampling=sampling, stop=stop or [], logprobs=logprobs
-    )
+    bounds: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop or [], "reasoning": reasoning}
+    request = Generate(id=0, prompt=prompt, sampling=sampling, logprobs=logprobs, **bounds)
     parts: list[str] = []
     collected: list[TokenLogprob] = []
     async for event in engine.generate(request):

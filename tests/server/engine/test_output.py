@@ -8,7 +8,7 @@ import pytest
 
 from llamaherd_server.engine.embedded import EmbeddedEngine
 from llamaherd_server.wire.errors import EngineError
-from llamaherd_server.wire.protocol import Sampling
+from llamaherd_server.wire.protocol import ReasoningBudget, Sampling
 
 from .asking import ENDLESS, Answer, ask
 
@@ -158,3 +158,28 @@ async def test_what_cannot_be_done_is_refused_with_the_value(
     with pytest.raises(EngineError, match=told) as error:
         await ask(engine, prompt, sampling=sampling)
     assert error.value.code == code
+
+
+@pytest.mark.parametrize("grammar", [None, 'root ::= [^<]+ "</think>" " yes"'])
+@pytest.mark.parametrize(("prompt", "begun", "before"), [("<think>", True, ""), ("Think: ", False, "<think>")])
+async def test_reasoning_ends_where_its_budget_does(
+    engine: EmbeddedEngine, grammar: str | None, prompt: str, begun: bool, before: str
+) -> None:
+    if before and grammar:
+        grammar = grammar.replace("root ::=", f'root ::= "{before}"')
+    elif before:
+        pytest.skip("this model does not begin to think by itself")
+    budget = ReasoningBudget(begin="<think>", end="</think>", tokens=5, begun=begun)
+    sampling = Sampling(temperature=0, grammar=grammar, logit_bias={} if grammar else {**ENDLESS.logit_bias})
+    answer = await ask(engine, prompt, max_tokens=24, sampling=sampling, reasoning=budget)
+    thought, marker, rest = answer.text.removeprefix(before).partition("</think>")
+    assert marker
+    assert 0 < len(thought.split()) <= 5
+    assert rest == " yes" if grammar else rest
+
+
+async def test_without_room_for_reasoning_there_is_none(engine: EmbeddedEngine) -> None:
+    budget = ReasoningBudget(begin="<think>", end="</think>", tokens=0, begun=True)
+    answer = await ask(engine, "<think>", max_tokens=12, sampling=ENDLESS, reasoning=budget)
+    assert answer.text.startswith("</think>")
+    assert answer.text.count("</think>") == 1

@@ -24,6 +24,9 @@ class FakeSampler:
     def late(self, wait_s: float) -> int | None:
         raise AssertionError("the fake context samples")
 
+    def force(self, token: int) -> None:
+        raise AssertionError("the fake context samples")
+
     def close(self) -> None:
         self.closed += 1
 

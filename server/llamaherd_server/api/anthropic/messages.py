@@ -176,7 +176,7 @@ class Thinking(Lenient):
     """Whether the model should think first; given to the chat template as `enable_thinking`."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = Field(None, ge=1, description="Accepted and ignored: max_tokens is the bound.")
+    budget_tokens: int | None = Field(None, ge=1, description="Most tokens of reasoning, with type `enabled`.")
     display: str | None = Field(None, description="Accepted and ignored.")
 
 
@@ -191,7 +191,7 @@ class OutputConfig(Lenient):
     """How the answer should be."""
 
     format: OutputFormat | None = None
-    effort: str | None = Field(None, description="Given to the chat template as `reasoning_effort`.")
+    effort: str | None = Field(None, description="As chat's `reasoning_effort`.")
 
 
 class CountRequest(AccountFields):
@@ -223,9 +223,10 @@ class CountRequest(AccountFields):
         tools = [Tool(tool.name, tool.description, tool.input_schema, tool.strict) for tool in self.tools]
         choice = self.tool_choice or ToolChoice.model_validate({"type": "auto"})
         config = self.output_config or OutputConfig.model_validate({})
-        variables: dict[str, Any] = {} if config.effort is None else {"reasoning_effort": config.effort}
+        variables, tokens = dict[str, Any](), None
         if self.thinking is not None:
             variables["enable_thinking"] = self.thinking.type != "disabled"
+            tokens = 0 if self.thinking.type == "disabled" else self.thinking.budget_tokens
         return Conversation(
             messages=[*system, *(message for turn in self.messages for message in turn.for_template())],
             choice=choice_of(
@@ -237,6 +238,8 @@ class CountRequest(AccountFields):
             answer_field="output_config",
             answer_strict=True,
             variables=variables,
+            effort=config.effort,
+            reasoning_tokens=tokens,
         )
 
 

@@ -34,7 +34,10 @@ class ChatRequest(GenerationFields):
     logprobs: bool = Field(False, description="True: the log probability of each token of the answer.")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="So many alternatives for each; needs `logprobs`.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables for the chat template.")
-    reasoning_effort: str | None = Field(None, description="Given to the chat template as a variable.")
+    reasoning_effort: str | None = Field(
+        None, description="How much the model should reason: the chat template's business, or a bound of tokens."
+    )
+    reasoning_budget_tokens: int | None = Field(None, ge=-1, description="Most tokens of reasoning; -1: no bound.")
     tools: list[ToolField] | None = Field(None, max_length=MOST_TOOLS, description="Functions that may be called.")
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = Field(
         None, description="`required`, or one tool's name: enforced by grammar. Default: auto."
@@ -55,8 +58,9 @@ class ChatRequest(GenerationFields):
 
     @model_validator(mode="before")
     @classmethod
-    def _probabilities(cls, body: Any) -> Any:
-        """llama-server's number of log probabilities, under either of its names."""
+    def _llama_servers(cls, body: Any) -> Any:
+        """llama-server's fields under their names here, such as its number of log probabilities."""
+        body = renamed(body, {"thinking_budget_tokens": "reasoning_budget_tokens"})
         if isinstance(body, dict):
             count = body.get("n_probs", body.get("logprobs"))
             if type(count) is int:
@@ -89,7 +93,6 @@ class ChatRequest(GenerationFields):
     def conversation(self) -> Conversation:
         """What is to be rendered and how the answer must look; raises ApiError."""
         wanted = f"={self.tool_choice.function.name}" if isinstance(self.tool_choice, NamedChoice) else self.tool_choice
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
         media = Collected()
         return Conversation(
             messages=[message.for_template(media) for message in self.messages],
@@ -97,7 +100,9 @@ class ChatRequest(GenerationFields):
             choice=choice_of([tool.tool() for tool in self.tools or ()], wanted, parallel=self.parallel_tool_calls),
             answer_schema=self._answer_schema(),
             answer_strict=bool(self.response_format and self.response_format.strict),
-            variables={**(self.chat_template_kwargs or {}), **effort},
+            variables=self.chat_template_kwargs or {},
+            effort=self.reasoning_effort,
+            reasoning_tokens=self.reasoning_budget_tokens,
             split_reasoning=self.reasoning_format != "none",
         )
 

@@ -171,7 +171,7 @@ class TextSettings(Lenient):
 class ReasoningSettings(Lenient):
     """How much to think."""
 
-    effort: str | None = Field(None, description="Given to the chat template as `reasoning_effort`.")
+    effort: str | None = Field(None, description="As chat's `reasoning_effort`.")
 
 
 class ResponsesRequest(SamplingFields, OpenAiFields):
@@ -213,14 +213,14 @@ class ResponsesRequest(SamplingFields, OpenAiFields):
         tools = [Tool(tool.name, tool.description, tool.parameters, bool(tool.strict)) for tool in self.tools]
         wanted = f"={self.tool_choice.name}" if isinstance(self.tool_choice, NamedChoice) else self.tool_choice
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        effort = self.reasoning.effort if self.reasoning else None
         return Conversation(
             messages=[*system, *_turns(self.input)],
             choice=choice_of(tools, wanted, parallel=self.parallel_tool_calls),
             answer_schema=self.text.format.wanted() if self.text and self.text.format else None,
             answer_field="text",
             answer_strict=bool(self.text and self.text.format and self.text.format.strict),
-            variables={**(self.chat_template_kwargs or {}), **({"reasoning_effort": effort} if effort else {})},
+            variables=self.chat_template_kwargs or {},
+            effort=self.reasoning.effort if self.reasoning else None,
         )
 
     def told_back(self) -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""Ends a model's reasoning that has taken as many tokens as it may, by writing the marker that closes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llamaherd_server.wire.protocol import ReasoningBudget
+from llamaherd_server.worker.sequence import Sampler
+from llamaherd_server.worker.vocabulary import Vocabulary
+
+
+class BudgetSampler:
+    """Implements sequence.Sampler by another, whose next tokens it says where the budget is used up."""
+
+    def __init__(self, vocabulary: Vocabulary, sampler: Sampler, budget: ReasoningBudget) -> None:
+        self._vocabulary = vocabulary
+        self._sampler = sampler
+        self._begin, self._end = budget.begin.encode(), budget.end.encode()
+        self._closing = vocabulary.tokenize(budget.end, add_special=False, parse_special=True)
+        self._left = budget.tokens
+        self._thinks = budget.begun
+        self._said = 0  # of the closing tokens
+        self._tail = b""
+
+    @property
+    def logits(self) -> Any:
+        return self._sampler.logits
+
+    def sample(self, context: Any, row: int) -> int | None:
+        if self._thinks and self._left <= 0:
+            self._sampler.force(self._closing[self._said])
+        return self._noted(self._sampler.sample(context, row))
+
+    def force(self, token: int) -> None:
+        self._sampler.force(token)
+
+    def late(self, wait_s: float) -> int | None:
+        return self._noted(self._sampler.late(wait_s))
+
+    def close(self) -> None:
+        self._sampler.close()
+
+    def _noted(self, token: int | None) -> int | None:
+        """Follow where reasoning begins and ends; where a grammar took another token, closing begins again."""
+        if token is None:
+            return None
+        self._tail = (self._tail + self._vocabulary.piece(token, special=True))[
+            -max(len(self._begin), len(self._end)) :
+        ]
+        if self._thinks:
+            closes = self._left <= 0 and token == self._closing[self._said]
+            self._said = self._said + 1 if closes else 0
+            self._left -= 1
+            self._thinks = self._said < len(self._closing) and not self._tail.endswith(self._end)
+        elif self._begin and self._tail.endswith(self._begin):
+            self._thinks = True
+        return token
