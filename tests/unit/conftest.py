@@ -45,6 +45,17 @@ def gguf_info(gguf: ModuleType) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def published_model(gguf: ModuleType) -> ModuleType:
+    util("hub")
+    return load("plugins/modules/published_model.py", "llamaherd_published_model")
+
+
+@pytest.fixture(scope="session")
+def published_filters(gguf: ModuleType) -> ModuleType:
+    return load("plugins/filter/published.py", "llamaherd_published_filters")
+
+
+@pytest.fixture(scope="session")
 def nginx_facts() -> ModuleType:
     return load("plugins/module_utils/nginx.py", "ansible_collections.llamaherd.llamaherd.plugins.module_utils.nginx")
 

@@ -53,11 +53,12 @@ def test_ansible_doc_shows_every_module_and_action() -> None:
 def test_ansible_doc_shows_every_filter(
     filters: ModuleType,
     model_filters: ModuleType,
+    published_filters: ModuleType,
     llama_server_filters: ModuleType,
     certificate_filters: ModuleType,
     packages: ModuleType,
 ) -> None:
-    files = (filters, model_filters, llama_server_filters, certificate_filters, packages)
+    files = (filters, model_filters, published_filters, llama_server_filters, certificate_filters, packages)
     assert len(files) == len(list(ROOT.glob("plugins/filter/*.py")))
     named = {name: filter_ for module in files for name, filter_ in module.FilterModule().filters().items()}
     pages = documented("filter", set(named))
