@@ -22,9 +22,33 @@ OWNED = frozenset(
 )
 
 
+# Flags that cannot do here what they are for, each with the reason.
+_DEFEATED = {
+    "--sleep-idle-seconds": "llama-server is never idle here: its slots are asked about every second",
+    **dict.fromkeys(
+        ("--models-max", "--models-autoload", "--no-models-autoload"),
+        "one llama-server serves one model: list others in llamaherd_more_models",
+    ),
+    **dict.fromkeys(
+        ("--tools", "--tools-runtime", "--mcp-servers-config", "--mcp-servers-json", "--ui-mcp-proxy", "--agent"),
+        "its web pages and tools cannot be reached through this server",
+    ),
+    **dict.fromkeys(
+        ("--cors-origins", "--cors-methods", "--cors-headers", "--cors-credentials"),
+        "browsers talk to this server: set http.cors_origins",
+    ),
+    "--media-path": "files are not read for requests: send media in them",
+    "--slot-save-path": "slots are not saved by requests: prompts are kept by llamaherd_server_limits.prompt_cache_mib",
+    "--reasoning-format": "replies are read by this server: requests have reasoning_format",
+    "--props": "settings are changed by PUT /admin/engine",
+}
+
+
 def check_extra_args(arguments: Sequence[str]) -> None:
-    """Raise ValueError for an argument that is not the operator's to give."""
+    """Raise ValueError for an argument that is not the operator's to give, or that would do nothing."""
     for argument in arguments:
         name = argument.partition("=")[0]
         if name in OWNED:
             raise ValueError(f"{name} is set by the server: leave it out, and use the setting that it stands for")
+        if reason := _DEFEATED.get(name):
+            raise ValueError(f"{name} does nothing here: {reason}; leave it out")

@@ -95,3 +95,9 @@ def test_whatever_is_emitted_is_owned_by_all_its_names(names: list[list[str]]) -
 def test_what_is_ours_is_refused_as_an_extra_argument(argument: str) -> None:
     with pytest.raises(ValueError, match=re.escape(argument.partition("=")[0])):
         check_extra_args(["--cache-ram", "0", argument])
+
+
+@pytest.mark.parametrize("argument", ["--sleep-idle-seconds", "--media-path=/srv", "--cors-origins"])
+def test_what_would_do_nothing_is_refused_with_the_reason(argument: str) -> None:
+    with pytest.raises(ValueError, match=r"does nothing here: .+; leave it out"):
+        check_extra_args([argument, "1"])
