@@ -56,6 +56,8 @@ def test_what_runs_is_followed_and_not_started_again(progress: ModuleType, tmp_p
         progress, log, "echo first; while [ ! -e go ]; do sleep 0.05; done".replace("go", shlex.quote(f"{tmp_path}/go"))
     )
     start(progress, log, "echo second")
+    while state(progress, log) == "running\n":
+        time.sleep(0.05)
     assert state(progress, log) == "running\nfirst\n"
     (tmp_path / "go").touch()
     while state(progress, log).startswith("running"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from llamaherd_server.api.openai.completions import CompletionRequest
 from llamaherd_server.config.engine_settings import merge
 from llamaherd_server.errors import ApiError
 from llamaherd_server.grammar.schema import schema_grammar
-from llamaherd_server.wire.protocol import EngineSettings
+from llamaherd_server.wire.protocol import EngineSettings, Sampling
 
 KEYWORDS = (
     *("type", "properties", "required", "additionalProperties", "items", "prefixItems", "minItems", "maxItems"),
@@ -45,10 +46,12 @@ def test_any_field_of_any_type_is_taken_or_refused(model: type[GenerationFields]
     @given(st.dictionaries(st.sampled_from([*model.model_fields, "other"]), anything, max_size=4))
     @settings(max_examples=150, deadline=None)
     def check(fields: dict[str, Any]) -> None:
-        with contextlib.suppress(ValidationError):
-            model.model_validate({"messages": [{"role": "user", "content": "x"}], **fields}).sampling()
-        with contextlib.suppress(ValidationError):
-            model.model_validate({"prompt": "x", **fields}).sampling()
+        for required in ({"messages": [{"role": "user", "content": "x"}]}, {"prompt": "x"}):
+            with contextlib.suppress(ValidationError):
+                sampling = model.model_validate({**required, **fields}).sampling()
+                assert msgspec.convert(msgspec.to_builtins(sampling), Sampling) == sampling, (
+                    "the worker would refuse it"
+                )
 
     check()
 
@@ -57,4 +60,7 @@ def test_any_field_of_any_type_is_taken_or_refused(model: type[GenerationFields]
 @settings(max_examples=150, deadline=None)
 def test_any_engine_setting_is_taken_or_refused(values: dict[str, Any]) -> None:
     with contextlib.suppress(ValueError):
-        merge(EngineSettings(), values)
+        merged = merge(EngineSettings(), values)
+        assert msgspec.convert(msgspec.to_builtins(merged), EngineSettings) == merged
+        others = set(EngineSettings.__struct_fields__) - values.keys()
+        assert [getattr(merged, name) for name in others] == [getattr(EngineSettings(), name) for name in others]

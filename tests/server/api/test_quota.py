@@ -76,8 +76,12 @@ def test_concurrent_requests_are_counted_out() -> None:
 
 def test_keys_do_not_share_an_account() -> None:
     quotas = Quotas(Clock())
-    for name in "ab":
-        with quotas.request(Key(name=name, sha256="", requests_per_minute=1)):
+    keys = [Key(name=name, sha256="", requests_per_minute=1) for name in "ab"]
+    for key in keys:
+        with quotas.request(key):
+            pass
+    for key in keys:
+        with pytest.raises(ApiError, match=f"key '{key.name}'"), quotas.request(key):
             pass
 
 
@@ -108,6 +112,11 @@ def test_crashes_that_lie_far_apart_refuse_nobody_nor_do_those_of_clients_withou
         clock.now += CRASH_WINDOW_S
         with quotas.request(key), quotas.request(ANONYMOUS):
             pass
+    for _ in range(CRASHES):
+        quotas.crashed(key)
+        quotas.crashed(ANONYMOUS)
+    with quotas.request(ANONYMOUS), pytest.raises(ApiError, match="key 'k'"), quotas.request(key):
+        pass
 
 
 ROUTES: list[tuple[str, dict[str, Any]]] = [

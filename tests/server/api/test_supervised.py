@@ -67,6 +67,7 @@ def test_a_worker_that_dies_while_nothing_can_be_logged_is_replaced(tmp_path: Pa
     with until_ready(Server(f"http://127.0.0.1:{port}", process, log)) as server:
         os.kill(worker(server), signal.SIGKILL)
         until(lambda: engine(server)["restarts"] == 1 and httpx.get(f"{server.url}/readyz").status_code == 200)
+        assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
 
 
 def test_a_worker_that_cannot_be_started_for_want_of_files_is_started_later(tmp_path: Path) -> None:

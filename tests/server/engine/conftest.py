@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -29,6 +31,18 @@ async def running(
         yield engine
     finally:
         await engine.stop()
+
+
+async def computing(engine: EmbeddedEngine, cpu_s: float = 0.2) -> None:
+    """Wait until the worker has computed for so long from now on: a step that is in progress shows in nothing else."""
+    began = _cpu_s(engine)
+    while _cpu_s(engine) < began + cpu_s:
+        await asyncio.sleep(0.01)
+
+
+def _cpu_s(engine: EmbeddedEngine) -> float:
+    fields = Path(f"/proc/{engine.status().pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -67,7 +67,8 @@ async def test_signals_to_the_group_do_not_end_the_worker_but_stopping_does() ->
             os.kill(pid, number)
         assert (await ask(engine, "The capital of France is", 2)).text == " Paris."
         unanswered = asyncio.create_task(ask(engine, "A story:", 400))
-        await asyncio.sleep(0.1)
+        while (stats := engine.status().stats) is None or stats.slots_busy == 0:
+            await asyncio.sleep(0.01)
         await engine.stop()
         with pytest.raises(EngineError) as error:
             await unanswered

@@ -18,7 +18,7 @@ from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.protocol import Embed
 
 from .asking import COUNTRIES, ENDLESS, ask
-from .conftest import SETTINGS
+from .conftest import SETTINGS, computing
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 SENTENCES = [f"The best dish of {country} is known to all." for country in COUNTRIES]
@@ -97,7 +97,7 @@ async def test_a_retune_and_a_cancel_in_the_middle_leave_the_rest_right(engine: 
     [expected] = await embed(engine, LONG)
     cancelled = asyncio.create_task(embed(engine, *[LONG] * 3))
     kept = asyncio.create_task(embed(engine, *[LONG] * 2))
-    await asyncio.sleep(0.2)
+    await computing(engine)
     cancelled.cancel()
     await engine.retune(replace(SETTINGS, ubatch=64))
     for vector in await kept:

@@ -13,7 +13,7 @@ from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.protocol import EngineSettings, Generate, Started, Stats
 
 from .asking import COUNTRIES, ENDLESS, Answer, ask
-from .conftest import SETTINGS
+from .conftest import SETTINGS, computing
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 SYSTEM = "You are a helpful assistant of the herd. " * 20
@@ -105,10 +105,10 @@ async def test_cancelling_and_retuning_stop_the_step_in_progress_and_nothing_of_
     steps: list[int] = []
     engine.observe(lambda stats: steps.append(stats.batch_tokens))
     cancelled = asyncio.create_task(ask(engine, prompt, 8))
-    await asyncio.sleep(0.3)
+    await computing(engine)
     cancelled.cancel()
     answer = asyncio.create_task(ask(engine, prompt, 8, logprobs=2))
-    await asyncio.sleep(0.3)
+    await computing(engine)
     assert max(steps, default=0) == 0
     await engine.retune(replace(slow, ubatch=256))
     assert max(steps, default=0) == 0
@@ -121,7 +121,8 @@ async def test_a_cancelled_request_that_still_waits_never_runs(engine: EmbeddedE
     await engine.retune(replace(SETTINGS, parallel=1))
     running = asyncio.create_task(ask(engine, "A long story:", 40, ENDLESS))
     waiting = asyncio.create_task(ask(engine, "Another one:", 40, ENDLESS))
-    await asyncio.sleep(0.1)
+    while stats_of(engine).waiting == 0:
+        await asyncio.sleep(0.01)
     waiting.cancel()
     assert (await running).finished.completion_tokens == 40
     assert stats_of(engine).waiting == 0
