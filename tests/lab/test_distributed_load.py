@@ -14,7 +14,12 @@ pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(1800)]
 WORKERS = ("f2", "f3")
 RUN = (
     "-e",
-    json.dumps({"llamaherd_loadgen_users": 4, "llamaherd_loadgen_requests": 24, "llamaherd_loadgen_duration": "300s"}),
+    json.dumps(
+        {
+            **{"llamaherd_loadgen_users": 4, "llamaherd_loadgen_requests": 24, "llamaherd_loadgen_seed": 7},
+            "llamaherd_loadgen_duration": "300s",
+        }
+    ),
 )
 CONTROLLER = """        localhost:
           ansible_connection: local
