@@ -27,12 +27,12 @@ class Strings:
         """The texts that `schema` allows. Raises Refused, and TooLarge."""
         terms = self._terms
         low, high = lengths(schema, "minLength", "maxLength", where, MAX_LENGTH)
-        patterns = terms.both(*(self._pattern(pattern, where) for pattern in schema.get("pattern", ())))
+        patterns = terms.both(*(self._pattern(pattern, where, terms.all) for pattern in schema.get("pattern", ())))
         formats = terms.both(
             *(self._format(name, where, beside_pattern="pattern" in schema) for name in schema.get("format", ())),
             *(self._encoding(name) for name in schema.get("contentEncoding", ())),
         )
-        excluded = [self._excluded(one) for one in schema.get("not", ())]
+        excluded = [self._excluded(one, where) for one in schema.get("not", ())]
         patterns = terms.both(patterns, *(terms.other(term) for term in excluded if term is not None))
         both = terms.both(patterns, formats)
         if formats is not terms.all and patterns is not terms.all:
@@ -48,12 +48,13 @@ class Strings:
                 high = max(low, MAX_STATES // states) if states * _SHORTEST_CUT <= MAX_STATES else None
         return terms.both(both, terms.repeat(terms.any, low, high))
 
-    def _pattern(self, pattern: Any, where: str) -> Term:
+    def _pattern(self, pattern: Any, where: str, otherwise: Term) -> Term:
+        """The texts in which `pattern` is found, and `otherwise` where it will not be enforced."""
         try:
             return language_of(self._terms, pattern)
         except ValueError as error:
             self._cannot(where, f"has the pattern {pattern!r:.200}, which {error}")
-            return self._terms.all
+            return otherwise
 
     def _format(self, name: Any, where: str, *, beside_pattern: bool = False) -> Term:
         if isinstance(name, str) and name in FORMATS:
@@ -66,7 +67,7 @@ class Strings:
         known = _ENCODINGS.get(name) if isinstance(name, str) else None
         return self._format(known, "") if known else self._terms.all
 
-    def _excluded(self, schema: Any) -> Term | None:
+    def _excluded(self, schema: Any, where: str) -> Term | None:
         """The texts of a `not`; None: it speaks of none."""
         if (
             isinstance(schema, dict)
@@ -76,7 +77,7 @@ class Strings:
             values = schema["enum"] if "enum" in schema else [schema["const"]]
             return self._terms.either(*(self._terms.text(value) for value in values if isinstance(value, str)))
         if isinstance(schema, dict) and schema.keys() <= {"type", "pattern"} and "pattern" in schema:
-            return language_of(self._terms, schema["pattern"])
+            return self._pattern(schema["pattern"], where, self._terms.nothing)
         return None
 
 

@@ -284,6 +284,7 @@ def _without_nullable(schema: Any) -> Any:
         ({"type": "string", "pattern": "(?<=a)b"}, "the pattern '.*', which uses a lookbehind"),
         ({"type": "string", "pattern": r"a\bc"}, "which uses a word boundary"),
         ({"type": "string", "pattern": r"(a)\1"}, "which uses a back reference"),
+        ({"type": "string", "not": {"pattern": r"a\bc"}}, "the pattern '.*', which uses a word boundary"),
         ({"type": "string", "pattern": "a(?i)b"}, r"which uses flags other than \(\?i\)"),
         ({"type": "string", "pattern": "x?^a"}, "which uses an anchor behind what may be empty"),
         ({"type": "string", "pattern": "(^a)*"}, "which repeats an anchor"),
