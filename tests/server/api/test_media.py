@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 
+from llamaherd_server.api.anthropic.messages import CountRequest
 from llamaherd_server.api.openai.chat import ChatRequest
+from llamaherd_server.api.openai.responses import ResponsesRequest
 
 from .conftest import Serve
 from .double import Double
 
 PNG = "data:image/png;base64,AAAA"
+IMAGE_BLOCK = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
 
 
 @pytest.mark.parametrize(
@@ -62,3 +65,59 @@ def test_what_is_sent_stands_at_its_place() -> None:
     assert media is not None
     assert conversation.messages[0]["content"] == f"Which?\n{media.marker}\n{media.marker}"
     assert media.data == ["AAAA", "BBBB"]
+
+
+def said(media: Any, messages: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """What stands in each message, M where media are; and their data."""
+    found = media.media()
+    assert found is not None
+    return [one["content"].replace(found.marker, "M") for one in messages], found.data
+
+
+def test_images_of_anthropics_messages_and_of_tool_results() -> None:
+    def image(data: str) -> dict[str, Any]:
+        return {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}
+
+    use = {"type": "tool_use", "id": "t1", "name": "look", "input": {}}
+    turns = [
+        {"role": "user", "content": [image("AAAA"), {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": [use]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": [image("BBBB")]}]},
+        {"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": PNG}}]},
+    ]
+    conversation = CountRequest.model_validate({"messages": turns}).conversation()
+    texts, data = said(conversation.media, conversation.messages)
+    assert texts == ["M\nWhat is it?", "", "M", "M"]
+    assert data == ["AAAA", "BBBB", "AAAA"]
+
+
+def test_images_and_sound_of_responses() -> None:
+    parts = [
+        {"type": "input_text", "text": "Which?"},
+        {"type": "input_image", "image_url": PNG, "detail": "auto"},
+        {"type": "input_audio", "input_audio": {"data": "BBBB", "format": "wav"}},
+    ]
+    items = [
+        {"role": "user", "content": parts},
+        {"type": "function_call", "call_id": "c1", "name": "look", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_image", "image_url": PNG}]},
+    ]
+    conversation = ResponsesRequest.model_validate({"input": items}).to_prepare()
+    texts, data = said(conversation.media, conversation.messages)
+    assert texts == ["Which?\nM\nM", "", "M"]
+    assert data == ["AAAA", "BBBB", "AAAA"]
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": [IMAGE_BLOCK]}]}),
+        ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": PNG}]}]}),
+    ],
+)
+async def test_every_route_says_what_images_need(serve: Serve, route: str, body: dict[str, Any]) -> None:
+    async with serve(double := Double()) as served:
+        reply = await served.http.post(route, json=body)
+    assert reply.status_code == 400
+    assert "needs a model with mmproj" in reply.json()["error"]["message"]
+    assert not double.seen

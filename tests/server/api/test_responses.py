@@ -150,7 +150,10 @@ async def test_a_schema_for_the_answer(serve: Serve) -> None:
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "needs tools"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "not supported"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x"}]}]},
+            "is not fetched",
+        ),
         ({"tool_choice": "required"}, "needs tools"),
         ({"background": True}, "background"),
     ],

@@ -24,6 +24,7 @@ from llamaherd_server.api.chat_fields import (
 )
 from llamaherd_server.api.conversation import Conversation, prepare
 from llamaherd_server.api.fields import AccountFields, Ignored, Lenient, Limit, SamplingFields, Text
+from llamaherd_server.api.media import Collected, MediaPart
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import state_of
@@ -41,6 +42,22 @@ class TextBlock(Lenient):
 
     type: Literal["text"]
     text: str
+
+
+class ImageBlock(Lenient):
+    """An image, for a model with a projector."""
+
+    type: Literal["image"]
+    source: Any = Field(None, description="An object with base64 as `data`, or a data URL as `url`.")
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        self.part()
+        return self
+
+    def part(self) -> MediaPart:
+        """As a chat has it; raises what a validator may."""
+        return MediaPart.model_validate({"type": "image_url", "image_url": self.source})
 
 
 class ThinkingBlock(Lenient):
@@ -76,11 +93,16 @@ def _refuse_others(blocks: list[Any], allowed: Collection[str] = ()) -> None:
             raise unsupported("messages", f"messages: a block of type {block.type!r} is not supported: send text")
 
 
-def _texts(blocks: list[Any]) -> str:
-    return "\n".join(block.text for block in blocks if isinstance(block, TextBlock))
+def _texts(blocks: list[Any], media: Collected) -> str:
+    """The blocks as one text, with images at their places."""
+    shown = [block for block in blocks if isinstance(block, TextBlock | ImageBlock)]
+    return "\n".join(media.place(block.part()) if isinstance(block, ImageBlock) else block.text for block in shown)
 
 
-ResultBlock = Annotated[Annotated[TextBlock, Tag("text")] | Annotated[OtherBlock, Tag("other")], by_type("text")]
+ResultBlock = Annotated[
+    Annotated[TextBlock, Tag("text")] | Annotated[ImageBlock, Tag("image")] | Annotated[OtherBlock, Tag("other")],
+    by_type("text", "image"),
+]
 
 
 class ToolResultBlock(Lenient):
@@ -91,7 +113,7 @@ class ToolResultBlock(Lenient):
     content: Annotated[
         list[ResultBlock],
         BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock]),
-    ] = Field([], description="Text, or blocks of it.")
+    ] = Field([], description="Text, or blocks of text and images.")
 
     @model_validator(mode="after")
     def _supported(self) -> Self:
@@ -101,11 +123,12 @@ class ToolResultBlock(Lenient):
 
 Block = Annotated[
     Annotated[TextBlock, Tag("text")]
+    | Annotated[ImageBlock, Tag("image")]
     | Annotated[ThinkingBlock, Tag("thinking")]
     | Annotated[ToolUseBlock, Tag("tool_use")]
     | Annotated[ToolResultBlock, Tag("tool_result")]
     | Annotated[OtherBlock, Tag("other")],
-    by_type("text", "thinking", "tool_use", "tool_result"),
+    by_type("text", "image", "thinking", "tool_use", "tool_result"),
 ]
 
 
@@ -114,7 +137,7 @@ class Turn(Lenient):
 
     role: Literal["user", "assistant", "system"]
     content: Annotated[list[Block], BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block])] = Field(
-        [], description="Text, or blocks of text, thinking, tool use and tool results."
+        [], description="Text, or blocks of text, images, thinking, tool use and tool results."
     )
 
     @model_validator(mode="after")
@@ -125,10 +148,10 @@ class Turn(Lenient):
                 raise ValueError(f"content is missing: a turn of the role {self.role!r} needs it")
         return self
 
-    def for_template(self) -> list[dict[str, Any]]:
-        """As transformers' templates expect it: results are turns of their own."""
+    def for_template(self, media: Collected) -> list[dict[str, Any]]:
+        """As transformers' templates expect it: results are turns of their own. Its images are taken by `media`."""
         results = [
-            {"role": "tool", "tool_call_id": block.tool_use_id, "content": _texts(block.content)}
+            {"role": "tool", "tool_call_id": block.tool_use_id, "content": _texts(block.content, media)}
             for block in self.content
             if isinstance(block, ToolResultBlock)
         ]
@@ -138,7 +161,7 @@ class Turn(Lenient):
             if isinstance(block, ToolUseBlock)
         ]
         thoughts = "".join(block.thinking for block in self.content if isinstance(block, ThinkingBlock))
-        text = _texts(self.content)
+        text = _texts(self.content, media)
         message = {
             "role": self.role,
             "content": text,
@@ -219,7 +242,8 @@ class CountRequest(AccountFields):
 
     def conversation(self) -> Conversation:
         """What is to be rendered and how the answer must look; raises ApiError."""
-        system = [{"role": "system", "content": _texts(self.system)}] if self.system else []
+        media = Collected()
+        system = [{"role": "system", "content": _texts(self.system, media)}] if self.system else []
         tools = [Tool(tool.name, tool.description, tool.input_schema, tool.strict) for tool in self.tools]
         choice = self.tool_choice or ToolChoice.model_validate({"type": "auto"})
         config = self.output_config or OutputConfig.model_validate({})
@@ -228,7 +252,8 @@ class CountRequest(AccountFields):
             variables["enable_thinking"] = self.thinking.type != "disabled"
             tokens = 0 if self.thinking.type == "disabled" else self.thinking.budget_tokens
         return Conversation(
-            messages=[*system, *(message for turn in self.messages for message in turn.for_template())],
+            messages=[*system, *(message for turn in self.messages for message in turn.for_template(media))],
+            media=media,
             choice=choice_of(
                 tools,
                 choice.wanted(),

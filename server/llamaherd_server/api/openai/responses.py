@@ -23,6 +23,7 @@ from llamaherd_server.api.chat_fields import (
 )
 from llamaherd_server.api.conversation import Conversation, counted, prepare
 from llamaherd_server.api.fields import Body, Ignored, Lenient, Limit, OpenAiFields, SamplingFields, StreamOptions
+from llamaherd_server.api.media import Collected, MediaPart
 from llamaherd_server.api.openai.responses_shape import ResponsesShape
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
@@ -42,17 +43,38 @@ class Part(Lenient):
     refusal: str = Field("", description="With type `refusal`: its text.")
 
 
-def _joined(content: Any) -> Any:
+class ImagePart(Lenient):
+    """An image, for a model with a projector."""
+
+    type: Literal["input_image"]
+    image_url: Any = Field(None, description="`data:image/…;base64,…`")
+
+
+def _parted(content: Any) -> Any:
+    """Texts, and media as a chat has them."""
     if not isinstance(content, list):
-        return content
+        return [content]
     for part in content:
-        if isinstance(part, dict) and str(part.get("type")).startswith(("input_image", "input_file", "input_audio")):
+        if isinstance(part, dict) and str(part.get("type")).startswith("input_file"):
             raise unsupported("input", f"input: a part of type {part['type']!r} is not supported: send text")
-    parts = map(Part.model_validate, content)
-    return "\n".join(part.text or part.refusal for part in parts)
+    return [_part(part) for part in content]
 
 
-Content = Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[Part])]
+def _part(given: Any) -> Any:
+    kind = given.get("type") if isinstance(given, dict) else None
+    if kind in ("input_image", "input_audio"):
+        return MediaPart.model_validate({**given, "type": "image_url" if kind == "input_image" else kind})
+    part = Part.model_validate(given)
+    return part.text or part.refusal
+
+
+def _text(content: list[str | MediaPart], media: Collected) -> str:
+    return "\n".join(part if isinstance(part, str) else media.place(part) for part in content)
+
+
+Content = Annotated[
+    list[str | MediaPart], BeforeValidator(_parted, json_schema_input_type=str | list[Part | ImagePart | MediaPart])
+]
 
 
 class MessageItem(Lenient):
@@ -60,7 +82,7 @@ class MessageItem(Lenient):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: Content = ""
+    content: Content = Field([])
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -92,7 +114,7 @@ class OutputItem(Lenient):
 
     type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: str = Field(max_length=256)
-    output: Content = ""
+    output: Content = Field([])
 
 
 class ReasoningItem(Lenient):
@@ -213,8 +235,10 @@ class ResponsesRequest(SamplingFields, OpenAiFields):
         tools = [Tool(tool.name, tool.description, tool.parameters, bool(tool.strict)) for tool in self.tools]
         wanted = f"={self.tool_choice.name}" if isinstance(self.tool_choice, NamedChoice) else self.tool_choice
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        media = Collected()
         return Conversation(
-            messages=[*system, *_turns(self.input)],
+            messages=[*system, *_turns(self.input, media)],
+            media=media,
             choice=choice_of(tools, wanted, parallel=self.parallel_tool_calls),
             answer_schema=self.text.format.wanted() if self.text and self.text.format else None,
             answer_field="text",
@@ -237,8 +261,11 @@ _TOLD_BACK = (
 )
 
 
-def _turns(items: list[Item]) -> list[dict[str, Any]]:
-    """The items as templates expect them: what the model said, thought and called in one turn is one message."""
+def _turns(items: list[Item], media: Collected) -> list[dict[str, Any]]:
+    """The items as templates expect them: what the model said, thought and called in one turn is one message.
+
+    Their images are taken by `media`.
+    """
     turns: list[dict[str, Any]] = []
 
     def assistant() -> dict[str, Any]:
@@ -256,7 +283,7 @@ def _turns(items: list[Item]) -> list[dict[str, Any]]:
         elif isinstance(item, CustomCallItem):
             calls().append(template_call(item.call_id, item.name, json.dumps({"input": item.input})))
         elif isinstance(item, OutputItem):
-            turns.append({"role": "tool", "tool_call_id": item.call_id, "content": item.output})
+            turns.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output, media)})
         elif isinstance(item, ReasoningItem):
             text = "".join(part.text for part in item.content or item.summary)
             turns.append({"role": "assistant", "content": "", **({"reasoning_content": text} if text else {})})
@@ -264,9 +291,9 @@ def _turns(items: list[Item]) -> list[dict[str, Any]]:
             continue
         elif item.role == "assistant":
             turn = assistant()
-            turn["content"] = "\n".join(filter(None, (turn["content"], item.content)))
+            turn["content"] = "\n".join(filter(None, (turn["content"], _text(item.content, media))))
         else:
-            turns.append({"role": item.role, "content": item.content})
+            turns.append({"role": item.role, "content": _text(item.content, media)})
     return turns
 
 
