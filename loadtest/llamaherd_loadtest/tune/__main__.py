@@ -11,10 +11,14 @@ from __future__ import annotations
 import locust  # noqa: F401 (for its patches)  # isort: skip
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from llamaherd_loadtest.probe import ServerUnusable
+from llamaherd_loadtest.report.write import write_report
 from llamaherd_loadtest.tune.in_service import measure_again
-from llamaherd_loadtest.tune.job import BudgetTooSmall, tune
+from llamaherd_loadtest.tune.job import BudgetTooSmall, room, tune
 from llamaherd_loadtest.tune.options import parse
 from llamaherd_loadtest.tune.progress import say
 from llamaherd_loadtest.tune.signals import Interrupted
@@ -24,11 +28,12 @@ def main() -> int:
     """Run one job from the command line."""
     try:
         options = parse(sys.argv[1:])
-        if options.in_service:
-            better, sentence = measure_again(options)
-            say(sentence)
-            return 0 if better else 3
-        verdict = tune(options)
+        with _reported(options.out):
+            if options.in_service:
+                better, sentence = measure_again(options)
+                say(sentence)
+                return 0 if better else 3
+            verdict = tune(options)
     except (BudgetTooSmall, ServerUnusable, ValueError, OSError) as error:
         sys.stderr.write(f"tune: {error}\n")
         return 4 if isinstance(error, BudgetTooSmall) else 2
@@ -43,6 +48,23 @@ def main() -> int:
     if not verdict.measured:
         sys.stderr.write(f"tune: no window of the current settings was valid: {verdict.sentence}\n")
     return 0 if verdict.measured else 5
+
+
+@contextmanager
+def _reported(out: Path) -> Iterator[None]:
+    """Write the report where the block wrote a verdict, however it ended."""
+    before = _written(out / "verdict.json")
+    try:
+        yield
+    finally:
+        if _written(out / "verdict.json") != before:
+            with room(out):
+                write_report(out, out / "report.html")
+
+
+def _written(path: Path) -> tuple[int, int]:
+    found = path.stat() if path.exists() else None
+    return (found.st_ino, found.st_mtime_ns) if found else (0, 0)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import math
 import secrets
 
 from llamaherd_loadtest.quantiles import Judgement
-from llamaherd_loadtest.report.write import write_report
 from llamaherd_loadtest.tune.applier import AdminApplier
 from llamaherd_loadtest.tune.capacity import judge
 from llamaherd_loadtest.tune.evidence import Record, limit_noise, score_noise
@@ -34,8 +33,8 @@ class _InForce(AdminApplier):
 def measure_again(options: Options) -> tuple[bool, str]:
     """Whether the settings in force are better than those that the verdict of `options.out` replaced, and a sentence.
 
-    Where those missed a limit it is enough to keep all. Writes the sentence into the verdict's provenance and the
-    report; the verdict on settings that are not better becomes to keep those before them. Raises ValueError where other
+    Where those missed a limit it is enough to keep all. Writes the sentence into the verdict's provenance;
+    the verdict on settings that are not better becomes to keep those before them. Raises ValueError where other
     settings are in force than the verdict chose, and ServerUnusable.
     """
     path = options.out / "verdict.json"
@@ -52,7 +51,6 @@ def measure_again(options: Options) -> tuple[bool, str]:
     if not better:
         _take_back(verdict, sentence)
     write_verdict(path, verdict)
-    write_report(options.out, options.out / "report.html")
     return better, sentence
 
 

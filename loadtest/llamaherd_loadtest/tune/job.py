@@ -16,7 +16,6 @@ from pathlib import Path
 import msgspec
 
 from llamaherd_loadtest.probe import ServerUnusable
-from llamaherd_loadtest.report.write import write_report
 from llamaherd_loadtest.tune.applier import AdminApplier, Applier, EngineState, Refused
 from llamaherd_loadtest.tune.evidence import SLOTS
 from llamaherd_loadtest.tune.journal import Journal, ReplayBench
@@ -55,7 +54,7 @@ def _alone(subject: str) -> Iterator[None]:
 
 
 def tune(options: Options) -> Verdict:
-    """Search, put back the settings found at the start, write verdict and report.
+    """Search, put back the settings found at the start, write the verdict.
 
     Raises ServerUnusable, BudgetTooSmall and ValueError for what makes a search impossible, and Interrupted; whatever
     ends the search early, the settings are put back and what was measured is written.
@@ -109,7 +108,7 @@ def _tune(options: Options) -> Verdict:
     )
     choice = capacity = None
     try:
-        with _room(options.out), interruptible():
+        with room(options.out), interruptible():
             choice = search.run()
             if choice.record.figures and not choice.record.fault:
                 capacity = search.capacity(choice.record.settings, capacity_s)
@@ -125,7 +124,8 @@ def _tune(options: Options) -> Verdict:
             "window_s": round(search.window_s(verdict.chosen), 1),
             "measured": verdict.figures,
         }
-        _write(options, verdict)
+        with room(options.out):
+            write_verdict(options.out / "verdict.json", verdict)
     journal.close()
     return verdict
 
@@ -179,7 +179,8 @@ def _larger(options: Options) -> Callable[[Settings], bool]:
 
 
 @contextmanager
-def _room(out: Path) -> Iterator[None]:
+def room(out: Path) -> Iterator[None]:
+    """Raises ValueError where the block cannot write to `out`."""
     try:
         yield
     except OSError as error:
@@ -230,9 +231,3 @@ def _provenance(options: Options, found: EngineState, search: Search, seed: int)
         "windows": search.steps,
         "command": options.command,
     }
-
-
-def _write(options: Options, verdict: Verdict) -> None:
-    with _room(options.out):
-        write_verdict(options.out / "verdict.json", verdict)
-        write_report(options.out, options.out / "report.html")
