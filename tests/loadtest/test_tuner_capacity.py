@@ -8,8 +8,9 @@ import re
 import pytest
 
 from llamaherd_loadtest.quantiles import Judgement
-from llamaherd_loadtest.tune.capacity import Capacity, find_capacity, judge, settle
-from llamaherd_loadtest.tune.evidence import Measurement
+from llamaherd_loadtest.tune.capacity import Capacity, find_capacity, settle
+from llamaherd_loadtest.tune.evidence import Measurement, Record
+from llamaherd_loadtest.tune.judge import judge
 
 from .simulated import CURRENT, LIMITS, SimulatedServer, search
 
@@ -43,9 +44,13 @@ def test_unresolved_loads_are_measured_longer_and_then_do_not_pass() -> None:
             given.append(windows[len(given)])
             return given[-1]
 
-        return settle(measure, lambda seen: judge(seen, LIMITS, lambda _: noise)), len(given)
+        def judged(seen: list[Measurement]) -> Judgement:
+            excess = (LIMITS[0], math.log(0.95), noise / math.sqrt(len(seen)))
+            return judge(Record(CURRENT, screening=seen), [excess])[0]
 
-    near = -math.log(0.95)
+        return settle(measure, judged), len(given)
+
+    near = -math.log(0.95) / 1.645
     assert decide(0.9 * near) == (Judgement.PASSES, 1)
     assert decide(1.3 * near) == (Judgement.PASSES, 2)
     assert decide(9 * near) == (Judgement.UNRESOLVED, 3)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from statistics import fmean
+from collections.abc import Callable
 
 from msgspec import Struct
 
-from llamaherd_loadtest.limits import Limit
 from llamaherd_loadtest.quantiles import Judgement
-from llamaherd_loadtest.tune.evidence import Measurement, judge_errors, judge_over
+from llamaherd_loadtest.tune.evidence import Measurement
 
 _TRIES = 3  # windows for a load that one window leaves unresolved
 _FAR = 4  # times the slots: beyond it requests only wait
@@ -56,26 +53,6 @@ def find_capacity(measure: Callable[[int], Judgement | None], slots: int) -> Cap
         if load in (keeps, 0):
             break
     return Capacity(keeps, misses) if keeps or misses else None
-
-
-def judge(windows: Sequence[Measurement], limits: Sequence[Limit], noise: Callable[[Limit], float]) -> Judgement:
-    """Do windows of one load keep the limits? `noise` is one window's standard deviation of a figure's logarithm."""
-    windows = [m for m in windows if not m.invalid]
-    if not windows:
-        return Judgement.UNRESOLVED
-    failed = sum(m.failed for m in windows)
-    if failed > 1 or judge_errors(windows) is Judgement.MISSES:
-        return Judgement.MISSES
-    worst = Judgement.UNRESOLVED if failed else judge_errors(windows)
-    for limit in limits:
-        logs = [math.log(max(m.observed[limit.name], 1e-6) / limit.ms) for m in windows if limit.name in m.observed]
-        margin = noise(limit) / math.sqrt(max(len(logs), 1))
-        pooled = judge_over(windows, limit)
-        if pooled is Judgement.MISSES or (logs and fmean(logs) - margin > 0):
-            return Judgement.MISSES
-        if pooled is Judgement.UNRESOLVED or (logs and fmean(logs) + margin > 0):
-            worst = Judgement.UNRESOLVED
-    return worst
 
 
 def settle(

@@ -65,11 +65,13 @@ class Measurement(Struct, kw_only=True):
     the time that it cost, the change of settings and the warm-up included; `request_s` what a request took, also in a
     window that is invalid. `stalls` are, for each request, the second of the window at which it ended and its largest
     gap in ms. `over` counts, for each limit, the requests above it and those that have the figure; `observed` corrects
-    for what a quantile of few requests reads too little. `valid_before` are the search's valid windows until then.
+    for what a quantile of few requests reads too little. `valid_before` are the search's valid windows until then, `at`
+    is the share of its budget that was spent.
     """
 
     took_s: float
     valid_before: int = 0
+    at: float = 0.0
     concurrency: int = 0
     fault: str = ""
     does_not_fit: bool = False
@@ -100,12 +102,14 @@ class Measurement(Struct, kw_only=True):
 
 
 class Record(Struct):
-    """All windows of one setting, by phase; `ruled_out` says why it needs none."""
+    """All windows of one setting, by phase; `ruled_out` says why it needs none, `predicted` is the score that was
+    expected of it before the first."""
 
     settings: Settings
     screening: list[Measurement] = field(default_factory=list)
     confirming: list[Measurement] = field(default_factory=list)
     ruled_out: str = ""
+    predicted: float | None = None
 
     @property
     def fault(self) -> str:
@@ -158,10 +162,9 @@ class Record(Struct):
         """Whether its figures rest on confirming windows."""
         return bool(_valid(self.confirming))
 
-    @property
-    def log_score(self) -> float:
-        """Mean logarithm of the score."""
-        return fmean(math.log(max(m.score, 1e-9)) for m in self.windows)
+    def log_score(self, drift: float = 0.0) -> float:
+        """Mean logarithm of the score, less what a host that speeds up by `drift` over the budget adds to it."""
+        return fmean(math.log(max(m.score, 1e-9)) - drift * m.at for m in self.windows)
 
 
 def judge_errors(windows: Sequence[Measurement]) -> Judgement:
@@ -191,9 +194,9 @@ class Noise(Struct, frozen=True):
         return student_t(confidence, self.freedom) * self.sigma * math.sqrt(weight)
 
 
-def score_noise(records: Iterable[Record]) -> Noise:
-    """The noise of the score."""
-    return _pooled(records, lambda m: m.score, _PRIOR_SCORE_NOISE)
+def score_noise(records: Iterable[Record], drift: float = 0.0, guess: float = _PRIOR_SCORE_NOISE) -> Noise:
+    """The noise of the score, beside a `drift` over the budget."""
+    return _pooled(records, lambda m: m.score * math.exp(-drift * m.at), guess)
 
 
 def limit_noise(records: Iterable[Record], limit: Limit) -> Noise:

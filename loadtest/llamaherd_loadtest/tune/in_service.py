@@ -7,8 +7,8 @@ import secrets
 
 from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.tune.applier import AdminApplier
-from llamaherd_loadtest.tune.capacity import judge
-from llamaherd_loadtest.tune.evidence import Record, limit_noise, score_noise
+from llamaherd_loadtest.tune.evidence import Record, score_noise
+from llamaherd_loadtest.tune.judge import judge_alone
 from llamaherd_loadtest.tune.live import LiveBench
 from llamaherd_loadtest.tune.options import Options
 from llamaherd_loadtest.tune.settings import Settings, difference, label
@@ -66,9 +66,9 @@ def _take_back(verdict: Verdict, why: str) -> None:
 def _compare(options: Options, record: Record, before: Row) -> tuple[bool, str]:
     if record.fault or not record.figures:
         return False, f"in service: {record.fault or record.spoiled}"
-    if judge(record.confirming, options.limits, lambda limit: limit_noise([record], limit).sigma) is Judgement.MISSES:
+    if judge_alone(record, options.limits) is Judgement.MISSES:
         return False, "in service these settings miss a limit"
-    gain = record.log_score - math.log(before.score)
+    gain = record.log_score() - math.log(before.score)
     margin = score_noise([record]).margin(_CONFIDENCE, 1 / len(record.windows) + 1 / max(before.windows, 1))
     words = options.objective.in_words(math.expm1(gain), math.expm1(margin))
     if "misses" in before.verdict:

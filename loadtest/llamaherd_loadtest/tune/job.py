@@ -22,11 +22,12 @@ from llamaherd_loadtest.tune.journal import Journal, ReplayBench
 from llamaherd_loadtest.tune.live import LiveBench
 from llamaherd_loadtest.tune.options import Options
 from llamaherd_loadtest.tune.pace import Calibrated, needed_s
+from llamaherd_loadtest.tune.physics import Shape
 from llamaherd_loadtest.tune.progress import Progress, say
 from llamaherd_loadtest.tune.search import Search, Step, in_flight, least_rounds, pair
 from llamaherd_loadtest.tune.settings import Settings, difference, key
 from llamaherd_loadtest.tune.signals import interruptible
-from llamaherd_loadtest.tune.space import DEFAULT_SPACE, Pruned, candidates, parse_space, prune
+from llamaherd_loadtest.tune.space import Pruned, candidates, default_space, parse_space, prune
 from llamaherd_loadtest.tune.verdict import Verdict, make_verdict, read_verdict, write_verdict
 
 _CALIBRATION_SHARE = 0.5  # of the time budget: where one request takes longer, there is no time for more
@@ -98,6 +99,7 @@ def _tune(options: Options) -> Verdict:
         seed=journal.seed,
         objective=options.objective,
         load=options.load,
+        shape=_shape(options),
         calibrated=calibrated,
         larger=_larger(options),
         on_step=on_step,
@@ -158,9 +160,7 @@ def _divide(options: Options, found: Settings) -> tuple[int, list[Settings], lis
 
     The engine is among them where it is searched or proposed; otherwise it stays what the operator says.
     """
-    space = parse_space(options.space, found, quality=options.quality) or {
-        k: v for k, v in DEFAULT_SPACE.items() if k in found
-    }
+    space = parse_space(options.space, found, quality=options.quality) or default_space(found)
     proposed = read_verdict(options.proposal).chosen if options.proposal else {}
     current = {k: v for k, v in found.items() if k != "engine" or k in {*space, *proposed}}
     both = {key(settings): settings for settings in (current, {**current, **proposed})}
@@ -170,6 +170,13 @@ def _divide(options: Options, found: Settings) -> tuple[int, list[Settings], lis
         raise ValueError(f"the server's settings cannot serve workload {options.workload.name}: {pruned[0].why}")
     fixed = candidates(current, {})
     return sum(settings in fixed for settings in launch), launch, pruned
+
+
+def _shape(options: Options) -> Shape:
+    """What requests look like to the prior. A turn repeats those before it, which the server has in its cache."""
+    workload = options.workload
+    fresh = workload.turns.added.median if workload.turns else workload.prompt.median - workload.shared_prefix
+    return Shape(max(float(fresh), 1.0), float(workload.output.median), options.load.concurrency)
 
 
 def _larger(options: Options) -> Callable[[Settings], bool]:

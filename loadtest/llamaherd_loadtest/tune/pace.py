@@ -73,14 +73,14 @@ class Plan:
         if self.least_s(_GOOD_WINDOWS) > budget_s:
             self._rounds, self._growth = least_rounds, 1.0  # a window that takes longer than planned would be the last
 
-    def window_s(self, concurrency: int) -> float:
-        """How long a window with so many requests in flight is to last."""
-        return max(self.short_s, self._rounds * self.pace.request_s(concurrency, self._growth))
+    def window_s(self, concurrency: int, part: float = 1.0) -> float:
+        """How long a window with so many requests in flight is to last; where requests are short, that `part` of it."""
+        return max(part * self.short_s, self._rounds * self.pace.request_s(concurrency, self._growth))
 
-    def cost_s(self, concurrency: int) -> float:
+    def cost_s(self, concurrency: int, part: float = 1.0) -> float:
         """What such a window takes, the change of settings and the warm-up included."""
-        return self.window_s(concurrency) + max(
-            _OVERHEAD * self.short_s, self.pace.request_s(concurrency, self._growth)
+        return self.window_s(concurrency, part) + max(
+            _OVERHEAD * part * self.short_s, self.pace.request_s(concurrency, self._growth)
         )
 
     def least_s(self, windows: int = _LEAST_WINDOWS) -> float:

@@ -5,6 +5,7 @@ Time is what measurements say they took, so a replayed journal and a simulated s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
@@ -12,24 +13,25 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from llamaherd_loadtest.dice import seeded
 from llamaherd_loadtest.limits import Limit
 from llamaherd_loadtest.quantiles import Judgement
-from llamaherd_loadtest.tune.beliefs import Beliefs, believe
-from llamaherd_loadtest.tune.capacity import Capacity, find_capacity, judge, settle
+from llamaherd_loadtest.tune.capacity import Capacity, find_capacity, settle
 from llamaherd_loadtest.tune.decide import MIN_GAIN, Choice, Contender, choose
-from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement, Record, limit_noise, score_noise
+from llamaherd_loadtest.tune.estimates import CLEAR, Estimates, Model
+from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement, Noise, Record
+from llamaherd_loadtest.tune.judge import judge, judge_alone
 from llamaherd_loadtest.tune.objective import TOKENS, Objective
 from llamaherd_loadtest.tune.pace import Calibrated, Pace, Plan
+from llamaherd_loadtest.tune.physics import SHAPE, Shape
 from llamaherd_loadtest.tune.settings import Settings, label
 from llamaherd_loadtest.tune.space import needs_as_much
-from llamaherd_loadtest.tune.surrogate import Grid
 
 Phase = Literal["screen", "confirm", "load", "arrivals"]
 _CONFIRM_SHARE = 0.3
 _MIN_CONFIRM = 4  # windows (A B B A), where the budget leaves time for screening
+_SCREEN_PART = 0.5  # of a confirming window: many short ones tell more of a large space than few long ones
+_FITTED, _LEAST_FREEDOM = 8, 6  # degrees of freedom: those that estimates take of the windows, and that the prior has
 _CLEAR = 3  # times its margin: a gain that needs no more windows of the current settings
-_RANDOM_SHARE = 0.25  # of the screening, before the windows' own evidence leads
 _QUIET = 0.03  # the noise of a window's score
 _MOST_SLOTS = 1024
 _ARRIVALS_SHARE = 0.25  # of the time for the capacity
@@ -66,6 +68,7 @@ class Search:
         seed: int,
         objective: Objective = TOKENS,
         load: Load = SLOTS,
+        shape: Shape = SHAPE,
         calibrated: Calibrated | None = None,
         larger: Callable[[Settings], bool] = lambda _: False,
         on_step: Callable[[Step], None] = lambda _: None,
@@ -80,14 +83,18 @@ class Search:
         self.limits, self.objective, self.load = limits, objective, load
         self.spent_s = 0.0
         self.steps = self._valid = 0
-        self._grid, self._larger = Grid(candidates), larger
+        self._model, self._larger = Model(candidates, limits, objective, shape), larger
         self._always, self._budget_s, self._bench, self._seed = always, budget_s, bench, seed
         self.on_step = on_step
         self._pace = Pace()
-        self._believed: Beliefs | None = None
+        self._estimates: Estimates | None = None
         if calibrated:
             self._pace.observe(calibrated.concurrency, calibrated.request_s)
         self._plan = Plan(budget_s, self._pace, pair(candidates, load), least_rounds(load))
+        self._tried: dict[int, None] = {}  # in the order of their first windows
+        self._aside: set[int] = set()  # not measured any more
+        self._most = max(int(s["parallel"]) for s in candidates)
+        self._one_of_each = {in_flight(s, load): row for row, s in enumerate(candidates)}
         self._planned_s = self._took_s = 0.0  # of windows that came to their end
 
     def run(self) -> Choice:
@@ -97,29 +104,33 @@ class Search:
         cost_s = self._cost_s(0)
         confirm_s = max(self._budget_s * _CONFIRM_SHARE, min(_MIN_CONFIRM * cost_s, self._budget_s * 0.6))
         self._screen(self._budget_s - confirm_s)
-        self._confirm(finalists=max(1, min(3, int(confirm_s / cost_s) // 4)))
+        if self._settled(self.records[0]) and self.judge(0)[0] is Judgement.PASSES:
+            return Choice(record=self.records[0], change=False, reason="no others are likely to be better by 2%")
+        self._confirm(finalists=max(1, min(3, int(confirm_s / cost_s) // 2)))
         return self._choose()
 
     def window_s(self, settings: Settings) -> float:
         """How long a window of these settings is to last under the search's load."""
         return self._plan.window_s(in_flight(settings, self.load))
 
-    def beliefs(self) -> Beliefs:
-        """What the windows so far say of all candidates."""
-        if self._believed is None:
-            self._believed = believe(self._grid, self.records, self.limits)
-        return self._believed
+    def estimates(self) -> Estimates:
+        """What the windows so far say of the settings that were measured, and of the most promising others."""
+        if self._estimates is None:
+            self._estimates = self._model.estimates(self._aside)
+        return self._estimates
+
+    def judge(self, row: int) -> tuple[Judgement, str]:
+        """Whether a measured setting keeps the limits, and the limit that says so."""
+        return judge(self.records[row], self.estimates().excess(row))
 
     def _screen(self, until_s: float) -> None:
-        """The settings that are always in and a random few; then, window by window, what may turn out best."""
-        random_until_s = until_s * _RANDOM_SHARE
-        first, ahead = [*range(self._always), *self._shuffled_rest()], list[int]()
+        """The settings that are always in; then, window by window, what may turn out best."""
+        first, ahead = [*range(self._always)], list[int]()
         while not self._failed() and (rows := self._screenable(until_s)):
-            if first and first[0] >= self._always and self.spent_s >= random_until_s:
-                first = []
             row = rows[0] if len(rows) == 1 else next((r for r in (*ahead, *first) if r in rows), None)
             if row is None:
-                row = self.beliefs().next({*range(len(self.records))} - {*rows}, self._dice())
+                row = self.estimates().next({*range(len(self.records))} - {*rows}, self._rng())
+            row = rows[0] if row is None else row
             first = [r for r in first if r != row]
             self._measure("screen", row)
             ahead = self._grow()
@@ -129,18 +140,29 @@ class Search:
     def _screenable(self, until_s: float) -> list[int]:
         """What there is time to measure: the current settings until they were, then what can be confirmed beside them.
 
-        Where the budget is short, the first other setting may take of the time to confirm, or all of it.
+        Where the budget is short, the first other setting may take of the time to confirm, or all of it. The cheapest
+        come first.
         """
-        rows = [row for row in range(len(self.records)) if not self._set_aside(row)]
-        end_s = {row: self.spent_s + self._cost_s(row) for row in rows if row == 0 or not self._just_failed(row)}
-        measured = [row for row, record in enumerate(self.records) if record.figures]
+        parts = (_SCREEN_PART, 1.0)
+        costs, whole_s = ({n: self._cost_s(row, part) for n, row in self._one_of_each.items()} for part in parts)
+        out = self._aside | {row for row in self._tried if row and self._failing(row)}
+        rows = [row for row in range(len(self.records)) if row not in out]
+        cost_s = {row: costs[in_flight(self.records[row].settings, self.load)] for row in rows}
+        rows.sort(key=cost_s.__getitem__)
+        measured = [row for row in self._tried if self.records[row].figures]
         if 0 not in measured:
-            return [0] if end_s[0] <= self._budget_s else []
-        round_s = {row: self._round_s([0, row]) for row in end_s}
+            return [0] if self.spent_s + cost_s[0] <= self._budget_s else []
         if len(measured) > 1:
-            return [row for row, end in end_s.items() if end <= until_s and until_s + round_s[row] <= self._budget_s]
-        others = sorted((row for row in end_s if row and end_s[row] <= self._budget_s), key=end_s.__getitem__)
-        return [row for row in others if end_s[row] + round_s[row] <= self._budget_s] or others[:1]
+            left_s = self._budget_s - until_s - self._cost_s(0)
+            return [
+                row
+                for row in rows
+                if self.spent_s + cost_s[row] <= until_s
+                and whole_s[in_flight(self.records[row].settings, self.load)] <= left_s
+            ]
+        left_s = self._budget_s - self.spent_s
+        others = [row for row in rows if row and cost_s[row] <= left_s]
+        return [row for row in others if cost_s[row] + self._round_s([0, row]) <= left_s] or others[:1]
 
     def _confirm(self, finalists: int) -> None:
         """Interleave as A B … B A with fresh prompts, so that a drift of the host hits all alike.
@@ -155,36 +177,34 @@ class Search:
             choice = self._choose()
             current = [] if choice.gain > _CLEAR * choice.margin > 0 else [0]
             forwards = not forwards
-            if forwards and self._settled(choice):
+            if forwards and self._settled(choice.record):
                 return
 
-    def _settled(self, choice: Choice | None = None) -> bool:
+    def _settled(self, chosen: Record | None = None) -> bool:
         """Whether, on a quiet host, other settings are unlikely to be better, by a gain worth a change, than those
         chosen: the best ones so far, where none are. On a noisy one all time is worth its while."""
-        if not self.records[0].figures or score_noise(self.records).sigma > _QUIET:
+        if self._failed() or not self.records[0].figures or (estimates := self.estimates()).noise > _QUIET:
             return False
-        beliefs, aside = self.beliefs(), [*filter(self._set_aside, range(len(self.records)))]
-        chosen = beliefs.best(1, aside) if choice is None else [self.records.index(choice.record)]
-        return bool(chosen) and beliefs.regret(chosen[0], aside, self._dice()) < MIN_GAIN
+        rows = estimates.best(1, self._aside) if chosen is None else [self.records.index(chosen)]
+        return bool(rows) and estimates.regret(rows[0], self._aside, self._rng()) < MIN_GAIN
 
     def _grow(self) -> list[int]:
         """Add settings with twice the slots where the most slots did best, as long as they may be launched.
 
         Returns the row of those that differ from the best in nothing but the slots: they are to be measured next.
         """
-        aside = [*filter(self._set_aside, range(len(self.records)))]
-        most = max((int(r.settings["parallel"]) for r in self.records), default=0)
-        best = self.beliefs().best(1, aside) if self.records[0].figures else []
-        if not best or not self.records[best[0]].figures or most >= _MOST_SLOTS:
+        best = self.estimates().best(1, self._aside) if self.records[0].figures else []
+        if not best or not self.records[best[0]].figures or self._most >= _MOST_SLOTS:
             return []
-        settings = self.records[best[0]].settings
+        settings, most = self.records[best[0]].settings, self._most
         if int(settings["parallel"]) < most:
             return []
         edge = [{**r.settings, "parallel": 2 * most} for r in self.records if r.settings["parallel"] == most]
-        grown = [*filter(self._larger, edge)]
-        if grown:
+        if grown := [*filter(self._larger, edge)]:
+            self._one_of_each[in_flight(grown[0], self.load)] = len(self.records)
             self.records += map(Record, grown)
-            self._grid, self._believed = Grid([r.settings for r in self.records]), None
+            self._most, self._estimates = 2 * most, None
+            self._model.space([r.settings for r in self.records])
         return [row for row, r in enumerate(self.records) if r.settings == {**settings, "parallel": 2 * most}]
 
     def _finalists(self, count: int, current: Sequence[int]) -> list[int]:
@@ -192,41 +212,49 @@ class Search:
         if not self.records[0].figures:
             return []
         left_s = self._budget_s - self.spent_s
-        rows = range(1, len(self.records))
-        unfit = [
-            r
-            for r in rows
-            if not self.records[r].figures or self._just_failed(r) or self._round_s([*current, r]) > left_s
-        ]
-        found = self.beliefs().best(count, {0, *unfit, *filter(self._set_aside, rows)})
+        round_s = {n: self._round_s([*current, row]) for n, row in self._one_of_each.items()}
+        unfit = {
+            row
+            for row, r in enumerate(self.records)
+            if round_s[in_flight(r.settings, self.load)] > left_s or (row in self._tried and self._failing(row))
+        }
+        found = self.estimates().best(count, {0} | unfit | self._aside, CLEAR)
         while found and self._round_s([*current, *found]) > left_s:
             found.pop()
         return found
 
-    def _dice(self) -> np.random.Generator:
+    def _rng(self) -> np.random.Generator:
         return np.random.default_rng([self._seed, self.steps])
 
     def _choose(self) -> Choice:
         current = self.records[0]
-        confirmed = [row for row, r in enumerate(self.records) if r.confirmed and not r.fault]
+        confirmed = [row for row in self._tried if self.records[row].confirmed and not self.records[row].fault]
         if current.fault:
             return Choice(record=current, change=False, reason=current.fault)
         if not current.figures:
             return Choice(record=current, change=False, reason=current.spoiled, measured=False)
         if 0 not in confirmed:
             return Choice(record=current, change=False, reason="there was no time to confirm another")
-        beliefs = self.beliefs()
+        estimates = self.estimates()
         contenders = [
-            Contender(self.records[row], float(beliefs.score.mean[row]), beliefs.judge(row, self.records[row])[0])
+            Contender(self.records[row], self.judge(row)[0], *estimates.gain(row), estimates.risk(row))
             for row in confirmed
         ]
-        choice = choose(contenders[0], contenders[1:], score_noise(self.records), self.objective)
-        nearest = beliefs.nearest_miss(row for row, r in enumerate(self.records) if r.figures and not r.fault)
-        if choice.change or nearest is None:
+        own = next(c for c in contenders if c.record is current)
+        windows = sum(len(self.records[row].all_windows) for row in self._tried)
+        noise = Noise(estimates.noise, max(_LEAST_FREEDOM, windows - _FITTED))
+        others = [c for c in contenders if c is not own]
+        choice = choose(own, others, noise, self.objective, estimates.drift)
+        misses = [
+            max((mean, limit.name, row) for limit, mean, _ in estimates.excess(row))
+            for row in self._tried
+            if self.limits and self.records[row].figures and not self.records[row].fault
+        ]
+        excess, limit, row = min(misses, default=(0.0, "", 0))
+        if choice.change or excess <= 0:
             return choice
-        row, limit, excess = nearest
         reason = f"no settings keep the limits; the nearest, {label(self.records[row].settings)}, misses {limit}"
-        return Choice(record=current, change=False, reason=f"{reason} by {excess:.0%}")
+        return Choice(record=current, change=False, reason=f"{reason} by {math.expm1(excess):.0%}")
 
     def capacity(self, settings: Settings, budget_s: float) -> Capacity | None:
         """The load that `settings` carry within the limits, by windows that take `budget_s` seconds at most.
@@ -238,7 +266,8 @@ class Search:
         answered: dict[int, float] = {}
 
         def decide(windows: list[Measurement]) -> Judgement:
-            return judge(windows, self.limits, lambda limit: limit_noise(self.records, limit).sigma)
+            tried = [self.records[row] for row in self._tried]
+            return judge_alone(Record(settings, screening=windows), self.limits, tried)
 
         def climb(concurrency: int) -> Measurement | None:
             load = Load(concurrency)
@@ -261,21 +290,29 @@ class Search:
     def _measure(self, phase: Phase, row: int) -> None:
         record = self.records[row]
         measurement = self._window(phase, record.settings, self._budget_s, self.load)
+        if self._estimates and not record.all_windows:
+            record.predicted = self._estimates.score(row)
         (record.screening if phase == "screen" else record.confirming).append(measurement)
-        self._believed = None
+        self._tried[row] = None
+        self._estimates = None
+        if not measurement.fault:
+            self._model.add(row, measurement, measurement.at)
+        if record.fault or (row and record.hopeless):  # the current settings are tried for as long as there is time
+            self._aside.add(row)
         if measurement.does_not_fit:
-            for other in self.records:
+            for place, other in enumerate(self.records):
                 if not other.all_windows and needs_as_much(other.settings, record.settings):
+                    self._aside.add(place)
                     other.ruled_out = (
                         f"not launched: needs no less memory than {label(record.settings)}, which does not fit"
                     )
 
     def _window(self, phase: Phase, settings: Settings, until_s: float, load: Load) -> Measurement:
         self.steps += 1
-        concurrency = in_flight(settings, load)
-        window_s, planned_s = self._plan.window_s(concurrency), self._plan.cost_s(concurrency)
+        concurrency, part = in_flight(settings, load), _SCREEN_PART if phase == "screen" else 1.0
+        window_s, planned_s = self._plan.window_s(concurrency, part), self._plan.cost_s(concurrency, part)
         measurement = self._bench.measure(settings, window_s, self._seed * 1000 + self.steps, load)
-        measurement.valid_before = self._valid
+        measurement.valid_before, measurement.at = self._valid, self.spent_s / self._budget_s
         self._valid += not measurement.fault
         self.spent_s += measurement.took_s
         self._pace.observe(concurrency, measurement.request_s)
@@ -288,34 +325,24 @@ class Search:
         """Seconds that one window of each of `rows` takes."""
         return sum(map(self._cost_s, rows))
 
-    def _cost_s(self, row: int) -> float:
-        return self._takes_s(self.records[row].settings, self.load)
+    def _cost_s(self, row: int, part: float = 1.0) -> float:
+        return self._takes_s(self.records[row].settings, self.load, part)
 
-    def _takes_s(self, settings: Settings, load: Load) -> float:
+    def _takes_s(self, settings: Settings, load: Load, part: float = 1.0) -> float:
         """Seconds that one more window takes: as planned, and as much longer as windows took so far."""
         slower = max(1.0, self._took_s / self._planned_s) if self._planned_s else 1.0
-        return slower * self._plan.cost_s(in_flight(settings, load))
+        return slower * self._plan.cost_s(in_flight(settings, load), part)
 
     def _over(self, until_s: float, settings: Settings, load: Load) -> bool:
         return self.spent_s + self._takes_s(settings, load) > until_s
-
-    def _shuffled_rest(self) -> list[int]:
-        rest = list(range(self._always, len(self.records)))
-        seeded(self._seed, "order").shuffle(rest)
-        return rest
 
     def _failed(self) -> bool:
         """Whether the current settings do not work, so that there is nothing to compare others with."""
         return bool(self.records[0].fault)
 
-    def _just_failed(self, row: int) -> bool:
+    def _failing(self, row: int) -> bool:
         """Whether no window was valid since it failed: what made it fail may go on."""
         return self.records[row].failed_after == self._valid
-
-    def _set_aside(self, row: int) -> bool:
-        """Whether it is not measured any more. The current settings are tried for as long as there is time."""
-        record = self.records[row]
-        return bool(record.fault) or (row > 0 and record.hopeless)
 
 
 def in_flight(settings: Settings, load: Load) -> int:

@@ -32,11 +32,23 @@ _ELEMENT_BYTES = {
     "q4_0": 18 / 32,
 }
 _QUALITY = ("kv_type_k", "kv_type_v")
-DEFAULT_SPACE: Space = {
+_VALUES: Space = {
     "parallel": [1, 2, 4, 8, 16],
+    "batch": [512, 2048],
     "ubatch": [128, 512],
     "kv_unified": [True, False],
 }
+_THREADS = ("threads", "threads_batch")
+
+
+def default_space(current: Settings) -> Space:
+    """What is tried where nothing else is asked for. The server counts the threads that the host has for it: half of
+    them are enough where memory is the bottleneck, or two share a core."""
+    space: Space = {knob: values for knob, values in _VALUES.items() if knob in current}
+    for knob in _THREADS:
+        if isinstance(count := current.get(knob), int) and count > 1:
+            space[knob] = [count // 2, count]
+    return space
 
 
 def parse_space(texts: Iterable[str], current: Settings, *, quality: bool = False) -> Space:

@@ -25,12 +25,14 @@ SCHEMA = "llamaherd.verdict/1"
 class Row(Struct, kw_only=True):
     """One setting. Latencies are milliseconds over all requests of its windows; `resolved`: enough for an interval.
 
-    `score` is what the objective makes of it; `stream_tokens_per_s` is how fast one answer is written, at the median.
+    `score` is what the objective makes of it, `predicted` what was expected before its first window;
+    `stream_tokens_per_s` is how fast one answer is written, at the median.
     """
 
     label: str
     settings: Settings
     score: float = 0.0
+    predicted: float | None = None
     output_tokens_per_s: float | None = None
     stream_tokens_per_s: float | None = None
     ttft_p95_ms: float | None = None
@@ -144,7 +146,7 @@ def _row(search: Search, index: int, record: Record, chosen: Settings, named: tu
     ttft = sorted(v for m in record.windows for v in m.ttft_ms)
     tpot = sorted(v for m in record.windows for v in m.tpot_ms)
     row.output_tokens_per_s = geometric_mean(max(m.tokens_per_s, 1e-9) for m in record.windows)
-    row.score = math.exp(record.log_score)
+    row.score, row.predicted = math.exp(record.log_score()), record.predicted
     row.requests, row.errors = sum(m.requests for m in record.windows), sum(m.errors for m in record.windows)
     row.windows, row.confirmed = len(record.windows), record.confirmed
     if ttft:
@@ -158,7 +160,7 @@ def _row(search: Search, index: int, record: Record, chosen: Settings, named: tu
 
 
 def _row_verdict(search: Search, index: int, record: Record, chosen: Settings) -> str:
-    judgement, limit = search.beliefs().judge(index, record)
+    judgement, limit = search.judge(index)
     verdict = str(judgement) if judgement is Judgement.PASSES else f"{judgement} {limit}"
     if index == 0:
         return "current" if judgement is Judgement.PASSES else f"current, {verdict}"

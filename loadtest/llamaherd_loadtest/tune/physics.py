@@ -1,0 +1,85 @@
+"""What a small model of an engine's step predicts of every setting: the prior that measurement then corrects.
+
+A step reads the weights once and computes one token of each of n sequences: a + b n seconds. A prompt of P tokens takes
+P (e + s / ubatch). In a closed loop each of n requests sees, while it makes its O tokens, the others' n - 1 prompts:
+
+    cycle = O (a + b n) + n P (e + s / ubatch)    tokens/s = n O / cycle
+    TPOT = a + b n + h (n - 1) P (...) / O        TTFT = P (...) (1 + q (n - 1)) + a + b n
+
+Threads speed a and b, or the prompt, up by a power of their number; a unified KV cache multiplies b. All nine are
+unknown, and wide: what is known beforehand is the shape. See estimates for what the shape leaves out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from llamaherd_loadtest.tune.settings import Settings
+
+Array = NDArray[np.float64]
+
+
+class Shape(Struct, frozen=True):
+    """Tokens of a request, at the median, and the requests in flight where the load says so (0: one a slot)."""
+
+    prompt: float = 300.0
+    output: float = 100.0
+    concurrency: int = 0
+
+
+SHAPE = Shape()
+# Logarithms, of the median guess and of how far from it a standard deviation is.
+_PRIOR = {
+    "a": (math.log(0.02), 3.0),  # seconds
+    "b/a": (math.log(0.1), 1.2),
+    "e/b": (math.log(0.2), 1.2),
+    "s/256e": (math.log(0.15), 1.0),
+    "q": (math.log(0.3), 1.0),
+    "h": (math.log(0.7), 0.5),
+    "unified": (0.0, 0.15),
+    "threads": (0.3, 0.3),  # the power
+    "threads_batch": (0.6, 0.4),
+}
+MEAN = np.array([mean for mean, _ in _PRIOR.values()])
+SD = np.array([sd for _, sd in _PRIOR.values()])
+
+
+class Physics:
+    """The settings of a space as arrays."""
+
+    def __init__(self, settings: Sequence[Settings], shape: Shape) -> None:
+        slots = np.array([float(s["parallel"]) for s in settings])
+        self.shape = shape
+        self._n = np.minimum(slots, shape.concurrency) if shape.concurrency else slots
+        self._queue = shape.concurrency / slots - 1 if shape.concurrency else 0 * slots
+        self._ubatch = _numbers(settings, "ubatch", 512.0)
+        self._unified = np.array([float(s.get("kv_unified") is True) for s in settings])
+        threads = (_numbers(settings, name, 1.0) for name in ("threads", "threads_batch"))
+        self._threads, self._threads_batch = (np.log(t / t[0]) for t in threads)
+
+    def predict(self, theta: Array, metrics: Sequence[str], rows: Any = slice(None)) -> Array:
+        """The logarithm of each metric (tokens, ttft, tpot, e2e; seconds, tokens/s): metric x guess x row, for `theta`
+        of a guess a row."""
+        a, b, e, s = np.exp(np.cumsum(theta[:, :4], axis=1)).T[:, :, None]
+        queued, stalled = np.exp(theta[:, 4:6]).T[:, :, None]
+        unified, threads, threads_batch = theta[:, 6:].T[:, :, None]
+        n, prompt, output = self._n[rows], self.shape.prompt, self.shape.output
+        step = np.exp(-threads * self._threads[rows]) * (a + b * n * np.exp(unified * self._unified[rows]))
+        read = np.exp(-threads_batch * self._threads_batch[rows]) * prompt * (e + 256 * s / self._ubatch[rows])
+        cycle = output * step + n * read
+        found = {"tokens": n * output / cycle, "tpot": step + stalled * (n - 1) * read / output}
+        found["ttft"] = read * (1 + queued * (n - 1)) + step + np.maximum(self._queue[rows], 0) * cycle
+        found["e2e"] = found["ttft"] + output * found["tpot"]
+        logs: Array = np.log(np.array([found[metric] for metric in metrics]))
+        return logs
+
+
+def _numbers(settings: Sequence[Settings], name: str, otherwise: float) -> Array:
+    found = [s.get(name) for s in settings]
+    return np.array([float(v) if isinstance(v, int | float) and v > 0 else otherwise for v in found])
