@@ -60,9 +60,8 @@ def run() -> Result:
         for peer in ("tpe", "random"):
             for name, value in figures(outcomes(partial(plain, peer, quarter_s))).items():
                 result["plain_15_min"][name] |= {peer: value["ours"]}
-        kept = {"": {}, "_drift": {"drift": DRIFT}}
-        for name, more in kept.items():
-            found = outcomes(partial(best_already, quarter_s, **more))
+        for name, drift in {"": 0.0, "_drift": DRIFT}.items():
+            found = outcomes(partial(best_already, quarter_s, drift=drift))
             result[f"hosts_15_min_best{name}"] = {"changed": metric({"ours": [fmean(o.changed for o in found)]})}
         flat = outcomes(partial(plain, "ours", quarter_s, flat=True))
         result["plain_15_min_flat"] = {"changed": metric({"ours": [fmean(o.changed for o in flat)]})}

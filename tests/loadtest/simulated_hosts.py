@@ -77,7 +77,7 @@ class Host:
         ]
 
     def fits(self, s: Settings) -> bool:
-        return int(s["parallel"]) * (200 + 0.4 * int(s["ubatch"])) <= self._memory
+        return bool(int(s["parallel"]) * (200 + 0.4 * int(s["ubatch"])) <= self._memory)
 
     def _parts(self, s: Any) -> tuple[float, float]:
         """Seconds of a step that makes a token for each slot, and of one prompt."""

@@ -75,7 +75,7 @@ def test_what_is_in_doubt_is_measured_next() -> None:
     mean = np.array([[1.0, 0.99, 0.7, 0.6], [-0.05, -0.05, -0.5, -0.5]])
     cov = np.diag([1e-6] * 8)
     cov[4:6, 4:6] += 0.01
-    estimates = Estimates(np.arange(4), mean, cov, LIMITS[:1], drift=0.0, noise=0.1)
+    estimates = Estimates(np.arange(4.0), mean, cov, LIMITS[:1], drift=0.0, noise=0.1)
     rng = np.random.default_rng(1)
     assert estimates.best(2, {0, 1}) == [2, 3]
     assert {estimates.next(set(), rng) for _ in range(9)} <= {0, 1}, "what is in doubt is measured"
