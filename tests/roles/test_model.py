@@ -37,9 +37,9 @@ def entry(tmp_path: Path) -> Entry:
 
 @pytest.fixture
 def bring(tmp_path: Path) -> Bring:
-    """bring(models, arguments): the role over tmp_path/state."""
+    """bring(models, arguments): the role over tmp_path/state; `tasks` are run instead of it."""
 
-    def run(models: list[dict[str, Any]], *arguments: str) -> CompletedProcess[str]:
+    def run(models: list[dict[str, Any]], *arguments: str, tasks: Any = None) -> CompletedProcess[str]:
         variables = {
             "llamaherd_models": models,
             "llamaherd_more_models": [model["name"] for model in models[1:]],
@@ -52,8 +52,9 @@ def bring(tmp_path: Path) -> Bring:
         }
         (tmp_path / "variables.json").write_text(json.dumps(variables))
         playbook = tmp_path / "model.yml"
-        roles = [{"role": "model", "tags": ["model"]}]
-        playbook.write_text(yaml.safe_dump([{"hosts": "inference", "gather_facts": False, "roles": roles}]))
+        roles = [{"role": "common" if tasks else "model", "tags": ["model"]}]
+        one = {"hosts": "inference", "gather_facts": False, "roles": roles, "tasks": tasks or []}
+        playbook.write_text(yaml.safe_dump([one]))
         inventory = tmp_path / "hosts.yml"
         local = {"localhost": {"ansible_connection": "local"}}
         inventory.write_text(yaml.safe_dump({"inference": {"hosts": local}}))
@@ -201,3 +202,19 @@ def test_a_part_that_the_controller_lacks_is_named(tmp_path: Path, split_entry: 
     run = bring([model])
     assert run.returncode != 0
     assert f"{tmp_path}/a-00002-of-00003.gguf is not there on this machine" in run.stdout + run.stderr
+
+
+def test_a_bundle_holds_all_parts(tmp_path: Path, split_entry: Entry, bring: Bring) -> None:
+    model, bundle = split_entry("a"), tmp_path / "bundle"
+    variables = {"_bundle_work": str(tmp_path / "state"), "_bundle_folder": str(bundle), "_bundle_model": model}
+    pack = {"name": "Pack the model", "include_role": {"name": "bundle", "tasks_from": "model"}, "vars": variables}
+    (bundle / "models").mkdir(parents=True)
+    run = bring([model], tasks=[pack])
+    assert run.returncode == 0, run.stdout + run.stderr
+    packed = sorted(path.read_bytes() for path in (bundle / "models").iterdir())
+    assert packed == sorted(part(number, 3) for number in range(3))
+    for source in tmp_path.glob("a-*.gguf"):
+        source.unlink()
+    run = bring([model], "-e", f"llamaherd_bundle={bundle}")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert (tmp_path / "state/models/a.gguf").read_bytes() == part(0, 3)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
+from llamaherd_server.wire.protocol import EngineSettings, WorkerConfig
+from llamaherd_server.worker.identity import identity
 from tests.server.conftest import required, running
 from tests.server.native.conftest import native
 from tests.split_model import split
@@ -42,3 +45,17 @@ def test_a_split_model_answers_as_the_whole_one(tmp_path: Path, link: Path, engi
     said = answer(tmp_path, link, engine)
     assert said == answer(tmp_path, Path(required("LLAMAHERD_TEST_MODEL")), engine)
     assert "Paris" in said
+
+
+def test_computed_prompts_are_those_of_all_parts(tmp_path: Path) -> None:
+    """Of a model with another second part, what was computed before is not taken."""
+    (tmp_path / "libllama.so").touch()
+    library = SimpleNamespace(_name=str(tmp_path / "libllama.so"))
+    lib = SimpleNamespace(_lib=library, llama_print_system_info=lambda: b"")
+    parts = [tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
+    found = []
+    for second in (b"one", b"two"):
+        parts[0].write_bytes(b"GGUF")
+        parts[1].write_bytes(second)
+        found.append(identity(lib, WorkerConfig(path=str(parts[0]), settings=EngineSettings())))
+    assert found[0] != found[1]
