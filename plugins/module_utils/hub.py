@@ -13,10 +13,10 @@ import re
 import time
 import urllib.error
 import urllib.parse
-import urllib.request
 from email.message import Message
 from typing import Any
 
+from ansible.module_utils.urls import open_url
 from ansible_collections.llamaherd.llamaherd.plugins.module_utils.gguf import MAX_HEADER
 
 TIMEOUT_S = 20
@@ -62,14 +62,18 @@ class Hub:
         return RemoteFile(self, url, what)
 
     def _open(self, url: str, what: str, span: str = "") -> Any:
-        request = urllib.request.Request(url, headers={"User-Agent": "llamaherd"})  # noqa: S310 (the operator named it)
-        if span:
-            request.add_header("Range", f"bytes={span}")
+        headers = {"Range": f"bytes={span}"} if span else {}
         if self.token:
-            request.add_unredirected_header("Authorization", f"Bearer {self.token}")
+            headers["Authorization"] = f"Bearer {self.token}"
         for last in (False, True):
             try:
-                return urllib.request.urlopen(request, timeout=TIMEOUT_S)  # noqa: S310 (the operator named it)
+                return open_url(
+                    url,
+                    headers=headers,
+                    unredirected_headers=["Authorization"],
+                    http_agent="llamaherd",
+                    timeout=TIMEOUT_S,
+                )
             except urllib.error.HTTPError as error:
                 wait = _wait_s(error.headers)
                 if error.code != 429 or last or wait is None or wait > LONGEST_WAIT_S:

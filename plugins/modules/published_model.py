@@ -204,7 +204,7 @@ class Search:
         return self._result([_single(names[0], size, sums[0], source)], header, _stem(names[0]))
 
     def _local(self, name: str) -> dict[str, Any]:
-        path = Path(name).expanduser().absolute()
+        path = Path(name).absolute()
         files = part_paths(path)
         if missing := [str(file) for file in files if not file.is_file()]:
             raise HubError(f"{', '.join(missing)} is not there on this machine; a model of the hub is hf:owner/repo")
