@@ -83,7 +83,7 @@ from llamaherd_server.engine.embedded import EmbeddedEngine
 from llamaherd_server.wire.protocol import EngineSettings
 
 async def main():
-    engine = EmbeddedEngine(Path(sys.argv[1]), -1, EngineSettings(parallel=1, ctx_per_slot=256))
+    engine = EmbeddedEngine(Path(sys.argv[1]), EngineSettings(parallel=1, ctx_per_slot=256))
     await engine.start()
     print(engine.status().pid, flush=True)
     os._exit(1)
