@@ -100,7 +100,7 @@ def test_what_a_model_has_beside_its_weights_is_taken_over(llama_server_filters:
 
 
 def test_where_weights_are_is_taken_over(llama_server_filters: ModuleType) -> None:
-    flags = "-ncmoe 12 -dev CUDA1,CUDA0 -sm row -ts 3,1.5 -mg 1 --numa distribute --no-mmap".split()  # noqa: SIM905
+    flags = "-ncmoe 12 -dev CUDA1,CUDA0 -sm row -ts 3,1.5 -mg 1 --numa distribute --no-mmap".split()  # noqa: SIM905 (as one writes it)
     adopted = llama_server_filters.adopt_llama_server(told(["llama-server", "-m", "/m.gguf", *flags]))
     assert adopted["left"] == []
     assert adopted["placement"] == {
