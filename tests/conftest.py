@@ -28,10 +28,10 @@ REPORTED: set[str] = set()  # that hook gets no config
 
 
 class Halves(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist is untyped
-    """Lab hosts have names and addresses of their own: their tests stay in one process, all others in a second."""
+    """Lab hosts have names and addresses of their own: their tests stay in one process, others fill its half up."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "lab" if nodeid.startswith("tests/lab/") else "here"
+        return "lab" if nodeid.startswith(("tests/lab/", "tests/monitoring/", "tests/unit/")) else "here"
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Halves:
