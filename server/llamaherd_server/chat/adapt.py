@@ -96,18 +96,21 @@ def traits_of(template: str) -> Found:
         other = msgspec.structs.replace(traits, **{name: False})
         if other != traits and _weight(same := _failures(template, other), _ALL) <= _weight(failures, _ALL):
             traits, failures = other, same
-    told = {kind: text if isinstance(text, str) else f"leaves out {', '.join(text)}" for kind, text in failures.items()}
+    shown = {
+        kind: text if isinstance(text, str) else f"leaves out {', '.join(text)}" for kind, text in failures.items()
+    }
     shape = None
     if "tools" in template and not traits.foreign_tools and format_of(template) is None:
         shape = shape_of(partial(_printed, template, traits))
-    return Found(traits, told, shape)
+    return Found(traits, said, shape)
 
 
-def _printed(template: str, traits: Traits, messages: Messages, tools: list[dict[str, Any]]) -> str:
+def _printed(template: str, traits: Traits, messages: Messages, tools: list[dict[str, Any]], **variables: Any) -> str:
+    """Raises ValueError for whatever a template may raise."""
     try:
-        return render(Rendering(template, context_of(template, messages, tools, traits, _TOKENS)))
+        return render(Rendering(template, context_of(template, messages, tools, traits, {**_TOKENS, **variables})))
     except Exception as error:
-        raise ValueError("it cannot be rendered") from error
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def _failures(template: str, traits: Traits) -> dict[str, str | list[str]]:
@@ -115,14 +118,9 @@ def _failures(template: str, traits: Traits) -> dict[str, str | list[str]]:
     failures: dict[str, str | list[str]] = {}
     for kind in KINDS:
         try:
-            prompt = render(
-                Rendering(
-                    template,
-                    context_of(template, kind.messages, list(kind.tools), traits, {**_TOKENS, **dict(kind.variables)}),
-                )
-            )
-        except Exception as error:
-            failures[kind.name] = str(error) or type(error).__name__
+            prompt = _printed(template, traits, kind.messages, [*kind.tools], **dict(kind.variables))
+        except ValueError as error:
+            failures[kind.name] = str(error)
             continue
         if missing := [text for text in kind.texts if text not in prompt]:
             failures[kind.name] = missing

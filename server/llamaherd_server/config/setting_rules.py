@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-LEAST_CTX = 16
+MIN_CTX = 16
 
 
 def setting_mistakes(settings: Mapping[str, Any], schema: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -18,8 +18,8 @@ def setting_mistakes(settings: Mapping[str, Any], schema: Mapping[str, Mapping[s
     if found := out_of_range(settings, schema):
         return found
     parallel, batch, ubatch, ctx = (int(settings[name]) for name in ("parallel", "batch", "ubatch", "ctx_per_slot"))
-    if 0 < ctx < LEAST_CTX:
-        found.append(f"ctx_per_slot {ctx} is out of range: it must be at least {LEAST_CTX}, or 0 for as much as fits")
+    if 0 < ctx < MIN_CTX:
+        found.append(f"ctx_per_slot {ctx} is out of range: it must be at least {MIN_CTX}, or 0 for as much as fits")
     if ubatch > batch:
         found.append(f"ubatch {ubatch} is larger than batch {batch}: lower ubatch or raise batch")
     if batch < parallel:

@@ -126,7 +126,7 @@ class _Body:
         yield from _static(source, self._rest)
         while True:
             yield from self._call(source, writer, schemas)
-            source.mark()  # what is told already is not content, whatever comes
+            source.mark()  # what has been passed on is not content, whatever comes
             yield from source.spaces()
             if between := (self._shape.between or "").strip():
                 yield from source.literal(between)

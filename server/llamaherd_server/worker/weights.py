@@ -37,7 +37,7 @@ def load_weights(
 ) -> Any:
     """A llama_model of the GGUF at `path`; without `weights` it computes nothing. Raises ModelError.
 
-    `progress` is told how much has been loaded, 0 to 1.
+    `progress` gets how much has been loaded, 0 to 1.
     """
     if placement.numa != "off":
         lib.llama_numa_init(_NUMA[placement.numa])

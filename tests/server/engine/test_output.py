@@ -160,15 +160,18 @@ async def test_what_cannot_be_done_is_refused_with_the_value(
     assert error.value.code == code
 
 
-@pytest.mark.parametrize("grammar", [None, 'root ::= [^<]+ "</think>" " yes"'])
-@pytest.mark.parametrize(("prompt", "begun", "before"), [("<think>", True, ""), ("Think: ", False, "<think>")])
+@pytest.mark.parametrize(
+    ("prompt", "begun", "before", "grammar"),
+    [
+        ("<think>", True, "", None),
+        ("<think>", True, "", 'root ::= [^<]+ "</think>" " yes"'),
+        # this model begins to think where a grammar has it do so
+        ("Think: ", False, "<think>", 'root ::= "<think>" [^<]+ "</think>" " yes"'),
+    ],
+)
 async def test_reasoning_ends_where_its_budget_does(
-    engine: EmbeddedEngine, grammar: str | None, prompt: str, begun: bool, before: str
+    engine: EmbeddedEngine, prompt: str, begun: bool, before: str, grammar: str | None
 ) -> None:
-    if before and grammar:
-        grammar = grammar.replace("root ::=", f'root ::= "{before}"')
-    elif before:
-        pytest.skip("this model does not begin to think by itself")
     budget = ReasoningBudget(begin="<think>", end="</think>", tokens=5, begun=begun)
     sampling = Sampling(temperature=0, grammar=grammar, logit_bias={} if grammar else {**ENDLESS.logit_bias})
     answer = await ask(engine, prompt, max_tokens=24, sampling=sampling, reasoning=budget)

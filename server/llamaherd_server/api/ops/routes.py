@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, get_args
 
 import msgspec
@@ -90,7 +91,8 @@ async def retune(body: dict[str, Any], request: Request) -> Response:
         kind = msgspec.convert(body.get("engine", state.engine.status().kind), EngineKind)
         wanted = merge(state.engine.status().settings, settings)
         if not wanted.ctx_per_slot:
-            wanted = decided(state.settings.with_engine(kind, wanted), len(state.all()))
+            open_ended = state.settings.with_engine(kind, wanted)
+            wanted = await asyncio.to_thread(decided, open_ended, len(state.all()))  # it reads the GGUF's header
     except msgspec.ValidationError:
         kinds = " or ".join(map(repr, get_args(EngineKind)))
         message = f"engine {body['engine']!r} is not known: set {kinds}"
