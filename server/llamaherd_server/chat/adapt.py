@@ -96,13 +96,13 @@ def traits_of(template: str) -> Found:
         other = msgspec.structs.replace(traits, **{name: False})
         if other != traits and _weight(same := _failures(template, other), _ALL) <= _weight(failures, _ALL):
             traits, failures = other, same
-    shown = {
+    lacks = {
         kind: text if isinstance(text, str) else f"leaves out {', '.join(text)}" for kind, text in failures.items()
     }
     shape = None
     if "tools" in template and not traits.foreign_tools and format_of(template) is None:
         shape = shape_of(partial(_printed, template, traits))
-    return Found(traits, said, shape)
+    return Found(traits, lacks, shape)
 
 
 def _printed(template: str, traits: Traits, messages: Messages, tools: list[dict[str, Any]], **variables: Any) -> str:
