@@ -178,7 +178,8 @@ def fairness() -> dict[str, Metric]:
 
 def paced(*, parallel: int, step_ms: float, tables: str = "") -> AbstractContextManager[Running]:
     flags = Flags(parallel=parallel, ctx_per_slot=2048, unified=True)
-    environment = {"LLAMAHERD_TEST_WORKER": str(WORKER), "PACED_STEP_MS": str(step_ms)}
+    doubled = {"PYTHONPATH": str(WORKER.parent / "doubled"), "WORKER_DOUBLE": str(WORKER)}
+    environment = doubled | {"PACED_STEP_MS": str(step_ms)}
     return servers.ours(flags, tables, environment)
 
 

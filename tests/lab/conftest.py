@@ -140,7 +140,8 @@ def paced_server() -> Iterator[str]:
         install = [UV, "pip", "install", "--quiet", "--no-deps", "--python-version=3.11", f"--target={folder}"]
         subprocess.run([*install, "-r", "server/requirements.lock"], cwd=ROOT, check=True)
         shutil.copytree(ROOT / "server/llamaherd_server", folder / "llamaherd_server")
-        shutil.copy(ROOT / "tests/server/paced_worker.py", folder)
+        for name in ("paced_worker.py", "doubled/sitecustomize.py"):
+            shutil.copy(ROOT / "tests/server" / name, folder)
         yield f"/var/cache/llamaherd/{folder.name}"
     finally:
         shutil.rmtree(folder)

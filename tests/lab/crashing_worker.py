@@ -1,6 +1,7 @@
 """The embedded engine's worker, but it aborts when it is to send the first token of the model $CRASHES_WITH (a sha256).
 
-A server with LLAMAHERD_TEST_WORKER=<this file> starts it in the place of its worker. All other models are served.
+A server with tests/server/doubled on its PYTHONPATH and WORKER_DOUBLE=<this file> starts it in the place of its worker.
+All other models are served.
 """
 
 from __future__ import annotations

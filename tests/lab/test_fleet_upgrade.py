@@ -27,6 +27,8 @@ NAMED = f"readlink {MODEL}"
 STATE = f"{NAMED} {MODEL}.previous /opt/llamaherd/*/current /opt/llamaherd/*/previous; cat /etc/llamaherd/server.toml"
 STARTS = "systemctl show -P InvocationID llamaherd-server"
 CRASHING_WORKER = Path(__file__).with_name("crashing_worker.py")
+DOUBLED = ROOT / "tests/server/doubled/sitecustomize.py"
+DOUBLE = "/opt/crashing"
 DROP_IN = "/run/systemd/system/llamaherd-server.service.d"
 
 
@@ -61,8 +63,8 @@ def test_nobody_notices_a_rolling_upgrade_and_the_way_back(fleet: Herd, better: 
 @contextmanager
 def crashing(fleet: Herd, model: Path) -> Iterator[None]:
     """While this lasts, f1's engine aborts when it is to send the first token of `model`."""
-    environment = f"LLAMAHERD_TEST_WORKER=/opt/crashing_worker.py CRASHES_WITH={digest(model)}"
-    files = {"/opt/crashing_worker.py": CRASHING_WORKER.read_text()}
+    environment = f"PYTHONPATH={DOUBLE} WORKER_DOUBLE={DOUBLE}/worker.py CRASHES_WITH={digest(model)}"
+    files = {f"{DOUBLE}/worker.py": CRASHING_WORKER.read_text(), f"{DOUBLE}/sitecustomize.py": DOUBLED.read_text()}
     files[f"{DROP_IN}/crashing.conf"] = f"[Service]\nEnvironment={environment}\n"
     for path, text in files.items():
         fleet.sh("f1", f"mkdir -p {Path(path).parent} && cat >{path} <<'END'\n{text}\nEND")
@@ -70,7 +72,7 @@ def crashing(fleet: Herd, model: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        fleet.sh("f1", f"rm -r {DROP_IN} /opt/crashing_worker.py; systemctl daemon-reload")
+        fleet.sh("f1", f"rm -r {DROP_IN} {DOUBLE}; systemctl daemon-reload")
 
 
 def refused(fleet: Herd, variables: str) -> str:

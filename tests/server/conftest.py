@@ -113,7 +113,8 @@ def until_ready(server: Server) -> Iterator[Server]:
 
 def paced(**values: object) -> dict[str, str]:
     """The environment of a server whose worker is paced_worker.py; `values`: its PACED_ variables."""
-    worker = {"LLAMAHERD_TEST_WORKER": str(Path(__file__).with_name("paced_worker.py"))}
+    here = Path(__file__).parent
+    worker = {"PYTHONPATH": str(here / "doubled"), "WORKER_DOUBLE": str(here / "paced_worker.py")}
     return worker | {f"PACED_{name.upper()}": str(value) for name, value in values.items()}
 
 

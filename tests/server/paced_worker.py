@@ -1,8 +1,8 @@
 """A worker process without a model, which paces its tokens by the clock.
 
 Only the model is doubled: the process, its socket, the protocol, the supervisor and all of the front end are the real
-ones. A server whose environment has LLAMAHERD_TEST_WORKER=<this file> starts it in the place of its worker, and so do
-tests, benchmarks and fleets of lab hosts that shall not compute. It needs nothing but llamaherd_server's package.
+ones. A server with doubled/ on its PYTHONPATH and WORKER_DOUBLE=<this file> starts it in the place of its worker, and
+so do tests, benchmarks and fleets of lab hosts that shall not compute. It needs nothing but llamaherd_server's package.
 
 Every step lasts PACED_STEP_MS (20), and PACED_SLOT_MS (0) more for each running sequence, and gives each one token; a
 prompt is read at PACED_PREFILL (5000) tokens/s, four characters a token, before its first token; a completion without

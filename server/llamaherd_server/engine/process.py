@@ -16,6 +16,7 @@ import msgspec
 from llamaherd_server.wire.protocol import FromWorker
 from llamaherd_server.worker.channel import LENGTH_BYTES
 
+PROGRAM: tuple[str, ...] = ("-m", "llamaherd_server.worker")  # what Python runs as the worker
 KEPT_LINES, LAST_CHARS = 20, 500
 LINE_BYTES = 2**15  # longer ones are cut in pieces
 LOG_S = 5.0  # what a process of the engine's own leaves open is not waited for
@@ -97,7 +98,7 @@ class WorkerProcess(ChildProcess):
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, *_program(), str(theirs.fileno()), config.decode()),
+                *(sys.executable, *PROGRAM, str(theirs.fileno()), config.decode()),
                 pass_fds=[theirs.fileno(), *self._inherited],
                 stdin=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
@@ -128,9 +129,3 @@ class WorkerProcess(ChildProcess):
     def _ask_to_end(self) -> None:
         """Close the socket, which ends the worker after its step."""
         self._writer.close()
-
-
-def _program() -> tuple[str, ...]:
-    """What Python runs as the worker; tests and benchmarks put a script that speaks the same protocol in its place."""
-    double = os.environ.get("LLAMAHERD_TEST_WORKER")
-    return (double,) if double else ("-m", "llamaherd_server.worker")
