@@ -38,17 +38,6 @@ def summarise(
     folder = ROOT / "build/tune" / host
     verdict = json.loads((folder / "verdict.json").read_text())
     key_file = secrets / "keys/default"
-    print_table(verdict["table"])
-    if not measured(folder):
-        raise StageFailed("tuning measured no setting; a longer one may: make demo BUDGET=20m")
-    print(f"\n{verdict['sentence']}")
-    print(f"\nreport  {folder / 'report.html'}")
-    for stage in stages:
-        print(f"  {stage['seconds']:>6.0f} s  {stage['stage']}")
-    print(f"  {sum(float(stage['seconds']) for stage in stages):>6.0f} s  in all")
-    if left_out:
-        print(f"       -    systemd, nginx and TLS: left out, because {left_out}")
-    print(f"\nTry it:\n\n{curl(endpoint, key_file, ca)}\n\n`make demo-down` removes it.")
     result = {
         "mode": mode,
         "left_out": left_out,
@@ -57,16 +46,33 @@ def summarise(
         "key": key_file.read_text().strip(),
         "settings": verdict["chosen"],
         "verdict": verdict["verdict"],
+        "sentence": verdict["sentence"],
         "table": verdict["table"],
         "report": str(folder / "report.html"),
         "stages": stages,
+        "curl": curl(endpoint, key_file, ca),
     }
+    if not measured(folder):
+        print(table(verdict["table"]))
+        raise StageFailed("tuning measured no setting; a longer one may: make demo BUDGET=20m")
+    print(summary(result))
     target = ROOT / "build/demo.json"
     target.write_text(json.dumps(result, indent=2) + "\n")
     target.chmod(0o600)
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def summary(result: dict[str, Any]) -> str:
+    """What a demo prints at its end, from what build/demo.json keeps of it."""
+    stages = result["stages"]
+    lines = [table(result["table"]), f"\n{result['sentence']}", f"\nreport  {result['report']}"]
+    lines += [f"  {stage['seconds']:>6.0f} s  {stage['stage']}" for stage in stages]
+    lines.append(f"  {sum(float(stage['seconds']) for stage in stages):>6.0f} s  in all")
+    if result["left_out"]:
+        lines.append(f"       -    systemd, nginx and TLS: left out, because {result['left_out']}")
+    return "\n".join([*lines, f"\nTry it:\n\n{result['curl']}\n\n`make demo-down` removes it."])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
     """Rows as in verdict.json; a figure that was never measured (not launched) is a dash."""
     head = ("setting", "tokens/s", "TTFT p95", "TPOT p95", "verdict")
     lines = [
@@ -80,13 +86,14 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         for row in rows
     ]
     widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
-    print()
+    printed = [""]
     for line in [head, tuple("─" * width for width in widths), *lines]:
         cells = [
             cell.ljust(width) if i in (0, 4) else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
-        print("  ".join(cells).rstrip())
+        printed.append("  ".join(cells).rstrip())
+    return "\n".join(printed)
 
 
 def figure(value: float | None, spec: str, unit: str) -> str:
