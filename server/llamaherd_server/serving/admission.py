@@ -14,7 +14,8 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from llamaherd_server.config.keys import Key
@@ -42,6 +43,7 @@ class Ticket:
     admitted: asyncio.Future[None]
     slots: int = 1
     started_at: float = math.nan
+    left: bool = False
 
 
 @dataclass(slots=True)
@@ -132,8 +134,20 @@ class Admission:
             message = f"no slot became free within {self._timeout_s:g} s: the server is overloaded"
             raise ApiError(503, message, code="queue_timeout", retry_after=self._retry_after_s()) from None
 
+    @asynccontextmanager
+    async def place(self, ticket: Ticket, used: Callable[[], int]) -> AsyncIterator[None]:
+        """The ticket's turn, until the block ends; `used` says then how many tokens it had. Raises as `admitted`."""
+        try:
+            await self.admitted(ticket)
+            yield
+        finally:
+            self.leave(ticket, used())
+
     def leave(self, ticket: Ticket, tokens: int) -> None:
-        """Give the place back, queued or running. The `tokens` it used correct what its key was charged."""
+        """Give the place back, queued or running. The `tokens` it used correct what its key was charged. A second time it does nothing."""
+        if ticket.left:
+            return
+        ticket.left = True
         flow = self._flows[ticket.key.name]
         if math.isnan(ticket.started_at):
             if ticket in flow.waiting:

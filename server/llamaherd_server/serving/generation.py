@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -42,6 +42,23 @@ class Serving:
     limits: LimitSettings
     log_texts: bool = False
 
+    @contextmanager
+    def reserve(
+        self, key: Key, usage: Usage, *, tokens: float, costs: list[float], slots: int = 1, to: Admission | None = None
+    ) -> Iterator[list[Ticket]]:
+        """The way in: places in the queue `to` the engine, one a cost, of `slots` each, within the key's limits.
+
+        `tokens` of the key's are taken; at the end what `usage` has stands in their place. Raises ApiError.
+        """
+        queue, tickets = to or self.admission, list[Ticket]()
+        self.quotas.reserve(key, tokens)
+        try:
+            yield (tickets := queue.enter(key, costs, slots))
+        finally:
+            for ticket in tickets:  # of a task that was cancelled before it began
+                queue.leave(ticket, 0)
+            self.quotas.settle(key, tokens, usage.tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
@@ -69,7 +86,7 @@ class Run:
         scope = key.name if serving.limits.prompt_cache_scope == "key" else ""
         self._requests = [msgspec.structs.replace(one, owner=key.name, cache_scope=scope) for one in requests]
         self._n = n
-        self._reserved = 0.0
+        self._reserved = ExitStack()
         self._events: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._peeked: tuple[int, Event | Exception] | None = None
@@ -78,13 +95,8 @@ class Run:
     async def __aenter__(self) -> Self:
         """Take the places in the queue; raises ApiError when a limit stands against it."""
         serving, key = self._serving, self._key
-        self._reserved = await self._expected_tokens()
-        serving.quotas.reserve(key, self._reserved)
-        try:
-            tickets = serving.admission.enter(key, [_cost(request) for request in self._requests])
-        except ApiError:
-            serving.quotas.settle(key, self._reserved, 0)
-            raise
+        tokens, costs = await self._expected_tokens(), [_cost(request) for request in self._requests]
+        tickets = self._reserved.enter_context(serving.reserve(key, self.usage, tokens=tokens, costs=costs))
         for index, (request, ticket) in enumerate(zip(self._requests, tickets, strict=True)):
             meter = Meter(
                 serving.metrics,
@@ -104,8 +116,7 @@ class Run:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._crashed:
             self._serving.quotas.crashed(self._key)
-        used = self.usage.prompt_tokens + self.usage.completion_tokens
-        self._serving.quotas.settle(self._key, self._reserved, used)
+        self._reserved.close()
 
     async def _expected_tokens(self) -> float:
         """What the generations may use: their prompts, and each one's max_tokens."""
@@ -138,8 +149,8 @@ class Run:
         serving = self._serving
         outcome, begun = "cancelled", False
         try:
-            async with asyncio.timeout(serving.limits.request_timeout_s) as whole:
-                await serving.admission.admitted(ticket)
+            whole = asyncio.timeout(serving.limits.request_timeout_s)
+            async with whole, serving.admission.place(ticket, lambda: meter.computed):
                 meter.admitted()
                 first = asyncio.timeout(serving.limits.first_token_timeout_s)
                 async with aclosing(serving.engine.generate(request)) as events, first:
@@ -162,7 +173,6 @@ class Run:
             outcome = (told.code if isinstance(told, ApiError) else None) or "internal"
             self._events.put_nowait((index, told))
         finally:
-            serving.admission.leave(ticket, meter.computed)
             meter.ended(outcome)
 
 

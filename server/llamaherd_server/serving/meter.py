@@ -24,6 +24,11 @@ class Usage:
     queued_s: float = math.nan
     ttft_s: float = math.nan
 
+    @property
+    def tokens(self) -> int:
+        """What a key's limit counts."""
+        return self.prompt_tokens + self.completion_tokens
+
 
 class Meter:
     """Observes one generation of a request into its `usage` and the server's metrics."""

@@ -52,6 +52,16 @@ def order(admission: Admission, tickets: list[Ticket]) -> list[str]:
     return [ticket.key.name for ticket in entered]
 
 
+async def test_a_place_is_given_back_once_by_whoever_is_first() -> None:
+    admission = queue(parallel=8)
+    tickets = admission.enter(key("a"), [1.0] * 3)
+    async with admission.place(tickets[0], lambda: 1):
+        assert admission.running == 3
+    for ticket in tickets[:2]:
+        admission.leave(ticket, 0)
+    assert admission.running == 1
+
+
 async def test_lets_in_a_quarter_more_than_the_slots() -> None:
     admission = queue(parallel=8)
     tickets = admission.enter(key("a"), [1.0] * 20)

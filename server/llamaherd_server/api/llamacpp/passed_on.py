@@ -191,20 +191,15 @@ async def _admitted(request: Request, state: AppState, body: dict[str, Any]) -> 
     outcome = "cancelled"
     generations = _generations(body)
     cost = generations * len(await request.body()) / CHARS_PER_TOKEN
-    reserved = cost + generations * _most_output(body, serving)
-    serving.quotas.reserve(key, reserved)
-    try:
-        [ticket] = serving.admission.enter(key, [cost], slots=generations)
+    tokens = cost + generations * _most_output(body, serving)
+    with serving.reserve(key, usage, tokens=tokens, costs=[cost], slots=generations) as [ticket]:
         try:
-            await serving.admission.admitted(ticket)
-            meter.admitted()
-            yield meter
+            async with serving.admission.place(ticket, lambda: meter.computed):
+                meter.admitted()
+                yield meter
             outcome = "stop"
         finally:
-            serving.admission.leave(ticket, meter.computed)
             meter.ended(outcome)
-    finally:
-        serving.quotas.settle(key, reserved, usage.prompt_tokens + usage.completion_tokens)
 
 
 def _generations(body: dict[str, Any]) -> int:

@@ -20,6 +20,7 @@ from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.errors import ApiError
 from llamaherd_server.http.json_body import on_thread
+from llamaherd_server.serving.admission import Ticket
 from llamaherd_server.serving.generation import CHARS_PER_TOKEN, late_error, prompt_tokens
 from llamaherd_server.serving.meter import Usage
 from llamaherd_server.wire.protocol import Embed, Embedded
@@ -90,24 +91,21 @@ async def compute(request: Request, question: Embed) -> Embedded:
     serving, key = state_of(request).serving, request.state.key
     usage = Usage()
     request.state.log.follow(usage)
-    reserved = 0.0
-    if key.tokens_per_minute is not None:
-        reserved = await prompt_tokens(serving.engine, question.inputs)
-    serving.quotas.reserve(key, reserved)
-    try:
-        [ticket] = serving.embeddings.enter(key, [_cost(question)])
+    tokens = 0.0 if key.tokens_per_minute is None else await prompt_tokens(serving.engine, question.inputs)
+    queue = serving.embeddings
+
+    async def answered(ticket: Ticket) -> Embedded:
+        async with queue.place(ticket, lambda: usage.prompt_tokens):
+            answer = await serving.engine.embed(question)
+            usage.prompt_tokens = answer.tokens
+            return answer
+
+    with serving.reserve(key, usage, tokens=tokens, costs=[_cost(question)], to=queue) as [ticket]:
         try:
             async with asyncio.timeout(serving.limits.request_timeout_s):
-                await unless_gone(request.receive, serving.embeddings.admitted(ticket))
-                answer = await unless_gone(request.receive, serving.engine.embed(question))
-            usage.prompt_tokens = answer.tokens
-        finally:
-            serving.embeddings.leave(ticket, usage.prompt_tokens)
-    except TimeoutError:
-        raise late_error(serving.limits, whole=True) from None
-    finally:
-        serving.quotas.settle(key, reserved, usage.prompt_tokens)
-    return answer
+                return await unless_gone(request.receive, answered(ticket))
+        except TimeoutError:
+            raise late_error(serving.limits, whole=True) from None
 
 
 def input_usage(answer: Embedded) -> dict[str, int]:
