@@ -144,7 +144,10 @@ class Admission:
             self.leave(ticket, used())
 
     def leave(self, ticket: Ticket, tokens: int) -> None:
-        """Give the place back, queued or running. The `tokens` it used correct what its key was charged. A second time it does nothing."""
+        """Give the place back, queued or running; a second time it does nothing.
+
+        The `tokens` it used correct what its key was charged.
+        """
         if ticket.left:
             return
         ticket.left = True

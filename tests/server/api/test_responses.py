@@ -156,6 +156,8 @@ async def test_a_schema_for_the_answer(serve: Serve) -> None:
         ),
         ({"tool_choice": "required"}, "needs tools"),
         ({"background": True}, "background"),
+        ({"input": []}, "nothing to answer"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}, {"type": "of_tomorrow"}]}, "nothing to answer"),
     ],
 )
 async def test_what_cannot_be_honoured_is_refused(serve: Serve, fields: dict[str, Any], message: str) -> None:

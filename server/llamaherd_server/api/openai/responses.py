@@ -28,7 +28,7 @@ from llamaherd_server.api.openai.responses_shape import ResponsesShape
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import state_of
-from llamaherd_server.errors import unsupported
+from llamaherd_server.errors import ApiError, unsupported
 from llamaherd_server.http.json_body import beside
 from llamaherd_server.toolcalls.tools import Tool
 
@@ -236,8 +236,11 @@ class ResponsesRequest(SamplingFields, OpenAiFields):
         wanted = f"={self.tool_choice.name}" if isinstance(self.tool_choice, NamedChoice) else self.tool_choice
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         media = Collected()
+        if not (messages := [*system, *_turns(self.input, media)]):
+            message = "input: there is nothing to answer in it; give a text, or an item of type message"
+            raise ApiError(400, message, param="input", code="invalid_value")
         return Conversation(
-            messages=[*system, *_turns(self.input, media)],
+            messages=messages,
             media=media,
             choice=choice_of(tools, wanted, parallel=self.parallel_tool_calls),
             answer_schema=self.text.format.wanted() if self.text and self.text.format else None,
