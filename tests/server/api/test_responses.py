@@ -156,7 +156,6 @@ async def test_a_schema_for_the_answer(serve: Serve) -> None:
         ),
         ({"tool_choice": "required"}, "needs tools"),
         ({"background": True}, "background"),
-        ({"input": []}, "nothing to answer"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}, {"type": "of_tomorrow"}]}, "nothing to answer"),
     ],
 )
