@@ -63,7 +63,7 @@ def main() -> None:
             keyfile.run(arguments, arguments.file or _keys_file(arguments.config))
             return
         settings = load(arguments.config)
-        app = create_app(settings, partial(_engine, len(settings.models)))
+        app = create_app(settings, partial(_engine, len(settings.models), check=arguments.check))
     except (SettingsError, KeysError) as error:
         sys.stderr.write(f"llamaherd-server: {error}\n")
         sys.exit(os.EX_CONFIG)
@@ -106,8 +106,8 @@ def _keys_file(config: Path) -> Path:
     return path
 
 
-def _engine(among: int, settings: Settings) -> Engine:
-    """The engine of a model that is one of so many."""
+def _engine(among: int, settings: Settings, *, check: bool = False) -> Engine:
+    """The engine of a model that is one of so many; `check`: llama-server's flags are held against its `--help`."""
     model, engine, limits = settings.model, settings.engine, settings.limits
     path = part_paths(model.path)[0]
     timeouts = {"heartbeat_timeout_s": limits.heartbeat_timeout_s, "load_timeout_s": limits.load_timeout_s}
@@ -123,7 +123,7 @@ def _engine(among: int, settings: Settings) -> Engine:
             prompt_cache_dir=_prompts_of(limits.prompt_cache_dir, model.name),
             **timeouts,
         )
-    return NativeEngine(
+    native = NativeEngine(
         engine.program(),
         path,
         decided(settings, among),
@@ -136,6 +136,9 @@ def _engine(among: int, settings: Settings) -> Engine:
         extra_args=[*_cache_ram(limits.prompt_cache_mib), *engine.extra_args],
         **timeouts,
     )
+    if check:
+        native.check_flags()
+    return native
 
 
 def _cache_ram(mib: int | None) -> list[str]:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+from collections.abc import Sequence
+
 from llamaherd_server.wire.protocol import NativeConfig, Placement
+
+_FLAG = re.compile(r"--?[A-Za-z][\w-]*")
+_HELP_S = 60.0  # a build with a backend for devices looks for them first
 
 _PLACEMENT_FLAGS = {
     **{"gpu_layers": "--gpu-layers", "cpu_moe_layers": "--n-cpu-moe", "devices": "--device"},
@@ -50,6 +57,21 @@ def flags(config: NativeConfig, socket: str) -> list[str]:
         arguments["--lora-scaled"] = ",".join(f"{one.path}:{one.scale}" for one in config.lora)
     switches = ["--kv-unified" if settings.kv_unified else "--no-kv-unified", "--slots", "--no-ui", "--offline"]
     return [*(str(word) for pair in arguments.items() for word in pair), *switches, *config.extra_args]
+
+
+def unknown(arguments: Sequence[str], binary: str) -> list[str]:
+    """The flags among the arguments that the binary's own `--help` lacks; raises ValueError where it cannot be asked."""
+    try:
+        told = subprocess.run([binary, "--help"], capture_output=True, text=True, timeout=_HELP_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"{binary} --help: {error}") from None
+    known = {flag for line in told.stdout.splitlines() if line.startswith("-") for flag in _FLAG.findall(line)}
+    if not known:
+        raise ValueError(
+            f"{binary} --help lists no flags: {told.stderr.strip()[-300:] or f'exit code {told.returncode}'}"
+        )
+    given = (argument.partition("=")[0] for argument in arguments)
+    return [flag for flag in given if _FLAG.fullmatch(flag) and flag not in known]
 
 
 def _placement(placement: Placement) -> dict[str, object]:

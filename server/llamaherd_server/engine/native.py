@@ -17,7 +17,9 @@ from typing import Any
 import httpx
 import msgspec
 
+from llamaherd_server.config.settings import SettingsError
 from llamaherd_server.engine.base import LIVES, EngineStatus, Event, OwnApi
+from llamaherd_server.engine.flags import flags, unknown
 from llamaherd_server.engine.native_api import completion_body, error_of, events_of
 from llamaherd_server.engine.native_process import NativeProcess
 from llamaherd_server.engine.native_room import check_room
@@ -91,6 +93,16 @@ class NativeEngine:
         self._running = 0
         self._retuning = asyncio.Lock()
         self._preparation = Preparation(model_path)
+
+    def check_flags(self) -> None:
+        """Raise SettingsError for what this binary has no flag for."""
+        try:
+            lacking = unknown(flags(self._native, "socket"), self._native.binary)
+        except ValueError as error:
+            raise SettingsError(f"engine.binary: {error}") from None
+        if lacking:
+            message = f"{self._native.binary} has no {', '.join(lacking)}: build another llama.cpp, or leave out what needs it"
+            raise SettingsError(message)
 
     @property
     def own_api(self) -> OwnApi:

@@ -198,3 +198,16 @@ def test_check_tells_whether_the_settings_are_right(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     assert spawn(config, "--check").wait(START_S) == 0
     assert "engine.kind" in failed(spawn(config, "--check", LLAMAHERD_ENGINE__KIND="other"), config)
+
+
+def test_check_asks_llama_server_for_its_flags(tmp_path: Path) -> None:
+    binary = Path(os.environ["LLAMAHERD_TEST_BIN_DIR"], "llama-server")
+    older = tmp_path / "older"
+    older.write_text(f"#!/bin/sh\n{binary} --help | grep -v kv-unified-per-slot\n")
+    older.chmod(0o755)
+    engine = {"kind": "llama-server", "binary": binary, "extra_args": ["--temp", "-1"]}
+    assert spawn(write_config(tmp_path, engine=engine), "--check").wait(START_S) == 0
+    config = write_config(tmp_path, engine=engine | {"extra_args": ["--no-such-flag=1"]})
+    assert f"{binary} has no --no-such-flag" in failed(spawn(config, "--check"), config)
+    config = write_config(tmp_path, engine=engine | {"binary": older})
+    assert f"{older} has no --kv-unified-per-slot" in failed(spawn(config, "--check"), config)
