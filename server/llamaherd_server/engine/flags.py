@@ -60,7 +60,7 @@ def flags(config: NativeConfig, socket: str) -> list[str]:
 
 
 def unknown(arguments: Sequence[str], binary: str) -> list[str]:
-    """The flags among the arguments that the binary's own `--help` lacks; raises ValueError where it cannot be asked."""
+    """The flags among the arguments that the binary's own `--help` lacks; raises ValueError where that says nothing."""
     try:
         told = subprocess.run([binary, "--help"], capture_output=True, text=True, timeout=_HELP_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -101,8 +101,8 @@ class NativeEngine:
         except ValueError as error:
             raise SettingsError(f"engine.binary: {error}") from None
         if lacking:
-            message = f"{self._native.binary} has no {', '.join(lacking)}: build another llama.cpp, or leave out what needs it"
-            raise SettingsError(message)
+            remedy = "build another llama.cpp, or leave out what needs it"
+            raise SettingsError(f"{self._native.binary} has no {', '.join(lacking)}: {remedy}")
 
     @property
     def own_api(self) -> OwnApi:
