@@ -10,6 +10,7 @@ from bench.table import write
 # Each with its module.
 GROUPS = {
     "serving": "serving",
+    "hostbound": "hostbound",
     "frontend": "frontend",
     "edge": "edge",
     "client": "client_cost",

@@ -24,7 +24,7 @@ from typing import cast
 import uvloop
 
 from bench import servers
-from bench.servers import WORK, Flags, Running
+from bench.servers import WORK, Flags, Running, cpu_s
 from bench.serving import ROUNDS, p95
 from bench.table import Metric, Result, metric
 
@@ -34,7 +34,6 @@ TOKENS_PER_S = 5000
 TOKENS = 400
 _STAMP = re.compile(rb'"text":" (\d+)"')
 _TIMINGS = re.compile(rb'"prompt_ms":([\d.]+)')
-_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
@@ -82,8 +81,13 @@ class Stream(asyncio.Protocol):
 async def stream(
     port: int, max_tokens: int, *, words: int = 8, key: str = "", tls: ssl.SSLContext | None = None
 ) -> Stream:
-    body = {"prompt": "herd " * words, "max_tokens": max_tokens, "stream": True, "timings_per_token": True}
-    content = json.dumps(body).encode()
+    body = {"prompt": "herd " * words, "max_tokens": max_tokens, "timings_per_token": True}
+    return await complete(port, body, key=key, tls=tls)
+
+
+async def complete(port: int, body: dict[str, object], *, key: str = "", tls: ssl.SSLContext | None = None) -> Stream:
+    """One streamed /v1/completions."""
+    content = json.dumps({**body, "stream": True}).encode()
     request = (
         b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nConnection: close\r\n"
         b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n%b" % (key.encode(), len(content), content)
@@ -185,9 +189,3 @@ def paced(*, parallel: int, step_ms: float, tables: str = "") -> AbstractContext
 
 def bounded(figures: list[float], bound: float | None) -> Metric:
     return metric({"ours": figures} if bound is None else {"ours": figures, "bound": [bound] * len(figures)})
-
-
-def cpu_s(pid: int) -> float:
-    """The processor time of the one process, without its children: user and system, proc(5)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS

@@ -43,6 +43,11 @@ class Running:
         """Resident memory of the process and its children, mapped weights included, counted once a process."""
         return sum(_rss_mib(pid) for pid in _tree(self.pid))
 
+    @property
+    def cpu_s(self) -> float:
+        """Processor time of the process and its children."""
+        return sum(cpu_s(pid) for pid in _tree(self.pid))
+
     def kill_worker(self) -> None:
         """End our server's engine process by SIGKILL, and wait until another one is ready."""
         killed = self._worker()
@@ -197,6 +202,12 @@ def _tree(pid: int) -> list[int]:
 
 def _command(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time of the one process, without its children: user and system, proc(5)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _rss_mib(pid: int) -> float:

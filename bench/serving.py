@@ -166,9 +166,11 @@ def better_layout(rounds: dict[str, list[Figures]], product: str) -> list[Figure
 
 def scheduler_share(page: str) -> float:
     """The worker's own time over the whole time of its steps, from the server's histograms."""
+    overhead = step_s(page, "overhead")
+    return overhead / (overhead + step_s(page, "decode") + step_s(page, "sample"))
 
-    def total(name: str) -> float:
-        return sum(float(value) for value in re.findall(rf"^{name}_sum(?:{{[^}}]*}})? (\S+)$", page, re.MULTILINE))
 
-    overhead = total("llamaherd_step_overhead_seconds")
-    return overhead / (overhead + total("llamaherd_step_decode_seconds") + total("llamaherd_step_sample_seconds"))
+def step_s(page: str, part: str) -> float:
+    """Seconds that all steps have spent in `part`."""
+    pattern = rf"^llamaherd_step_{part}_seconds_sum(?:{{[^}}]*}})? (\S+)$"
+    return sum(float(value) for value in re.findall(pattern, page, re.MULTILINE))

@@ -36,7 +36,7 @@ class RandomModel:
 
     kind: Kind
     layers: int = 12
-    width: int = 256  # a multiple of 128
+    width: int = 256  # 64, or a multiple of 128
     vocab: int = 0
 
     def path(self) -> Path:
@@ -67,7 +67,7 @@ class _Writer(gguf.GGUFWriter):
         self._norm("token_embd_norm" if model.kind == "hybrid" else "output_norm", width)
         self._add_output()
         for layer in range(model.layers):
-            self._add_layer(f"blk.{layer}.", attends=self._kv_heads(layer) > 0)
+            self._add_layer(f"blk.{layer}.", kv_heads=self._kv_heads(layer))
         self.write_header_to_file()
         self.write_kv_data_to_file()
         self.write_tensors_to_file()
@@ -91,7 +91,7 @@ class _Writer(gguf.GGUFWriter):
 
     def _kv_heads(self, layer: int) -> int:
         convolves = self._model.kind == "hybrid" and (layer + 1) % ATTENTION_EVERY
-        return 0 if convolves else KV_HEADS
+        return 0 if convolves else min(KV_HEADS, self._model.width // HEAD)
 
     def _add_shape(self) -> None:
         model = self._model
@@ -131,11 +131,11 @@ class _Writer(gguf.GGUFWriter):
         weights[spoken] = 0.2 * self._random.standard_normal((len(spoken), self._model.width))
         self.add_tensor("output.weight", weights)
 
-    def _add_layer(self, block: str, *, attends: bool) -> None:
+    def _add_layer(self, block: str, *, kv_heads: int) -> None:
         width, normed = self._model.width, self._model.kind != "dense"
         self._norm(f"{block}attn_norm", width)
-        if attends:
-            for name, heads in ("q", width // HEAD), ("k", KV_HEADS), ("v", KV_HEADS):
+        if kv_heads:
+            for name, heads in ("q", width // HEAD), ("k", kv_heads), ("v", kv_heads):
                 sharp = 2 if name != "v" else 1
                 self._add(f"{block}attn_{name}", heads * HEAD, width, scale=1 if normed else sharp)
                 if normed and name != "v":
