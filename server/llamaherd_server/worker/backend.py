@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 from llamaherd_server.wire.protocol import EngineSettings, TokenLogprob
-from llamaherd_server.worker.sequence import Sequence, Share
+from llamaherd_server.worker.sequence import Drawn, Row, Sequence, Share
 
 # What llama_decode returns; anything else leaves the context unusable.
 DONE = 0
@@ -41,11 +41,11 @@ class Backend(Protocol):
     def held(self, slot: int) -> int:
         """How many positions of a slot are intact after a decode that was aborted."""
 
-    def sample(self, sequence: Sequence, row: int) -> int | None:
-        """The sequence's next token, from row `row` of the last batch; None: it will be `late`. Raises RequestError."""
+    def sample(self, rows: list[Row]) -> list[Drawn]:
+        """The next token of each sequence, which differ, from its row of the last batch; None: it will be `late`."""
 
-    def late(self, sequence: Sequence, wait_s: float) -> int | None:
-        """The token that `sample` could not give; None: nor after `wait_s` seconds more. Raises RequestError."""
+    def late(self, sequence: Sequence, wait_s: float) -> Drawn:
+        """The token that `sample` could not give; None: nor after `wait_s` seconds more."""
 
     def logprob(self, sequence: Sequence, row: int | None, token: int, top: int) -> TokenLogprob:
         """The token's log probability and the `top` most likely ones, from row `row` of the last batch.

@@ -15,7 +15,8 @@ from llamaherd_server.worker.batch import Batch
 from llamaherd_server.worker.interrupt import Interrupt
 from llamaherd_server.worker.memory import DoesNotFit, check_fits, context_bytes, total_cells
 from llamaherd_server.worker.model import Model
-from llamaherd_server.worker.sequence import Sequence, Share
+from llamaherd_server.worker.samplers import Samplers, outcome
+from llamaherd_server.worker.sequence import Drawn, Row, Sequence, Share
 from llamaherd_server.worker.weights import ModelError
 
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}  # ggml_type
@@ -51,9 +52,11 @@ class Context:
         slides = self._memory and self._state_size(0, WHOLE) > self._state_size(0, PARTIAL)
         self._window = model.window if slides else 0
         self.cuts = not (model.recurrent or self._window)
+        self._samplers = Samplers(model, self._handle, slots)
         self.least_shared = 1 if settings.kv_unified else LEAST_COPIED
 
     def close(self) -> None:
+        self._samplers.close()
         self._lib.llama_free(self._handle)
 
     @property
@@ -77,11 +80,11 @@ class Context:
     def held(self, slot: int) -> int:
         return int(self._lib.llama_memory_seq_pos_max(self._memory, slot)) + 1
 
-    def sample(self, sequence: Sequence, row: int) -> int | None:
-        return sequence.sampler.sample(self._handle, row)
+    def sample(self, rows: list[Row]) -> list[Drawn]:
+        return self._samplers.sample(rows)
 
-    def late(self, sequence: Sequence, wait_s: float) -> int | None:
-        return sequence.sampler.late(wait_s)
+    def late(self, sequence: Sequence, wait_s: float) -> Drawn:
+        return outcome(sequence.sampler.late, wait_s)
 
     def logprob(self, sequence: Sequence, row: int | None, token: int, top: int) -> TokenLogprob:
         from llamaherd_server.worker import logits  # noqa: PLC0415 (numpy, 25 MiB that few need)

@@ -7,7 +7,7 @@ imported only for a request with a grammar.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from llamaherd_server.wire.errors import RequestError
 from llamaherd_server.worker.forkserver import ALLOWED, Child
 from llamaherd_server.worker.logits import Candidates, row_of
 from llamaherd_server.worker.model import Model
+from llamaherd_server.worker.samplers import Draw
 from llamaherd_server.worker.sampling import NativeSampler
 
 
@@ -32,11 +33,24 @@ class GrammarSampler:
         self._asked: int | None = None
         self._forced: int | None = None
 
-    def sample(self, context: Any, row: int) -> int | None:
+    @property
+    def few(self) -> int:
+        return self._chain.few
+
+    @property
+    def changed(self) -> Collection[int]:
+        return self._chain.changed
+
+    def sample(self, draw: Draw) -> int | None:
         """None: the grammar is asked, and `late` has the token."""
         if self._asked is None:
-            self.logits = row_of(self._model, context, row).copy()
-            self._asked = self._choose(self.logits)[0] if self._forced is None else self._forced
+            self.logits = row_of(self._model, draw.context, draw.row).copy()
+            if self._forced is not None:
+                self._asked = self._forced
+            elif draw.entries is not None:
+                self._asked = self._chain.choice(draw)
+            else:
+                self._asked = self._choose(self.logits)[0]
             self._forced = None
             self._child.ask(self._asked)
         return None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 from llamaherd_server.wire.protocol import ReasoningBudget
 from llamaherd_server.worker.sequence import Sampler
 from llamaherd_server.worker.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from llamaherd_server.worker.samplers import Draw
 
 
 class BudgetSampler:
@@ -26,10 +30,18 @@ class BudgetSampler:
     def logits(self) -> Any:
         return self._sampler.logits
 
-    def sample(self, context: Any, row: int) -> int | None:
+    @property
+    def few(self) -> int:
+        return self._sampler.few
+
+    @property
+    def changed(self) -> Collection[int]:
+        return self._sampler.changed
+
+    def sample(self, draw: Draw) -> int | None:
         if self._thinks and self._left <= 0:
             self._sampler.force(self._closing[self._said])
-        return self._noted(self._sampler.sample(context, row))
+        return self._noted(self._sampler.sample(draw))
 
     def force(self, token: int) -> None:
         self._sampler.force(token)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 import math
 import secrets
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -21,11 +22,13 @@ from llamaherd_server.worker.model import Model
 
 if TYPE_CHECKING:
     from llamaherd_server.worker.logits import Candidates
+    from llamaherd_server.worker.samplers import Draw
 
 SEED_BITS = 32
 MIROSTAT_M = 100  # tokens that the estimate of the paper's s uses
 MIN_KEEP = 0
 FORBIDDEN = -math.inf
+MOST_FEW = 256  # of the highest logits that are looked for
 LEAST_CONTEXT = 2**15  # a GGUF may state less than its context is set to
 
 
@@ -37,17 +40,30 @@ class NativeSampler:
     def __init__(self, model: Model, sampling: Sampling, prompt: list[int]) -> None:
         self._lib = lib = model.lib
         self._forced: int | None = None
+        bias = _bias(model, sampling)
+        self._biased = [token for token, value in bias.items() if value != FORBIDDEN]
+        window = max(sampling.repeat_last_n, sampling.dry_penalty_last_n) if _looks_back(sampling) else 0
+        self._recent = deque(prompt, maxlen=window)
+        kept = 1 if _takes_the_best(sampling) else sampling.top_k
+        few = kept + len(bias) + window
+        self.few = 0 if sampling.mirostat or kept < 1 or few > MOST_FEW else few
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        for stage in (*_bias_stages(model, sampling), *_history_stages(model, sampling), *_choice(model, sampling)):
+        for stage in (*_bias_stages(model, bias), *_history_stages(model, sampling), *_choice(model, sampling)):
             lib.llama_sampler_chain_add(self._chain, stage)
         if _looks_back(sampling):
             for token in prompt:
                 lib.llama_sampler_accept(self._chain, token)
 
-    def sample(self, context: Any, row: int) -> int | None:
-        """The next token from batch row `row` of the last llama_decode; the chain's history gets it too."""
+    @property
+    def changed(self) -> Collection[int]:
+        return {*self._biased, *self._recent}
+
+    def sample(self, draw: Draw) -> int | None:
+        """The next token; the chain's history gets it too."""
         if self._forced is None:
-            return int(self._lib.llama_sampler_sample(self._chain, context, row))
+            token = draw.token(self._chain)
+            self._recent.append(token)
+            return token
         token, self._forced = self._forced, None
         self.accept(token)
         return token
@@ -55,6 +71,10 @@ class NativeSampler:
     def force(self, token: int) -> None:
         """Let the next `sample` be this token."""
         self._forced = token
+
+    def choice(self, draw: Draw) -> int:
+        """One of the draw's entries; the history gets nothing."""
+        return draw.choice(self._chain)
 
     def choose(self, candidates: Candidates) -> tuple[int, float]:
         """One of the candidates, and its logit; the history gets nothing."""
@@ -64,6 +84,7 @@ class NativeSampler:
     def accept(self, token: int) -> None:
         """Put a chosen token into the history."""
         self._lib.llama_sampler_accept(self._chain, token)
+        self._recent.append(token)
 
     def late(self, wait_s: float) -> int | None:
         """Never: `sample` has the token."""
@@ -89,9 +110,12 @@ def has_breakers(s: Sampling) -> bool:
     return s.dry_multiplier > 0 and not s.mirostat and bool(s.dry_sequence_breakers)
 
 
-def _bias_stages(model: Model, sampling: Sampling) -> list[Any]:
+def _bias(model: Model, sampling: Sampling) -> dict[int, float]:
     banned = [*model.suppressed, *(model.eog_tokens if sampling.ignore_eos else ())]
-    bias = sampling.logit_bias | dict.fromkeys(banned, FORBIDDEN)
+    return sampling.logit_bias | dict.fromkeys(banned, FORBIDDEN)
+
+
+def _bias_stages(model: Model, bias: dict[int, float]) -> list[Any]:
     if not bias:
         return []
     lib = model.lib
@@ -123,11 +147,15 @@ def _history_stages(model: Model, s: Sampling) -> list[Any]:
     return stages
 
 
+def _takes_the_best(s: Sampling) -> bool:
+    cuts_the_best = s.typical_p < 1 or s.xtc_probability > 0 or s.mirostat
+    return s.temperature <= 0 and not cuts_the_best
+
+
 def _choice(model: Model, s: Sampling) -> list[Any]:
     """What narrows the candidates down and takes one."""
     lib = model.lib
-    cuts_the_best = s.typical_p < 1 or s.xtc_probability > 0 or s.mirostat
-    if s.temperature <= 0 and not cuts_the_best:
+    if _takes_the_best(s):
         return [lib.llama_sampler_init_greedy()]
     seed = secrets.randbits(SEED_BITS) if s.seed is None else s.seed % 2**SEED_BITS
     temperature = lib.llama_sampler_init_temp(s.temperature)

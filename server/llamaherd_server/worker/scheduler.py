@@ -11,6 +11,7 @@ import time
 from bisect import insort
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import accumulate
 
 from llamaherd_server.wire.errors import DecodeFailed, RequestError
 from llamaherd_server.wire.protocol import Delta, Failed, Finished, FinishReason, Started, Stats, Step
@@ -21,7 +22,7 @@ from llamaherd_server.worker.pieces import Found
 from llamaherd_server.worker.placement import Place, find_place
 from llamaherd_server.worker.prefix import best_source, is_coming
 from llamaherd_server.worker.prompts import PromptCache
-from llamaherd_server.worker.sequence import NO_SLOT, Sequence, Share
+from llamaherd_server.worker.sequence import NO_SLOT, Drawn, Sequence, Share
 from llamaherd_server.worker.stopwatch import Stopwatch
 
 # How long a step of prompts alone may take, in seconds, going by the steps before: a host's watchdog looks at steps.
@@ -259,11 +260,12 @@ class Scheduler:
 
     def _sample(self, shares: list[Share], watch: Stopwatch) -> None:
         """A token for each sequence that is computed to its end."""
-        row = -1
-        for sequence, count in shares:
-            row += count
-            if not sequence.pending:
-                self._take(sequence, row, partial(self._backend.sample, sequence, row), watch)
+        ends = accumulate(count for _, count in shares)
+        rows = [(one, end - 1) for (one, _), end in zip(shares, ends, strict=True) if not one.pending]
+        with watch.sampling():
+            drawn = self._backend.sample(rows)
+        for (sequence, row), token in zip(rows, drawn, strict=True):
+            self._take(sequence, row, token)
 
     def _take_late(self, watch: Stopwatch) -> None:
         """Tokens that wait for a grammar. A slow one misses steps, and holds the others up for a small part of one."""
@@ -271,18 +273,15 @@ class Scheduler:
         beside = max(LATE_S, LATE_SHARE * watch.decode_s)
         until = time.monotonic() + (beside if len(late) < len(self.running) else max(beside, LATE_ALONE_S))
         for sequence in late:
-            wait_s = max(0.0, until - time.monotonic())
-            self._take(sequence, None, partial(self._backend.late, sequence, wait_s), watch)
-
-    def _take(self, sequence: Sequence, row: int | None, token_of: Callable[[], int | None], watch: Stopwatch) -> None:
-        try:
             with watch.sampling():
-                token = token_of()
-        except RequestError as error:
-            self._fail(sequence, error)
-        else:
-            if token is not None:
-                self._emit(sequence, row, token)
+                token = self._backend.late(sequence, max(0.0, until - time.monotonic()))
+            self._take(sequence, None, token)
+
+    def _take(self, sequence: Sequence, row: int | None, token: Drawn) -> None:
+        if isinstance(token, RequestError):
+            self._fail(sequence, token)
+        elif token is not None:
+            self._emit(sequence, row, token)
 
     def _emit(self, sequence: Sequence, row: int | None, token: int) -> None:
         sequence.append(token)

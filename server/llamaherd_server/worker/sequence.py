@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from llamaherd_server.wire.errors import RequestError
 from llamaherd_server.wire.protocol import Finished, FinishReason, Generate
 from llamaherd_server.wire.text import TextStream
 from llamaherd_server.worker.texts import Stretch
+
+if TYPE_CHECKING:
+    from llamaherd_server.worker.samplers import Draw
 
 NO_SLOT = -1
 _arrivals = itertools.count()
@@ -24,7 +29,15 @@ class Sampler(Protocol):
     def logits(self) -> Any:
         """Those of a token that is late."""
 
-    def sample(self, context: Any, row: int) -> int | None: ...
+    @property
+    def few(self) -> int:
+        """How many of the highest logits the next token depends on, beside those of `changed`; 0: on all."""
+
+    @property
+    def changed(self) -> Collection[int]:
+        """The tokens whose logits a chain may change by more than all others'."""
+
+    def sample(self, draw: Draw) -> int | None: ...
 
     def force(self, token: int) -> None: ...
 
@@ -114,5 +127,11 @@ class Sequence:
         )
 
 
+Drawn: TypeAlias = int | RequestError | None
+"""A token; None: it is late; or why the sequence has none."""
+
 Share: TypeAlias = tuple[Sequence, int]
 """A part of a batch: how many of a sequence's pending tokens are computed."""
+
+Row: TypeAlias = tuple[Sequence, int]
+"""A sequence, and the row of the last batch that its next token comes from."""

@@ -9,7 +9,8 @@ from llamaherd_server.wire.errors import RequestError
 from llamaherd_server.wire.protocol import EngineSettings, Generate, TokenLogprob
 from llamaherd_server.wire.text import TextStream
 from llamaherd_server.worker.backend import ABORTED, DONE, INVALID, NO_ROOM, Part
-from llamaherd_server.worker.sequence import Sequence, Share
+from llamaherd_server.worker.samplers import Draw
+from llamaherd_server.worker.sequence import Drawn, Row, Sequence, Share
 
 EOG = 3
 
@@ -17,8 +18,10 @@ EOG = 3
 class FakeSampler:
     closed = looks = 0
     logits = None
+    few = 0
+    changed = ()
 
-    def sample(self, context: Any, row: int) -> int | None:
+    def sample(self, draw: Draw) -> int | None:
         raise AssertionError("the fake context samples")
 
     def late(self, wait_s: float) -> int | None:
@@ -110,11 +113,14 @@ class FakeContext:
             self.slots[slot].clear()
         return len(self.slots[slot])
 
-    def sample(self, sequence: Sequence, row: int) -> int | None:
+    def sample(self, rows: list[Row]) -> list[Drawn]:
+        return [self._token(sequence) for sequence, _ in rows]
+
+    def _token(self, sequence: Sequence) -> Drawn:
         assert any(one is sequence for one, _ in self.batches[-1])
         assert sequence.pending == 0
         if sequence.request.id in self._unsampled:
-            raise RequestError("invalid_grammar", "grammar", "dead end")
+            return RequestError("invalid_grammar", "grammar", "dead end")
         if sequence.id in self._late_for:
             return None
         return EOG if self._ends and sum(sequence.tokens) % 11 == 0 else 2

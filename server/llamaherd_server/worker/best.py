@@ -1,0 +1,73 @@
+"""The highest of many logits, which spare a chain that keeps the best few all the others.
+
+Needs numpy, so this is imported only where there are so many logits that it pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from types import SimpleNamespace
+
+import numpy as np
+from numpy.typing import NDArray
+
+DEPTH_BITS = 5
+DEPTH = 2**DEPTH_BITS  # logits whose highest one stands for them
+COARSE, WIDE = 8, 2  # of those that one stands for, where that leaves so many times as many as are wanted
+ENTRY = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+
+
+class Best:
+    """The highest logits of each row, and some more, as llama_token_data."""
+
+    def __init__(self, address: int, n_vocab: int, wanted: Sequence[tuple[int, Collection[int]]]) -> None:
+        """Of each row how many, one in DEPTH at most, and which tokens' too. The rows are at `address`, one by one."""
+        rows, width = len(wanted), n_vocab // DEPTH
+        logits = _array(address, rows, n_vocab)
+        # As many columns as are wanted have a logit of `least` or more, so there are as many such logits.
+        columns = logits[:, : DEPTH * width].reshape(rows, DEPTH, width)
+        highest = columns.max(axis=1)
+        least = _ranked(highest, [count for count, _ in wanted])[:, None]
+        row, column = divmod(np.flatnonzero(highest >= least), width)
+        found = np.flatnonzero(columns[row, :, column] >= least[row])
+        at, depth = found >> DEPTH_BITS, found & (DEPTH - 1)
+        place = row[at] * n_vocab + depth * width + column[at]
+        others = [number * n_vocab + token for number, (_, tokens) in enumerate(wanted) for token in tokens]
+        if others or DEPTH * width < n_vocab:
+            row, beyond = np.nonzero(logits[:, DEPTH * width :] >= least)
+            beyond += row * n_vocab + DEPTH * width
+            place = np.unique(np.concatenate([place, beyond, np.array(others, np.int64)]))
+        row, token = divmod(place, n_vocab)
+        self._entries = np.zeros(len(place), ENTRY)
+        self._entries["id"], self._entries["logit"] = token, logits.ravel()[place]
+        self._address = self._entries.ctypes.data
+        self._starts = np.searchsorted(row, np.arange(rows + 1)).tolist()
+        keys = (row << 32) + (self._entries["logit"] + np.float32(0)).view(np.uint32)
+        keys.sort()
+        self._alike = bool((keys[1:] == keys[:-1]).any())
+
+    def entries(self, row: int) -> tuple[int, int] | None:
+        """The address of the row's entries, and how many there are; good while this object is.
+
+        None where logits are alike, and which one goes first depends on all of them; and where they are no numbers.
+        """
+        start, end = self._starts[row : row + 2]
+        if start == end or (self._alike and len({*self._entries["logit"][start:end].tolist()}) < end - start):
+            return None
+        return self._address + start * ENTRY.itemsize, end - start
+
+
+def _array(address: int, rows: int, columns: int) -> NDArray[np.float32]:
+    shape, kind = (rows, columns), np.dtype(np.float32).str
+    memory = {"data": (address, True), "shape": shape, "typestr": kind, "version": 3}
+    array: NDArray[np.float32] = np.asarray(SimpleNamespace(__array_interface__=memory))
+    return array
+
+
+def _ranked(highest: NDArray[np.float32], counts: list[int]) -> NDArray[np.float32]:
+    """At most the `counts[row]`-th highest of each row, and not much less; cheaper than sorting all."""
+    rows, width = highest.shape
+    if width >= COARSE * WIDE * max(counts):
+        highest = highest[:, : width // COARSE * COARSE].reshape(rows, COARSE, -1).max(axis=1)
+    ordered = np.sort(highest, axis=1)
+    return ordered[np.arange(rows), np.negative(counts)]

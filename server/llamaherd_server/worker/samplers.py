@@ -1,0 +1,163 @@
+"""A step's tokens: sequences are sampled side by side, and from the logits that count where those are few."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from llamaherd_server.wire.errors import RequestError
+from llamaherd_server.worker.model import Model
+from llamaherd_server.worker.sequence import Drawn, Row
+
+if TYPE_CHECKING:
+    from llamaherd_server.worker.best import Best
+
+MANY_LOGITS = 100_000  # in a step, from which on those that count are looked for: that takes numpy, 20 MiB
+LEAST_VOCABULARY = 2**13  # MOST_FEW of best.py's columns
+MOST_THREADS = 8
+TOGETHER_S = 0.0003  # work on whole vocabularies from which on threads pay
+_WEIGHT = 0.1  # of the latest row
+FLOAT_BYTES, ENTRY_BYTES = 4, 12
+
+
+class _Array(ctypes.Structure):
+    """llama_token_data_array, with an address in place of the pointer: cheaper to fill in."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("size", ctypes.c_size_t),
+        ("selected", ctypes.c_int64),
+        ("sorted", ctypes.c_bool),
+    )
+
+
+class Draw:
+    """What samplers draw tokens from: the logits of `row`, by the means of one thread.
+
+    `entries`: where the best of them are, and how many; None: all count.
+    """
+
+    row = 0
+    entries: tuple[int, int] | None = None
+
+    def __init__(self, model: Model, context: Any) -> None:
+        self.context = context
+        self._lib = lib = model.lib
+        # Around others: llama.cpp keeps the room for a whole vocabulary with the outermost chain.
+        self._outer = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        self._array = _Array()
+        self._address = ctypes.addressof(self._array)
+        self._apply = lib._lib["llama_sampler_apply"]
+        self._apply.argtypes, self._apply.restype = (ctypes.c_void_p, ctypes.c_void_p), None
+
+    def token(self, chain: Any) -> int:
+        """One by the chain, whose history gets it."""
+        if self.entries is not None:
+            token = self.choice(chain)
+            self._lib.llama_sampler_accept(chain, token)
+            return token
+        self._lib.llama_sampler_chain_add(self._outer, chain)
+        try:
+            return int(self._lib.llama_sampler_sample(self._outer, self.context, self.row))
+        finally:
+            self._lib.llama_sampler_chain_remove(self._outer, 0)
+
+    def choice(self, chain: Any) -> int:
+        """One of the `entries` by the chain, whose history gets nothing."""
+        assert self.entries is not None  # noqa: S101 (the caller has looked)
+        array = self._array
+        (array.data, array.size), array.selected, array.sorted = self.entries, -1, False
+        self._apply(chain, self._address)
+        return ctypes.c_int32.from_address(array.data + ENTRY_BYTES * array.selected).value
+
+    def close(self) -> None:
+        self._lib.llama_sampler_free(self._outer)
+
+
+class Samplers:
+    """Of one context. llama.cpp's chains are independent of each other, and ctypes lets threads run beside them."""
+
+    def __init__(self, model: Model, context: Any, parallel: int, threads: int | None = None) -> None:
+        """`threads`: the calling one too; as many as there are cores, within limits, if not given."""
+        self._context, self._n_vocab = context, model.n_vocab
+        self._get_logits = model.lib._lib["llama_get_logits_ith"]
+        self._get_logits.argtypes, self._get_logits.restype = (ctypes.c_void_p, ctypes.c_int32), ctypes.c_void_p
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = threads or min(cores, MOST_THREADS, parallel)
+        self._draws = [Draw(model, context) for _ in range(threads)]
+        self._pool = ThreadPoolExecutor(threads - 1, "sampler") if threads > 1 else None
+        self._row_s = 0.0
+        self._best: type[Best] | None = None
+        if parallel * model.n_vocab >= MANY_LOGITS and model.n_vocab >= LEAST_VOCABULARY:
+            from llamaherd_server.worker.best import Best  # noqa: PLC0415 (see MANY_LOGITS)
+
+            self._best = Best
+
+    def sample(self, rows: list[Row]) -> list[Drawn]:
+        """A token for each of the sequences, which differ; the same ones as one after the other."""
+        if not rows:
+            return []
+        # Waits for the device and brings the rows into order: from then on llama.cpp's own look-ups only read.
+        self._get_logits(self._context, rows[0][1])
+        drawn: list[Drawn] = [None] * len(rows)
+        few = [number for number, (sequence, _) in enumerate(rows) if self._best and sequence.sampler.few]
+        many = deque({*range(len(rows))}.difference(few))
+
+        def work(draw: Draw) -> None:
+            """Draw from whole vocabularies as long as there are any."""
+            with suppress(IndexError):  # no more
+                while True:
+                    number = many.popleft()
+                    drawn[number] = self._timed(rows[number], draw)
+
+        first, *others = self._draws
+        helpers = []
+        if self._pool and len(many) * self._row_s > TOGETHER_S:
+            helpers = [self._pool.submit(work, draw) for draw in others[: len(many) - 1]]
+        self._draw_few(rows, few, drawn)
+        work(first)
+        for helper in helpers:
+            if not helper.cancel():  # one that has not begun is not waited for
+                helper.result()
+        return drawn
+
+    def close(self) -> None:
+        if self._pool:
+            self._pool.shutdown()
+        for draw in self._draws:
+            draw.close()
+
+    def _draw_few(self, rows: list[Row], few: list[int], drawn: list[Drawn]) -> None:
+        """Draw for the rows `few`, of which few logits count: neighbours in memory together."""
+        size = FLOAT_BYTES * self._n_vocab
+        places = {number: self._get_logits(self._context, rows[number][1]) for number in few}
+        for _, run in groupby(enumerate(few), lambda pair: places[pair[1]] - pair[0] * size):
+            numbers = [number for _, number in run]
+            samplers = [rows[number][0].sampler for number in numbers]
+            assert self._best  # noqa: S101 (who has none looks at all)
+            best = self._best(places[numbers[0]], self._n_vocab, [(one.few, one.changed) for one in samplers])
+            for at, (number, sampler) in enumerate(zip(numbers, samplers, strict=True)):
+                self._draws[0].row, self._draws[0].entries = rows[number][1], best.entries(at)
+                drawn[number] = outcome(sampler.sample, self._draws[0])
+
+    def _timed(self, row: Row, draw: Draw) -> Drawn:
+        began = time.perf_counter()
+        draw.row, draw.entries = row[1], None
+        drawn = outcome(row[0].sampler.sample, draw)
+        self._row_s += _WEIGHT * (time.perf_counter() - began - self._row_s)
+        return drawn
+
+
+def outcome(sample: Callable[[Any], int | None], argument: Any) -> Drawn:
+    """What `sample` returns, or the RequestError that it raises."""
+    try:
+        return sample(argument)
+    except RequestError as error:
+        return error
