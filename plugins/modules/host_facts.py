@@ -68,13 +68,13 @@ ansible_facts:
           type: str
           sample: glibc 2.36
         accelerator:
-          description: The best accelerator of the host. One of V(cpu), V(cuda), V(metal), V(rocm).
+          description: The best accelerator of the host. One of V(cpu), V(cuda), V(metal), V(rocm), V(vulkan).
           type: str
         accelerator_reason:
           description: Why that accelerator was chosen.
           type: str
         accelerator_memory_bytes:
-          description: Memory of the accelerator. 0 for V(cpu).
+          description: Memory of the accelerator. 0 for V(cpu), and where it has none of its own or does not report it.
           type: int
         gpus:
           description: NVIDIA GPUs, each with name, architecture, memory_bytes and driver.
@@ -88,6 +88,11 @@ ansible_facts:
           type: dict
         rocm:
           description: C(root) and C(compiler) of ROCm. Missing ones are empty strings.
+          type: dict
+        vulkan:
+          description:
+            - C(nodes), the render nodes of GPUs, each with path, PCI vendor and memory_bytes, and C(headers), the
+              version of the installed Vulkan headers. Missing ones are empty.
           type: dict
         python:
           description: The version of O(python) as C(major.minor), or an empty string.
@@ -132,6 +137,9 @@ from ansible_collections.llamaherd.llamaherd.plugins.module_utils.nginx import n
 
 _LISTEN = "0A"
 _LOCAL = Path("/usr/local")
+_DRM, _DRI = Path("/sys/class/drm"), Path("/dev/dri")
+_VULKAN_HEADER = Path("/usr/include/vulkan/vulkan_core.h")
+_VULKAN_VENDORS = {"0x1002": "an AMD GPU", "0x8086": "an Intel GPU"}  # NVIDIA's, 0x10de, has CUDA
 _PATIENCE_S = 60  # nvidia-smi may hang for ever on a broken card
 
 
@@ -167,7 +175,13 @@ def accelerator(nvidia: list[dict[str, Any]]) -> dict[str, Any]:
             "accelerator_reason": "an AMD device (/dev/kfd) and ROCm",
             "accelerator_memory_bytes": sum(map(int, memory)),
         }
-    reason = "no NVIDIA device in /proc/driver/nvidia or /dev, no AMD device with ROCm, and no Apple silicon"
+    if nodes := [node for node in render_nodes() if node["vendor"] in _VULKAN_VENDORS]:
+        return {
+            "accelerator": "vulkan",
+            "accelerator_reason": f"{_VULKAN_VENDORS[nodes[0]['vendor']]} ({nodes[0]['path']})",
+            "accelerator_memory_bytes": sum(node["memory_bytes"] for node in nodes),
+        }
+    reason = "no NVIDIA device in /proc/driver/nvidia or /dev, no AMD or Intel GPU in /dev/dri, and no Apple silicon"
     return {"accelerator": "cpu", "accelerator_reason": reason, "accelerator_memory_bytes": 0}
 
 
@@ -219,6 +233,30 @@ def rocm() -> dict[str, str]:
     hipconfig = shutil.which("hipconfig") or "/opt/rocm/bin/hipconfig"
     root, programs = _output(hipconfig, "--rocmpath").strip(), _output(hipconfig, "--hipclangpath").strip()
     return {"root": root, "compiler": f"{programs}/clang++" if programs else ""}
+
+
+def render_nodes() -> list[dict[str, Any]]:
+    """The render nodes of GPUs: path, PCI vendor, and memory in bytes (0 where it is the host's, or not reported).
+
+    Only chips of a card's own memory have a maker: amdgpu reports none for what firmware sets apart of the host's.
+    Mesa's software device has no render node.
+    """
+    found = []
+    for path in sorted(_DRI.glob("renderD*")):
+        device = _DRM / path.name / "device"
+        own = _read(f"{device}/mem_info_vram_vendor").strip() not in ("", "unknown")
+        memory = int(_read(f"{device}/mem_info_vram_total") or 0) if own else 0
+        if vendor := _read(f"{device}/vendor").strip():
+            found.append({"path": str(path), "vendor": vendor, "memory_bytes": memory})
+    return found
+
+
+def vulkan_headers() -> str:
+    """The version of the Vulkan headers, such as 1.4.309; empty where there are none."""
+    text = _read(str(_VULKAN_HEADER))
+    complete = _version(r"VK_HEADER_VERSION_COMPLETE VK_MAKE_API_VERSION\(0, (\d+, \d+), VK_HEADER_VERSION\)", text)
+    patch = _version(r"#define VK_HEADER_VERSION (\d+)", text)
+    return f"{complete.replace(', ', '.')}.{patch}" if complete and patch else ""
 
 
 def _version(pattern: str, text: str) -> str:
@@ -311,6 +349,7 @@ def main() -> None:
         "gpus": nvidia,
         "cuda": cuda(),
         "rocm": rocm(),
+        "vulkan": {"nodes": render_nodes(), "headers": vulkan_headers()},
         "python": _version(r"Python (\d+\.\d+)", _output(module.params["python"], "--version")),
         "listeners": listeners(),
         "nginx": nginx(),

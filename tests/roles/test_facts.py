@@ -21,6 +21,14 @@ from tests.roles.test_render import model_file, tuning
         ("alma9", "cpu", "systemd", "-DGGML_NATIVE=ON", "python3.12", {"ninja-build", "python3.12"}),
         ("cuda", "cuda", "systemd", "-DCMAKE_CUDA_ARCHITECTURES=90-real", "python3.11", {"cmake"}),
         ("rocm", "rocm", "systemd", "-DGGML_HIP=ON", "python3", {"cmake"}),
+        (
+            "vulkan",
+            "vulkan",
+            "systemd",
+            "-DGGML_VULKAN=ON",
+            "python3",
+            {"glslc", "mesa-vulkan-drivers"},
+        ),
         ("macos", "metal", "launchd", "-DGGML_METAL_EMBED_LIBRARY=ON", "python3", {"ninja", "nginx"}),
     ],
 )
@@ -38,6 +46,38 @@ def test_what_is_decided_from_facts(
 def test_a_model_may_need_the_memory_of_where_its_layers_are(render: Render, layers: int, gib: int) -> None:
     decided = render("cuda", llamaherd_server_gpu_layers=layers, llamaherd_preflight_memory_reserve_mib=0).decided
     assert decided["memory"] == gib << 30
+
+
+CARD = {"path": "/dev/dri/renderD128", "vendor": "0x1002", "memory_bytes": 24 << 30}
+INTEL = {"accelerator": "vulkan", "accelerator_reason": "an Intel GPU (/dev/dri/renderD128)"}
+INTEL |= {"vulkan": {"nodes": [CARD | {"vendor": "0x8086", "memory_bytes": 0}], "headers": ""}}
+
+
+@pytest.mark.parametrize(
+    ("host", "own", "variables", "accelerator"),
+    [
+        ("debian13", INTEL, {}, "vulkan"),
+        ("debian12", INTEL, {}, "cpu"),
+        ("ubuntu2204", INTEL, {}, "cpu"),
+        ("debian12", INTEL | {"vulkan": {"nodes": [CARD], "headers": "1.4.309"}}, {}, "vulkan"),
+        ("debian12", INTEL, {"llamaherd_environment": {"VULKAN_SDK": "/opt/sdk"}}, "vulkan"),
+        ("debian13", INTEL, {"llamaherd_server_runtime": "container"}, "cpu"),
+    ],
+)
+def test_auto_takes_vulkan_only_where_it_can_be_built(
+    render: Render, host: str, own: dict[str, Any], variables: dict[str, Any], accelerator: str
+) -> None:
+    assert render(host, **changed(host, **own), **variables).decided["accelerator"] == accelerator
+
+
+@pytest.mark.parametrize(("own", "gib"), [({}, 24), ({"accelerator_memory_bytes": 0}, 16)])
+def test_a_gpu_without_memory_of_its_own_has_the_hosts(render: Render, own: dict[str, Any], gib: int) -> None:
+    decided = render("vulkan", **changed("vulkan", **own), llamaherd_preflight_memory_reserve_mib=0).decided
+    assert decided["memory"] == gib << 30
+
+
+def test_only_hosts_with_vulkan_install_its_packages(render: Render) -> None:
+    assert "mesa-vulkan-drivers" not in render("debian13").decided["packages"]
 
 
 def test_rhel_needs_no_package_from_outside(render: Render) -> None:
@@ -62,6 +102,7 @@ RPC = {
     "llamaherd_engine": "llama-server",
 }
 
+LAVAPIPE = {"llamaherd_accelerator": "vulkan", "llamaherd_server_devices": "0"}
 CUDA = {"driver": "", "toolkit": "", "nvcc": "", "complaint": ""}
 BROKEN = "Failed to initialize NVML: Driver/library version mismatch"
 RELEASE = {"llamaherd_llama_cpp_method": "release", "llamaherd_engine": "llama-server"}
@@ -77,6 +118,9 @@ EMBEDDED = [tuning(model_file("smollm2-135m-instruct"), {"engine": "embedded"})]
         ("debian12", {"llamaherd_models": []}, "llamaherd_models is empty"),
         ("debian12", {"llamaherd_settings": {"parallel": 0}}, "parallel 0 is out of range"),
         ("debian12", {"llamaherd_accelerator": "cuda"}, "set llamaherd_accelerator to auto or cpu"),
+        ("debian13", {"llamaherd_accelerator": "vulkan"}, 'llamaherd_server_devices to "0" for a Vulkan driver'),
+        ("debian12", LAVAPIPE, "needs Vulkan headers 1.3.275 or newer, and Debian 12.11 has 1.3.239; take Debian 13"),
+        ("macos", LAVAPIPE, "set llamaherd_accelerator to auto or cpu"),
         ("cuda", changed("cuda", cuda=CUDA), "no driver"),
         ("cuda", changed("cuda", cuda=CUDA | {"complaint": BROKEN}), f"nvidia-smi says: {BROKEN}; fix the driver"),
         ("cuda", changed("cuda", gpus=[]), "a driver of 510 or newer"),

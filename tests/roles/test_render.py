@@ -135,17 +135,32 @@ def test_a_server_that_is_older_than_its_files_is_found(
 DEVICES = {
     "cuda": ["/dev/nvidiactl", "char-nvidia", "char-nvidia-frontend", "char-nvidia-uvm", "char-nvidia-caps"],
     "rocm": ["char-kfd", "char-drm"],
+    "vulkan": ["char-drm"],
 }
+OWNERS = {"cuda": ["video"], "rocm": ["render"], "vulkan": ["render"]}
 
 
 def test_the_units_sandbox_opens_for_the_accelerator_only(rendered: Rendered) -> None:
     unit = rendered.text("llamaherd-server.service")
     devices = DEVICES.get(rendered.decided["accelerator"], [])
     assert re.findall(r"^DeviceAllow=(\S+) rw$", unit, re.MULTILINE) == devices
-    owners = {"cuda": ["video"], "rocm": ["render"]}.get(rendered.decided["accelerator"], [])
+    owners = OWNERS.get(rendered.decided["accelerator"], [])
     assert re.findall(r"^SupplementaryGroups=(\S+)$", unit, re.MULTILINE) == owners
     for setting in ("PrivateDevices=yes\n", "MemoryDenyWriteExecute=yes\n"):
         assert (setting in unit) == (not devices)
+
+
+def test_vulkan_on_an_nvidia_card_opens_its_drivers_devices(render: Render) -> None:
+    unit = render("cuda", llamaherd_accelerator="vulkan").text("llamaherd-server.service")
+    assert re.findall(r"^DeviceAllow=(\S+) rw$", unit, re.MULTILINE) == [*DEVICES["cuda"], *DEVICES["vulkan"]]
+    assert "Wants=llamaherd-nvidia.service\n" in unit
+
+
+def test_a_software_device_needs_no_group_that_only_hosts_with_gpus_have(render: Render) -> None:
+    unit = render("debian13", llamaherd_accelerator="vulkan", llamaherd_server_devices="0")
+    text = unit.text("llamaherd-server.service")
+    assert "Environment=GGML_VK_VISIBLE_DEVICES=0\n" in text
+    assert "SupplementaryGroups" not in text
 
 
 def test_every_card_gets_its_device(render: Render, tmp_path: Path) -> None:
@@ -173,6 +188,7 @@ def test_a_server_on_loopback_reaches_nothing_else(debian: Rendered) -> None:
         ("debian12", "llamaherd-server", 1.5),
         ("cuda", "llamaherd-server", 2.5),
         ("rocm", "llamaherd-server", 2.5),
+        ("vulkan", "llamaherd-server", 2.5),
         ("debian12", "llamaherd-rpc", 1.5),
         ("cuda", "llamaherd-rpc", 2.5),
         ("rocm", "llamaherd-rpc", 2.5),
@@ -363,7 +379,10 @@ def test_instances_are_balanced_over(render: Render) -> None:
     assert re.findall(r"server (127\S+) ", upstream) == ["127.0.0.1:8080", "127.0.0.1:8082"]
 
 
-@pytest.mark.parametrize(("host", "name"), [("cuda", "CUDA_VISIBLE_DEVICES"), ("rocm", "HIP_VISIBLE_DEVICES")])
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [("cuda", "CUDA_VISIBLE_DEVICES"), ("rocm", "HIP_VISIBLE_DEVICES"), ("vulkan", "GGML_VK_VISIBLE_DEVICES")],
+)
 def test_a_server_sees_its_gpus_only(render: Render, host: str, name: str) -> None:
     assert f"Environment={name}=0,1\n" in render(host, llamaherd_server_devices="0,1").text("llamaherd-server.service")
 

@@ -94,6 +94,55 @@ def test_of_several_toolkits_the_driver_can_run_the_one_chosen(facts: Facts, nvc
     assert bool(found["nvcc"]) == bool(chosen)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "reason", "memory"),
+    [
+        ({"renderD128": ("0x1002", "samsung", 24 << 30)}, "an AMD GPU ({}/renderD128)", 24 << 30),
+        ({"renderD128": ("0x1002", "unknown", 512 << 20)}, "an AMD GPU ({}/renderD128)", 0),  # the host's memory
+        ({"renderD128": ("0x1002", "", 512 << 20)}, "an AMD GPU ({}/renderD128)", 0),
+        ({"renderD128": ("0x1af4", "", 0), "renderD129": ("0x8086", "", 0)}, "an Intel GPU ({}/renderD129)", 0),
+        ({"renderD128": ("0x10de", "", 0)}, "", 0),
+        ({"renderD128": ("", "", 0)}, "", 0),
+        ({}, "", 0),
+    ],
+    ids=str,
+)
+def test_vulkan_is_for_gpus_with_a_render_node(
+    host_facts: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: dict[str, tuple[str, str, int]],
+    reason: str,
+    memory: int,
+) -> None:
+    for name, (vendor, maker, total) in gpus.items():
+        (tmp_path / "dri").mkdir(exist_ok=True)
+        (tmp_path / "dri" / name).touch()
+        device = tmp_path / "drm" / name / "device"
+        device.mkdir(parents=True)
+        for file, text in (("vendor", vendor), ("mem_info_vram_vendor", maker), ("mem_info_vram_total", total)):
+            if text:
+                (device / file).write_text(f"{text}\n")
+    monkeypatch.setattr(host_facts, "_DRI", tmp_path / "dri")
+    monkeypatch.setattr(host_facts, "_DRM", tmp_path / "drm")
+    found = host_facts.accelerator([])
+    assert found["accelerator"] == ("vulkan" if reason else "cpu")
+    assert found["accelerator_memory_bytes"] == memory
+    assert not reason or found["accelerator_reason"] == reason.format(tmp_path / "dri")
+
+
+def test_the_headers_of_vulkan_have_a_version(
+    host_facts: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_facts, "_VULKAN_HEADER", tmp_path / "vulkan_core.h")
+    assert host_facts.vulkan_headers() == ""
+    (tmp_path / "vulkan_core.h").write_text(
+        "#define VK_HEADER_VERSION 309\n\n// Complete version of this file\n"
+        "#define VK_HEADER_VERSION_COMPLETE VK_MAKE_API_VERSION(0, 1, 4, VK_HEADER_VERSION)\n"
+    )
+    assert host_facts.vulkan_headers() == "1.4.309"
+
+
 def test_packages_are_those_that_dpkg_has(host_facts: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     status = (
         "Package: nginx\nStatus: install ok installed\nPriority: optional\n\n"
