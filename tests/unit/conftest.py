@@ -87,6 +87,11 @@ def model_filters(gguf: ModuleType) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def route_filters() -> ModuleType:
+    return load("plugins/filter/routes.py", "llamaherd_routes_filters")
+
+
+@pytest.fixture(scope="session")
 def llama_server_filters(gguf: ModuleType) -> ModuleType:
     return load("plugins/filter/llama_server.py", "llamaherd_llama_server_filters")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
 from fastapi import Request
 
@@ -64,11 +66,15 @@ class AppState:
         """Every model's, once."""
         return [state for name, state in self.models.items() if name == state.model_name]
 
-    def named(self, name: str) -> AppState:
-        """The model of that name or alias, or the one that has the alias "*"; raises the 404 that lists the names."""
+    def named(self, name: str, elsewhere: Sequence[str] = ()) -> AppState:
+        """The model of that name or alias, or the one that has the alias "*".
+
+        Raises the 404 that lists the names, and those of `elsewhere`.
+        """
         if state := self.models.get(name) or self.models.get(ANY_NAME):
             return state
-        available = ", ".join(repr(state.model_name) for state in self.all())
+        names = dict.fromkeys((*elsewhere, *(state.model_name for state in self.all())))
+        available = ", ".join(map(repr, names))
         message = f"unknown model {shown(name)}; available: {available}"
         raise ApiError(404, message, param="model", code="model_not_found")
 
@@ -87,6 +93,12 @@ def state_of(request: Request) -> AppState:
     return state
 
 
+def fleet_models(request: Request) -> list[str]:
+    """The models of all hosts, where an edge before unlike hosts lists them; what a client lists, only it reads."""
+    values = ",".join(request.headers.getlist("x-llamaherd-models"))
+    return [unquote(name) for name in values.split(",") if name]
+
+
 async def choose_model(request: Request) -> None:
     """Send the request to the model that it names, in the body or the query; without a name, to the first one.
 
@@ -95,7 +107,7 @@ async def choose_model(request: Request) -> None:
     """
     state = state_of(request)
     if name := await _model_of(request):
-        state = request.state.model = state.named(name)
+        state = request.state.model = state.named(name, fleet_models(request))
     if request.method == "POST":
         state.check_model(None, request.state.key)
         if refusal := state.lifecycle.refusal(state.serving):

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from llamaherd_server.api.routing import ModelRoute
-from llamaherd_server.api.state import AppState, state_of
+from llamaherd_server.api.state import AppState, fleet_models, state_of
 from llamaherd_server.config.settings import ANY_NAME
 from llamaherd_server.toolcalls.formats import thinking_of
 
@@ -17,14 +17,21 @@ router = APIRouter(route_class=ModelRoute)
 @router.get("/v1/models")
 @router.get("/models", include_in_schema=False)
 async def models(request: Request) -> dict[str, Any]:
-    """The models that are served."""
-    return {"object": "list", "data": [_describe(state) for state in state_of(request).all()]}
+    """The models that are served; behind an edge before unlike hosts, those of all hosts."""
+    here = {state.model_name: state for state in state_of(request).all()}
+    names = dict.fromkeys((*fleet_models(request), *here))
+    return {"object": "list", "data": [_describe(here[name]) if name in here else _elsewhere(name) for name in names]}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> dict[str, Any]:
     """One of them."""
-    return _describe(state_of(request).named(name))
+    return _describe(state_of(request).named(name, fleet_models(request)))
+
+
+def _elsewhere(name: str) -> dict[str, Any]:
+    """All that this host knows of a model of another one, whose own answer has the rest."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "llamaherd"}
 
 
 def _capabilities(state: AppState) -> list[str]:

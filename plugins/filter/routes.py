@@ -1,0 +1,253 @@
+"""Filters that tell which hosts of a fleet serve which model, for edges and rollouts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, quote_plus
+
+import yaml
+
+ANY_NAME = "*"
+# A text in JSON, and what stands between texts and brackets. Possessive throughout: no byte is looked at twice, and no
+# length of a body costs stack.
+_TEXT = r'"(?:[^"\\]++|\\.)*+"'
+_PLAIN = r'[^"\[\]{}]++'
+_DEPTH = 24
+# nginx takes no longer parameter than 4096 bytes.
+_HEADER_BYTES = 3000
+
+
+def model_routes(hosts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Which `hosts` an edge sends a request for which model to; empty where all serve the same.
+
+    `hosts` are the variables of each host that the edge balances over. The result has sets of hosts, each with its
+    upstream's name, its hosts and what requests for it call a model (names, and patterns, which are regular
+    expressions); the model that a request without a name gets (first); the upstream for unknown names; a regular
+    expression that finds the model that a body names (in_body); and all models, also as values of a header (listed).
+    """
+    names = [host["inventory_hostname"] for host in hosts]
+    by_hosts: dict[tuple[str, ...], list[str]] = {}
+    for name, serving in _serving(hosts).items():
+        by_hosts.setdefault(tuple(serving), []).append(name)
+    if list(by_hosts) in ([], [tuple(names)]):
+        return {}
+    sets, unknown = [], "inference"
+    for number, (serving, called) in enumerate(by_hosts.items(), 1):
+        upstream = "inference" if serving == tuple(names) else f"inference_{number}"
+        unknown = upstream if ANY_NAME in called else unknown
+        own = [name for name in called if name != ANY_NAME]
+        patterns = [_pattern(spelling) for name in own for spelling in _spellings(name)]
+        sets.append({"upstream": upstream, "hosts": list(serving), "names": own, "patterns": patterns})
+    models = list(dict.fromkeys(name for host in hosts for name in _own_models(host)))
+    return {
+        "sets": sets,
+        "models": models,
+        "first": models[0],
+        "unknown": unknown,
+        "in_body": _quoted(_named_in_body()),
+        "listed": _listed(models),
+    }
+
+
+def route_mistakes(balanced: Sequence[Mapping[str, Any]], inference: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why edges cannot route by model, one line each.
+
+    `balanced` are the variables of the hosts that an edge balances over, `inference` those of all hosts that serve.
+    """
+    found = []
+    meanings: dict[str, dict[str, list[str]]] = {}
+    aliases = set()
+    for host in balanced:
+        for model in _served(host):
+            aliases.update(model.get("aliases", ()))
+            for name in (model["name"], *model.get("aliases", ())):
+                where = f"{model['name']} on {host['inventory_hostname']}"
+                meanings.setdefault(name, {}).setdefault(_sums(model), []).append(where)
+    for name in sorted(aliases):
+        if len(meanings[name]) > 1:
+            those = "; ".join(f"{', '.join(where)} (sha256 {sums[:12]})" for sums, where in meanings[name].items())
+            found.append(f"the alias {name!r} means different models: {those}; rename one")
+    serving = _serving(balanced)
+    drained = {host["inventory_hostname"] for host in balanced if host.get("llamaherd_drained")}
+    models = [name for name in serving if name not in aliases]
+    if any(set(serving[name]) - drained for name in models):  # a fleet that is drained as a whole is meant so
+        found += [
+            f"model {name} would have no host: llamaherd_drained is true on {' and '.join(serving[name])}, and no "
+            "other host serves it; return one to service, or list the model on another"
+            for name in models
+            if not set(serving[name]) - drained
+        ]
+    found += [
+        f"model {name} is served by {' and '.join(on)}, which no edge balances over; put a host of it into the group "
+        "that llamaherd_nginx_group names"
+        for name, on in _serving(inference).items()
+        if name not in serving and name not in aliases and serving
+    ]
+    return found
+
+
+@cache
+def _default_models() -> list[Mapping[str, Any]]:
+    """llamaherd_models where the inventory has none: variables of other hosts come without the roles' defaults."""
+    defaults = Path(__file__).resolve().parents[2] / "roles/common/defaults/main.yml"
+    models: list[Mapping[str, Any]] = yaml.safe_load(defaults.read_text())["llamaherd_models"]
+    return models
+
+
+def _served(host: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The entries of llamaherd_models that a host with these variables serves; the default one first."""
+    listed = {model["name"]: model for model in host.get("llamaherd_models") or _default_models()}
+    first = host.get("llamaherd_model", next(iter(listed), ""))
+    return [listed[name] for name in (first, *host.get("llamaherd_more_models", ())) if name in listed]
+
+
+def _serving(hosts: Sequence[Mapping[str, Any]], *, aliases: bool = True) -> dict[str, list[str]]:
+    """The hosts that serve each name and, with `aliases`, each alias."""
+    found: dict[str, list[str]] = {}
+    for host in hosts:
+        for model in _served(host):
+            for name in (model["name"], *(model.get("aliases", ()) if aliases else ())):
+                found.setdefault(name, []).append(host["inventory_hostname"])
+    return found
+
+
+def rollout_batches(
+    hosts: Sequence[Mapping[str, Any]], inference: Sequence[Mapping[str, Any]], serial: int | str | Sequence[int | str]
+) -> list[list[str]]:
+    """The names of `hosts` in batches of a rollout; a model that several hosts have in service keeps one of them.
+
+    `inference` are the variables of all hosts that serve. `serial` is what Ansible takes by that name, and counts among
+    hosts that serve the same models: the first batch has a canary of each kind.
+    """
+    serving = _in_service(inference)
+    models = {host["inventory_hostname"]: tuple(sorted(_own_models(host))) for host in hosts}
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for name, own in models.items():
+        kinds.setdefault(own, []).append(name)
+    waves: dict[int, list[str]] = {}
+    for kind in kinds.values():
+        for number, batch in enumerate(_split(kind, serial)):
+            waves.setdefault(number, []).extend(batch)
+    batches = []
+    for _, wave in sorted(waves.items()):
+        left = [name for name in models if name in wave]
+        while left:
+            batch: list[str] = []
+            for name in left:
+                having = [serving.get(model, set()) for model in models[name]]
+                if all(on <= {name} or on - {*batch, name} for on in having):
+                    batch.append(name)
+            batches.append(batch)
+            left = [name for name in left if name not in batch]
+    return batches
+
+
+def irreplaceable_models(hosts: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    """The models that of `hosts` only the one called `name` has in service."""
+    return [model for model, on in _in_service(hosts).items() if on == {name}]
+
+
+def model_status(hosts: Sequence[Mapping[str, Any]], samples: Mapping[str, Sequence[Sequence[str]]]) -> list[list[str]]:
+    """A row for each model of `hosts`: its name, its hosts, how many of them have it up, busy and all slots, requests
+    in queues.
+
+    `samples` are by host (name of a metric, model, value) as its server counts them; a host without any is down.
+    """
+    rows = []
+    for model, names in _serving(hosts, aliases=False).items():
+        found = [(metric, float(value)) for name in names for metric, of, value in samples.get(name, ()) if of == model]
+        up, slots, busy, queued = (
+            int(sum(value for metric, value in found if metric == wanted))
+            for wanted in ("up", "slots", "slots_busy", "queue_requests")
+        )
+        rows.append([model, ", ".join(names), f"{up}/{len(names)}", f"{busy}/{slots}", str(queued)])
+    return rows
+
+
+def _split(names: Sequence[str], serial: int | str | Sequence[int | str]) -> list[list[str]]:
+    """Batches as Ansible makes them: the last size repeats, a share is of all and at least one."""
+    sizes = [serial] if isinstance(serial, int | str) else list(serial)
+    batches: list[list[str]] = []
+    done = 0
+    while done < len(names):
+        size = str(sizes[min(len(batches), len(sizes) - 1)])
+        count = int(float(size[:-1]) / 100 * len(names)) if size.endswith("%") else int(size)
+        batches.append(list(names[done : done + max(1, count)]))
+        done += max(1, count)
+    return batches
+
+
+def _own_models(host: Mapping[str, Any]) -> list[str]:
+    return [model["name"] for model in _served(host)]
+
+
+def _in_service(hosts: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
+    """The hosts of each model that are not drained."""
+    found: dict[str, set[str]] = {}
+    for host in hosts:
+        for model in _own_models(host):
+            found.setdefault(model, set()).update([] if host.get("llamaherd_drained") else [host["inventory_hostname"]])
+    return found
+
+
+def _sums(model: Mapping[str, Any]) -> str:
+    sums = model["sha256"]
+    return str(sums) if isinstance(sums, str) else "+".join(map(str, sums))
+
+
+def _spellings(name: str) -> list[str]:
+    """How a request may write the name: in a path, in JSON, in a query."""
+    json_forms = [name, json.dumps(name)[1:-1], json.dumps(name, ensure_ascii=False)[1:-1]]
+    json_forms += [form.replace("/", r"\/") for form in json_forms]
+    encoded = [quote(name), quote(name, safe=""), quote_plus(name)]
+    encoded += [re.sub("%..", lambda hexadecimal: hexadecimal[0].lower(), form) for form in encoded]
+    return list(dict.fromkeys([*json_forms, *encoded]))
+
+
+def _pattern(text: str) -> str:
+    """A regular expression, in an nginx parameter, that fits this text only; upper and lower case differ."""
+    plain = re.compile(r"[A-Za-z0-9_/:@=,~ -]")
+    return "".join(chr(b) if plain.match(chr(b)) else f"\\x{b:02x}" for b in text.encode())
+
+
+def _named_in_body() -> str:
+    """A regular expression that finds the value of "model" in a JSON object, but not in what the object holds."""
+    held = ""
+    for _ in range(_DEPTH):
+        held = rf"[\[{{](?:{_PLAIN}|{_TEXT}{'|' if held else ''}{held})*+[\]}}]"
+    key = r'"model"\s*+:'
+    return (
+        rf'^[^{{"]*+{{(?:(?!{key})(?:[^"\[\]{{}}]|{_TEXT}|{held}))*+{key}\s*+"(?<llamaherd_named>(?:[^"\\]++|\\.)*+)"'
+    )
+
+
+def _quoted(text: str) -> str:
+    """The text within double quotes in nginx.conf."""
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _listed(models: Sequence[str]) -> list[str]:
+    """The names, percent-encoded and with commas between them, in as many values as nginx needs."""
+    values = [""]
+    for name in models:
+        encoded = quote(name, safe="")
+        if values[-1] and len(values[-1]) + len(encoded) > _HEADER_BYTES:
+            values.append("")
+        values[-1] += f",{encoded}" if values[-1] else encoded
+    return values
+
+
+class FilterModule:
+    def filters(self) -> dict[str, Any]:
+        return {
+            "model_routes": model_routes,
+            "route_mistakes": route_mistakes,
+            "rollout_batches": rollout_batches,
+            "irreplaceable_models": irreplaceable_models,
+            "model_status": model_status,
+        }
