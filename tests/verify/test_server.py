@@ -104,7 +104,7 @@ def test_a_key_is_required(client: Client) -> None:
 
 def test_all_models_are_listed(client: Client, promised: dict[str, Any]) -> None:
     listed = client.request("GET", "/v1/models").json()["data"]
-    assert [model["id"] for model in listed] == promised["served"]
+    assert [model["id"] for model in listed] == promised["listed"]
 
 
 def test_a_completion_streams(host: Host, client: Client, promised: dict[str, Any]) -> None:
