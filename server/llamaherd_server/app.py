@@ -15,8 +15,8 @@ from llamaherd_server.api.anthropic import messages
 from llamaherd_server.api.llamacpp import passed_on as llama_server
 from llamaherd_server.api.llamacpp import rerank, tokenize
 from llamaherd_server.api.openai import chat, completions, embeddings, models, responses
+from llamaherd_server.api.ops import evaluation, status_page
 from llamaherd_server.api.ops import routes as ops
-from llamaherd_server.api.ops import status_page
 from llamaherd_server.api.state import AppState
 from llamaherd_server.chat import template
 from llamaherd_server.config.keys import KeyStore
@@ -74,6 +74,7 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
         models.router,
         tokenize.router,
         ops.router,
+        evaluation.router,
         status_page.router,
         llama_server.router,
     ):

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 import httpx
 
+from llamaherd_server.wire.evaluation import Evaluate, Evaluated
 from llamaherd_server.wire.protocol import (
     Delta,
     Embed,
@@ -95,6 +96,12 @@ class Engine(Protocol):
 
     async def embed(self, question: Embed) -> Embedded:
         """Embeddings or scores; the engine assigns `question.id`, cancelling ends the work. Raises EngineError."""
+
+    async def evaluate(self, question: Evaluate) -> Evaluated:
+        """Log probabilities of given tokens; the engine assigns `question.id`, cancelling ends the work.
+
+        Raises EngineError, `unsupported` where the engine has no way to tell them.
+        """
 
     async def retune(self, settings: EngineSettings) -> EngineSettings:
         """Put other settings in force without reloading weights; raises EngineError and keeps the old ones."""

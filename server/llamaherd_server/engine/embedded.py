@@ -20,6 +20,7 @@ from llamaherd_server.engine.prompt_store import Prompts, open_prompts
 from llamaherd_server.engine.supervisor import Supervisor
 from llamaherd_server.process.turns import caller
 from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.evaluation import Evaluate, Evaluated
 from llamaherd_server.wire.protocol import (
     Adapter,
     Cancel,
@@ -47,10 +48,10 @@ from llamaherd_server.wire.protocol import (
 )
 from llamaherd_server.worker.channel import frame
 
-Question: TypeAlias = Generate | Retune | Tokenize | Detokenize | Embed
-Answer: TypeAlias = Started | Delta | Finished | Failed | Retuned | Tokens | Text | Embedded
+Question: TypeAlias = Generate | Retune | Tokenize | Detokenize | Embed | Evaluate
+Answer: TypeAlias = Started | Delta | Finished | Failed | Retuned | Tokens | Text | Embedded | Evaluated
 PROBE_S = 1.0
-T = TypeVar("T", Retuned, Tokens, Text, Embedded)
+T = TypeVar("T", Retuned, Tokens, Text, Embedded, Evaluated)
 
 
 @dataclass(eq=False, slots=True)
@@ -173,6 +174,9 @@ class EmbeddedEngine:
         question = msgspec.structs.replace(question, id=next(self._ids), owner=caller.get())
         return await self._answer(question, Embedded)
 
+    async def evaluate(self, question: Evaluate) -> Evaluated:
+        return await self._answer(msgspec.structs.replace(question, id=next(self._ids)), Evaluated)
+
     async def retune(self, settings: EngineSettings) -> EngineSettings:
         return (await self._answer(Retune(next(self._ids), settings), Retuned)).settings
 
@@ -194,7 +198,7 @@ class EmbeddedEngine:
         elif isinstance(message, Retuned):
             self._settings = message.settings
             self._deliver(message)
-        elif isinstance(message, Started | Tokens | Text | Embedded | Failed):
+        elif isinstance(message, Started | Tokens | Text | Embedded | Evaluated | Failed):
             self._deliver(message)
 
     def on_gone(self) -> None:

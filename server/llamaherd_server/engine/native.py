@@ -26,6 +26,7 @@ from llamaherd_server.engine.native_room import check_room
 from llamaherd_server.engine.preparation import Preparation
 from llamaherd_server.engine.supervisor import Supervisor
 from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.evaluation import Evaluate, Evaluated
 from llamaherd_server.wire.protocol import (
     Adapter,
     Embed,
@@ -204,6 +205,12 @@ class NativeEngine:
         return Embedded(
             question.id, [array("f", vector).tobytes() for vector in vectors], answer["usage"]["prompt_tokens"]
         )
+
+    async def evaluate(self, question: Evaluate) -> Evaluated:
+        """Never: llama-server returns probabilities of what it generates, not of a prompt's tokens."""
+        del question
+        message = "llama-server returns no log probabilities of given texts: use engine embedded"
+        raise EngineError("unsupported", message, "engine")
 
     async def retune(self, settings: EngineSettings) -> EngineSettings:
         """Start the binary again with other flags; where it does not come up, with the old ones.

@@ -11,6 +11,7 @@ from llamaherd_server.config.settings import Settings, SettingsError
 from llamaherd_server.engine.base import Engine, EngineStatus, Event, OwnApi
 from llamaherd_server.engine.native import RETUNE_DRAIN_S
 from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.evaluation import Evaluate, Evaluated
 from llamaherd_server.wire.protocol import Embed, Embedded, EngineKind, EngineSettings, Generate, ModelInfo, Stats
 
 
@@ -84,6 +85,10 @@ class Switch:
     async def embed(self, question: Embed) -> Embedded:
         async with self.using() as engine:
             return await engine.embed(question)
+
+    async def evaluate(self, question: Evaluate) -> Evaluated:
+        async with self.using() as engine:
+            return await engine.evaluate(question)
 
     @asynccontextmanager
     async def using(self) -> AsyncIterator[Engine]:

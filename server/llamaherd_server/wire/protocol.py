@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
+from llamaherd_server.wire.evaluation import Evaluate, Evaluated
+
 EngineKind = Literal["embedded", "llama-server"]
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 FinishReason = Literal["stop", "length"]
@@ -246,7 +248,7 @@ class Embed(Struct, tag="embed"):
     owner: str = ""
 
 
-ToWorker = Generate | Cancel | Retune | Tokenize | Detokenize | Embed
+ToWorker = Generate | Cancel | Retune | Tokenize | Detokenize | Embed | Evaluate
 
 
 # --- worker to front end -------------------------------------------------------------------------------------
@@ -395,4 +397,4 @@ class Embedded(Struct, tag="embedded"):
     tokens: int  # of all inputs
 
 
-FromWorker = Loading | Ready | Started | Step | Retuned | Tokens | Text | Embedded | Failed
+FromWorker = Loading | Ready | Started | Step | Retuned | Tokens | Text | Embedded | Evaluated | Failed

@@ -37,3 +37,11 @@ class TextStream:
 def overlap(text: str, marker: str) -> int:
     """The length of the longest end of `text` that `marker` begins with."""
     return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if marker.startswith(text[-n:])), 0)
+
+
+def piece_text(piece: bytes) -> str | list[int]:
+    """A token's text; part of a character as its bytes."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return [*piece]

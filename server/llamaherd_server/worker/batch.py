@@ -10,9 +10,11 @@ from typing import Any, Protocol
 class Tokens(Protocol):
     """The first `computed` of `tokens` are in `slot`, `pending` ones are not."""
 
-    tokens: list[int]
     computed: int
     slot: int
+
+    @property
+    def tokens(self) -> list[int]: ...
 
     @property
     def pending(self) -> int: ...
@@ -33,16 +35,21 @@ class Batch:
         slots = (pointer * capacity)(*(ctypes.cast(first + size * row, pointer) for row in range(capacity)))
         self.native = lib.llama_batch(0, self._token, None, self._position, one_each, slots, self._output)
 
-    def fill(self, shares: Iterable[tuple[Tokens, int]], *, every_output: bool = False) -> None:
-        """Put each sequence's next tokens one after the other; its last one gives output, or every one does."""
+    def fill(self, shares: Iterable[tuple[Tokens, int]], *, output_from: int | None = None) -> None:
+        """Put each sequence's next tokens one after the other; its last one gives output.
+
+        So does each one at position `output_from` or later, where that is given.
+        """
         row = 0
         for sequence, count in shares:
             start, end = sequence.computed, row + count
             self._token[row:end] = sequence.tokens[start : start + count]
             self._position[row:end] = range(start, start + count)
             self._slot[row:end] = [sequence.slot] * count
-            self._output[row:end] = [every_output] * count
-            self._output[end - 1] = every_output or count == sequence.pending
+            quiet = count if output_from is None else min(max(output_from - start, 0), count)
+            self._output[row:end] = [0] * quiet + [1] * (count - quiet)
+            if count == sequence.pending:
+                self._output[end - 1] = 1
             row = end
         self.native.n_tokens = row
 

@@ -115,7 +115,7 @@ class Embedder:
             yield from self._reopen(settings)
             return
         shares = self._plan(self._settings.ubatch if alone or not self._causal else PIECE_BESIDE)
-        self._batch.fill(shares, every_output=True)
+        self._batch.fill(shares, output_from=0)
         self._interrupt.mostly_for = None
         result = int(self._lib.llama_decode(self._context, self._batch.native))
         if result == DONE:

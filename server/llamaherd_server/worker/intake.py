@@ -11,6 +11,7 @@ from queue import Empty, SimpleQueue
 from typing import TypeAlias
 
 from llamaherd_server.wire.errors import RequestError, too_long
+from llamaherd_server.wire.evaluation import Evaluate
 from llamaherd_server.wire.protocol import (
     Cancel,
     Detokenize,
@@ -27,6 +28,7 @@ from llamaherd_server.wire.protocol import (
 from llamaherd_server.wire.text import TextStream
 from llamaherd_server.worker.channel import Channel
 from llamaherd_server.worker.embedding import Job as EmbeddingJob
+from llamaherd_server.worker.evaluation import EvaluationJob
 from llamaherd_server.worker.forkserver import MOST_TOKENS, SHORT_CHARS, Child, Job, Prepared
 from llamaherd_server.worker.interrupt import Interrupt
 from llamaherd_server.worker.lanes import Lanes, Task
@@ -38,8 +40,8 @@ from llamaherd_server.worker.sampling import NativeSampler, checked, has_breaker
 from llamaherd_server.worker.sequence import Sampler, Sequence
 from llamaherd_server.worker.texts import Stretch, Texts, reading
 
-Work: TypeAlias = Sequence | EmbeddingJob | Cancel | Retune
-
+Work: TypeAlias = Sequence | EmbeddingJob | EvaluationJob | Cancel | Retune
+Owned: TypeAlias = Generate | Tokenize | Detokenize | Embed
 
 SHORT_TOKENS = 2**13
 
@@ -102,27 +104,29 @@ class Intake:
                 self._ready.put(message)
         elif isinstance(message, Retune):
             self._ready.put(message)
-        elif is_slow(message):
+        elif not isinstance(message, Evaluate) and is_slow(message):
             self._lanes.add(Task(message.id, message.owner, partial(self._on_lane, message)))
         else:
             self._make_ready(message)
         if isinstance(message, Retune) or (isinstance(message, Cancel) and message.id == self._interrupt.mostly_for):
             self._interrupt.set()
 
-    def _on_lane(self, message: Generate | Tokenize | Detokenize | Embed, task: Task) -> None:
+    def _on_lane(self, message: Owned, task: Task) -> None:
         try:
             self._make_ready(message, task)
         except Exception as error:  # as in `_read`
             self._ready.put(error)
 
-    def _make_ready(self, message: Generate | Tokenize | Detokenize | Embed, task: Task | None = None) -> None:
+    def _make_ready(self, message: Owned | Evaluate, task: Task | None = None) -> None:
         try:
             if isinstance(message, Tokenize | Detokenize):
                 self._channel.send(_with_vocabulary(self._model, message, task))
                 return
-            work: Sequence | EmbeddingJob
+            work: Sequence | EmbeddingJob | EvaluationJob
             if isinstance(message, Embed):
                 work = job_of(self._model, message, task)
+            elif isinstance(message, Evaluate):
+                work = evaluation_of(self._model, message)
             else:
                 work = sequence_of(self._model, message, task, self._room(), self._texts)
         except RequestError as error:
@@ -136,7 +140,7 @@ class Intake:
         else:
             self._hand_over(work, task)
 
-    def _hand_over(self, work: Sequence | EmbeddingJob, task: Task | None) -> None:
+    def _hand_over(self, work: Sequence | EmbeddingJob | EvaluationJob, task: Task | None) -> None:
         with self._handing_over:
             if task is None or not task.cancelled:
                 self._ready.put(work)
@@ -161,7 +165,7 @@ class Intake:
             self._ready.put(error)
 
 
-def is_slow(message: Generate | Tokenize | Detokenize | Embed) -> bool:
+def is_slow(message: Owned) -> bool:
     """Whether making it ready may take long enough that others should pass: on a lane, then."""
     if isinstance(message, Detokenize):
         return len(message.tokens) > SHORT_TOKENS
@@ -272,6 +276,13 @@ def job_of(model: Model, request: Embed, task: Task | None = None) -> EmbeddingJ
         rest = iter(prepared.tokens)
         lists = [next(rest) if isinstance(one, str) else one for one in request.inputs]
         return EmbeddingJob(request, [_known(model, one, "input") for one in lists])
+
+
+def evaluation_of(model: Model, request: Evaluate) -> EvaluationJob:
+    """Raises RequestError where an input has no tokens, or unknown ones."""
+    for one in request.inputs:
+        _known(model, one.tokens, "input")
+    return EvaluationJob(request)
 
 
 def _pairs(model: Model, query: str, documents: list[str], task: Task | None = None) -> list[list[int]]:

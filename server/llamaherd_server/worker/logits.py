@@ -17,15 +17,25 @@ def row_of(model: Model, context: Any, row: int) -> NDArray[np.float32]:
     return np.ctypeslib.as_array(model.lib.llama_get_logits_ith(context, row), shape=(model.n_vocab,))
 
 
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Log probabilities of the whole vocabulary, from logits that no sampler has touched."""
+    values = logits - logits.max()
+    values -= np.float32(np.log(np.exp(values).sum(dtype=np.float64)))
+    return values  # type: ignore[no-any-return]
+
+
+def most_likely(logprobs: NDArray[np.float32], count: int) -> NDArray[np.int32]:
+    """The `count` tokens with the highest log probabilities, the most likely first."""
+    best = np.argpartition(logprobs, -count)[-count:]
+    return best[np.argsort(logprobs[best])[::-1]].astype(np.int32)
+
+
 def token_logprob(model: Model, logits: NDArray[np.float32], token: int, top: int) -> TokenLogprob:
     """The chosen `token` and the `top` most likely ones, by log softmax over logits that no sampler has touched."""
-    values = logits.astype(np.float64)
-    values -= values.max()
-    values -= np.log(np.exp(values).sum())
-    best = np.argpartition(values, -top)[-top:] if top else np.empty(0, dtype=np.int64)
-    ordered = [int(one) for one in best[np.argsort(values[best])[::-1]]]
-    most_likely = [Logprob(one, model.piece(one, special=True), float(values[one])) for one in ordered]
-    return TokenLogprob(token, model.piece(token, special=True), float(values[token]), most_likely)
+    values = log_softmax(logits)
+    best = most_likely(values, top).tolist() if top else []
+    likely = [Logprob(one, model.piece(one, special=True), float(values[one])) for one in best]
+    return TokenLogprob(token, model.piece(token, special=True), float(values[token]), likely)
 
 
 class Candidates:

@@ -14,6 +14,7 @@ from llamaherd_server.worker.arena import Arena
 from llamaherd_server.worker.channel import Channel
 from llamaherd_server.worker.context import Context, resolve_threads
 from llamaherd_server.worker.embedding import Embedder, Job
+from llamaherd_server.worker.evaluation import EvaluationJob, Evaluator
 from llamaherd_server.worker.identity import identity
 from llamaherd_server.worker.intake import Intake, Work, fit, slot_tokens
 from llamaherd_server.worker.interrupt import Interrupt
@@ -45,6 +46,8 @@ class Service:
         self._scheduler = Scheduler(self._context, channel.send, self._prompts)
         causal = self._context.generates and self._model.attends_backwards
         self._embedder = Embedder(self._model, self._interrupt, causal=causal)
+        self._evaluator = Evaluator(self._model, self._interrupt)
+        self._beside: tuple[Embedder | Evaluator, ...] = (self._embedder, self._evaluator)
         load_s = time.perf_counter() - began
         channel.send(Ready(model=self._model.info(), settings=self._context.settings, load_s=load_s))
 
@@ -54,13 +57,14 @@ class Service:
             threading.Thread(target=_fetch_latest, args=(self._prompts,), daemon=True).start()
         intake = Intake(self._channel, self._model, self._interrupt, self._room, self._prompts)
         while True:
-            idle = self._scheduler.settled and self._embedder.idle
+            idle = self._scheduler.settled and all(one.idle for one in self._beside)
             for work in intake.take(HEARTBEAT_S if idle else 0):
                 self._handle(work)
             self._interrupt.gather(self._scheduler.beginning)
             self._channel.send(self._scheduler.step())
-            for answer in self._embedder.step(self._context.settings, alone=self._scheduler.idle):
-                self._channel.send(answer)
+            for one in self._beside:
+                for answer in one.step(self._context.settings, alone=self._scheduler.idle):
+                    self._channel.send(answer)
 
     def _room(self) -> int:
         return slot_tokens(self._context.settings)
@@ -71,9 +75,13 @@ class Service:
                 self._begin(work)
             elif isinstance(work, Job):
                 self._embedder.add(work, self._context.settings)
+            elif isinstance(work, EvaluationJob):
+                self._check_generates()
+                self._evaluator.add(work)
             elif isinstance(work, Cancel):
                 self._scheduler.cancel(work.id)
-                self._embedder.cancel(work.id)
+                for one in self._beside:
+                    one.cancel(work.id)
             else:
                 self._retune(work)
         except RequestError as error:
@@ -81,20 +89,24 @@ class Service:
 
     def _begin(self, sequence: Sequence) -> None:
         try:
-            if not self._context.generates:
-                raise RequestError("unsupported", "model", "this model generates no text: it is for embeddings")
+            self._check_generates()
             fit(sequence, slot_tokens(self._context.settings))
         except RequestError:
             sequence.sampler.close()
             raise
         self._scheduler.add(sequence)
 
+    def _check_generates(self) -> None:
+        if not self._context.generates:
+            raise RequestError("unsupported", "model", "this model generates no text: it is for embeddings")
+
     def _retune(self, message: Retune) -> None:
         """Build another context over the loaded weights; where that cannot be, the old settings stay in force."""
         began = time.perf_counter()
         old, new = self._context.settings, resolve_threads(message.settings)
         self._check_retune(new)
-        self._embedder.close()
+        for one in self._beside:
+            one.close()
         self._scheduler.park_all(keep=_same_cells(old, new))
         self._context.close()
         try:
@@ -111,7 +123,8 @@ class Service:
     def _check_retune(self, new: EngineSettings) -> None:
         """Refuse what has no room in memory, or would cut a request short; raises RequestError."""
         try:
-            check_fits(self._model, new, released=self._context.memory_bytes + self._embedder.memory_bytes)
+            beside = sum(one.memory_bytes for one in self._beside)
+            check_fits(self._model, new, released=self._context.memory_bytes + beside)
         except DoesNotFit as error:
             raise RequestError("does_not_fit", None, str(error)) from None
         room, old_room = slot_tokens(new), slot_tokens(self._context.settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from array import array
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from functools import partial
 
 from llamaherd_server.engine.base import EngineState, EngineStatus, Event, OwnApi
 from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.evaluation import Evaluate, Evaluated, Evaluation
 from llamaherd_server.wire.protocol import (
     Delta,
     Embed,
@@ -126,6 +128,20 @@ class Double:
     async def embed(self, question: Embed) -> Embedded:
         await asyncio.sleep(self.pace_s)
         return Embedded(1, [array("f", [1.0]).tobytes() for _ in question.inputs], len(question.inputs))
+
+    async def evaluate(self, question: Evaluate) -> Evaluated:
+        """Each token is certain, and so is an x after the last."""
+        self.evaluated = question
+        made = [[*one.tokens[one.start :], ord("x")] for one in question.inputs]
+        evaluations = [
+            Evaluation(
+                array("f", [0.0] * (len(tokens) - 1) + [math.nan]).tobytes(),
+                array("i", [t for token in tokens for t in [token] * question.top]).tobytes(),
+                array("f", [0.0] * len(tokens) * question.top).tobytes(),
+            )
+            for tokens in made
+        ]
+        return Evaluated(1, evaluations, {token: bytes([token]) for tokens in made for token in tokens})
 
     async def retune(self, settings: EngineSettings) -> EngineSettings:
         if settings.parallel > 64:

@@ -211,3 +211,9 @@ def test_the_binarys_defaults_and_the_models_are_for_what_a_request_leaves_out(t
     for settings in (props, chat["__verbose"]["generation_settings"], own["generation_settings"]):
         assert (settings["seed"], settings["temperature"]) == (7, 0)
     assert (chat["usage"]["completion_tokens"], own["tokens_predicted"]) == (3, 3)
+
+
+def test_log_probabilities_of_given_texts_are_refused(http: httpx.Client) -> None:
+    error = http.post("/admin/logprobs", json={"inputs": [{"prompt": "a b"}]}).json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported", "engine")
+    assert "llama-server returns no log probabilities of given texts: use engine embedded" in error["message"]

@@ -12,6 +12,7 @@ from llamaherd_server.api.fields import Body
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import state_of
 from llamaherd_server.errors import ApiError
+from llamaherd_server.wire.text import piece_text
 
 router = APIRouter(route_class=ModelRoute)
 
@@ -61,16 +62,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         message = f"with_pieces: {len(tokens)} tokens are more than {_MAX_PIECES}: send less text"
         raise ApiError(400, message, param="content", code="invalid_value")
     pieces = await engine.pieces(tokens)
-    answered = [{"id": token, "piece": _text_of(piece)} for token, piece in zip(tokens, pieces, strict=True)]
+    answered = [{"id": token, "piece": piece_text(piece)} for token, piece in zip(tokens, pieces, strict=True)]
     return json_response({"tokens": answered})
-
-
-def _text_of(piece: bytes) -> str | list[int]:
-    """Part of a character as its bytes."""
-    try:
-        return piece.decode()
-    except UnicodeDecodeError:
-        return [*piece]
 
 
 @router.post("/detokenize", response_class=Response)
