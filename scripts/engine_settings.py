@@ -49,7 +49,8 @@ def _defaults(settings: dict[str, Any]) -> str:
 def _option(one: dict[str, Any]) -> dict[str, Any]:
     choices = {"choices": one["enum"]} if "enum" in one else {}
     elements = {"elements": _TYPES[one["items"]["type"]]} if "items" in one else {}
-    return {"type": _TYPES[one.get("type", "string")], **elements, **choices, "description": one["description"]}
+    kind = "raw" if "anyOf" in one else _TYPES[one.get("type", "string")]
+    return {"type": kind, **elements, **choices, "description": one["description"]}
 
 
 def _yaml(values: dict[str, Any], indent: int) -> str:

@@ -122,7 +122,7 @@ def adopt_llama_server(service: Sequence[str], environment_files: Sequence[str] 
         "name": re.sub(r"[^\w.-]+", "-", re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", PurePosixPath(path).name).lower()),
         "aliases": take(_ALIAS, lambda names: [name.strip() for name in names.split(",")], []),
         "port": take(_PORT, int, 8080),
-        "gpu_layers": take(_GPU_LAYERS, lambda word: int(word) if word.isdigit() else -1, -1),
+        "gpu_layers": take(_GPU_LAYERS, _layers, -1),
         "ctx_size": take(_CONTEXT, int, 0),
         "parallel": take(_PARALLEL, int, 0),
         "settings": {},
@@ -146,6 +146,11 @@ def adopt_llama_server(service: Sequence[str], environment_files: Sequence[str] 
     }
     adopted["left"] = [{"flag": flag, "reason": reason} for flag, reason in (unclear | left).items()]
     return adopted
+
+
+def _layers(word: str) -> int | str:
+    """A number of layers, or auto; all are -1."""
+    return word if word == "auto" else int(word) if word.isdigit() else -1
 
 
 def _loras(value: str) -> list[tuple[str, float]]:

@@ -40,7 +40,7 @@ def _memory_bytes(memory: Mapping[str, Any], placement: Mapping[str, Any]) -> in
     """The device's memory, the host's where no layer is there, both where some are."""
     layers = placement.get("gpu_layers", -1)
     on_device = memory["device"] and layers != 0
-    on_host = not memory["device"] or layers >= 0 or placement.get("cpu_moe_layers", 0)
+    on_host = not memory["device"] or layers == "auto" or layers >= 0 or placement.get("cpu_moe_layers", 0)
     return (memory["device"] if on_device else 0) + (memory["host"] if on_host else 0)
 
 

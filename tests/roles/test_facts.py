@@ -42,8 +42,8 @@ def test_what_is_decided_from_facts(
     assert packages <= set(decided["packages"])
 
 
-@pytest.mark.parametrize(("layers", "gib"), [(-1, 80), (0, 16), (9, 96)])
-def test_a_model_may_need_the_memory_of_where_its_layers_are(render: Render, layers: int, gib: int) -> None:
+@pytest.mark.parametrize(("layers", "gib"), [(-1, 80), (0, 16), (9, 96), ("auto", 96)])
+def test_a_model_may_need_the_memory_of_where_its_layers_are(render: Render, layers: int | str, gib: int) -> None:
     decided = render("cuda", llamaherd_server_gpu_layers=layers, llamaherd_preflight_memory_reserve_mib=0).decided
     assert decided["memory"] == gib << 30
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from llamaherd_server.wire.protocol import EngineSettings, WorkerConfig
+from llamaherd_server.wire.protocol import EngineSettings, Placement, WorkerConfig
+from llamaherd_server.worker.fit import Fit
 from llamaherd_server.worker.identity import identity
 from tests.server.conftest import required, running
 from tests.server.native.conftest import native
@@ -57,5 +58,5 @@ def test_computed_prompts_are_those_of_all_parts(tmp_path: Path) -> None:
     for second in (b"one", b"two"):
         parts[0].write_bytes(b"GGUF")
         parts[1].write_bytes(second)
-        found.append(identity(lib, WorkerConfig(path=str(parts[0]), settings=EngineSettings())))
+        found.append(identity(lib, WorkerConfig(path=str(parts[0]), settings=EngineSettings()), Fit(Placement(), [])))
     assert found[0] != found[1]

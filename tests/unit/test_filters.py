@@ -104,7 +104,9 @@ def test_settings_are_refused_before_a_deploy_as_the_server_would(
 @given(
     st.fixed_dictionaries(
         {
-            **dict.fromkeys(["gpu_layers", "cpu_moe_layers", "main_gpu"], INTEGERS),
+            **dict.fromkeys(["cpu_moe_layers", "main_gpu"], INTEGERS),
+            "gpu_layers": INTEGERS | st.sampled_from(["auto", "many"]),
+            "split_mode": st.sampled_from(["none", "layer", "row", "tensor"]),
             "devices": st.lists(st.sampled_from(["CUDA0", "Vulkan1"]), max_size=2),
             "tensor_split": st.lists(st.floats(-1, 4), max_size=3),
         }

@@ -15,7 +15,8 @@ OWNED = frozenset(
         "-host -port -reuse-port -api-prefix -api-key -api-key-file -ssl-key-file -ssl-cert-file -threads-http",
         "c -ctx-size np -parallel b -batch-size ub -ubatch-size ctk -cache-type-k ctv -cache-type-v fa -flash-attn",
         "kvu -kv-unified no-kvu -no-kv-unified -kv-unified-per-slot t -threads tb -threads-batch",
-        "-slots -no-slots -ui -webui -no-ui -no-webui -path -log-colors lv -verbosity -log-verbosity",
+        "-slots -no-slots -ui -webui -no-ui -no-webui -path",
+        "-log-colors lv -verbosity -log-verbosity -log-jsonl -no-log-jsonl",
         "h -help -usage -version",
     )
     for flag in line.split()

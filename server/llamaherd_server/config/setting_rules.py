@@ -38,7 +38,12 @@ def setting_mistakes(settings: Mapping[str, Any], schema: Mapping[str, Mapping[s
 def placement_mistakes(placement: Mapping[str, Any], schema: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The same of a model's placement."""
     found = out_of_range(placement, schema)
-    devices, shares = placement["devices"], placement["tensor_split"]
+    layers, devices, shares = placement["gpu_layers"], placement["devices"], placement["tensor_split"]
+    if layers == "auto" and (shares or placement["cpu_moe_layers"] or placement["split_mode"] in ("row", "tensor")):
+        found.append(
+            "gpu_layers auto finds tensor_split and cpu_moe_layers by itself, for split_mode layer and none: leave "
+            "them out, or set gpu_layers to a number or -1"
+        )
     if shares and (min(shares) < 0 or not 0 < sum(shares) < float("inf")):
         found.append(f"tensor_split {shares} must have shares of at least 0, and one above")
     if devices and len(shares) > len(devices):
@@ -49,16 +54,24 @@ def placement_mistakes(placement: Mapping[str, Any], schema: Mapping[str, Mappin
 def out_of_range(settings: Mapping[str, Any], schema: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The numbers that are beyond their bounds, one line each; what is no number at all is another's to refuse."""
     return [
-        f"{name} {settings[name]} is out of range: it must be between {one['minimum']} and {one['maximum']}"
+        f"{name} {settings[name]} is out of range: it must be {' or '.join([*words, 'between'])} {one['minimum']} and "
+        f"{one['maximum']}"
         for name, one in schema.items()
-        if "minimum" in one and not _within(settings[name], one["minimum"], one["maximum"])
+        if "minimum" in one and not _within(settings[name], one["minimum"], one["maximum"], words := _words(one))
     ]
 
 
-def _within(value: Any, low: int, high: int) -> bool:
+def _words(schema: Mapping[str, Any]) -> list[str]:
+    """What the setting may be in place of a number."""
+    return [word for kind in schema.get("anyOf", ()) for word in kind.get("enum", ())]
+
+
+def _within(value: Any, low: int, high: int, words: list[str]) -> bool:
+    if value in words:
+        return True
     try:
         return value is not None and low <= float(value) <= high
     except OverflowError:
         return False
     except (TypeError, ValueError):
-        return True
+        return not words

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Sequence
 
 from llamaherd_server.wire.protocol import NativeConfig, Placement
+from llamaherd_server.worker.fit import context_arguments
 
 _FLAG = re.compile(r"--?[A-Za-z][\w-]*")
 _HELP_S = 60.0  # a build with a backend for devices looks for them first
@@ -20,8 +21,7 @@ _PLACEMENT_FLAGS = {
 
 def flags(config: NativeConfig, socket: str) -> list[str]:
     """The arguments of a llama-server that listens on the Unix `socket`. Its key is given by LLAMA_API_KEY."""
-    settings = config.settings
-    context = settings.parallel * settings.ctx_per_slot
+    settings, fits = config.settings, config.placement.gpu_layers == "auto"
     arguments = {
         # before all that names devices: these become some
         **({"--rpc": ",".join(config.rpc)} if config.rpc else {}),
@@ -30,18 +30,12 @@ def flags(config: NativeConfig, socket: str) -> list[str]:
         "--alias": config.name,
         **_placement(config.placement),
         # what does not fit is to fail, not to become something else
-        "--fit": "off",
-        "--parallel": settings.parallel,
-        "--ctx-size": (settings.kv_cells or context) if settings.kv_unified else context,
-        "--batch-size": settings.batch,
-        "--ubatch-size": settings.ubatch,
-        "--cache-type-k": settings.kv_type_k,
-        "--cache-type-v": settings.kv_type_v,
-        "--flash-attn": settings.flash_attention,
+        "--fit": "on" if fits else "off",
+        **context_arguments(settings),
         # a stream holds a thread; tokenising and the heartbeat need some as well
         "--threads-http": 2 * settings.parallel + 8,
         "--log-colors": "off",
-        "--log-verbosity": 2,
+        "--log-verbosity": 4 if fits else 2,  # 4 is the first that says where the layers went
     }
     if settings.kv_unified:
         arguments["--kv-unified-per-slot"] = settings.ctx_per_slot
@@ -56,6 +50,7 @@ def flags(config: NativeConfig, socket: str) -> list[str]:
     if config.lora:
         arguments["--lora-scaled"] = ",".join(f"{one.path}:{one.scale}" for one in config.lora)
     switches = ["--kv-unified" if settings.kv_unified else "--no-kv-unified", "--slots", "--no-ui", "--offline"]
+    switches += ["--log-jsonl"] * fits
     return [*(str(word) for pair in arguments.items() for word in pair), *switches, *config.extra_args]
 
 
@@ -75,7 +70,7 @@ def unknown(arguments: Sequence[str], binary: str) -> list[str]:
 
 
 def _placement(placement: Placement) -> dict[str, object]:
-    """What is not the binary's default, and the layers on the accelerator, of which its default is another."""
+    """What is not the binary's default, and the layers on the accelerator: auto is its default, ours all."""
     given: dict[str, object] = {}
     for name, flag in _PLACEMENT_FLAGS.items():
         value = getattr(placement, name)

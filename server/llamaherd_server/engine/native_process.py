@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import math
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -26,19 +27,30 @@ from llamaherd_server.wire.protocol import (
     FromWorker,
     ModelInfo,
     NativeConfig,
+    Placed,
     Ready,
     Sampling,
     Stats,
     Step,
 )
+from llamaherd_server.worker.lib import ON_GPU
 
 _LOADING_POLL_S = 0.05
 _HEARTBEAT_S = 1.0
 _RANDOM_SEED = 2**32 - 1
 # Below the 5 s after which llama-server closes an idle connection.
 _KEEPALIVE_S = 2.0
+_PARTIAL = re.compile(r"layers \( *(\d+) overflowing\)")
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
+
+
+class _Entry(msgspec.Struct):
+    level: str = ""
+    msg: str = ""
+
+
+_entries = msgspec.json.Decoder(_Entry)
 
 
 class NativeProcess(ChildProcess):
@@ -60,11 +72,13 @@ class NativeProcess(ChildProcess):
         self._began = time.monotonic()
         self._ready = False
         self._beats = 0
+        self._placed: Placed | None = None
+        self._partial = 0
         self._process = await asyncio.create_subprocess_exec(
             *(config_.binary, *flags(config_, socket)),
             env={**inherited, "LLAMA_API_KEY": key},
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
@@ -108,6 +122,24 @@ class NativeProcess(ChildProcess):
         shutil.rmtree(self._folder, ignore_errors=True)
         return how
 
+    async def _pass_on_log(self) -> None:
+        """Where it places layers its log is JSON on standard output; what it dies of is on standard error."""
+        stdout = self._read(self._process.stdout, self._pass_on_entry)
+        await asyncio.gather(stdout, self._read(self._process.stderr, self._pass_on))
+
+    def _pass_on_entry(self, line: bytes) -> None:
+        """Warnings, errors, and the layers on an accelerator: the rest is of each request, and has texts of models."""
+        try:
+            entry = _entries.decode(line)
+        except msgspec.DecodeError:
+            return
+        if found := _PARTIAL.search(entry.msg):
+            self._partial += int(found[1])
+        if found := ON_GPU.search(entry.msg):
+            self._placed = Placed(gpu_layers=int(found[1]), layers=int(found[2]), partial_layers=self._partial)
+        if found or entry.level in ("warn", "error"):
+            self._pass_on(entry.msg.strip().replace("\n", "\\n").encode())
+
     async def get(self, path: str) -> Any:
         """The JSON of a GET; raises httpx.HTTPError."""
         return (await self.http.get(path)).raise_for_status().json()
@@ -134,6 +166,7 @@ class NativeProcess(ChildProcess):
                 pooling="rank" if {"--rerank", "--reranking"} & {*self._config.extra_args} else "mean",
                 sampling=_defaults(props["default_generation_settings"]["params"]),
                 build=props["build_info"],
+                placed=self._placed,
             ),
             settings=self._config.settings,
             load_s=time.monotonic() - self._began,

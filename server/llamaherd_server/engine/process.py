@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -68,16 +68,19 @@ class ChildProcess:
                 os.kill(self.pid, number)
 
     async def _pass_on_log(self) -> None:
+        await self._read(self._process.stderr, self._pass_on)
+
+    async def _read(self, pipe: asyncio.StreamReader | None, handle: Callable[[bytes], None]) -> None:
         """Line by line. It never stops: a process whose pipe is full would stand still in the middle of a request."""
-        assert self._process.stderr is not None  # noqa: S101 (it was asked for as a pipe)
+        assert pipe is not None  # noqa: S101 (it was asked for as a pipe)
         rest = b""
-        while part := await self._process.stderr.read(LINE_BYTES):
+        while part := await pipe.read(LINE_BYTES):
             *lines, rest = (rest + part).split(b"\n")
             if len(rest) > LINE_BYTES:
                 lines, rest = [*lines, rest], b""
             for line in lines:
-                self._pass_on(line)
-        self._pass_on(rest)
+                handle(line)
+        handle(rest)
 
     def _pass_on(self, line: bytes) -> None:
         if text := line.decode(errors="replace").rstrip():

@@ -70,7 +70,10 @@ class Placement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     Names and meanings are those of llama.cpp's flags.
     """
 
-    gpu_layers: Annotated[int, _within(-1, 2**31 - 1, "Layers on the accelerator; -1: all.")] = -1
+    gpu_layers: Annotated[
+        int | Literal["auto"],
+        _within(-1, 2**31 - 1, "Layers on the accelerator; -1: all; auto: as many as its free memory has room for."),
+    ] = -1
     cpu_moe_layers: Annotated[
         int,
         _within(0, 2**31 - 1, "First layers whose experts stay on the CPU (mixtures of experts)."),
@@ -254,6 +257,17 @@ ToWorker = Generate | Cancel | Retune | Tokenize | Detokenize | Embed | Evaluate
 # --- worker to front end -------------------------------------------------------------------------------------
 
 
+class Placed(Struct, kw_only=True):
+    """Where llama.cpp put a model: so many of its layers, the output's among them, are on accelerators.
+
+    Of `partial_layers` of these the experts, or some matrices, stayed in the host's memory.
+    """
+
+    gpu_layers: int
+    layers: int
+    partial_layers: int = 0
+
+
 class ModelInfo(Struct, tag="model", kw_only=True):
     """What the GGUF says of itself; the chat template is untrusted input."""
 
@@ -274,6 +288,7 @@ class ModelInfo(Struct, tag="model", kw_only=True):
         default_factory=dict
     )  # its defaults by the names of Sampling, and max_tokens
     build: str  # llama.cpp's system info line
+    placed: Placed | None = None  # None: there is no accelerator, or it does not tell
 
 
 class Loading(Struct, tag="loading"):

@@ -9,20 +9,21 @@ from typing import Any
 
 from llamaherd_server.gguf import part_paths
 from llamaherd_server.wire.protocol import WorkerConfig
+from llamaherd_server.worker.fit import Fit
 
 # Of a file of many gigabytes the size, its beginning, and pieces all over it.
 _BEGINNING, _PIECE, _PIECES = 1 << 20, 1 << 14, 64
 
 
-def identity(lib: Any, config: WorkerConfig) -> str:
+def identity(lib: Any, config: WorkerConfig, fit: Fit) -> str:
     """Of model, LoRAs, llama.cpp's libraries, what is on which device, and what the processor can do."""
     digest = hashlib.blake2b(digest_size=16)
     libraries = Path(lib._lib._name).resolve().parent
     files = [*part_paths(Path(config.path)), *(Path(one.path) for one in config.lora)]
     for path in [*files, *sorted(one for one in libraries.glob("lib*") if one.is_file() and not one.is_symlink())]:
         _add(digest, path)
-    placement = config.placement
-    on = (placement.gpu_layers, placement.cpu_moe_layers, placement.devices)
+    placement, overrides = fit
+    on = (placement.gpu_layers, placement.cpu_moe_layers, placement.devices, *overrides)
     rest = (*on, [one.scale for one in config.lora], lib.llama_print_system_info())
     digest.update(repr(rest).encode())
     return digest.hexdigest()

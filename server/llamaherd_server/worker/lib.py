@@ -6,13 +6,15 @@ import ctypes
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 WARN, ERROR, CONTINUED = 3, 4, 5  # ggml_log_level
-ON_GPU = b"layers to GPU"  # what a deployment looks for, to see that the accelerator is used
+# What a deployment looks for, to see that the accelerator is used: how many layers are on it, and of how many.
+ON_GPU = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 
 
 def load() -> Any:
@@ -41,6 +43,7 @@ class Log:
 
     def __init__(self, lib: Any) -> None:
         self.last_error = ""
+        self.offloaded: tuple[int, int] | None = None  # layers, of how many
         self.muted = False
         self._out = os.dup(2)  # still the log while standard error is `silenced`
         self._level = 0
@@ -50,7 +53,9 @@ class Log:
     def _write(self, level: int, text: bytes, _user_data: Any) -> None:
         if level != CONTINUED:
             self._level = level
-        if self._level < WARN and ON_GPU not in text:
+        if found := ON_GPU.search(text.decode(errors="replace")):
+            self.offloaded = int(found[1]), int(found[2])
+        elif self._level < WARN:
             return
         if not self.muted:
             os.write(self._out, text)

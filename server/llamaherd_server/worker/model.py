@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llamaherd_server.gguf import GgufError, Shape, read_header, shape
-from llamaherd_server.wire.protocol import ModelInfo, Pooling, Sampling, WorkerConfig
+from llamaherd_server.wire.protocol import ModelInfo, Placed, Pooling, Sampling, WorkerConfig
 from llamaherd_server.wire.sampling_values import checked
+from llamaherd_server.worker.fit import fitted
 from llamaherd_server.worker.forkserver import Forkserver
 from llamaherd_server.worker.lib import Log
 from llamaherd_server.worker.vocabulary import Vocabulary
@@ -41,11 +42,13 @@ class Model(Vocabulary):
         *,
         weights: bool = True,
     ) -> None:
-        path, placement = config.path, config.placement
+        path = config.path
         check_magic(path)
+        self.fit = fitted(lib, path, config.placement, config.settings)
         self.forkserver = Forkserver(path)
         self.log = log
-        handle = load_weights(lib, log, path, placement, progress, weights=weights)
+        placement, overrides = self.fit
+        handle = load_weights(lib, log, path, placement, progress, weights=weights, overrides=overrides)
         super().__init__(lib, handle)
         # What cannot be cut back: a recurrent state, and cells of a sliding window (in tokens) that others have taken.
         self.recurrent = bool(lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
@@ -80,6 +83,13 @@ class Model(Vocabulary):
         if count and self.lib.llama_set_adapters_lora(context, handles, count, scales) != 0:
             raise ModelError(f"the LoRAs cannot be applied: {self.log.last_error or 'llama.cpp does not say why'}")
 
+    def _placed(self) -> Placed | None:
+        if not self.log.offloaded:
+            return None
+        on, layers = self.log.offloaded
+        partial = len(self.fit.overrides) or self.fit.placement.cpu_moe_layers
+        return Placed(gpu_layers=on, layers=layers, partial_layers=min(on, partial))
+
     def _adapter(self, path: str) -> Any:
         check_magic(path)
         handle = self.lib.llama_adapter_lora_init(self.handle, path.encode())
@@ -104,6 +114,7 @@ class Model(Vocabulary):
             bos_token=self._special(lib.llama_vocab_bos(self.vocab)),
             eos_token=self._special(lib.llama_vocab_eos(self.vocab)),
             chat_template=self._template or (template.decode(errors="replace") if template else None),
+            placed=self._placed(),
             pooling=POOLING_NAMES[self.pooling],
             fim=self._fim(),
             sampling=self._sampling(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 import msgspec
+from msgspec.structs import replace
 
 from llamaherd_server.wire.protocol import NativeConfig, WorkerConfig
 from llamaherd_server.worker.lib import Log, load
@@ -23,9 +24,11 @@ def main() -> int:
     new, *running = (msgspec.json.decode(word, type=NativeConfig) for word in sys.argv[1:])
     lib = load()
     log = Log(lib)
+    log.muted = new.placement.gpu_layers == "auto"  # llama-server says what became of it
     lib.llama_backend_init()
     try:
-        bare = WorkerConfig(path=new.path, placement=new.placement, settings=new.settings)
+        placement = new.placement if new.placement.gpu_layers != "auto" else replace(new.placement, gpu_layers=-1)
+        bare = WorkerConfig(path=new.path, placement=placement, settings=new.settings)
         model = Model(lib, log, bare, lambda _: None, weights=False)
         # Weights that are mapped count as available: they are file cache.
         released = sum(context_bytes(model, one.settings) for one in running) - lib.llama_model_size(model.handle)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from llamaherd_server.process.priority import lower
 from llamaherd_server.wire.errors import RequestError
@@ -38,8 +37,8 @@ class Service:
         log = Log(lib)
         lib.llama_backend_init()
         self._channel = channel
-        self._prompts = _prompt_cache(config, lib)
         self._model = Model(lib, log, config, lambda done: channel.send(Loading(done)))
+        self._prompts = _prompt_cache(config, self._model)
         self._interrupt = Interrupt(lib, log)
         self._context = Context(self._model, config.settings, self._interrupt)
         self._context.warm_up()
@@ -136,12 +135,12 @@ class Service:
                 raise RequestError("does_not_fit", "ctx_per_slot", message)
 
 
-def _prompt_cache(config: WorkerConfig, lib: Any) -> PromptCache | None:
+def _prompt_cache(config: WorkerConfig, model: Model) -> PromptCache | None:
     if config.prompts is None:
         return None
     arena = Arena(config.prompts.fd, config.prompts.bytes)
     folder = Path(config.prompts.folder) if config.prompts.folder else None
-    return PromptCache(arena, identity(lib, config), folder)
+    return PromptCache(arena, identity(model.lib, config, model.fit), folder)
 
 
 def _fetch_latest(prompts: PromptCache) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from llamaherd_server.worker.lib import Log
 MAGIC = b"GGUF"
 PROGRESS_STEP = 0.05
 MOST_LAYERS = 512  # LLAMA_MAX_LAYERS
+CPU = "CPU"
 _LOAD_MODES = {
     **{"auto": "AUTO", "none": "NONE", "mmap": "MMAP", "mlock": "MLOCK"},
     **{"mmap+mlock": "MMAP_MLOCK", "dio": "DIRECT_IO"},
@@ -33,11 +34,19 @@ class _Override(ctypes.Structure):
 
 
 def load_weights(
-    lib: Any, log: Log, path: str, placement: Placement, progress: Callable[[float], None], *, weights: bool = True
+    lib: Any,
+    log: Log,
+    path: str,
+    placement: Placement,
+    progress: Callable[[float], None],
+    *,
+    weights: bool = True,
+    overrides: Iterable[tuple[str, str]] = (),
 ) -> Any:
     """A llama_model of the GGUF at `path`; without `weights` it computes nothing. Raises ModelError.
 
-    `progress` gets how much has been loaded, 0 to 1.
+    `progress` gets how much has been loaded, 0 to 1. `placement` has numbers; tensors that match a pattern of
+    `overrides` go into the buffer type of its name.
     """
     if placement.numa != "off":
         lib.llama_numa_init(_NUMA[placement.numa])
@@ -47,19 +56,20 @@ def load_weights(
     params.main_gpu = placement.main_gpu
     params.load_mode = getattr(lib, f"LLAMA_LOAD_MODE_{_LOAD_MODES[placement.load_mode]}")
     # llama.cpp reads these while it loads: the names keep them
-    devices, overrides = _devices(lib._lib, placement.devices), _overrides(lib._lib, placement.cpu_moe_layers)
+    devices = _devices(lib._lib, placement.devices)
+    placed = _overrides(lib._lib, [*_experts(placement.cpu_moe_layers), *overrides])
     shares = _shares(placement.tensor_split, lib.LLAMA_MAX_DEVICES)
     if devices is not None:
         params.devices = ctypes.addressof(devices)
-    if overrides is not None:
-        params.tensor_buft_overrides = ctypes.addressof(overrides)
+    if placed is not None:
+        params.tensor_buft_overrides = ctypes.addressof(placed)
     if shares is not None:
         params.tensor_split = shares
     if not weights:
         params.no_alloc, params.load_mode = True, lib.LLAMA_LOAD_MODE_NONE
     params.progress_callback = report = lib.llama_progress_callback(_every_step(progress))
     handle = lib.llama_model_load_from_file(path.encode(), params)
-    del report, devices, overrides, shares
+    del report, devices, placed, shares
     if not handle:
         raise ModelError(f"{path} cannot be loaded: {log.last_error or 'llama.cpp does not say why'}")
     return handle
@@ -90,15 +100,27 @@ def _devices(llama: Any, names: list[str]) -> Any:
     return (ctypes.c_void_p * (len(found) + 1))(*found, None)
 
 
-def _overrides(llama: Any, cpu_moe_layers: int) -> Any:
-    """The experts of so many layers in the CPU's memory; None: nothing is overridden."""
-    if not cpu_moe_layers:
+def _experts(layers: int) -> list[tuple[str, str]]:
+    """Overrides for the experts of so many layers in the CPU's memory."""
+    return [(_EXPERTS.format(layer), CPU) for layer in range(min(layers, MOST_LAYERS))]
+
+
+def _overrides(llama: Any, overrides: list[tuple[str, str]]) -> Any:
+    """Patterns and buffer types as llama.cpp takes them; None: nothing is overridden."""
+    if not overrides:
         return None
-    llama.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
-    on_cpu = llama.ggml_backend_cpu_buffer_type()
-    layers = range(min(cpu_moe_layers, MOST_LAYERS))
-    found = [_Override(_EXPERTS.format(layer).encode(), on_cpu) for layer in layers]
+    types = _buffer_types(llama)
+    found = [_Override(pattern.encode(), types[buffer]) for pattern, buffer in overrides]
     return (_Override * (len(found) + 1))(*found, _Override(None, None))
+
+
+def _buffer_types(llama: Any) -> dict[str, int]:
+    """The devices' buffer types by their names; the CPU's is CPU."""
+    llama.ggml_backend_dev_get.restype = llama.ggml_backend_dev_buffer_type.restype = ctypes.c_void_p
+    llama.ggml_backend_buft_name.restype = ctypes.c_char_p
+    devices = [ctypes.c_void_p(llama.ggml_backend_dev_get(i)) for i in range(llama.ggml_backend_dev_count())]
+    types = [llama.ggml_backend_dev_buffer_type(device) for device in devices]
+    return {llama.ggml_backend_buft_name(ctypes.c_void_p(one)).decode(): one for one in types if one}
 
 
 def _shares(tensor_split: list[float], most: int) -> Any:

@@ -36,6 +36,7 @@ ALL_PLACED = Placement(
 )
 PLACEMENTS = [
     Placement(),
+    Placement(gpu_layers="auto"),
     ALL_PLACED,
     *(Placement(load_mode=mode) for mode in ("none", "mmap", "mlock", "dio")),
     *(Placement(split_mode=mode) for mode in ("none", "layer", "tensor")),
@@ -71,6 +72,13 @@ def test_the_binary_takes_what_is_emitted(settings: EngineSettings, placement: P
     arguments = [*command(settings, placement=placement, **OWN), "--version"]
     ended = subprocess.run([binary(), *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize(("layers", "fit"), [("auto", "on"), (-1, "off"), (7, "off")])
+def test_llama_cpp_places_layers_only_where_that_is_asked_for(layers: Any, fit: str) -> None:
+    words = command(EngineSettings(), placement=Placement(gpu_layers=layers))
+    assert words[words.index("--fit") + 1] == fit
+    assert words[words.index("--gpu-layers") + 1] == {-1: "all"}.get(layers, str(layers))
 
 
 def test_the_binary_refuses_what_it_does_not_know() -> None:

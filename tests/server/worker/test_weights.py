@@ -31,6 +31,7 @@ def loaded(lib: Any, **placement: Any) -> Model:
         {"cpu_moe_layers": 1000, "gpu_layers": 3},
         {"split_mode": "none", "main_gpu": 0, "tensor_split": [1.0]},
         {"numa": "distribute"},
+        {"gpu_layers": "auto"},
     ],
 )
 def test_every_placement_is_one_that_llama_cpp_takes(model: Model, placement: dict[str, Any]) -> None:
@@ -48,7 +49,7 @@ def test_more_shares_than_devices_are_refused(model: Model) -> None:
 
 
 def test_experts_are_overridden_layer_by_layer(model: Model) -> None:
-    overrides = weights._overrides(model.lib._lib, 2)
+    overrides = weights._overrides(model.lib._lib, weights._experts(2))
     patterns = [one.pattern for one in overrides]
     assert patterns == [
         rb"blk\.0\.ffn_(up|down|gate|gate_up)_(ch|)exps",

@@ -115,6 +115,7 @@ def _describe(state: AppState) -> dict[str, Any]:
             "size_bytes": status.model.size_bytes if status.model else None,
         },
         "build": status.model.build if status.model else None,
+        "placement": msgspec.to_builtins(status.model.placed) if status.model else None,
         "settings": msgspec.to_builtins(status.settings),
         "stats": msgspec.to_builtins(status.stats),
         "heartbeat_age_s": status.heartbeat_age_s,
