@@ -20,12 +20,16 @@ from typing import Literal
 import gguf
 import numpy as np
 
-Kind = Literal["dense", "hybrid", "sliding_window"]
+Kind = Literal["dense", "hybrid", "sliding_window", "mixture"]
 CACHE = Path.home() / ".cache/llamaherd/random_models"
-ARCHITECTURES: dict[Kind, str] = {"dense": "llama", "hybrid": "lfm2", "sliding_window": "gemma3"}
+ARCHITECTURES: dict[Kind, str] = {
+    **{"dense": "llama", "hybrid": "lfm2", "sliding_window": "gemma3"},
+    "mixture": "llama",  # Mixtral's: every layer is one of experts
+}
 CONTEXT, HEAD, KV_HEADS = 8192, 64, 2
 WINDOW, FULL_EVERY = 512, 6  # Gemma 3's: every sixth layer sees all
 ATTENTION_EVERY, CONVOLVED = 3, 3  # LFM2's: the layers between convolve a token with the two before
+EXPERTS, EXPERTS_USED = 4, 2
 SPOKEN = re.compile("Ġ[a-z]{3,8}")
 SPOKEN_COUNT = 256
 
@@ -110,6 +114,9 @@ class _Writer(gguf.GGUFWriter):
         self.add_layer_norm_rms_eps(1e-5)
         if model.kind == "hybrid":
             self.add_shortconv_l_cache(CONVOLVED)
+        if model.kind == "mixture":
+            self.add_expert_count(EXPERTS)
+            self.add_expert_used_count(EXPERTS_USED)
         if model.kind == "sliding_window":
             self.add_sliding_window(WINDOW)
             self.add_sliding_window_pattern(FULL_EVERY)
@@ -118,8 +125,8 @@ class _Writer(gguf.GGUFWriter):
     def _ff(self) -> int:
         return 3 * self._model.width
 
-    def _add(self, name: str, rows: int, columns: int, scale: float = 1, dtype: type[np.floating] = np.float16) -> None:
-        weights = self._random.standard_normal((rows, columns), dtype=np.float32) * (scale / math.sqrt(columns))
+    def _add(self, name: str, *shape: int, scale: float = 1, dtype: type[np.floating] = np.float16) -> None:
+        weights = self._random.standard_normal(shape, dtype=np.float32) * (scale / math.sqrt(shape[-1]))
         self.add_tensor(f"{name}.weight", weights.astype(dtype))
 
     def _norm(self, name: str, size: int, scale: float = 1) -> None:
@@ -132,7 +139,7 @@ class _Writer(gguf.GGUFWriter):
         self.add_tensor("output.weight", weights)
 
     def _add_layer(self, block: str, *, kv_heads: int) -> None:
-        width, normed = self._model.width, self._model.kind != "dense"
+        width, normed = self._model.width, self._model.kind in ("hybrid", "sliding_window")
         self._norm(f"{block}attn_norm", width)
         if kv_heads:
             for name, heads in ("q", width // HEAD), ("k", kv_heads), ("v", kv_heads):
@@ -146,9 +153,12 @@ class _Writer(gguf.GGUFWriter):
             self._add(f"{block}shortconv.conv", width, CONVOLVED, dtype=np.float32)
             self._add(f"{block}shortconv.out_proj", width, width)
         self._norm(f"{block}ffn_norm", width)
-        self._add(f"{block}ffn_gate", self._ff, width)
-        self._add(f"{block}ffn_up", self._ff, width)
-        self._add(f"{block}ffn_down", width, self._ff)
+        experts, suffix = ([EXPERTS], "_exps") if self._model.kind == "mixture" else ([], "")
+        if experts:
+            self._add(f"{block}ffn_gate_inp", EXPERTS, width)
+        self._add(f"{block}ffn_gate{suffix}", *experts, self._ff, width)
+        self._add(f"{block}ffn_up{suffix}", *experts, self._ff, width)
+        self._add(f"{block}ffn_down{suffix}", *experts, width, self._ff)
         if self._model.kind == "sliding_window":
             self._norm(f"{block}post_attention_norm", width)
             self._norm(f"{block}post_ffw_norm", width)
