@@ -19,10 +19,12 @@ from llamaherd_server.worker.sequence import Drawn, Row
 if TYPE_CHECKING:
     from llamaherd_server.worker.best import Best
 
-MANY_LOGITS = 100_000  # in a step, from which on those that count are looked for: that takes numpy, 20 MiB
+# In a step, from which on those that count are looked for, which takes numpy: 20 MiB, and 0.1 ms that few do not spare.
+# A chain that changes logits spares so many times as much.
+MANY_LOGITS, CHANGED = 160_000, 4
 LEAST_VOCABULARY = 2**13  # MOST_FEW of best.py's columns
 MOST_THREADS = 8
-TOGETHER_S = 0.0003  # work on whole vocabularies from which on threads pay
+TOGETHER_S, LEAST_SHARE = 0.001, 8  # work from which on threads pay, and rows of few logits that one takes
 _WEIGHT = 0.1  # of the latest row
 FLOAT_BYTES, ENTRY_BYTES = 4, 12
 
@@ -92,8 +94,8 @@ class Samplers:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = threads or min(cores, MOST_THREADS, parallel)
         self._draws = [Draw(model, context) for _ in range(threads)]
-        self._pool = ThreadPoolExecutor(threads - 1, "sampler") if threads > 1 else None
-        self._row_s = 0.0
+        self._pool = ThreadPoolExecutor(threads, "sampler")
+        self._few_s = self._many_s = 0.0  # of a row of either kind
         self._best: type[Best] | None = None
         if parallel * model.n_vocab >= MANY_LOGITS and model.n_vocab >= LEAST_VOCABULARY:
             from llamaherd_server.worker.best import Best  # noqa: PLC0415 (see MANY_LOGITS)
@@ -106,53 +108,67 @@ class Samplers:
             return []
         # Waits for the device and brings the rows into order: from then on llama.cpp's own look-ups only read.
         self._get_logits(self._context, rows[0][1])
+        few = self._few(rows)
+        many = sorted({*range(len(rows))}.difference(few))
+        together = len(few) * self._few_s + len(many) * self._many_s > TOGETHER_S
+        if not few and not together:
+            return self._draw_many(rows, self._draws[0])
         drawn: list[Drawn] = [None] * len(rows)
-        few = [number for number, (sequence, _) in enumerate(rows) if self._best and sequence.sampler.few]
-        many = deque({*range(len(rows))}.difference(few))
+        share = max(LEAST_SHARE, -(-len(few) // len(self._draws)))
+        tasks = deque[tuple[Callable[[list[Row], Draw], list[Drawn]], list[int]]]()
+        tasks += ((self._draw_few, few[start : start + share]) for start in range(0, len(few), share))
+        tasks += ((self._draw_many, [number]) for number in many)
 
         def work(draw: Draw) -> None:
-            """Draw from whole vocabularies as long as there are any."""
             with suppress(IndexError):  # no more
                 while True:
-                    number = many.popleft()
-                    drawn[number] = self._timed(rows[number], draw)
+                    task, numbers = tasks.popleft()
+                    for number, token in zip(numbers, task([rows[one] for one in numbers], draw), strict=True):
+                        drawn[number] = token
 
-        first, *others = self._draws
-        helpers = []
-        if self._pool and len(many) * self._row_s > TOGETHER_S:
-            helpers = [self._pool.submit(work, draw) for draw in others[: len(many) - 1]]
-        self._draw_few(rows, few, drawn)
-        work(first)
+        helping = self._draws[1 : len(tasks)] if together else []
+        helpers = [self._pool.submit(work, draw) for draw in helping]
+        work(self._draws[0])
         for helper in helpers:
             if not helper.cancel():  # one that has not begun is not waited for
                 helper.result()
         return drawn
 
     def close(self) -> None:
-        if self._pool:
-            self._pool.shutdown()
+        self._pool.shutdown()
         for draw in self._draws:
             draw.close()
 
-    def _draw_few(self, rows: list[Row], few: list[int], drawn: list[Drawn]) -> None:
-        """Draw for the rows `few`, of which few logits count: neighbours in memory together."""
-        size = FLOAT_BYTES * self._n_vocab
-        places = {number: self._get_logits(self._context, rows[number][1]) for number in few}
-        for _, run in groupby(enumerate(few), lambda pair: places[pair[1]] - pair[0] * size):
-            numbers = [number for _, number in run]
-            samplers = [rows[number][0].sampler for number in numbers]
-            assert self._best  # noqa: S101 (who has none looks at all)
-            best = self._best(places[numbers[0]], self._n_vocab, [(one.few, one.changed) for one in samplers])
-            for at, (number, sampler) in enumerate(zip(numbers, samplers, strict=True)):
-                self._draws[0].row, self._draws[0].entries = rows[number][1], best.entries(at)
-                drawn[number] = outcome(sampler.sample, self._draws[0])
+    def _few(self, rows: list[Row]) -> list[int]:
+        """The numbers of those of which few logits count, where it pays to look for these."""
+        few = [number for number, (sequence, _) in enumerate(rows) if self._best and sequence.sampler.few]
+        spared = sum(CHANGED if rows[number][0].sampler.changed else 1 for number in few) * self._n_vocab
+        return few if spared >= MANY_LOGITS else []
 
-    def _timed(self, row: Row, draw: Draw) -> Drawn:
-        began = time.perf_counter()
-        draw.row, draw.entries = row[1], None
-        drawn = outcome(row[0].sampler.sample, draw)
-        self._row_s += _WEIGHT * (time.perf_counter() - began - self._row_s)
+    def _draw_few(self, rows: list[Row], draw: Draw) -> list[Drawn]:
+        """From the best logits, which are looked for together in neighbours in memory."""
+        assert self._best  # noqa: S101 (`_few` has looked)
+        began, size, drawn = time.perf_counter(), FLOAT_BYTES * self._n_vocab, list[Drawn]()
+        places = [self._get_logits(self._context, row) for _, row in rows]
+        for _, run in groupby(range(len(rows)), lambda number: places[number] - number * size):
+            numbers = [*run]
+            samplers = [rows[number][0].sampler for number in numbers]
+            best = self._best(places[numbers[0]], self._n_vocab, [(one.few, one.changed) for one in samplers])
+            drawn += (_drawn(rows[number], draw, best.entries(at)) for at, number in enumerate(numbers))
+        self._few_s += _WEIGHT * ((time.perf_counter() - began) / len(rows) - self._few_s)
         return drawn
+
+    def _draw_many(self, rows: list[Row], draw: Draw) -> list[Drawn]:
+        """From all logits."""
+        began = time.perf_counter()
+        drawn = [_drawn(row, draw, None) for row in rows]
+        self._many_s += _WEIGHT * ((time.perf_counter() - began) / len(rows) - self._many_s)
+        return drawn
+
+
+def _drawn(row: Row, draw: Draw, entries: tuple[int, int] | None) -> Drawn:
+    draw.row, draw.entries = row[1], entries
+    return outcome(row[0].sampler.sample, draw)
 
 
 def outcome(sample: Callable[[Any], int | None], argument: Any) -> Drawn:

@@ -171,7 +171,7 @@ class Scheduler:
         there a step of prompts, each alone, takes turns with one of every sequence's one token, without gaps.
         """
         if self._backend.settings.kv_unified:
-            yield lambda: [*self._decoding(), *self._prompts(beside=len(self._decoding()))]
+            yield lambda: [*(decoding := self._decoding()), *self._prompts(beside=len(decoding))]
             return
         prompts = self._prompts(beside=0)
         self._prompts_turn = bool(prompts) and not (self._prompts_turn and self._decoding())
@@ -197,12 +197,13 @@ class Scheduler:
             left = room
         elif self._token_s:
             left = max(room, min(left, int(TOGETHER_S / self._token_s)))
-        together = not self._decoding()
+        running = self.running
+        together = not any(one.decoding for one in running)
         shares = []
-        for sequence in sorted(self.running, key=lambda one: one.arrival):
+        for sequence in sorted((one for one in running if not one.decoding), key=lambda one: one.arrival):
             whole = together and sequence.pending <= min(settings.ubatch, left)
             count = min(sequence.to_border, sequence.pending if whole else room)
-            if count > 0 and not sequence.decoding:
+            if count > 0:
                 shares.append((sequence, count))
                 room -= count
                 left -= count
@@ -270,6 +271,8 @@ class Scheduler:
     def _take_late(self, watch: Stopwatch) -> None:
         """Tokens that wait for a grammar. A slow one misses steps, and holds the others up for a small part of one."""
         late = [sequence for sequence in self.running if not sequence.pending]
+        if not late:
+            return
         beside = max(LATE_S, LATE_SHARE * watch.decode_s)
         until = time.monotonic() + (beside if len(late) < len(self.running) else max(beside, LATE_ALONE_S))
         for sequence in late:

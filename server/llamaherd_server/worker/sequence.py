@@ -87,7 +87,7 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        return self.pending == 1 and self.computed > 0
+        return 0 < self.computed == len(self.tokens) - 1
 
     @property
     def to_border(self) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Iterator
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
 # llama.cpp's time for a text grows with the square of its special tokens: a long text is tokenised in pieces.
 PIECE_CHARS = 2**13
+PIECES = 2**13  # of tokens, that are remembered
 _BEGINNING = 16  # characters a token, which few texts exceed
 _OPENING, _LAST_BORDERS = 64, 3
 LLAMA_VOCAB_TYPE_SPM, LLAMA_VOCAB_TYPE_BPE = 1, 2
@@ -51,6 +52,7 @@ class Vocabulary:
             self.tokenize(" " * (PIECE_CHARS + 1), add_special=True, parse_special=parse)
             self.least_tokens("", 0, parse_special=parse)
 
+    @lru_cache(PIECES)  # noqa: B019 (a process has one vocabulary)
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes of one token; empty for a control token unless `special`."""
         room = 64
