@@ -37,12 +37,12 @@ def model_routes(hosts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if list(by_hosts) in ([], [tuple(names)]):
         return {}
     sets, unknown = [], "inference"
-    for number, (serving, called) in enumerate(by_hosts.items(), 1):
-        upstream = "inference" if serving == tuple(names) else f"inference_{number}"
+    for number, (those, called) in enumerate(by_hosts.items(), 1):
+        upstream = "inference" if those == tuple(names) else f"inference_{number}"
         unknown = upstream if ANY_NAME in called else unknown
         own = [name for name in called if name != ANY_NAME]
         patterns = [_pattern(spelling) for name in own for spelling in _spellings(name)]
-        sets.append({"upstream": upstream, "hosts": list(serving), "names": own, "patterns": patterns})
+        sets.append({"upstream": upstream, "hosts": list(those), "names": own, "patterns": patterns})
     models = list(dict.fromkeys(name for host in hosts for name in _own_models(host)))
     return {
         "sets": sets,
@@ -131,8 +131,8 @@ def rollout_batches(
         kinds.setdefault(own, []).append(name)
     waves: dict[int, list[str]] = {}
     for kind in kinds.values():
-        for number, batch in enumerate(_split(kind, serial)):
-            waves.setdefault(number, []).extend(batch)
+        for number, some in enumerate(_split(kind, serial)):
+            waves.setdefault(number, []).extend(some)
     batches = []
     for _, wave in sorted(waves.items()):
         left = [name for name in models if name in wave]

@@ -26,7 +26,7 @@ def host(name: str, *served: str, **more: Any) -> dict[str, Any]:
         {"name": one, "sha256": f"{ord(one[0]):x}" * 32, **({"aliases": [alias]} if alias else {})}
         for one, _, alias in (each.partition("=") for each in served)
     ]
-    names = [model["name"] for model in models]
+    names = [str(model["name"]) for model in models]
     serving = {"llamaherd_models": models, "llamaherd_model": "".join(names[:1]), "llamaherd_more_models": names[1:]}
     return {"inventory_hostname": name, **(serving if served else {}), **more}
 
