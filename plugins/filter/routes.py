@@ -18,6 +18,7 @@ ANY_NAME = "*"
 _TEXT = r'"(?:[^"\\]++|\\.)*+"'
 _PLAIN = r'[^"\[\]{}]++'
 _DEPTH = 24
+_MESSAGE_DEPTH = 6
 # nginx takes no longer parameter than 4096 bytes.
 _HEADER_BYTES = 3000
 
@@ -217,13 +218,30 @@ def _pattern(text: str) -> str:
 
 def _named_in_body() -> str:
     """A regular expression that finds the value of "model" in a JSON object, but not in what the object holds."""
+    return rf'^[^{{"]*+{{{_before("model", _DEPTH)}"(?<llamaherd_named>(?:[^"\\]++|\\.)*+)"'
+
+
+def message_pattern(role: str) -> str:
+    """A regular expression, for nginx.conf, that finds the first message of this role in a body.
+
+    Messages nest less than tools, and each object of a body is looked at for its role.
+    """
+    whole = rf"(?:{_PLAIN}|{_TEXT}|{_held(_MESSAGE_DEPTH)})*+"
+    return _quoted(rf'(?<llamaherd_message>{{(?={_before("role", _MESSAGE_DEPTH)}"{role}"){whole}}})')
+
+
+def _before(name: str, depth: int) -> str:
+    """What is within a JSON object up to the value that it has by this name."""
+    key = rf'"{name}"\s*+:'
+    return rf'(?:(?!{key})(?:[^"\[\]{{}}]|{_TEXT}|{_held(depth)}))*+{key}\s*+'
+
+
+def _held(depth: int) -> str:
+    """An array or object, which may hold others to this depth."""
     held = ""
-    for _ in range(_DEPTH):
+    for _ in range(depth):
         held = rf"[\[{{](?:{_PLAIN}|{_TEXT}{'|' if held else ''}{held})*+[\]}}]"
-    key = r'"model"\s*+:'
-    return (
-        rf'^[^{{"]*+{{(?:(?!{key})(?:[^"\[\]{{}}]|{_TEXT}|{held}))*+{key}\s*+"(?<llamaherd_named>(?:[^"\\]++|\\.)*+)"'
-    )
+    return held
 
 
 def _quoted(text: str) -> str:
@@ -246,6 +264,7 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
             "model_routes": model_routes,
+            "message_pattern": message_pattern,
             "route_mistakes": route_mistakes,
             "rollout_batches": rollout_batches,
             "irreplaceable_models": irreplaceable_models,

@@ -79,10 +79,14 @@ def test_a_name_is_known_however_a_request_writes_it(route_filters: ModuleType, 
     assert not any(re.fullmatch(pattern, written.upper().encode()) for pattern in patterns)
 
 
+def unquoted(parameter: str) -> bytes:
+    """A regular expression out of nginx.conf, as Python writes it."""
+    return parameter.replace('\\"', '"').replace("\\\\", "\\").replace("(?<l", "(?P<l").encode()
+
+
 def in_body(route_filters: ModuleType, body: str) -> str | None:
     found = route_filters.model_routes([host("a", "x"), host("b", "y")])["in_body"]
-    quoted = found.replace('\\"', '"').replace("\\\\", "\\").replace("(?<", "(?P<")
-    match = re.search(quoted.encode(), body.encode())
+    match = re.search(unquoted(found), body.encode())
     return json.loads(f'"{match["llamaherd_named"].decode()}"') if match else None
 
 
@@ -187,3 +191,30 @@ def test_a_row_sums_up_a_models_hosts(route_filters: ModuleType) -> None:
     }
     rows = route_filters.model_status(fleet, samples)
     assert rows == [["chat", "a, b", "1/2", "3/4", "0"], ["code", "b", "0/1", "0/2", "5"]]
+
+
+MESSAGES = [
+    {"role": "system", "content": "role: user"},
+    {
+        "content": [{"type": "text", "text": '{"role":"user"} }'}, {"type": "image_url", "image_url": {"url": "x"}}],
+        "role": "user",
+    },
+    {"role": "user", "content": "later"},
+]
+
+
+@pytest.mark.parametrize("messages", [MESSAGES, MESSAGES[:2], MESSAGES[1:], MESSAGES[1:2]])
+@pytest.mark.parametrize("more", [{}, {"tools": [{"function": {"parameters": {"role": {"type": "string"}}}}]}])
+def test_the_first_message_of_a_user_is_found(
+    route_filters: ModuleType, messages: list[dict[str, Any]], more: dict[str, Any]
+) -> None:
+    pattern = unquoted(route_filters.message_pattern("user"))
+    for body in ({"messages": messages, **more}, {**more, "messages": messages}):
+        match = re.search(pattern, json.dumps(body).encode())
+        assert match
+        assert json.loads(match["llamaherd_message"]) == MESSAGES[1]
+
+
+@pytest.mark.parametrize("body", ["{}", '{"prompt": "user"}', '{"messages": [{"role": "system", "content": "user"}]}'])
+def test_a_body_without_a_message_of_a_user_has_none(route_filters: ModuleType, body: str) -> None:
+    assert not re.search(unquoted(route_filters.message_pattern("user")), body.encode())
