@@ -10,12 +10,15 @@ from msgspec import Struct
 from llamaherd_loadtest.quantiles import Judgement, judge_share, quantile, unbiased_quantile
 from llamaherd_loadtest.samples import OK, Sample
 
+QUALITY = ("same_top", "kld")
 METRICS = ("ttft", "tpot", "itl", "gap", "e2e")
 MAX_ERROR_SHARE = 0.01
 _DOUBT = 0.05  # the chance of so many errors, or more, by which a server that has no more than that share is doubted
 _FORM = re.compile(
     rf"(?P<name>(?P<metric>{'|'.join(METRICS)})_(p(?P<p>\d\d?)|max))=(?P<value>\d+(\.\d+)?)(?P<unit>ms|s)"
 )
+
+_QUALITY_FORM = re.compile(rf"(?P<name>{'|'.join(QUALITY)})=(?P<value>\d*\.?\d+)")
 
 
 class Limit(Struct, frozen=True):
@@ -25,6 +28,14 @@ class Limit(Struct, frozen=True):
     metric: str
     p: float
     ms: float
+
+
+class QualityLimit(Struct, frozen=True):
+    """How far answers may change: `same_top`, the least share of the same most likely tokens; `kld`, the largest mean
+    KL divergence in nats."""
+
+    name: str
+    value: float
 
 
 class Judged(Struct, frozen=True):
@@ -37,12 +48,28 @@ class Judged(Struct, frozen=True):
     judgement: Judgement
 
 
+def divide_limits(texts: Sequence[str]) -> tuple[list[Limit], list[QualityLimit]]:
+    """Read limits of latencies and of answers. Raises ValueError with the remedy."""
+    quality = [text for text in texts if text.strip().partition("=")[0] in QUALITY]
+    latency = [limit for text in texts if text not in quality for limit in parse_limits(text)]
+    return latency, [*map(parse_quality_limit, quality)]
+
+
+def parse_quality_limit(text: str) -> QualityLimit:
+    """Read `same_top=share` or `kld=nats`. Raises ValueError with the remedy."""
+    match = _QUALITY_FORM.fullmatch(text.strip())
+    if match is None or (match["name"] == "same_top" and not 0 < float(match["value"]) < 1):
+        raise ValueError(f"limit {text!r} is not understood: write for example same_top=0.98 (a share) or kld=0.02")
+    return QualityLimit(match["name"], float(match["value"]))
+
+
 def parse_limit(text: str) -> Limit:
     """Read `metric_pNN=value` or `metric_max=value`, the value in ms or s. Raises ValueError with the remedy."""
     match = _FORM.fullmatch(text.strip())
     if match is None:
         raise ValueError(
-            f"limit {text!r} is not understood: write for example ttft_p95=2s (one of {', '.join(METRICS)})"
+            f"limit {text!r} is not understood: write for example ttft_p95=2s (one of {', '.join(METRICS)}), or "
+            "same_top=0.98 or kld=0.02"
         )
     p = int(match["p"]) / 100 if match["p"] else 1.0
     return Limit(match["name"], match["metric"], p, float(match["value"]) * (1000 if match["unit"] == "s" else 1))

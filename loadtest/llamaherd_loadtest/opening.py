@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from llamaherd_loadtest.arrivals import Arrivals
 from llamaherd_loadtest.client import ChatClient, Target
-from llamaherd_loadtest.limits import parse_limits
+from llamaherd_loadtest.limits import divide_limits
 from llamaherd_loadtest.probe import ServerFacts, ask, calibrate, check_fits, count_tokens
 from llamaherd_loadtest.replay import Replay, read_replay
 from llamaherd_loadtest.session import Source
@@ -43,7 +43,7 @@ class Opening:
             timeout_s=options.request_timeout,
         )
         self.client = ChatClient(self._target)
-        self.limits = [limit for text in options.limits.split(",") if text for limit in parse_limits(text)]
+        self.limits = divide_limits([text for text in options.limits.split(",") if text])[0]  # answers are the tuner's
         self._material = self._read()
 
     def probe(self) -> Probed:

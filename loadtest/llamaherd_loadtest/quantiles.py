@@ -13,6 +13,7 @@ from statistics import NormalDist, stdev
 
 from msgspec import Struct
 
+ERROR = 0.05  # the chance that what is judged to keep (or to miss) a limit does not, where it lies exactly on it
 _TAIL = 0.025
 
 

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from statistics import NormalDist, fmean
 
-from llamaherd_loadtest.limits import Limit
-from llamaherd_loadtest.quantiles import Judgement
+from llamaherd_loadtest.limits import Limit, QualityLimit
+from llamaherd_loadtest.quality.divergence import Quality
+from llamaherd_loadtest.quantiles import ERROR, Judgement, judge_share
 from llamaherd_loadtest.tune.evidence import Record, judge_errors, judge_over, limit_noise
 
-ERROR = 0.05  # the chance that what is judged to keep (or to miss) a limit does not, where it lies exactly on it
+_LEAST_ANSWERS = 8  # the spread of fewer is hardly known
 _MARGIN = NormalDist().inv_cdf(1 - ERROR)  # standard deviations
 
 Excess = tuple[Limit, float, float]  # mean and standard deviation of the logarithm of a figure over its limit
@@ -46,3 +47,24 @@ def judge_alone(record: Record, limits: Sequence[Limit], others: Iterable[Record
         mean = fmean(math.log(max(value, 1e-6) / limit.ms) for value in seen) if seen else -math.inf
         excesses.append((limit, mean, limit_noise([record, *others], limit).sigma / math.sqrt(max(len(seen), 1))))
     return judge(record, excesses)[0]
+
+
+def judge_quality(quality: Quality, limits: Iterable[QualityLimit]) -> tuple[Judgement, str]:
+    """The worst judgement, and the limit's name.
+
+    A share of positions with the same top token is also held against what as many independent ones would show: where
+    nearly all are the same, answers hardly differ.
+    """
+    worst = (Judgement.PASSES if quality.answers >= _LEAST_ANSWERS else Judgement.UNRESOLVED, "answers")
+    for limit in limits:
+        if limit.name == "kld":
+            misses, passes = quality.kld.low > limit.value, quality.kld.high <= limit.value
+        else:
+            chance = judge_share(quality.positions - quality.same, quality.positions, 1 - limit.value, ERROR)
+            misses = quality.same_top.high < limit.value
+            passes = quality.same_top.low >= limit.value and chance is Judgement.PASSES
+        if misses:
+            return Judgement.MISSES, limit.name
+        if not passes:
+            worst = (Judgement.UNRESOLVED, limit.name)
+    return worst if worst[0] is not Judgement.PASSES else (Judgement.PASSES, "")

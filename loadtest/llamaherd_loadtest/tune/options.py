@@ -11,7 +11,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from llamaherd_loadtest.client import Target
-from llamaherd_loadtest.limits import Limit, parse_limits
+from llamaherd_loadtest.limits import Limit, QualityLimit, divide_limits
 from llamaherd_loadtest.tune.evidence import Load
 from llamaherd_loadtest.tune.objective import Objective, parse_load, parse_objective
 from llamaherd_loadtest.workload import Workload, load_workload, workload_names
@@ -28,6 +28,7 @@ class Options(Struct, frozen=True, kw_only=True):
     admin_key: str
     workload: Workload
     limits: list[Limit]
+    answer_limits: list[QualityLimit]
     objective: Objective
     load: Load
     space: list[str]
@@ -45,13 +46,15 @@ def parse(arguments: Sequence[str]) -> Options:
     """Read the command line. Raises ValueError where a value makes no sense, SystemExit as argparse does."""
     args = _parser().parse_args(arguments)
     load = parse_load(args.load)
+    limits, answer_limits = divide_limits(args.limit)
     return Options(
         subject=args.subject or args.url,
         target=Target(url=args.url, model=args.model, key=_secret(args.key_file), ca=args.ca),
         admin_url=args.admin_url or args.url,
         admin_key=_secret(args.admin_key_file or args.key_file),
         workload=load_workload(args.workload),
-        limits=[limit for text in args.limit for limit in parse_limits(text)],
+        limits=limits,
+        answer_limits=answer_limits,
         objective=parse_objective(args.objective, load),
         load=load,
         space=args.space,
@@ -89,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="such as ttft_p95=2s or mlperf-llama2-70b; may be repeated",
+        help="such as ttft_p95=2s, mlperf-llama2-70b, or, to search KV types, kld=0.02; may be repeated",
     )
     add("--objective", default="tokens", help="the highest tokens or requests a second, or the lowest, say, e2e_p95")
     add(

@@ -1,0 +1,1 @@
+"""How much a model's answers change: with other KV types, another quantisation, template or build."""

@@ -1,0 +1,97 @@
+"""Whether a model still answers as it did: `python -m llamaherd_loadtest.quality --reference FILE …`.
+
+Where FILE does not exist, it is written: answers to the prompts of a suite, and how probable the model finds them.
+Where it does, the model is held against it; exit status 0 where all limits are kept, 3 where they are not, 2 where the
+two cannot be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from llamaherd_loadtest.files import write_whole
+from llamaherd_loadtest.limits import QualityLimit, divide_limits
+from llamaherd_loadtest.probe import ServerUnusable
+from llamaherd_loadtest.quality.asking import Model, Written
+from llamaherd_loadtest.quality.divergence import Incomparable, Row, difference, summed_up
+from llamaherd_loadtest.quality.suite import DEFAULT, load_suite
+from llamaherd_loadtest.quantiles import Judgement
+from llamaherd_loadtest.tune.judge import judge_quality
+from llamaherd_loadtest.workload import Calibration
+
+_WORDS = Calibration(per_word=1.3, overhead=20)  # about, as English is cut: a suite's lengths need be no more exact
+
+
+class Reference(Struct, frozen=True):
+    """What a model answered, and how it found that."""
+
+    written: list[Written]
+    rows: list[list[Row]]
+
+
+def record(model: Model, suite: str) -> Reference:
+    """Raises ServerUnusable and ValueError."""
+    written = [model.write(chat, seed) for seed, chat in enumerate(load_suite(suite, _WORDS), 1)]
+    return Reference(written, model.evaluate(written))
+
+
+def compare(reference: Reference, model: Model, limits: Sequence[QualityLimit]) -> tuple[bool, str]:
+    """Whether the model keeps the limits, and a sentence. Raises Incomparable and ServerUnusable."""
+    after = model.evaluate(reference.written)
+    quality = summed_up([difference(*pair) for pair in zip(reference.rows, after, strict=True)])
+    judgement, name = judge_quality(quality, limits)
+    if judgement is Judgement.PASSES:
+        return True, str(quality)
+    limit = next((f"limit {one.name}={one.value:g}" for one in limits if one.name == name), name)
+    return False, f"{limit} {judgement}: {quality}"
+
+
+def main() -> int:
+    """Record or compare, as the command line says."""
+    parser = argparse.ArgumentParser(prog="python -m llamaherd_loadtest.quality", description=__doc__)
+    add = parser.add_argument
+    add("--url", required=True, help="where the server's /admin routes are reached")
+    add("--ca", type=Path, help="certificate of the server's CA")
+    add("--key-file", type=Path, help="file that holds an admin key")
+    add("--model", required=True, help="the model's name")
+    add("--suite", default=DEFAULT, help="what it is asked: a .yml file, a workload, or the suite that is there")
+    add("--reference", type=Path, required=True, help="file with what a model answered before")
+    add("--limit", action="append", default=[], help="same_top=0.98 or kld=0.02; may be repeated")
+    args = parser.parse_args()
+    try:
+        latency, limits = divide_limits(args.limit)
+        if latency:
+            raise ValueError(f"limit {latency[0].name} is none of answers: give same_top or kld")
+        key = args.key_file.read_text(encoding="utf-8").strip() if args.key_file else ""
+        model = Model(args.url, args.model, key, args.ca)
+        if not args.reference.exists():
+            _write(args.reference, record(model, args.suite))
+            return 0
+        reference = msgspec.json.decode(args.reference.read_bytes(), type=Reference)
+        kept, sentence = compare(reference, model, limits)
+    except Incomparable as error:
+        sys.stderr.write(f"quality: the answers cannot be compared: {error}\n")
+        return 2
+    except (ServerUnusable, ValueError, OSError) as error:
+        sys.stderr.write(f"quality: {error}\n")
+        return 2
+    sys.stdout.write(f"{sentence}\n")
+    return 0 if kept else 3
+
+
+def _write(path: Path, reference: Reference) -> None:
+    """For this user alone: prompts may be somebody's."""
+    os.umask(0o077)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, msgspec.json.encode(reference))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Answers of a server, and how probable it finds given ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import requests
+from msgspec import Struct, field
+
+from llamaherd_loadtest.probe import ServerUnusable
+from llamaherd_loadtest.quality.divergence import Row
+from llamaherd_loadtest.quality.suite import Chat
+
+TOP = 16
+ANSWER_TOKENS = 32
+_AT_ONCE = 4  # answers in one request
+_TIMEOUT_S = 600.0
+
+KvTypes = tuple[str, str]
+
+
+class Written(Struct, frozen=True):
+    """A chat and the answer that a model wrote to it."""
+
+    chat: Chat
+    answer: str
+
+
+class _Item(Struct):
+    tokens: list[int]
+    top: list[list[tuple[int, float | None]]]
+    logprobs: list[float | None]
+
+
+class _Evaluated(Struct):
+    data: list[_Item]
+    pieces: dict[int, str | list[int]]
+
+
+class _Error(Struct):
+    message: str = ""
+    code: str | int | None = None
+
+
+class _Failure(Struct):
+    error: _Error = field(default_factory=_Error)
+
+
+class Model:
+    """One model of a server, reached with an admin key where /admin/logprobs is."""
+
+    def __init__(self, url: str, model: str, key: str = "", ca: Path | None = None) -> None:
+        self._base, self._model = url.rstrip("/").removesuffix("/v1"), model
+        self._session = requests.Session()
+        self._session.verify = str(ca) if ca else True
+        if key:
+            self._session.headers["Authorization"] = f"Bearer {key}"
+
+    def write(self, chat: Chat, seed: int) -> Written:
+        """Have the model answer, sampled as the server does by default. Raises ServerUnusable."""
+        body = {"prompt": self._prompt(chat), "max_tokens": ANSWER_TOKENS, "seed": seed}
+        return Written(chat, self._post("/v1/completions", body)["choices"][0]["text"])
+
+    def evaluate(self, written: Sequence[Written], kv_types: KvTypes | None = None) -> list[list[Row]]:
+        """The distributions at each position of the answers. Raises ServerUnusable."""
+        types = dict(zip(("kv_type_k", "kv_type_v"), kv_types, strict=True)) if kv_types else {}
+        rows: list[list[Row]] = []
+        for first in range(0, len(written), _AT_ONCE):
+            some = written[first : first + _AT_ONCE]
+            inputs = [{"prompt": self._prompt(one.chat), "answer": one.answer} for one in some]
+            found = msgspec.convert(
+                self._post("/admin/logprobs", {"inputs": inputs, "top": TOP} | types), _Evaluated, strict=False
+            )
+            rows += [_rows(item, found.pieces) for item in found.data]
+        return rows
+
+    def _prompt(self, chat: Chat) -> str:
+        body = {"messages": chat.messages} | ({"tools": chat.tools} if chat.tools else {})
+        return str(self._post("/apply-template", body)["prompt"])
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        url = self._base + path
+        headers = {"Content-Type": "application/json"}
+        try:
+            content = msgspec.json.encode({"model": self._model} | body)
+            response = self._session.post(url, data=content, headers=headers, timeout=_TIMEOUT_S)
+        except requests.RequestException as error:
+            raise ServerUnusable(f"{url} cannot be reached: {error}") from error
+        if response.status_code in (404, 405) and path == "/admin/logprobs":
+            raise ServerUnusable(f"{url} is not there: this server is too old to compare its answers")
+        if response.status_code != 200:
+            raise ServerUnusable(f"{url} answers {response.status_code}: {_message(response)}")
+        return msgspec.json.decode(response.content)
+
+
+def _message(response: requests.Response) -> str:
+    try:
+        message = msgspec.json.decode(response.content, type=_Failure).error.message
+    except msgspec.MsgspecError:
+        message = response.text.strip()
+    return message[:300] or response.reason
+
+
+def _rows(item: _Item, pieces: dict[int, str | list[int]]) -> list[Row]:
+    """By the tokens' texts; bytes that are no text stand as hexadecimal numbers, which no token's text is."""
+    texts = {token: piece if isinstance(piece, str) else "\0" + bytes(piece).hex() for token, piece in pieces.items()}
+    rows = []
+    for place, top in enumerate(item.top):
+        listed = {texts[token]: logprob for token, logprob in reversed(top) if logprob is not None}
+        own = texts[item.tokens[place]] if place < len(item.tokens) else None
+        floor = min(listed.values())
+        if own is not None and (logprob := item.logprobs[place]) is not None:
+            listed.setdefault(own, logprob)
+        rows.append(Row(listed, floor, own))
+    return rows

@@ -1,0 +1,64 @@
+"""What a model is asked: the prompts of a suite, or of a workload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from llamaherd_loadtest.dice import fresh_seed
+from llamaherd_loadtest.workload import Calibration, Prompts, Workload, load_workload, workload_names
+
+DEFAULT = "default"
+_MOST_PROMPTS = 24  # of a workload
+
+
+class Chat(Struct, frozen=True, forbid_unknown_fields=True):
+    """One question, in OpenAI's form."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = []
+
+
+class _Suite(Struct, forbid_unknown_fields=True):
+    prompts: list[str | Chat]
+
+
+def load_suite(name: str, calibration: Calibration) -> Iterator[Chat]:
+    """The chats of a suite's file, of the one that comes with the package, or of a workload.
+
+    Raises ValueError for a file that is neither.
+    """
+    if name in workload_names():
+        yield from of_workload(load_workload(name), calibration)
+        return
+    if name != DEFAULT and Path(name).suffix not in (".yml", ".yaml"):
+        known = ", ".join([DEFAULT, *workload_names()])
+        raise ValueError(f"no suite {name!r}: give one of {known}, or a .yml file")
+    bundled = resources.files("llamaherd_loadtest.quality") / "suite.yml"
+    try:
+        source = bundled.read_bytes() if name == DEFAULT else Path(name).read_bytes()
+        prompts = msgspec.yaml.decode(source, type=_Suite).prompts
+    except OSError as error:
+        raise ValueError(f"suite {name} cannot be read: {error.strerror}") from error
+    except msgspec.MsgspecError as error:
+        try:
+            workload = load_workload(name)
+        except ValueError:
+            raise ValueError(f"suite {name}: {error}") from error
+        yield from of_workload(workload, calibration)
+        return
+    for one in prompts:
+        yield one if isinstance(one, Chat) else Chat([{"role": "user", "content": one}])
+
+
+def of_workload(workload: Workload, calibration: Calibration) -> Iterator[Chat]:
+    """Its first requests, of fresh prompts."""
+    prompts = Prompts(workload, model="", seed=fresh_seed(), calibration=calibration)
+    for index in range(_MOST_PROMPTS):
+        body = msgspec.json.decode(prompts.request(index))
+        yield Chat(body["messages"], body.get("tools", []))
