@@ -18,7 +18,9 @@ from llamaherd_loadtest.limits import QualityLimit, divide_limits
 from llamaherd_loadtest.quality.divergence import Difference, Incomparable, Row, difference, divergence, summed_up
 from llamaherd_loadtest.quality.suite import DEFAULT, load_suite
 from llamaherd_loadtest.quantiles import Judgement
+from llamaherd_loadtest.tune.answers import Answers, KvAnswers, kv_types
 from llamaherd_loadtest.tune.judge import judge_quality
+from llamaherd_loadtest.tune.space import candidates, default_space
 from llamaherd_loadtest.workload import Calibration
 from tests.server.conftest import running
 from tests.server.engine.tiny import SMOLLM2_WIDTH, write_lora
@@ -87,6 +89,21 @@ def test_what_lies_on_a_limit_passes_and_misses_as_seldom_as_is_said() -> None:
         missed += judgement is Judgement.MISSES
     assert passed < 48  # 5 %, and what the skew of 24 answers adds
     assert missed < 24
+
+
+def test_kv_types_are_searched_with_a_limit_alone_and_only_those_that_keep_it() -> None:
+    current = {"parallel": 4, "kv_type_k": "f16", "kv_type_v": "f16"}
+    assert "kv_type_k" not in default_space(current)
+    space = candidates(current, default_space(current, quality=True), mixed=False)
+    assert {kv_types(one) for one in space} == {("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0")}
+    quality = summed_up([Difference(32, 0.01, 32)] * 24)
+    answers = Answers(
+        [
+            KvAnswers(("q8_0", "q8_0"), quality, Judgement.PASSES, ""),
+            KvAnswers(("q4_0", "q4_0"), quality, Judgement.UNRESOLVED, "kld"),
+        ]
+    )
+    assert {kv_types(one) for one in space if answers.permit(one)} == {("f16", "f16"), ("q8_0", "q8_0")}
 
 
 @pytest.mark.parametrize("text", ["same_top=98", "same_top=1", "kld=2s", "kld=", "same_top=0"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -16,6 +17,9 @@ from pathlib import Path
 import msgspec
 
 from llamaherd_loadtest.probe import ServerUnusable
+from llamaherd_loadtest.quality.asking import Model
+from llamaherd_loadtest.quality.suite import of_workload
+from llamaherd_loadtest.tune.answers import REFERENCE, Answers, compare_kv_types, kv_types
 from llamaherd_loadtest.tune.applier import AdminApplier, Applier, EngineState, Refused
 from llamaherd_loadtest.tune.evidence import SLOTS
 from llamaherd_loadtest.tune.journal import Journal, ReplayBench
@@ -28,9 +32,10 @@ from llamaherd_loadtest.tune.search import Search, Step, in_flight, least_rounds
 from llamaherd_loadtest.tune.settings import Settings, difference, key
 from llamaherd_loadtest.tune.signals import interruptible
 from llamaherd_loadtest.tune.space import Pruned, candidates, default_space, parse_space, prune
-from llamaherd_loadtest.tune.verdict import Verdict, make_verdict, read_verdict, write_verdict
+from llamaherd_loadtest.tune.verdict import KvRow, Verdict, make_verdict, read_verdict, write_verdict
 
 _CALIBRATION_SHARE = 0.5  # of the time budget: where one request takes longer, there is no time for more
+_ANSWERS_SHARE = 0.1  # of the time budget
 _CAPACITY_SHARE = 0.2  # of the time budget
 _CAPACITY_FROM_S = 300.0  # below, all of it goes into the choice
 
@@ -82,7 +87,10 @@ def _tune(options: Options) -> Verdict:
         _restore(applier, launch[0])
     bench = LiveBench(options, applier, journal.seed)
     calibrated = _calibrated(options, bench, journal, launch)
-    progress, budget_s = Progress(launch), options.budget_s - calibrated.took_s
+    answers = _answers(options, bench, journal, launch)
+    permitted = [s == launch[0] or not options.answer_limits or answers.permit(s) for s in launch]
+    always, launch = sum(permitted[:always]), [*itertools.compress(launch, permitted)]
+    progress, budget_s = Progress(launch), options.budget_s - calibrated.took_s - answers.took_s
     climbs = options.limits and options.load == SLOTS and options.budget_s >= _CAPACITY_FROM_S
     capacity_s = _CAPACITY_SHARE * budget_s if climbs else 0.0
 
@@ -118,10 +126,12 @@ def _tune(options: Options) -> Verdict:
         _restore(applier, launch[0])
         verdict = make_verdict(search, choice, pruned)
         verdict.capacity = str(capacity or "")
+        verdict.answers = [KvRow.of(one) for one in answers.compared]
+        verdict.answer_limits = {limit.name: limit.value for limit in options.answer_limits}
         verdict.limits = {limit.name: limit.ms for limit in options.limits}
         verdict.workload = msgspec.to_builtins(options.workload) | {"need_tokens": options.workload.need}
         verdict.provenance = _provenance(options, found, search, journal.seed) | {
-            "spent_s": round(calibrated.took_s + search.spent_s, 1),
+            "spent_s": round(calibrated.took_s + answers.took_s + search.spent_s, 1),
             "request_s": round(calibrated.request_s, 2),
             "window_s": round(search.window_s(verdict.chosen), 1),
             "measured": verdict.figures,
@@ -141,7 +151,7 @@ def _calibrated(options: Options, bench: LiveBench, journal: Journal, launch: Se
     found = journal.calibrated or bench.calibrated(
         in_flight(launch[0], options.load), journal.seed * 1000, _CALIBRATION_SHARE * options.budget_s
     )
-    journal.calibrate(found)
+    journal.note(found)
     needed = needed_s(found, pair(launch, options.load), options.budget_s, least_rounds(options.load))
     if len(launch) > 1 and needed > options.budget_s:
         budget = {"needed_s": needed, "budget_s": options.budget_s}
@@ -155,16 +165,35 @@ def _calibrated(options: Options, bench: LiveBench, journal: Journal, launch: Se
     return found
 
 
+def _answers(options: Options, bench: LiveBench, journal: Journal, launch: Sequence[Settings]) -> Answers:
+    """How answers change with the KV types of the settings to launch. Raises ServerUnusable."""
+    types = sorted({kv_types(settings) for settings in launch} - {REFERENCE}) if options.answer_limits else []
+    if not types:
+        return Answers([])
+    if journal.answers is None:
+        model = Model(options.admin_url, options.target.model, options.admin_key, options.target.ca)
+        chats = of_workload(options.workload, bench.calibration)
+        found = compare_kv_types(model, chats, types, options.answer_limits, _ANSWERS_SHARE * options.budget_s)
+    else:
+        found = journal.answers
+    journal.note(found)
+    for one in found.compared:
+        say(f"KV types {', '.join(one.kv_types)}, beside f16: {one.quality}: {one.verdict}")
+    return found
+
+
 def _divide(options: Options, found: Settings) -> tuple[int, list[Settings], list[Pruned]]:
     """How many settings are always measured; those to launch, the current first; those ruled out.
 
     The engine is among them where it is searched or proposed; otherwise it stays what the operator says.
     """
-    space = parse_space(options.space, found, quality=options.quality) or default_space(found)
+    quality = bool(options.answer_limits)
+    named = parse_space(options.space, found, quality=options.quality or quality)
+    space = named or default_space(found, quality=quality)
     proposed = read_verdict(options.proposal).chosen if options.proposal else {}
     current = {k: v for k, v in found.items() if k != "engine" or k in {*space, *proposed}}
     both = {key(settings): settings for settings in (current, {**current, **proposed})}
-    tried = list(both.values()) if options.proposal else candidates(current, space)
+    tried = list(both.values()) if options.proposal else candidates(current, space, mixed=bool(named))
     launch, pruned = prune(tried, options.workload.need)
     if not launch or launch[0] != current:
         raise ValueError(f"the server's settings cannot serve workload {options.workload.name}: {pruned[0].why}")
@@ -211,7 +240,7 @@ def _fingerprint(options: Options, found: EngineState) -> str:
             msgspec.to_builtins(found.model),
             found.build,
             msgspec.to_builtins(options.workload),
-            msgspec.to_builtins(options.limits),
+            msgspec.to_builtins([options.limits, options.answer_limits]),
             options.objective.name,
             msgspec.to_builtins(options.load),
             options.budget_s,

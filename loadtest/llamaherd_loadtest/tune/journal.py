@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct, field
 
+from llamaherd_loadtest.tune.answers import Answers
 from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement
 from llamaherd_loadtest.tune.pace import Calibrated
 from llamaherd_loadtest.tune.search import Bench, Step
@@ -37,7 +38,7 @@ class Done(Struct, tag="done", frozen=True):
     """The last line of a search that came to its end."""
 
 
-Line = Header | Calibrated | Trying | StepLine | Done
+Line = Header | Calibrated | Answers | Trying | StepLine | Done
 _decoder = msgspec.json.Decoder(Line)
 
 
@@ -46,7 +47,7 @@ class Journal:
 
     `current` are the settings that the search is to improve: those in force, `found`, or what the unfinished search
     found before it was killed with others in force. `calibrated` is None until a search has found out how slow the host
-    is.
+    is, `answers` until it has compared those of KV types.
     """
 
     def __init__(self, path: Path, fingerprint: str, seed: int, found: Settings) -> None:
@@ -55,19 +56,21 @@ class Journal:
         lines = _read(path)
         self.resumed: list[Step] = []
         self.calibrated: Calibrated | None = None
+        self.answers: Answers | None = None
         self.seed, self.current = seed, found
         if lines and isinstance(lines[0], Header) and lines[0].fingerprint == fingerprint and Done() not in lines:
             tried = [line.settings for line in lines if isinstance(line, Trying)][-2:]
             if lines[0].found == found or any({**found, **settings} == found for settings in tried):
                 self.seed, self.current = lines[0].seed, lines[0].found
                 self.calibrated = next((line for line in lines if isinstance(line, Calibrated)), None)
+                self.answers = next((line for line in lines if isinstance(line, Answers)), None)
                 self.resumed = [line.step for line in lines if isinstance(line, StepLine)]
         path.write_bytes(b"")
         self._append(Header(fingerprint, self.seed, self.current))
 
-    def calibrate(self, calibrated: Calibrated) -> None:
-        """Note what the search's windows are fitted to."""
-        self._append(calibrated)
+    def note(self, found: Calibrated | Answers) -> None:
+        """Note what the search's windows are fitted to, or which KV types it may try."""
+        self._append(found)
 
     def trying(self, settings: Settings) -> None:
         self._append(Trying(settings))

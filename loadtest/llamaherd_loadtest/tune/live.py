@@ -35,7 +35,7 @@ class LiveBench:
         self._workload, self._limits, self._objective = options.workload, options.limits, options.objective
         # A search that is resumed, or repeated with its seed, must not find its prompts in the server's cache.
         self._fresh = fresh_seed() << 64
-        self._calibration = calibrate(self._client, options.target, self._fresh + seed)
+        self.calibration = calibrate(self._client, options.target, self._fresh + seed)
         self._samples_dir = options.out / "samples"
         self._samples_dir.mkdir(parents=True, exist_ok=True)
 
@@ -112,7 +112,7 @@ class LiveBench:
         return measurement
 
     def _prompts(self, seed: int) -> Prompts:
-        return Prompts(self._workload, model=self._target.model, seed=self._fresh + seed, calibration=self._calibration)
+        return Prompts(self._workload, model=self._target.model, seed=self._fresh + seed, calibration=self.calibration)
 
     def _arrivals(self, rate: float, prompts: Prompts, window_s: float, seed: int) -> Run:
         """An open loop: a fifth of the window warms up, and what is in flight after it has as long as it was to end."""

@@ -38,17 +38,18 @@ _VALUES: Space = {
     "ubatch": [128, 512],
     "kv_unified": [True, False],
 }
+_KV_TYPES: list[Value] = ["f16", "q8_0", "q4_0"]
 _THREADS = ("threads", "threads_batch")
 
 
-def default_space(current: Settings) -> Space:
+def default_space(current: Settings, *, quality: bool = False) -> Space:
     """What is tried where nothing else is asked for. The server counts the threads that the host has for it: half of
-    them are enough where memory is the bottleneck, or two share a core."""
+    them are enough where memory is the bottleneck, or two share a core. `quality`: KV types too."""
     space: Space = {knob: values for knob, values in _VALUES.items() if knob in current}
     for knob in _THREADS:
         if isinstance(count := current.get(knob), int) and count > 1:
             space[knob] = [count // 2, count]
-    return space
+    return space | ({knob: _KV_TYPES for knob in _QUALITY if knob in current} if quality else {})
 
 
 def parse_space(texts: Iterable[str], current: Settings, *, quality: bool = False) -> Space:
@@ -64,16 +65,22 @@ def parse_space(texts: Iterable[str], current: Settings, *, quality: bool = Fals
         if knob not in current:
             raise ValueError(f"the server has no setting {knob!r}: it has {', '.join(current)}")
         if knob in _QUALITY and not quality:
-            raise ValueError(f"{knob} changes what the model answers, not only how fast: allow that with --quality")
+            raise ValueError(
+                f"{knob} changes what the model answers, not only how fast: give a limit such as kld=0.02, or --quality"
+            )
         space[knob] = [_value(v) for v in values.split(",")]
     return space
 
 
-def candidates(current: Settings, space: Space) -> list[Settings]:
-    """Every point of the grid as full settings, each once: the current first, then llama.cpp's default."""
+def candidates(current: Settings, space: Space, *, mixed: bool = True) -> list[Settings]:
+    """Every point of the grid as full settings, each once: the current first, then llama.cpp's default.
+
+    Not `mixed`: with keys and values of one type, as CUDA's flash attention is built for unless asked otherwise.
+    """
     grid = (dict(zip(space, point, strict=True)) for point in itertools.product(*space.values()))
     default = {k: v for k, v in LLAMA_CPP_DEFAULTS.items() if k in current}
-    full = [{**current, **change} for change in ({}, default, *grid)]
+    points = (point for point in grid if mixed or len({point.get(knob) for knob in _QUALITY}) == 1)
+    full = [{**current, **change} for change in ({}, default, *points)]
     return list({key(settings): settings for settings in full}.values())
 
 

@@ -11,7 +11,9 @@ import msgspec
 from msgspec import Struct, field
 
 from llamaherd_loadtest.files import write_whole
+from llamaherd_loadtest.quality.asking import KvTypes
 from llamaherd_loadtest.quantiles import Judgement, estimate
+from llamaherd_loadtest.tune.answers import KvAnswers
 from llamaherd_loadtest.tune.decide import Choice
 from llamaherd_loadtest.tune.evidence import SLOTS, Record
 from llamaherd_loadtest.tune.objective import Objective
@@ -45,6 +47,18 @@ class Row(Struct, kw_only=True):
     verdict: str
 
 
+class KvRow(Struct, frozen=True):
+    """How answers change with types of KV cells, in words; `verdict`: whether that keeps the limits on answers."""
+
+    kv_types: KvTypes
+    quality: str
+    verdict: str
+
+    @classmethod
+    def of(cls, one: KvAnswers) -> KvRow:
+        return cls(one.kv_types, str(one.quality), one.verdict)
+
+
 class Verdict(Struct, kw_only=True):
     """What verdict.json holds. `partial`: the search was interrupted, and nothing was chosen. `measured` is false where
     each window of the current settings was spoiled, so that nothing was compared.
@@ -64,6 +78,8 @@ class Verdict(Struct, kw_only=True):
     chosen: Settings
     table: list[Row]
     limits: dict[str, float] = field(default_factory=dict)
+    answer_limits: dict[str, float] = field(default_factory=dict)
+    answers: list[KvRow] = field(default_factory=list)
     workload: dict[str, object] = field(default_factory=dict)
     provenance: dict[str, object] = field(default_factory=dict)
 

@@ -1,0 +1,71 @@
+"""Which KV types may be searched: those that keep the limits on answers beside f16 cells, on the workload's prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from msgspec import Struct
+
+from llamaherd_loadtest.client import clock
+from llamaherd_loadtest.limits import QualityLimit
+from llamaherd_loadtest.quality.asking import KvTypes, Model, Written
+from llamaherd_loadtest.quality.divergence import Quality, Row, difference, summed_up
+from llamaherd_loadtest.quality.suite import Chat
+from llamaherd_loadtest.quantiles import Judgement
+from llamaherd_loadtest.tune.judge import judge_quality
+from llamaherd_loadtest.tune.settings import Settings
+
+REFERENCE: KvTypes = ("f16", "f16")
+
+
+class KvAnswers(Struct, frozen=True):
+    """How answers change with these types of keys and values, and whether that keeps the limits."""
+
+    kv_types: KvTypes
+    quality: Quality
+    judgement: Judgement
+    limit: str
+
+    @property
+    def verdict(self) -> str:
+        return f"{self.judgement} {self.limit}".strip()
+
+
+class Answers(Struct, frozen=True, tag="answers"):
+    """All types that were compared, and the seconds that it took."""
+
+    compared: list[KvAnswers]
+    took_s: float = 0.0
+
+    def permit(self, settings: Settings) -> bool:
+        """Whether settings may be searched as far as their answers go."""
+        types = kv_types(settings)
+        return types == REFERENCE or any(
+            one.kv_types == types and one.judgement is Judgement.PASSES for one in self.compared
+        )
+
+
+def kv_types(settings: Settings) -> KvTypes:
+    return str(settings.get("kv_type_k", REFERENCE[0])), str(settings.get("kv_type_v", REFERENCE[1]))
+
+
+def compare_kv_types(
+    model: Model, chats: Iterable[Chat], types: Sequence[KvTypes], limits: Sequence[QualityLimit], budget_s: float
+) -> Answers:
+    """As many of the chats as the budget allows are answered once, and the answers evaluated with each of the types.
+
+    Raises ServerUnusable, also where the server's engine returns no log probabilities of given texts.
+    """
+    started = clock()
+    written, reference = list[Written](), list[list[Row]]()
+    for seed, chat in enumerate(chats, 1):
+        written.append(model.write(chat, seed))
+        reference += model.evaluate(written[-1:], REFERENCE)
+        if clock() - started > budget_s / (1 + len(types)):
+            break
+    compared = []
+    for one in types:
+        rows = model.evaluate(written, one)
+        quality = summed_up([difference(*pair) for pair in zip(reference, rows, strict=True)])
+        compared.append(KvAnswers(one, quality, *judge_quality(quality, limits)))
+    return Answers(compared, clock() - started)
