@@ -1,8 +1,9 @@
 """Replay of a recorded trace: when each request came and how long its prompt and answer were.
 
 Read are the formats that guidellm and aiperf read: Mooncake's JSON lines (timestamp in ms, input_length,
-output_length, hash_ids: ids of 512-token blocks that prompts share), and the CSV files of Azure's LLM inference traces
-(TIMESTAMP, ContextTokens, GeneratedTokens) and of BurstGPT (Timestamp in s, Request tokens, Response tokens).
+output_length, hash_ids: ids of blocks that prompts share, of block_size tokens, 512 if not given), and the CSV files of
+Azure's LLM inference traces (TIMESTAMP, ContextTokens, GeneratedTokens) and of BurstGPT (Timestamp in s, Request
+tokens, Response tokens).
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from msgspec import Struct
 from llamaherd_loadtest.dice import seeded
 from llamaherd_loadtest.workload import Calibration, Lengths, Prompts, Workload, text
 
-_BLOCK = 512  # tokens of a hash id
-
 
 class TraceRequest(Struct, frozen=True):
-    """One request: seconds from the trace's first, lengths in tokens, ids of the blocks at the prompt's head."""
+    """One request: seconds from the trace's first, lengths in tokens, ids of the blocks at the prompt's head, each of
+    `block_tokens`."""
 
     at: float
     prompt_tokens: int
     output_tokens: int
     blocks: tuple[int, ...] = ()
+    block_tokens: int = 512
 
 
 class _Mooncake(Struct):
@@ -35,6 +36,7 @@ class _Mooncake(Struct):
     input_length: int
     output_length: int
     hash_ids: tuple[int, ...] = ()
+    block_size: int = 512
 
 
 class Trace(Struct, frozen=True):
@@ -65,7 +67,8 @@ class TracePrompts(Prompts):
     def _first(self, index: int) -> tuple[str, int]:
         rng = seeded(self._seed, index)
         request = self._trace.requests[index % len(self._trace.requests)]
-        words, block_words = self._calibration.words(request.prompt_tokens), round(_BLOCK / self._calibration.per_word)
+        words = self._calibration.words(request.prompt_tokens)
+        block_words = round(request.block_tokens / self._calibration.per_word)
         parts = []
         for block in request.blocks if index >= 0 else ():  # a warm-up shares nothing
             parts.append(text(seeded(self._seed, "block", block), min(block_words, words)))
@@ -91,7 +94,7 @@ def _mooncake(path: Path) -> Iterator[TraceRequest]:
             row = msgspec.json.decode(line, type=_Mooncake)
         except msgspec.MsgspecError as error:
             raise ValueError(f"trace {path}, line {number}: {error}") from error
-        yield TraceRequest(row.timestamp / 1000, row.input_length, row.output_length, row.hash_ids)
+        yield TraceRequest(row.timestamp / 1000, row.input_length, row.output_length, row.hash_ids, row.block_size)
 
 
 def _csv(path: Path) -> Iterator[TraceRequest]:

@@ -110,7 +110,7 @@ def _serving(settings: Settings, engine: Switch, quotas: Quotas, metrics: Metric
         max_queue=limits.max_queue, timeout_s=limits.queue_timeout_s, parallel=_EMBEDDINGS_AT_ONCE, holds=holds
     )
     metrics.follow(settings.model.name, engine, admission)
-    return Serving(engine, admission, embedding, quotas, metrics, settings.model.name, limits, settings.log.texts)
+    return Serving(engine, admission, embedding, quotas, metrics, settings.model.name, limits, settings.log)
 
 
 async def _check_templates(state: AppState) -> None:

@@ -213,9 +213,13 @@ class LimitSettings(Section):
 
 
 class LogSettings(Section):
-    """What the log may hold. `texts`: prompts and outputs, which are the users' own; not of what is passed on."""
+    """What the log may hold. `texts`: prompts and outputs, which are the users' own; not of what is passed on.
+
+    `prefixes`: hashes of a prompt's beginnings, by which it is known what requests share; no text can be had from them.
+    """
 
     texts: bool = False
+    prefixes: bool = False
 
 
 class Settings(BaseSettings):

@@ -72,6 +72,8 @@ class RequestLog:
                 "queued_ms": _milliseconds(usage.queued_s),
                 "ttft_ms": _milliseconds(usage.ttft_s),
             }
+            if usage.prompt_chars:
+                fields |= {"prompt_chars": usage.prompt_chars, "prefixes": usage.prefixes}
         if self._texts:
             fields["prompts"] = [text.prompt for text in self._texts]
             fields["outputs"] = ["".join(text.output) for text in self._texts]

@@ -12,13 +12,14 @@ from typing import Self
 import msgspec
 
 from llamaherd_server.config.keys import Key
-from llamaherd_server.config.settings import LimitSettings
+from llamaherd_server.config.settings import LimitSettings, LogSettings
 from llamaherd_server.engine.base import Event
 from llamaherd_server.engine.switch import Switch
 from llamaherd_server.errors import ApiError
 from llamaherd_server.serving.admission import Admission, Ticket
 from llamaherd_server.serving.meter import Meter, Usage
 from llamaherd_server.serving.metrics import Metrics
+from llamaherd_server.serving.prefixes import prefixes
 from llamaherd_server.serving.quota import Quotas
 from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.protocol import Delta, Finished, Generate
@@ -40,7 +41,7 @@ class Serving:
     metrics: Metrics
     model: str
     limits: LimitSettings
-    log_texts: bool = False
+    log: LogSettings
 
     @contextmanager
     def reserve(
@@ -79,7 +80,10 @@ class Run:
     def __init__(self, serving: Serving, key: Key, requests: list[Generate], *, n: int, arrived: float) -> None:
         """`arrived`: the perf_counter reading when the HTTP request came."""
         self.usage = Usage()
-        self.texts = [Text(request.prompt) for request in requests] if serving.log_texts else []
+        self.texts = [Text(request.prompt) for request in requests] if serving.log.texts else []
+        if serving.log.prefixes:
+            self.usage.prompt_chars = len(requests[0].prompt)
+            self.usage.prefixes = prefixes(requests[0].prompt)
         self._arrived = arrived
         self._serving = serving
         self._key = key

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llamaherd_server.engine.base import Event
 from llamaherd_server.serving.metrics import Metrics
@@ -15,7 +15,8 @@ from llamaherd_server.wire.protocol import Delta, Started
 class Usage:
     """Tokens of all generations of a request (a prompt counts once, however many completions it has).
 
-    Times are seconds since the request arrived; NaN: not yet.
+    Times are seconds since the request arrived; NaN: not yet. `prefixes` are of the first prompt, of `prompt_chars`
+    characters, where the log asks for them.
     """
 
     prompt_tokens: int = 0
@@ -23,6 +24,8 @@ class Usage:
     completion_tokens: int = 0
     queued_s: float = math.nan
     ttft_s: float = math.nan
+    prompt_chars: int = 0
+    prefixes: list[int] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
