@@ -49,7 +49,7 @@ def test_a_model_may_need_the_memory_of_where_its_layers_are(render: Render, lay
 
 
 CARD = {"path": "/dev/dri/renderD128", "vendor": "0x1002", "memory_bytes": 24 << 30}
-INTEL = {"accelerator": "vulkan", "accelerator_reason": "an Intel GPU (/dev/dri/renderD128)"}
+INTEL: dict[str, Any] = {"accelerator": "vulkan", "accelerator_reason": "an Intel GPU (/dev/dri/renderD128)"}
 INTEL |= {"vulkan": {"nodes": [CARD | {"vendor": "0x8086", "memory_bytes": 0}], "headers": ""}}
 
 
