@@ -11,6 +11,7 @@ from bench.table import write
 GROUPS = {
     "serving": "serving",
     "hostbound": "hostbound",
+    "speculative": "speculative",
     "frontend": "frontend",
     "edge": "edge",
     "client": "client_cost",

@@ -30,6 +30,7 @@ _WORDS = {
     "disabled": "off",
     "-1": "auto",
 }
+_SPECULATIVE = {"none": "off", "ngram": "ngram"}
 _SETTINGS: dict[str, tuple[tuple[str, ...], Callable[[str], Any]]] = {
     "batch": (("-b", "--batch-size", "LLAMA_ARG_BATCH"), int),
     "ubatch": (("-ub", "--ubatch-size", "LLAMA_ARG_UBATCH"), int),
@@ -39,6 +40,7 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], Callable[[str], Any]]] = {
     "flash_attention": (("-fa", "--flash-attn", "LLAMA_ARG_FLASH_ATTN"), lambda word: _WORDS.get(word, word)),
     "threads": (("-t", "--threads", "LLAMA_ARG_THREADS"), int),
     "threads_batch": (("-tb", "--threads-batch"), int),
+    "speculative": (("--spec-type", "LLAMA_ARG_SPEC_TYPE"), lambda types: _SPECULATIVE[types.split("-")[0]]),
     "kv_unified": (("-kvu", "--kv-unified", "LLAMA_ARG_KV_UNIFIED"), lambda word: _WORDS.get(word, word) == "on"),
 }
 _PLACEMENT: dict[str, tuple[tuple[str, ...], Callable[[str], Any]]] = {
@@ -101,7 +103,7 @@ def adopt_llama_server(service: Sequence[str], environment_files: Sequence[str] 
         found = [(name, flags.pop(name)) for name in names if name in flags]
         try:
             return kind(found[0][1]) if found else default
-        except ValueError:
+        except (ValueError, KeyError):
             unclear[found[0][0]] = f"{found[0][1] or 'nothing'} is not understood"
             return default
 

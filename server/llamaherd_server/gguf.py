@@ -39,19 +39,13 @@ SLIDING_PERIOD = {
 FULL_ATTENTION_INTERVAL = dict.fromkeys(("qwen3next", "qwen35", "qwen35moe"), 4)
 # Where no context length is given: its share of the memory that weights leave, cells for each slot, its least.
 CONTEXT_SHARE, SHARED_CTX, LEAST_CTX = 0.7, 16384, 2048
+# Drafted tokens of a step, where one sequence may not have more.
+DRAFTED_TOGETHER = 64
 # Bytes per element of a KV cache: block bytes / block length, from ggml's type traits.
 KV_BYTES = {
-    "f32": 4.0,
-    "f16": 2.0,
-    "bf16": 2.0,
-    "q8_0": 34 / 32,
-    "q5_1": 24 / 32,
-    "q5_0": 22 / 32,
-    "q4_1": 20 / 32,
-    "q4_0": 18 / 32,
+    **{"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32},
+    **{"q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32},
 }
-
-
 # Of settings that the arithmetic can do without.
 DEFAULTS = {"kv_cells": 0, "kv_unified": True, "flash_attention": "auto", "kv_type_k": "f16", "kv_type_v": "f16"}
 
@@ -359,7 +353,13 @@ def compute_bytes(model: Shape, settings: Mapping[str, Any]) -> int:
     context = kv_cells(settings) // (1 if settings["kv_unified"] else parallel)
     flash = settings["flash_attention"] != "off"
     per_token = 4 * (3 * model.n_ff + 4 * model.n_embd) + context * (2 if flash else 4 * (model.n_heads + 1))
-    return ubatch * per_token + 4 * parallel * model.n_vocab
+    return ubatch * per_token + 4 * (parallel + drafted(settings)) * model.n_vocab
+
+
+def drafted(settings: Mapping[str, Any]) -> int:
+    """The most tokens that all sequences together draft in a step: each has a row of logits."""
+    drafts = settings.get("speculative", "off") != "off"
+    return max(int(settings["speculative_depth"]), DRAFTED_TOGETHER) if drafts else 0
 
 
 def with_context(model: Shape, settings: Mapping[str, Any], memory_bytes: float) -> dict[str, Any]:

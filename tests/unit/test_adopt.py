@@ -70,12 +70,21 @@ def test_flags_become_variables(llama_server_filters: ModuleType) -> None:
             {"flash_attention": "auto", "kv_unified": False},
         ),
         (["/usr/bin/llama-server", "-m", "/m.gguf", "-kvu", "-fa"], {"flash_attention": "on", "kv_unified": True}),
+        (["/usr/bin/llama-server", "-m", "/m.gguf", "--spec-type", "ngram-mod"], {"speculative": "ngram"}),
         (["/usr/bin/numactl", "-m", "0", "/opt/llama-server", "-m", "/m.gguf", "-tb", "2"], {"threads_batch": 2}),
         (["/bin/bash", "-c", "exec ./llama-server -m '/m.gguf' -t 2"], {"threads": 2}),
         (["/bin/sh", "-c", "ulimit -l unlimited; /opt/llama-server -m /m.gguf -ub 64"], {"ubatch": 64}),
         (["/opt/build/bin/server", "-m", "/m.gguf", "-b", "32"], {"batch": 32}),
     ],
-    ids=["switches", "bare switches", "behind another program", "shell", "script", "another name"],
+    ids=[
+        "switches",
+        "bare switches",
+        "n-grams",
+        "behind another program",
+        "shell",
+        "script",
+        "another name",
+    ],
 )
 def test_ways_to_say_it(llama_server_filters: ModuleType, arguments: list[str], settings: dict[str, Any]) -> None:
     adopted = llama_server_filters.adopt_llama_server(told(arguments))
@@ -118,11 +127,12 @@ def test_where_weights_are_is_taken_over(llama_server_filters: ModuleType) -> No
 
 def test_what_is_no_number_is_told_and_not_guessed(llama_server_filters: ModuleType) -> None:
     adopted = llama_server_filters.adopt_llama_server(
-        told(["llama-server", "-m", "/m.gguf", "-t", "many", "-hft", "hf_secret"])
+        told(["llama-server", "-m", "/m.gguf", "-t", "many", "-hft", "hf_secret", "--spec-type", "draft-mtp"])
     )
     assert adopted["settings"] == {}
     assert adopted["left"] == [
         {"flag": "-t", "reason": "many is not understood"},
+        {"flag": "--spec-type", "reason": "draft-mtp is not understood"},
         {"flag": "-hft", "reason": "a token is not read out"},
     ]
 

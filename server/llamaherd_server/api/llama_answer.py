@@ -63,10 +63,12 @@ def generation_settings(request: Generate, **shown: Any) -> dict[str, Any]:
 def timings_object(event: Finished) -> dict[str, Any]:
     """llama-server's timings of one generation."""
     prompt_n = event.prompt_tokens - event.cached_tokens
+    drafts = {"draft_n": event.drafted_tokens, "draft_n_accepted": event.accepted_tokens}
     return {
         "cache_n": event.cached_tokens,
         **_rates("prompt", prompt_n, event.prompt_s),
         **_rates("predicted", event.completion_tokens, event.decode_s, begun=1),  # the first one is the prompt's
+        **(drafts if event.drafted_tokens else {}),
     }
 
 

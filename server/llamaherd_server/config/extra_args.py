@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Flags that the settings say, or on which the way between the two processes rests: with all their names.
+# Flags that the settings say, or on which the way between the two processes rests: with all their names. Those for
+# speculative decoding are not among them: llama-server drafts in ways that no setting has, and takes what comes last.
 OWNED = frozenset(
     f"-{flag}"
     for line in (

@@ -17,6 +17,7 @@ _PLACEMENT_FLAGS = {
     **{"split_mode": "--split-mode", "tensor_split": "--tensor-split", "main_gpu": "--main-gpu"},
     **{"load_mode": "--load-mode", "numa": "--numa"},
 }
+NGRAM = 12  # tokens that llama-server looks for, as by default
 
 
 def flags(config: NativeConfig, socket: str) -> list[str]:
@@ -43,6 +44,11 @@ def flags(config: NativeConfig, socket: str) -> list[str]:
         arguments["--threads"] = settings.threads
     if settings.threads_batch:
         arguments["--threads-batch"] = settings.threads_batch
+    if settings.speculative != "off":
+        depth = settings.speculative_depth
+        arguments["--spec-type"] = "ngram-simple"
+        arguments["--spec-ngram-simple-size-n"] = min(depth, NGRAM)  # it drafts at least as many as it looks for
+        arguments["--spec-ngram-simple-size-m"] = depth
     if config.mmproj:
         arguments["--mmproj"] = config.mmproj
     if config.chat_template:

@@ -92,6 +92,8 @@ async def events_of(response: httpx.Response, request: Generate) -> AsyncGenerat
                 prompt_s=timings["prompt_ms"] / 1000,
                 decode_s=timings["predicted_ms"] / 1000,
                 stop=chunk["stopping_word"] or None,
+                drafted_tokens=timings.get("draft_n", 0),
+                accepted_tokens=timings.get("draft_n_accepted", 0),
             )
             return
     raise EngineError("engine_crashed", "the engine ended while it worked on this request")

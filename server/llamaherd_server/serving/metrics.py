@@ -46,6 +46,12 @@ class Metrics:
         self.cached_tokens = Counter(
             "llamaherd_cached_prompt_tokens", "Prompt tokens found in the KV cache", _BY, registry=registry
         )
+        self.drafted_tokens = Counter(
+            "llamaherd_drafted_tokens", "Tokens drafted by speculative decoding", _BY, registry=registry
+        )
+        self.accepted_tokens = Counter(
+            "llamaherd_accepted_tokens", "Drafted tokens that sampling gave too", _BY, registry=registry
+        )
         self.generations = Counter(
             "llamaherd_generations", "Ended generations by outcome", (*_BY, "outcome"), registry=registry
         )
@@ -75,6 +81,8 @@ class Metrics:
         self.prompt_tokens.labels(*by).observe(event.prompt_tokens)
         self.output_tokens.labels(*by).observe(event.completion_tokens)
         self.cached_tokens.labels(*by).inc(event.cached_tokens)
+        self.drafted_tokens.labels(*by).inc(event.drafted_tokens)
+        self.accepted_tokens.labels(*by).inc(event.accepted_tokens)
         self.totals.prompt_tokens += event.prompt_tokens - event.cached_tokens
         self.totals.cached_tokens += event.cached_tokens
         self.totals.output_tokens += event.completion_tokens

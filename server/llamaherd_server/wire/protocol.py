@@ -14,6 +14,7 @@ from llamaherd_server.wire.evaluation import Evaluate, Evaluated
 
 EngineKind = Literal["embedded", "llama-server"]
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+Speculative = Literal["off", "ngram", "auto"]
 FinishReason = Literal["stop", "length"]
 Pooling = Literal["mean", "cls", "last", "rank"]
 # What a client did wrong (its request fails alone) against what went wrong here.
@@ -62,6 +63,8 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     flash_attention: Annotated[Literal["auto", "on", "off"], Meta(description="Flash attention.")] = "auto"
     threads: Annotated[int, _within(0, 512, "Threads for decoding; 0: decided on the host.")] = 0
     threads_batch: Annotated[int, _within(0, 512, "Threads for prompts; 0: decided on the host.")] = 0
+    speculative: Annotated[Speculative, Meta(description="Drafts what a text repeats; auto if that pays.")] = "off"
+    speculative_depth: Annotated[int, _within(1, 256, "Most tokens drafted for a sequence in a step.")] = 32
 
 
 class Placement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -344,6 +347,8 @@ class Finished(Struct, tag="finished", kw_only=True):
     prompt_s: float
     decode_s: float
     stop: str | None = None  # the stop string that ended it
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of the drafted ones
 
 
 class Failed(Struct, tag="failed"):
@@ -377,6 +382,8 @@ class Stats(Struct, kw_only=True):
     prompt_evictions: int = 0
     prompt_bytes: int = 0  # of prompts that have left their slots, now
     prompt_limit_bytes: int = 0
+    drafted_tokens: int = 0  # since the start
+    accepted_tokens: int = 0
 
 
 class Step(Struct, tag="step"):

@@ -25,7 +25,8 @@ class Backend(Protocol):
     """`size` is its KV cells; a common prefix of fewer than `least_shared` tokens is not worth copying.
 
     `cuts`: a slot can be cut back to any length; otherwise to those that it `keeps`, and to its checkpoints. `chains`:
-    a part of a slot can be saved, and loaded after others. `stops`: a step can be aborted.
+    a part of a slot can be saved, and loaded after others. `stops`: a step can be aborted. `most_drafted`: how many
+    drafted tokens a batch may have.
     """
 
     settings: EngineSettings
@@ -34,6 +35,7 @@ class Backend(Protocol):
     cuts: bool
     chains: bool
     stops: bool
+    most_drafted: int
 
     def decode(self, shares: list[Share]) -> int:
         """Compute the next tokens of each sequence, as many as its share; one of the codes above."""

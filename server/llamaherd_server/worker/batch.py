@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 
 class Tokens(Protocol):
-    """The first `computed` of `tokens` are in `slot`, `pending` ones are not."""
+    """The first `computed` of `tokens` are in `slot`, `pending` ones are not; `draft` may come after them."""
 
+    draft: list[int]
     computed: int
     slot: int
 
@@ -36,20 +37,21 @@ class Batch:
         self.native = lib.llama_batch(0, self._token, None, self._position, one_each, slots, self._output)
 
     def fill(self, shares: Iterable[tuple[Tokens, int]], *, output_from: int | None = None) -> None:
-        """Put each sequence's next tokens one after the other; its last one gives output.
+        """Put each sequence's next tokens one after the other, then of its draft; its last token gives output.
 
-        So does each one at position `output_from` or later, where that is given.
+        So does each of the draft, and each one at position `output_from` or later, where that is given.
         """
         row = 0
         for sequence, count in shares:
             start, end = sequence.computed, row + count
-            self._token[row:end] = sequence.tokens[start : start + count]
+            known = min(count, sequence.pending)
+            self._token[row:end] = [*sequence.tokens[start : start + known], *sequence.draft[: count - known]]
             self._position[row:end] = range(start, start + count)
             self._slot[row:end] = [sequence.slot] * count
-            quiet = count if output_from is None else min(max(output_from - start, 0), count)
+            quiet = min(sequence.pending - 1, count)
+            if output_from is not None:
+                quiet = min(quiet, max(output_from - start, 0))
             self._output[row:end] = [0] * quiet + [1] * (count - quiet)
-            if count == sequence.pending:
-                self._output[end - 1] = 1
             row = end
         self.native.n_tokens = row
 

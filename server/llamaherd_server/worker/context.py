@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from msgspec.structs import asdict
 
+from llamaherd_server.gguf import drafted
 from llamaherd_server.wire.protocol import EngineSettings, TokenLogprob
 from llamaherd_server.worker.backend import Part
 from llamaherd_server.worker.batch import Batch
@@ -42,7 +44,9 @@ class Context:
         self.chains = settings.kv_unified and not model.window and slots < MAX_SEQUENCES
         self._spare = slots
         sequences = slots + self.chains
-        self._handle = new_context(model, settings, n_seq_max=sequences, n_outputs_max=sequences)
+        self.most_drafted = 0 if model.recurrent else drafted(asdict(settings))
+        outputs = sequences + self.most_drafted
+        self._handle = new_context(model, settings, n_seq_max=sequences, n_outputs_max=outputs)
         self.stops = not model.recurrent
         if self.stops:  # a recurrent state that was half way through a step is lost
             interrupt.watch(self._handle)

@@ -39,6 +39,7 @@ class Input:
     tokens: list[int]
     slot: int = NO_SLOT
     computed: int = 0
+    draft: list[int] = field(default_factory=list)
     pooled: array[float] = field(default_factory=lambda: array("f"))
 
     @property

@@ -43,6 +43,7 @@ class EvaluationJob:
     request: Evaluate
     slot: int = 0
     computed: int = 0
+    draft: list[int] = field(default_factory=list)
     rows: list[Rows] = field(default_factory=lambda: [Rows()])
 
     @property

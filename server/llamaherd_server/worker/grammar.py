@@ -24,6 +24,7 @@ class GrammarSampler:
     """Implements sequence.Sampler by `chain` and the grammar of `child`."""
 
     logits: NDArray[np.float32]  # of the token that is being sampled
+    can_be_late = True
 
     def __init__(self, model: Model, chain: NativeSampler, child: Child) -> None:
         self._model = model

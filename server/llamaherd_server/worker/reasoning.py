@@ -31,6 +31,10 @@ class BudgetSampler:
         return self._sampler.logits
 
     @property
+    def can_be_late(self) -> bool:
+        return self._sampler.can_be_late
+
+    @property
     def few(self) -> int:
         return self._sampler.few
 

@@ -36,6 +36,7 @@ class NativeSampler:
     """One request's chain, with its history; it outlives a rebuilt context. `sampling` is `checked`."""
 
     logits = None
+    can_be_late = False
 
     def __init__(self, model: Model, sampling: Sampling, prompt: list[int]) -> None:
         self._lib = lib = model.lib

@@ -1,8 +1,9 @@
 """The step loop: admit, plan, decode, sample, emit.
 
-Running sequences put one token each into every step; prompts fill the rest of one ubatch, so that no long prompt
-stalls the others. Only while all are at their prompts a step takes as many as a batch holds. When the KV cells run
-short, cached prefixes go first, then the sequence that came last is parked until there is room again.
+Running sequences put one token each into every step, and what is drafted after it (speculation.py); prompts fill the
+rest of one ubatch, so that no long prompt stalls the others. Only while all are at their prompts a step takes as many
+as a batch holds. When the KV cells run short, cached prefixes go first, then the sequence that came last is parked
+until there is room again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from llamaherd_server.worker.placement import Place, find_place
 from llamaherd_server.worker.prefix import best_source, is_coming
 from llamaherd_server.worker.prompts import PromptCache
 from llamaherd_server.worker.sequence import NO_SLOT, Drawn, Sequence, Share
+from llamaherd_server.worker.speculation import Speculation, draw
 from llamaherd_server.worker.stopwatch import Stopwatch
 
 # How long a step of prompts alone may take, in seconds, going by the steps before: a host's watchdog looks at steps.
@@ -43,6 +45,7 @@ class Scheduler:
     ) -> None:
         """`announce` gets what a step starts before it is computed; without it, that is among the step's events."""
         self._keeper = Keeper(prompts)
+        self._speculation = Speculation()
         self._announce = announce or self._event
         self.waiting: list[Sequence] = []  # by arrival
         self._events: list[Started | Delta | Finished | Failed] = []
@@ -96,12 +99,14 @@ class Scheduler:
         self._backend = backend
         self._kv = KvCache(backend, self._keeper.keep)
         self._keeper.attach(backend)
+        self._speculation.attach(backend)
 
     def step(self) -> Step:
-        """One turn: at most one new token for each running sequence."""
+        """One turn: at most one new token for each running sequence, and those of its draft that are confirmed."""
         watch = Stopwatch()
         self._step += 1
         self._admit()
+        self._speculation.draft(self.running, self._kv.free)
         computed = 0
         for plan in self._plans():
             shares = self._with_room(plan)
@@ -171,7 +176,7 @@ class Scheduler:
         there a step of prompts, each alone, takes turns with one of every sequence's one token, without gaps.
         """
         if self._backend.settings.kv_unified:
-            yield lambda: [*(decoding := self._decoding()), *self._prompts(beside=len(decoding))]
+            yield lambda: [*(decoding := self._decoding()), *self._prompts(beside=_tokens(decoding))]
             return
         prompts = self._prompts(beside=0)
         self._prompts_turn = bool(prompts) and not (self._prompts_turn and self._decoding())
@@ -182,7 +187,7 @@ class Scheduler:
             yield partial(_unless_parked, share)
 
     def _decoding(self) -> list[Share]:
-        return [(sequence, 1) for sequence in self.running if sequence.decoding]
+        return [(sequence, 1 + len(sequence.draft)) for sequence in self.running if sequence.decoding]
 
     def _prompts(self, beside: int) -> list[Share]:
         """Prompts, oldest first, as far as a ubatch has room `beside` the decoding ones.
@@ -213,7 +218,8 @@ class Scheduler:
         """The plan's shares, once there are KV cells for them; whoever is parked for that is out of the plan."""
         shares = plan()
         while self._kv.free < _tokens(shares):
-            self._make_room()
+            if not self._speculation.drop(self.running):
+                self._make_room()
             shares = plan()
         return shares
 
@@ -230,12 +236,14 @@ class Scheduler:
 
     def _decode(self, shares: list[Share], watch: Stopwatch) -> bool:
         """Whether the shares were computed; where they were not, the next step plans anew."""
+        before_s = watch.decode_s
         with watch.decoding():
             result = self._backend.decode(shares)
         if result == DONE:
+            self._speculation.timed(shares, watch.decode_s - before_s)
             for sequence, count in shares:
                 self._kv.grow(self._kv.slots[sequence.slot], count)
-                sequence.computed += count
+                sequence.computed = min(sequence.computed + count, len(sequence.tokens))
                 self._keeper.mark(self._kv.slots[sequence.slot], sequence)
         elif result == NO_ROOM:
             self._make_room()
@@ -260,13 +268,14 @@ class Scheduler:
     # --- sample and emit -----------------------------------------------------------------------------------------
 
     def _sample(self, shares: list[Share], watch: Stopwatch) -> None:
-        """A token for each sequence that is computed to its end."""
+        """A token for each sequence that is computed to its end, and what of its draft comes true."""
         ends = accumulate(count for _, count in shares)
-        rows = [(one, end - 1) for (one, _), end in zip(shares, ends, strict=True) if not one.pending]
+        ended = [(one, end) for (one, _), end in zip(shares, ends, strict=True) if not one.pending]
+        rows = [(one, end - 1 - len(one.draft)) for one, end in ended]
         with watch.sampling():
-            drawn = self._backend.sample(rows)
-        for (sequence, row), token in zip(rows, drawn, strict=True):
-            self._take(sequence, row, token)
+            drawn = draw(self._backend.sample, rows)
+        for (sequence, row), tokens in zip(rows, drawn, strict=True):
+            self._take(sequence, row, tokens)
 
     def _take_late(self, watch: Stopwatch) -> None:
         """Tokens that wait for a grammar. A slow one misses steps, and holds the others up for a small part of one."""
@@ -278,13 +287,20 @@ class Scheduler:
         for sequence in late:
             with watch.sampling():
                 token = self._backend.late(sequence, max(0.0, until - time.monotonic()))
-            self._take(sequence, None, token)
+            self._take(sequence, None, [token])
 
-    def _take(self, sequence: Sequence, row: int | None, token: Drawn) -> None:
-        if isinstance(token, RequestError):
-            self._fail(sequence, token)
-        elif token is not None:
-            self._emit(sequence, row, token)
+    def _take(self, sequence: Sequence, row: int | None, tokens: list[Drawn]) -> None:
+        slot = self._kv.slots[sequence.slot]
+        self._speculation.verified(sequence, len(tokens) - 1)
+        for at, token in enumerate(tokens):
+            if slot.sequence is not sequence:  # it ended with the one before
+                break
+            if isinstance(token, RequestError):
+                self._fail(sequence, token)
+            elif token is not None:
+                self._emit(sequence, None if row is None else row + at, token)
+        sequence.computed = max(sequence.computed, len(sequence.tokens) - 1)
+        self._kv.cut(slot, sequence.computed)
 
     def _emit(self, sequence: Sequence, row: int | None, token: int) -> None:
         sequence.append(token)
@@ -330,7 +346,7 @@ class Scheduler:
         sequence.state = self._backend.save(slot.number) if keep and sequence.computed else None
         self._kv.cut(slot)
         slot.sequence = None
-        sequence.slot = NO_SLOT
+        sequence.slot, sequence.draft = NO_SLOT, []
         self.add(sequence)
 
     def _unpark(self, sequence: Sequence, place: Place) -> int:
@@ -356,6 +372,8 @@ class Scheduler:
             preemptions=self._preemptions,
             cached_tokens=self._cached,
             prompt_tokens=self._prompt,
+            drafted_tokens=self._speculation.drafted,
+            accepted_tokens=self._speculation.accepted,
             **self._keeper.stats(),
         )
 

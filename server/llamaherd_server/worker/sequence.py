@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from llamaherd_server.wire.errors import RequestError
 from llamaherd_server.wire.protocol import Finished, FinishReason, Generate
 from llamaherd_server.wire.text import TextStream
+from llamaherd_server.worker.speculation import Drafter
 from llamaherd_server.worker.texts import Stretch
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ class Sampler(Protocol):
     @property
     def logits(self) -> Any:
         """Those of a token that is late."""
+
+    @property
+    def can_be_late(self) -> bool:
+        """Whether `sample` may have no token yet; it has none for a draft then."""
 
     @property
     def few(self) -> int:
@@ -50,7 +55,8 @@ class Sampler(Protocol):
 class Sequence:
     """`tokens` is the prompt and all that was sampled; the first `computed` of them are in the KV cells of `slot`.
 
-    It may grow to `limit` tokens, which the slot's size decides too. `state` holds its KV cells while it is parked.
+    It may grow to `limit` tokens, which the slot's size decides too. `draft` is computed beside the last token in the
+    hope that sampling gives the same; `drafter` proposes it. `state` holds its KV cells while it is parked.
     `borders` are the lengths at which another prompt is likely to go another way.
     Sequences order by `arrival`.
     """
@@ -63,6 +69,8 @@ class Sequence:
     borders: list[int] = field(default_factory=list)
     texts: list[Stretch] = field(default_factory=list)
     limit: int = 0
+    draft: list[int] = field(default_factory=list)
+    drafter: Drafter | None = None
     n_prompt: int = field(init=False)
     slot: int = NO_SLOT
     computed: int = 0
@@ -124,6 +132,8 @@ class Sequence:
             prompt_s=self._first - self._began,
             decode_s=now - self._first,
             stop=self.text.stop,
+            drafted_tokens=self.drafter.drafted if self.drafter else 0,
+            accepted_tokens=self.drafter.accepted if self.drafter else 0,
         )
 
 
@@ -131,7 +141,7 @@ Drawn: TypeAlias = int | RequestError | None
 """A token; None: it is late; or why the sequence has none."""
 
 Share: TypeAlias = tuple[Sequence, int]
-"""A part of a batch: how many of a sequence's pending tokens are computed."""
+"""A part of a batch: how many of a sequence's pending tokens are computed, or its last one and its draft."""
 
 Row: TypeAlias = tuple[Sequence, int]
 """A sequence, and the row of the last batch that its next token comes from."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
+from msgspec.structs import asdict
+
+from llamaherd_server.gguf import drafted
 from llamaherd_server.wire.errors import RequestError
 from llamaherd_server.wire.protocol import EngineSettings, Generate, TokenLogprob
 from llamaherd_server.wire.text import TextStream
@@ -15,11 +18,19 @@ from llamaherd_server.worker.sequence import Drawn, Row, Sequence, Share
 EOG = 3
 
 
+def next_token(tokens: list[int]) -> int:
+    """Mostly what the last three say, so that drafts come true as often as not."""
+    if sum(tokens) % 11 == 0:
+        return EOG
+    return 2 if sum(tokens[-3:]) % 2 or len(tokens) % 7 == 0 else 1
+
+
 class FakeSampler:
     closed = looks = 0
     logits = None
     few = 0
     changed = ()
+    can_be_late = False
 
     def sample(self, draw: Draw) -> int | None:
         raise AssertionError("the fake context samples")
@@ -46,7 +57,7 @@ class FakeContext:
 
     `poison` are requests that llama_decode refuses, `unsampled` those whose sampler fails, `late_for` those whose
     tokens come at every so many looks, `aborts` the calls of decode that end half way, `forgetful` a context that
-    cannot take saved cells; `ends` one whose model ends some outputs by itself.
+    cannot take saved cells; `ends` one whose model says `next_token`, and ends some outputs by itself.
     """
 
     def __init__(
@@ -62,6 +73,7 @@ class FakeContext:
         ends: bool = False,
     ) -> None:
         self.settings = settings
+        self.most_drafted = drafted(asdict(settings))
         self.size = cells if settings.kv_unified else cells * settings.parallel
         self.least_shared = 1 if settings.kv_unified else 4
         self.cuts = True
@@ -100,7 +112,10 @@ class FakeContext:
             held = [cell.token for cell in cells]
             assert held == sequence.tokens[: sequence.computed], "the cells are not what the scheduler thinks"
             end = sequence.computed + min(count, left)
-            cells += [Cell(token) for token in sequence.tokens[sequence.computed : end]]
+            known = [*sequence.tokens, *sequence.draft]
+            assert sequence.computed + count <= len(known)
+            assert not sequence.draft or (self.cuts and sequence.computed + count == len(known))
+            cells += [Cell(token) for token in known[sequence.computed : end]]
             left -= min(count, left)
             assert self.settings.kv_unified or len(cells) <= self._per_slot
         if aborted:
@@ -114,18 +129,24 @@ class FakeContext:
         return len(self.slots[slot])
 
     def sample(self, rows: list[Row]) -> list[Drawn]:
-        return [self._token(sequence) for sequence, _ in rows]
+        assert len({sequence.slot for sequence, _ in rows}) == len(rows)
+        return [self._token(sequence, row) for sequence, row in rows]
 
-    def _token(self, sequence: Sequence) -> Drawn:
-        assert any(one is sequence for one, _ in self.batches[-1])
+    def _token(self, sequence: Sequence, row: int) -> Drawn:
+        of_rows = [one for one, count in self.batches[-1] for _ in range(count)]
+        assert of_rows[row] is sequence
+        last = len(of_rows) - 1 - of_rows[::-1].index(sequence)
+        known = [*sequence.tokens, *sequence.draft[: len(sequence.draft) - (last - row)]]
+        assert sequence.draft[: len(known) - len(sequence.tokens)] == known[len(sequence.tokens) :]
         assert sequence.pending == 0
         if sequence.request.id in self._unsampled:
             return RequestError("invalid_grammar", "grammar", "dead end")
         if sequence.id in self._late_for:
+            assert not sequence.draft
             return None
-        return EOG if self._ends and sum(sequence.tokens) % 11 == 0 else 2
+        return next_token(known) if self._ends else 2
 
-    def late(self, sequence: Sequence, wait_s: float) -> int | None:
+    def late(self, sequence: Sequence, wait_s: float) -> Drawn:
         assert sequence.pending == 0
         assert isinstance(sequence.sampler, FakeSampler)
         sequence.sampler.looks += 1
@@ -203,6 +224,8 @@ class FakeContext:
         return True
 
 
-def sequence(number: int, prompt: list[int], new: int) -> Sequence:
+def sequence(number: int, prompt: list[int], new: int, late: Collection[int] = ()) -> Sequence:
     request = Generate(id=number, prompt=prompt, max_tokens=new)
-    return Sequence(request, list(prompt), FakeSampler(), TextStream([]), limit=len(prompt) + new)
+    sampler = FakeSampler()
+    sampler.can_be_late = number in late
+    return Sequence(request, list(prompt), sampler, TextStream([]), limit=len(prompt) + new)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaherd_server.wire.errors import DecodeFailed
-from llamaherd_server.wire.protocol import Delta, EngineSettings, Failed, Finished, Started
+from llamaherd_server.wire.protocol import Delta, EngineSettings, Failed, Finished, Speculative, Started
 from llamaherd_server.worker import arena
 from llamaherd_server.worker import scheduler as scheduler_module
 from llamaherd_server.worker.prefix import WORTH_WAITING
@@ -19,7 +20,7 @@ from llamaherd_server.worker.prompts import PromptCache
 from llamaherd_server.worker.scheduler import Scheduler
 from llamaherd_server.worker.sequence import Sequence
 
-from .fake import FakeContext, FakeSampler, sequence
+from .fake import FakeContext, FakeSampler, next_token, sequence
 
 LONGEST_PROMPT, MOST_NEW = 24, 12
 TURNS = 3000
@@ -61,6 +62,8 @@ ids = st.frozensets(st.integers(0, 13), max_size=2)
     retuned_at=st.none() | st.integers(1, 40),
     recurrent=st.booleans(),
     memory=st.integers(0, 12),
+    speculative=st.sampled_from(get_args(Speculative)),
+    depth=st.integers(1, 6),
 )
 def test_every_request_ends_exactly_once_and_the_books_agree(
     work: list[Arrival],
@@ -76,6 +79,8 @@ def test_every_request_ends_exactly_once_and_the_books_agree(
     retuned_at: int | None,
     recurrent: bool,
     memory: int,
+    speculative: Speculative,
+    depth: int,
 ) -> None:
     def context() -> FakeContext:
         faults = {"poison": poison, "unsampled": unsampled, "aborts": aborts}
@@ -83,7 +88,8 @@ def test_every_request_ends_exactly_once_and_the_books_agree(
         context.cuts = context.stops = not recurrent
         return context
 
-    engine = EngineSettings(parallel=parallel, batch=16, ubatch=ubatch, kv_unified=unified)
+    drafts: dict[str, Any] = {"speculative": speculative, "speculative_depth": depth}
+    engine = EngineSettings(parallel=parallel, batch=16, ubatch=ubatch, kv_unified=unified, **drafts)
     backend = context()
     scheduler = Scheduler(backend, prompts=prompt_cache(memory))
     sequences: dict[int, Sequence] = {}
@@ -94,7 +100,7 @@ def test_every_request_ends_exactly_once_and_the_books_agree(
     for turn in range(TURNS):
         for number, arrival in enumerate(work):
             if arrival.turn == turn:
-                sequences[number] = sequence(number, arrival.prompt, arrival.new)
+                sequences[number] = sequence(number, arrival.prompt, arrival.new, late=late_for)
                 sequences[number].borders = [len(arrival.prompt) // 2] if recurrent else []
                 scheduler.add(sequences[number])
             if arrival.cancelled_after is not None and turn == arrival.turn + arrival.cancelled_after:
@@ -128,6 +134,11 @@ def test_every_request_ends_exactly_once_and_the_books_agree(
             new = one.tokens[one.n_prompt :]
             assert len(text[number]) == len([token for token in new if token != 3])
             assert new[-1] == 3 or len(one.tokens) == one.limit
+            assert number in late_for or says_itself(one)  # drafted or not
+
+
+def says_itself(one: Sequence) -> bool:
+    return all(next_token(one.tokens[:at]) == one.tokens[at] for at in range(one.n_prompt, len(one.tokens)))
 
 
 def prompt_cache(blobs: int) -> PromptCache:

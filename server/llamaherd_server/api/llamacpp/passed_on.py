@@ -95,7 +95,7 @@ async def slots_of(request: Request) -> Response:
 
 def _slots(status: EngineStatus) -> list[dict[str, Any]]:
     busy = status.stats.slots_busy if status.stats else 0
-    known = {"n_ctx": status.settings.ctx_per_slot, "speculative": False}
+    known = {"n_ctx": status.settings.ctx_per_slot, "speculative": status.settings.speculative != "off"}
     return [{"id": slot, **known, "is_processing": slot < busy} for slot in range(status.settings.parallel)]
 
 
@@ -234,6 +234,8 @@ def _count(meter: Meter, timings: dict[str, Any] | None) -> None:
             completion_tokens=output,
             prompt_s=timings["prompt_ms"] / 1000,
             decode_s=timings["predicted_ms"] / 1000,
+            drafted_tokens=timings.get("draft_n", 0),
+            accepted_tokens=timings.get("draft_n_accepted", 0),
         )
     )
 

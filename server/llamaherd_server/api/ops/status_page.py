@@ -13,7 +13,7 @@ from llamaherd_server.api.state import AppState, state_of
 router = APIRouter(route_class=ModelRoute)
 
 _REFRESH_S = 3
-_COLUMNS = ("model", "engine", "state", "slots busy", "waiting", "KV cells in use", "prompt tokens found")
+_COLUMNS = ("model", "engine", "state", "slots busy", "waiting", "KV cells in use", "prompt tokens found", "drafts")
 _STYLE = """
 :root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif; }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -70,5 +70,7 @@ def _row(model: AppState) -> str:
     kv = f'<meter max="{max(size, 1)}" value="{used}">{used}</meter> {used} of {size}'
     prompt = stats.prompt_tokens if stats else 0
     found = f"{100 * stats.cached_tokens / prompt:.0f} % of {prompt}" if stats and prompt else "-"
-    texts = [*map(escape, cells), kv, found]
+    drafted = stats.drafted_tokens if stats else 0
+    drafts = f"{100 * stats.accepted_tokens / drafted:.0f} % of {drafted}" if stats and drafted else "-"
+    texts = [*map(escape, cells), kv, found, drafts]
     return "".join(f'<td data-name="{name}">{text}</td>' for name, text in zip(_COLUMNS, texts, strict=True))

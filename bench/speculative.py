@@ -1,0 +1,145 @@
+"""Speculative decoding beside llama-server's, where an answer repeats its prompt (`edit`) and where none does (`chat`).
+
+`edit`: SmolLM2 goes on greedily with code that it has seen once in the prompt and that begins again. `chat`: answers to
+questions, sampled. All servers run all the time, and get the same load by turns, with other prompts in each round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench import servers
+from bench.client import complete
+from bench.servers import Flags, Running
+from bench.serving import ROUNDS, WORDS, Figures, step_s
+from bench.table import Metric, Result, metric
+from llamaherd_server.wire.protocol import EngineSettings, WorkerConfig
+
+STREAMS = {1: 192, 4: 128, 16: 64}  # tokens of each
+LINES = 24  # of code, in a prompt of `edit`
+# Least ratio of tokens/s to that without drafts, and of `edit` at one stream to llama-server's best type.
+BOUNDS = {"edit_1": 1.5}
+NEVER_BELOW, BEST_TYPE = 0.97, 1.0
+TYPES = ("ngram-simple", "ngram-map-k", "ngram-mod")
+STEPS = (1, 2, 4, 8, 16, 32, 64)  # tokens computed at once
+
+
+def run() -> Result:
+    names = [f"{kind}_{streams}" for kind in ("edit", "chat") for streams in STREAMS]
+    wanted = os.environ.get("BENCH_SCENARIOS", ",".join([*names, "step"])).split(",")
+    return {name: step_times() if name == "step" else run_scenario(name) for name in wanted}
+
+
+def run_scenario(name: str) -> dict[str, Metric]:
+    kind, _, number = name.partition("_")
+    streams = int(number)
+    flags = Flags(parallel=streams, ctx_per_slot=1024, unified=True)
+    rounds: dict[str, list[Figures]] = {}
+    with ExitStack() as stack:
+        running = {
+            "ours": stack.enter_context(servers.ours(flags, 'speculative = "auto"\n')),
+            "off": stack.enter_context(servers.ours(flags)),
+            "llama_server_off": stack.enter_context(servers.llama_server(flags)),
+            **{
+                f"llama_server_{one}": stack.enter_context(servers.llama_server(flags, "--spec-type", one))
+                for one in TYPES
+            },
+        }
+        for server in running.values():
+            asyncio.run(load(server, kind, streams, 8, seed=-1))
+        for turn in range(ROUNDS):
+            for product, server in running.items():
+                figures = measure(server, kind, streams, turn, ours=not product.startswith("llama"))
+                rounds.setdefault(product, []).append(figures)
+                print(f"{name} round {turn + 1}/{ROUNDS} {product:<25}{figures}", flush=True)
+    speed = metric({product: [one["output_tokens_per_s"] for one in seen] for product, seen in rounds.items()})
+    best = max(TYPES, key=lambda one: speed[f"llama_server_{one}"])
+    speed["bound_of_off"] = BOUNDS.get(name, NEVER_BELOW)
+    if name in BOUNDS:
+        speed[f"bound_of_{best}"] = BEST_TYPE
+    more = {key: {"ours": median(one[key] for one in rounds["ours"]), "ratio": {}} for key in ("accepted", "drafted")}
+    return {"output_tokens_per_s": speed, **more}
+
+
+def measure(server: Running, kind: str, streams: int, seed: int, *, ours: bool) -> Figures:
+    """`drafted`: tokens drafted for each that came; `accepted`: the share of them that sampling gave too."""
+    before, began = server.metrics() if ours else "", time.perf_counter()
+    count = asyncio.run(load(server, kind, streams, STREAMS[streams], seed))
+    figures = {"output_tokens_per_s": count / (time.perf_counter() - began)}
+    if ours:
+        after = server.metrics()
+        drafted, accepted = (total(after, name) - total(before, name) for name in ("drafted", "accepted"))
+        figures |= {"drafted": drafted / count, "accepted": accepted / max(drafted, 1)}
+        figures["decode_ms_per_token"] = 1000 * (step_s(after, "decode") - step_s(before, "decode")) / count
+    return {name: round(figure, 3) for name, figure in figures.items()}
+
+
+def total(page: str, name: str) -> float:
+    lines = (line for line in page.splitlines() if line.startswith(f"llamaherd_{name}_tokens_total"))
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+async def load(server: Running, kind: str, streams: int, tokens: int, seed: int) -> int:
+    """So many completions at once; how many tokens came."""
+    rng = random.Random(seed)
+    prompt, temperature = (edit, 0.0) if kind == "edit" else (chat, 0.8)
+    jobs = (complete(server.port, prompt(rng), tokens, temperature) for _ in range(streams))
+    return sum(sample.tokens for sample in await asyncio.gather(*jobs))
+
+
+def edit(rng: random.Random) -> str:
+    """Code, and its first lines again."""
+    lines = rng.choice(sorted(Path(__file__).parent.glob("*.py"))).read_text().splitlines()
+    start = rng.randrange(max(1, len(lines) - LINES))
+    code = lines[start : start + LINES]
+    return "\n".join([*code, "", *code[: LINES // 4], ""])
+
+
+def chat(rng: random.Random) -> str:
+    first, second = rng.sample(WORDS, 2)
+    return f"<|im_start|>user\nWhat has a {first} to do with a {second}?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def step_times() -> dict[str, Metric]:
+    """Milliseconds of a step by the tokens that it computes of one sequence, and over those of one."""
+    from llamaherd_server.worker import lib as llama  # noqa: PLC0415
+    from llamaherd_server.worker.batch import Batch  # noqa: PLC0415 (loads llama.cpp)
+    from llamaherd_server.worker.context import new_context  # noqa: PLC0415
+    from llamaherd_server.worker.embedding import Input  # noqa: PLC0415
+    from llamaherd_server.worker.model import Model  # noqa: PLC0415
+
+    threads = Flags(1, 1024, unified=True).threads
+    settings = EngineSettings(parallel=1, ctx_per_slot=1024, threads=threads, threads_batch=threads)
+    lib = llama.load()
+    config = WorkerConfig(path=os.environ["LLAMAHERD_TEST_MODEL"], settings=settings)
+    model = Model(lib, llama.Log(lib), config, lambda _: None)
+    context: Any = new_context(model, settings, n_seq_max=1, n_outputs_max=max(STEPS))
+    batch, tokens = Batch(lib, settings.batch), list(range(1000, 1256 + max(STEPS)))
+    seconds: dict[int, list[float]] = {count: [] for count in STEPS}
+
+    def decode(computed: int, count: int) -> float:
+        one = Input(None, 0, tokens[: computed + count], slot=0, computed=computed)  # type: ignore[arg-type]
+        batch.fill([(one, count)], output_from=0)
+        began = time.perf_counter()
+        lib.llama_decode(context, batch.native)
+        lib.llama_synchronize(context)
+        return time.perf_counter() - began
+
+    batch.fill([(Input(None, 0, tokens[:256], slot=0), 256)])  # type: ignore[arg-type]
+    lib.llama_decode(context, batch.native)
+    for _ in range(4 * ROUNDS):
+        for count in STEPS:
+            seconds[count].append(decode(256, count))
+            lib.llama_memory_seq_rm(lib.llama_get_memory(context), 0, 256, -1)
+    one = min(seconds[1])
+    return {
+        f"{count}_tokens": {"ours": round(1000 * min(seen), 2), "of_one": round(min(seen) / one, 2), "ratio": {}}
+        for count, seen in seconds.items()
+    }
