@@ -291,7 +291,7 @@ class ModelInfo(Struct, tag="model", kw_only=True):
         default_factory=dict
     )  # its defaults by the names of Sampling, and max_tokens
     build: str  # llama.cpp's system info line
-    placed: Placed | None = None  # None: there is no accelerator, or it does not tell
+    placed: Placed | None = None  # None: there is no accelerator, or llama-server did not place it
 
 
 class Loading(Struct, tag="loading"):
