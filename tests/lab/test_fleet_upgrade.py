@@ -112,8 +112,8 @@ SETTINGS = {"parallel": 3, "ctx_per_slot": 512, "threads": 1, "threads_batch": 1
 
 def test_a_canary_that_answers_otherwise_goes_back_by_itself(fleet: Herd, better: Path) -> None:
     coarse = {**SETTINGS, "kv_type_k": "q4_0", "kv_type_v": "q4_0"}
-    limits = {"llamaherd_upgrade_limits": ["kld=0.0001"], "llamaherd_upgrade_least_speed": 0}
-    output = refused(fleet, asked(better, llamaherd_settings=coarse, **limits))
+    more: dict[str, Any] = {"llamaherd_upgrade_limits": ["kld=0.0001"], "llamaherd_upgrade_least_speed": 0}
+    output = refused(fleet, asked(better, llamaherd_settings=coarse, **more))
     assert "f1 serves what it served before, and the rollout stops: Verify answers after the upgrade" in output
     assert "limit kld=0.0001 misses: KL divergence" in output
 

@@ -55,7 +55,7 @@ def judge_quality(quality: Quality, limits: Iterable[QualityLimit]) -> tuple[Jud
     A share of positions with the same top token is also held against what as many independent ones would show: where
     nearly all are the same, answers hardly differ.
     """
-    worst = (Judgement.PASSES if quality.answers >= _LEAST_ANSWERS else Judgement.UNRESOLVED, "answers")
+    worst = (Judgement.PASSES, "")
     for limit in limits:
         if limit.name == "kld":
             misses, passes = quality.kld.low > limit.value, quality.kld.high <= limit.value
@@ -67,4 +67,6 @@ def judge_quality(quality: Quality, limits: Iterable[QualityLimit]) -> tuple[Jud
             return Judgement.MISSES, limit.name
         if not passes:
             worst = (Judgement.UNRESOLVED, limit.name)
-    return worst if worst[0] is not Judgement.PASSES else (Judgement.PASSES, "")
+    if quality.answers < _LEAST_ANSWERS:
+        return Judgement.UNRESOLVED, f"number of answers ({_LEAST_ANSWERS} needed)"
+    return worst
