@@ -57,8 +57,10 @@ def test_ansible_doc_shows_every_filter(
     llama_server_filters: ModuleType,
     certificate_filters: ModuleType,
     packages: ModuleType,
+    route_filters: ModuleType,
 ) -> None:
-    files = (filters, model_filters, published_filters, llama_server_filters, certificate_filters, packages)
+    others = (llama_server_filters, certificate_filters, packages, route_filters)
+    files = (filters, model_filters, published_filters, *others)
     assert len(files) == len(list(ROOT.glob("plugins/filter/*.py")))
     named = {name: filter_ for module in files for name, filter_ in module.FilterModule().filters().items()}
     pages = documented("filter", set(named))
