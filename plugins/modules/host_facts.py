@@ -137,7 +137,8 @@ from ansible_collections.llamaherd.llamaherd.plugins.module_utils.nginx import n
 
 _LISTEN = "0A"
 _LOCAL = Path("/usr/local")
-_DRM, _DRI = Path("/sys/class/drm"), Path("/dev/dri")
+_DRM = Path("/sys/class/drm")
+_DRI = Path("/dev/dri")
 _VULKAN_HEADER = Path("/usr/include/vulkan/vulkan_core.h")
 _VULKAN_VENDORS = {"0x1002": "an AMD GPU", "0x8086": "an Intel GPU"}  # NVIDIA's, 0x10de, has CUDA
 _PATIENCE_S = 60  # nvidia-smi may hang for ever on a broken card
