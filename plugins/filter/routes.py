@@ -166,7 +166,7 @@ def model_status(hosts: Sequence[Mapping[str, Any]], samples: Mapping[str, Seque
             int(sum(value for metric, value in found if metric == wanted))
             for wanted in ("up", "slots", "slots_busy", "queue_requests")
         )
-        rows.append([model, ", ".join(names), f"{up}/{len(names)}", f"{busy}/{slots}", str(queued)])
+        rows.append([model, ", ".join(sorted(names)), f"{up}/{len(names)}", f"{busy}/{slots}", str(queued)])
     return rows
 
 

@@ -144,6 +144,7 @@ static void(*const check_llama_sampler_apply)( struct llama_sampler * smpl, llam
 static void(*const check_llama_sampler_chain_add)( struct llama_sampler * chain, struct llama_sampler * smpl) = llama_sampler_chain_add;
 static struct llama_sampler_chain_params(*const check_llama_sampler_chain_default_params)(void) = llama_sampler_chain_default_params;
 static struct llama_sampler *(*const check_llama_sampler_chain_init)(struct llama_sampler_chain_params params) = llama_sampler_chain_init;
+static struct llama_sampler *(*const check_llama_sampler_chain_remove)( struct llama_sampler * chain, int32_t i) = llama_sampler_chain_remove;
 static void(*const check_llama_sampler_free)( struct llama_sampler * smpl) = llama_sampler_free;
 static struct llama_sampler *(*const check_llama_sampler_init_dist)(uint32_t seed) = llama_sampler_init_dist;
 static struct llama_sampler *(*const check_llama_sampler_init_dry)( const struct llama_vocab * vocab, float dry_multiplier, float dry_base, int32_t dry_allowed_length, int32_t dry_penalty_last_n, const char ** seq_breakers, size_t num_breakers) = llama_sampler_init_dry;
