@@ -20,7 +20,8 @@ from bench.client import complete
 from bench.servers import Flags, Running
 from bench.serving import ROUNDS, WORDS, Figures, step_s
 from bench.table import Metric, Result, metric
-from llamaherd_server.wire.protocol import EngineSettings, WorkerConfig
+from llamaherd_server.wire.engine_settings import EngineSettings
+from llamaherd_server.wire.protocol import WorkerConfig
 
 STREAMS = {1: 192, 4: 128, 16: 64}  # tokens of each
 LINES = 24  # of code, in a prompt of `edit`
@@ -109,11 +110,11 @@ def chat(rng: random.Random) -> str:
 
 def step_times() -> dict[str, Metric]:
     """Milliseconds of a step by the tokens that it computes of one sequence, and over those of one."""
-    from llamaherd_server.worker import lib as llama  # noqa: PLC0415
+    from llamaherd_server.worker import lib as llama  # noqa: PLC0415 (llama_cpp is not there in every group)
     from llamaherd_server.worker.batch import Batch  # noqa: PLC0415 (loads llama.cpp)
-    from llamaherd_server.worker.context import new_context  # noqa: PLC0415
-    from llamaherd_server.worker.embedding import Input  # noqa: PLC0415
-    from llamaherd_server.worker.model import Model  # noqa: PLC0415
+    from llamaherd_server.worker.context import new_context  # noqa: PLC0415 (llama_cpp is not there in every group)
+    from llamaherd_server.worker.embedding import Input  # noqa: PLC0415 (llama_cpp is not there in every group)
+    from llamaherd_server.worker.model import Model  # noqa: PLC0415 (llama_cpp is not there in every group)
 
     threads = Flags(1, 1024, unified=True).threads
     settings = EngineSettings(parallel=1, ctx_per_slot=1024, threads=threads, threads_batch=threads)

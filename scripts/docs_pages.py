@@ -19,7 +19,8 @@ from mkdocs.structure.files import File, Files
 from llamaherd_server.app import create_app
 from llamaherd_server.config.settings import Settings
 from llamaherd_server.engine.base import Engine, EngineStatus
-from llamaherd_server.wire.protocol import EngineSettings, Stats
+from llamaherd_server.wire.engine_settings import EngineSettings
+from llamaherd_server.wire.protocol import Stats
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from llamaherd_server.config.engine_settings import schema
-from llamaherd_server.wire.protocol import EngineSettings, Placement
+from llamaherd_server.wire.engine_settings import EngineSettings, Placement
 
 ROOT = Path(__file__).resolve().parents[1]
 _TYPES = {"integer": "int", "boolean": "bool", "string": "str", "array": "list", "number": "float"}

@@ -19,7 +19,7 @@ import yaml
 
 from llamaherd_server.config import keys as auth
 from llamaherd_server.config import settings
-from llamaherd_server.wire.protocol import EngineSettings
+from llamaherd_server.wire.engine_settings import EngineSettings
 from tests.roles.conftest import ROOT, Render, Rendered
 
 

@@ -26,13 +26,13 @@ from dataclasses import dataclass
 
 import msgspec
 
+from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.wire.protocol import (
     Cancel,
     Delta,
     Detokenize,
     Embed,
     Embedded,
-    EngineSettings,
     Failed,
     Finished,
     Generate,

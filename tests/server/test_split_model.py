@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from llamaherd_server.wire.protocol import EngineSettings, Placement, WorkerConfig
+from llamaherd_server.wire.engine_settings import EngineSettings, Placement
+from llamaherd_server.wire.protocol import WorkerConfig
 from llamaherd_server.worker.fit import Fit
 from llamaherd_server.worker.identity import identity
 from tests.server.conftest import required, running

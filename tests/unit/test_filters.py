@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamaherd_server.config.engine_settings import merge
-from llamaherd_server.wire.protocol import EngineSettings, Placement
+from llamaherd_server.wire.engine_settings import EngineSettings, Placement
 
 
 def test_a_trees_hash_follows_names_and_contents_alone(filters: ModuleType, tmp_path: Path) -> None:
@@ -77,9 +77,8 @@ INTEGERS = st.integers(-1, 600) | st.sampled_from([2**30, 2**31 - 1, 2**31])
 @given(
     st.fixed_dictionaries(
         {
-            **dict.fromkeys(
-                ["parallel", "batch", "ubatch", "ctx_per_slot", "threads", "threads_batch", "kv_cells"], INTEGERS
-            ),
+            **dict.fromkeys(["parallel", "batch", "ubatch", "ctx_per_slot", "kv_cells"], INTEGERS),
+            **dict.fromkeys(["threads", "threads_batch", "speculative_depth"], INTEGERS),
             "flash_attention": st.sampled_from(["auto", "on", "off"]),
             "kv_type_v": st.sampled_from(["f16", "q8_0"]),
         }

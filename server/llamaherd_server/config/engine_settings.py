@@ -12,7 +12,7 @@ import msgspec
 
 from llamaherd_server.config.setting_rules import out_of_range, placement_mistakes, setting_mistakes
 from llamaherd_server.errors import nearest
-from llamaherd_server.wire.protocol import EngineSettings, Placement
+from llamaherd_server.wire.engine_settings import EngineSettings, Placement
 
 Settings = TypeVar("Settings", EngineSettings, Placement)
 _MISTAKES = {EngineSettings: setting_mistakes, Placement: placement_mistakes}

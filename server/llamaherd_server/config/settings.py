@@ -22,7 +22,8 @@ from pydantic_settings import (
 from llamaherd_server.config.engine_settings import merge, schema
 from llamaherd_server.config.extra_args import check_extra_args
 from llamaherd_server.errors import nearest
-from llamaherd_server.wire.protocol import Adapter, EngineKind, EngineSettings, Placement, Sampling
+from llamaherd_server.wire.engine_settings import EngineKind, EngineSettings, Placement
+from llamaherd_server.wire.protocol import Adapter, Sampling
 from llamaherd_server.wire.sampling_values import checked
 
 

@@ -9,19 +9,9 @@ from typing import Any, Literal, Protocol
 
 import httpx
 
+from llamaherd_server.wire.engine_settings import EngineKind, EngineSettings
 from llamaherd_server.wire.evaluation import Evaluate, Evaluated
-from llamaherd_server.wire.protocol import (
-    Delta,
-    Embed,
-    Embedded,
-    EngineKind,
-    EngineSettings,
-    Finished,
-    Generate,
-    ModelInfo,
-    Started,
-    Stats,
-)
+from llamaherd_server.wire.protocol import Delta, Embed, Embedded, Finished, Generate, ModelInfo, Started, Stats
 
 EngineState = Literal["loading", "ready", "restarting", "failed", "stopped"]
 Event = Started | Delta | Finished

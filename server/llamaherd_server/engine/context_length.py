@@ -9,7 +9,7 @@ import structlog
 
 from llamaherd_server.config.settings import Settings
 from llamaherd_server.gguf import LEAST_CTX, GgufError, part_paths, read_header, shape, with_context
-from llamaherd_server.wire.protocol import EngineSettings
+from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.worker.available import total_bytes
 
 log = structlog.get_logger()

@@ -19,6 +19,7 @@ from llamaherd_server.engine.process import WorkerProcess
 from llamaherd_server.engine.prompt_store import Prompts, open_prompts
 from llamaherd_server.engine.supervisor import Supervisor
 from llamaherd_server.process.turns import caller
+from llamaherd_server.wire.engine_settings import EngineSettings, Placement
 from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.evaluation import Evaluate, Evaluated
 from llamaherd_server.wire.protocol import (
@@ -28,13 +29,11 @@ from llamaherd_server.wire.protocol import (
     Detokenize,
     Embed,
     Embedded,
-    EngineSettings,
     Failed,
     Finished,
     FromWorker,
     Generate,
     ModelInfo,
-    Placement,
     Ready,
     Retune,
     Retuned,

@@ -6,7 +6,8 @@ import re
 import subprocess
 from collections.abc import Sequence
 
-from llamaherd_server.wire.protocol import NativeConfig, Placement
+from llamaherd_server.wire.engine_settings import Placement
+from llamaherd_server.wire.protocol import NativeConfig
 from llamaherd_server.worker.fit import context_arguments
 
 _FLAG = re.compile(r"--?[A-Za-z][\w-]*")

@@ -25,19 +25,18 @@ from llamaherd_server.engine.native_process import NativeProcess
 from llamaherd_server.engine.native_room import check_room
 from llamaherd_server.engine.preparation import Preparation
 from llamaherd_server.engine.supervisor import Supervisor
+from llamaherd_server.wire.engine_settings import EngineSettings, Placement
 from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.evaluation import Evaluate, Evaluated
 from llamaherd_server.wire.protocol import (
     Adapter,
     Embed,
     Embedded,
-    EngineSettings,
     FromWorker,
     Generate,
     Media,
     ModelInfo,
     NativeConfig,
-    Placement,
     Ready,
     Sampling,
     Stats,

@@ -22,17 +22,8 @@ import msgspec
 
 from llamaherd_server.engine.flags import flags
 from llamaherd_server.engine.process import ChildProcess
-from llamaherd_server.wire.protocol import (
-    EngineSettings,
-    FromWorker,
-    ModelInfo,
-    NativeConfig,
-    Placed,
-    Ready,
-    Sampling,
-    Stats,
-    Step,
-)
+from llamaherd_server.wire.engine_settings import EngineSettings, Placed
+from llamaherd_server.wire.protocol import FromWorker, ModelInfo, NativeConfig, Ready, Sampling, Stats, Step
 from llamaherd_server.worker.lib import ON_GPU
 
 _LOADING_POLL_S = 0.05

@@ -10,9 +10,10 @@ from dataclasses import replace
 from llamaherd_server.config.settings import Settings, SettingsError
 from llamaherd_server.engine.base import Engine, EngineStatus, Event, OwnApi
 from llamaherd_server.engine.native import RETUNE_DRAIN_S
+from llamaherd_server.wire.engine_settings import EngineKind, EngineSettings
 from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.evaluation import Evaluate, Evaluated
-from llamaherd_server.wire.protocol import Embed, Embedded, EngineKind, EngineSettings, Generate, ModelInfo, Stats
+from llamaherd_server.wire.protocol import Embed, Embedded, Generate, ModelInfo, Stats
 
 
 class Switch:

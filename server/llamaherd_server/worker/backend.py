@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
-from llamaherd_server.wire.protocol import EngineSettings, TokenLogprob
+from llamaherd_server.wire.engine_settings import EngineSettings
+from llamaherd_server.wire.protocol import TokenLogprob
 from llamaherd_server.worker.sequence import Drawn, Row, Sequence, Share
 
 # What llama_decode returns; anything else leaves the context unusable.

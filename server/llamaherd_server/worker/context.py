@@ -11,7 +11,8 @@ import msgspec
 from msgspec.structs import asdict
 
 from llamaherd_server.gguf import drafted
-from llamaherd_server.wire.protocol import EngineSettings, TokenLogprob
+from llamaherd_server.wire.engine_settings import EngineSettings
+from llamaherd_server.wire.protocol import TokenLogprob
 from llamaherd_server.worker.backend import Part
 from llamaherd_server.worker.batch import Batch
 from llamaherd_server.worker.interrupt import Interrupt

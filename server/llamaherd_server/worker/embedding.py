@@ -15,8 +15,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.wire.errors import DecodeFailed, RequestError
-from llamaherd_server.wire.protocol import Embed, Embedded, EngineSettings, Failed
+from llamaherd_server.wire.protocol import Embed, Embedded, Failed
 from llamaherd_server.worker.backend import ABORTED, DONE
 from llamaherd_server.worker.batch import Batch
 from llamaherd_server.worker.context import new_context

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from llamaherd_server.wire.protocol import EngineSettings, Placement
+from llamaherd_server.wire.engine_settings import EngineSettings, Placement
 from llamaherd_server.worker.weights import ModelError
 
 PROGRAM = "llama-fit-params"

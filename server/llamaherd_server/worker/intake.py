@@ -10,13 +10,13 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TypeAlias
 
+from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.wire.errors import RequestError, too_long
 from llamaherd_server.wire.evaluation import Evaluate
 from llamaherd_server.wire.protocol import (
     Cancel,
     Detokenize,
     Embed,
-    EngineSettings,
     Failed,
     Generate,
     Retune,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import asdict
 
 from llamaherd_server.gguf import PADDING, compute_bytes, kv_bytes, largest
-from llamaherd_server.wire.protocol import EngineSettings
+from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.worker.available import available_bytes
 from llamaherd_server.worker.model import Model
 

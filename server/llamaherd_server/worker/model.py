@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llamaherd_server.gguf import GgufError, Shape, read_header, shape
-from llamaherd_server.wire.protocol import ModelInfo, Placed, Pooling, Sampling, WorkerConfig
+from llamaherd_server.wire.engine_settings import Placed
+from llamaherd_server.wire.protocol import ModelInfo, Pooling, Sampling, WorkerConfig
 from llamaherd_server.wire.sampling_values import checked
 from llamaherd_server.worker.fit import fitted
 from llamaherd_server.worker.forkserver import Forkserver

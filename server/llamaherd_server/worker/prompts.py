@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from llamaherd_server.wire.protocol import EngineSettings
+from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.worker.arena import Arena
 from llamaherd_server.worker.backend import Checkpoint
 from llamaherd_server.worker.pieces import Found, Piece, line, longest, matched, tokens_of

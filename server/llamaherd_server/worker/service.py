@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 from llamaherd_server.process.priority import lower
+from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.wire.errors import RequestError
-from llamaherd_server.wire.protocol import Cancel, EngineSettings, Failed, Loading, Ready, Retune, Retuned, WorkerConfig
+from llamaherd_server.wire.protocol import Cancel, Failed, Loading, Ready, Retune, Retuned, WorkerConfig
 from llamaherd_server.worker.arena import Arena
 from llamaherd_server.worker.channel import Channel
 from llamaherd_server.worker.context import Context, resolve_threads

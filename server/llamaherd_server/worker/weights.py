@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from llamaherd_server.wire.protocol import Placement
+from llamaherd_server.wire.engine_settings import Placement
 from llamaherd_server.worker.lib import Log
 
 MAGIC = b"GGUF"

@@ -10,20 +10,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from llamaherd_server.engine.base import EngineState, EngineStatus, Event, OwnApi
+from llamaherd_server.wire.engine_settings import EngineKind, EngineSettings
 from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.evaluation import Evaluate, Evaluated, Evaluation
-from llamaherd_server.wire.protocol import (
-    Delta,
-    Embed,
-    Embedded,
-    EngineKind,
-    EngineSettings,
-    Finished,
-    Generate,
-    ModelInfo,
-    Started,
-    Stats,
-)
+from llamaherd_server.wire.protocol import Delta, Embed, Embedded, Finished, Generate, ModelInfo, Started, Stats
 
 MODEL = ModelInfo(
     description="double",

@@ -17,7 +17,8 @@ from llamaherd_server.api.openai.completions import CompletionRequest
 from llamaherd_server.config.engine_settings import merge
 from llamaherd_server.errors import ApiError
 from llamaherd_server.grammar.schema import schema_grammar
-from llamaherd_server.wire.protocol import EngineSettings, Sampling
+from llamaherd_server.wire.engine_settings import EngineSettings
+from llamaherd_server.wire.protocol import Sampling
 
 KEYWORDS = (
     *("type", "properties", "required", "additionalProperties", "items", "prefixItems", "minItems", "maxItems"),

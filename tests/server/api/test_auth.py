@@ -11,7 +11,7 @@ import pytest
 
 from llamaherd_server.config.keys import KeysError
 from llamaherd_server.keyfile import revoke
-from llamaherd_server.wire.protocol import EngineSettings
+from llamaherd_server.wire.engine_settings import EngineSettings
 
 from .conftest import Serve, until
 from .double import Double

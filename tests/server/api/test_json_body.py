@@ -11,7 +11,7 @@ from llamaherd_server.api.anthropic.messages import MessagesRequest
 from llamaherd_server.config.settings import LimitSettings
 from llamaherd_server.errors import ApiError
 from llamaherd_server.http.json_body import MAX_CONTAINERS, MAX_STRINGS, decode
-from llamaherd_server.wire.protocol import EngineSettings
+from llamaherd_server.wire.engine_settings import EngineSettings
 
 from .conftest import Serve
 from .double import Double

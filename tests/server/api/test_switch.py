@@ -12,8 +12,9 @@ from llamaherd_server.config.settings import Settings
 from llamaherd_server.engine import switch
 from llamaherd_server.engine.base import Event
 from llamaherd_server.engine.switch import Switch
+from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.wire.errors import EngineError
-from llamaherd_server.wire.protocol import EngineSettings, Finished, Generate, Started
+from llamaherd_server.wire.protocol import Finished, Generate, Started
 
 from .double import Double
 

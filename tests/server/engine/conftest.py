@@ -12,7 +12,7 @@ from typing import Any
 import pytest_asyncio
 
 from llamaherd_server.engine.embedded import EmbeddedEngine
-from llamaherd_server.wire.protocol import EngineSettings
+from llamaherd_server.wire.engine_settings import EngineSettings
 
 from ..conftest import required
 

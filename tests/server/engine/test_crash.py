@@ -80,7 +80,7 @@ ORPHAN = """
 import asyncio, os, sys
 from pathlib import Path
 from llamaherd_server.engine.embedded import EmbeddedEngine
-from llamaherd_server.wire.protocol import EngineSettings
+from llamaherd_server.wire.engine_settings import EngineSettings
 
 async def main():
     engine = EmbeddedEngine(Path(sys.argv[1]), EngineSettings(parallel=1, ctx_per_slot=256))

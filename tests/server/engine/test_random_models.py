@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.serving import WORDS
-from llamaherd_server.wire.protocol import EngineSettings
+from llamaherd_server.wire.engine_settings import EngineSettings
 from tests.random_models import ARCHITECTURES, CONTEXT, Kind, RandomModel
 
 from .asking import ask

@@ -9,8 +9,9 @@ import pytest
 from msgspec.structs import replace
 
 from llamaherd_server.engine.embedded import EmbeddedEngine
+from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.wire.errors import EngineError
-from llamaherd_server.wire.protocol import EngineSettings, Generate, Started, Stats
+from llamaherd_server.wire.protocol import Generate, Started, Stats
 
 from .asking import COUNTRIES, ENDLESS, Answer, ask
 from .conftest import SETTINGS, computing

@@ -13,15 +13,8 @@ import pytest_asyncio
 from msgspec.structs import replace
 
 from llamaherd_server.engine.embedded import EmbeddedEngine
-from llamaherd_server.wire.protocol import (
-    EngineSettings,
-    Generate,
-    ReasoningBudget,
-    Sampling,
-    Started,
-    Stats,
-    TokenLogprob,
-)
+from llamaherd_server.wire.engine_settings import EngineSettings
+from llamaherd_server.wire.protocol import Generate, ReasoningBudget, Sampling, Started, Stats, TokenLogprob
 from tests.random_models import RandomModel
 
 from .asking import Answer, ask

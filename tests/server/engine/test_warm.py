@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from llamaherd_server.engine.embedded import EmbeddedEngine
-from llamaherd_server.wire.protocol import EngineSettings, Stats
+from llamaherd_server.wire.engine_settings import EngineSettings
+from llamaherd_server.wire.protocol import Stats
 from tests.random_models import Kind, RandomModel
 
 from .asking import ENDLESS, ask

@@ -11,7 +11,8 @@ import pytest
 
 from llamaherd_server.config.extra_args import OWNED, check_extra_args
 from llamaherd_server.engine.flags import flags
-from llamaherd_server.wire.protocol import Adapter, EngineSettings, KvType, NativeConfig, Placement, Speculative
+from llamaherd_server.wire.engine_settings import EngineSettings, KvType, Placement, Speculative
+from llamaherd_server.wire.protocol import Adapter, NativeConfig
 
 from ..conftest import required
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from llamaherd_server.engine.native_process import NativeProcess
-from llamaherd_server.wire.protocol import Placed
+from llamaherd_server.wire.engine_settings import Placed
 
 ENTRIES = [
     ("info", "load_model: loading model 'm.gguf'\n"),

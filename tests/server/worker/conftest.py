@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llamaherd_server.wire.protocol import EngineSettings, WorkerConfig
+from llamaherd_server.wire.engine_settings import EngineSettings
+from llamaherd_server.wire.protocol import WorkerConfig
 from llamaherd_server.worker.lib import Log, load
 from llamaherd_server.worker.model import Model
 

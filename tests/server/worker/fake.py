@@ -8,8 +8,9 @@ from typing import Any
 from msgspec.structs import asdict
 
 from llamaherd_server.gguf import drafted
+from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.wire.errors import RequestError
-from llamaherd_server.wire.protocol import EngineSettings, Generate, TokenLogprob
+from llamaherd_server.wire.protocol import Generate, TokenLogprob
 from llamaherd_server.wire.text import TextStream
 from llamaherd_server.worker.backend import ABORTED, DONE, INVALID, NO_ROOM, Part
 from llamaherd_server.worker.samplers import Draw

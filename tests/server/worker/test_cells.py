@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from llamaherd_server.wire.protocol import EngineSettings, Failed, Generate, Sampling
+from llamaherd_server.wire.engine_settings import EngineSettings
+from llamaherd_server.wire.protocol import Failed, Generate, Sampling
 from llamaherd_server.worker.context import Context
 from llamaherd_server.worker.intake import fit, sequence_of
 from llamaherd_server.worker.interrupt import Interrupt

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaherd_server.wire.protocol import EngineSettings, Speculative
+from llamaherd_server.wire.engine_settings import EngineSettings, Speculative
 from llamaherd_server.worker.drafts import INDEXED_AT_ONCE, MOST_ENTRIES, SHORT, Lookup
 from llamaherd_server.worker.scheduler import Scheduler
 from llamaherd_server.worker.speculation import ALLOWED, MOST_POOLED, Speculation, StepTimes

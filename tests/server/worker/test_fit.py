@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llamaherd_server.wire.protocol import EngineSettings, Placement
+from llamaherd_server.wire.engine_settings import EngineSettings, Placement
 from llamaherd_server.worker.fit import PROGRAM, fitted
 from llamaherd_server.worker.weights import ModelError
 

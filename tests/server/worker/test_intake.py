@@ -9,17 +9,8 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from llamaherd_server.wire.protocol import (
-    Cancel,
-    Detokenize,
-    Embed,
-    EngineSettings,
-    Failed,
-    FromWorker,
-    Generate,
-    Retune,
-    Text,
-)
+from llamaherd_server.wire.engine_settings import EngineSettings
+from llamaherd_server.wire.protocol import Cancel, Detokenize, Embed, Failed, FromWorker, Generate, Retune, Text
 from llamaherd_server.worker.channel import LENGTH_BYTES, Channel, Closed, frame
 from llamaherd_server.worker.intake import Intake
 from llamaherd_server.worker.interrupt import GATHER_S, Interrupt

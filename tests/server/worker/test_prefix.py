@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaherd_server.wire.protocol import EngineSettings
+from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.worker.kv import KvCache, Slot
 from llamaherd_server.worker.prefix import WORTH_WAITING, best_source, common, is_coming
 

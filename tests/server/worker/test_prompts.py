@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llamaherd_server.wire.protocol import EngineSettings
+from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.worker import arena
 from llamaherd_server.worker.arena import Arena
 from llamaherd_server.worker.prompt_files import SUFFIX, store

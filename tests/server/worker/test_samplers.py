@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.wire.errors import RequestError
-from llamaherd_server.wire.protocol import EngineSettings, Generate, Sampling, WorkerConfig
+from llamaherd_server.wire.protocol import Generate, Sampling, WorkerConfig
 from llamaherd_server.worker import samplers
 from llamaherd_server.worker.best import ENTRY, Best
 from llamaherd_server.worker.context import Context

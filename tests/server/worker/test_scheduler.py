@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamaherd_server.wire.engine_settings import EngineSettings, Speculative
 from llamaherd_server.wire.errors import DecodeFailed
-from llamaherd_server.wire.protocol import Delta, EngineSettings, Failed, Finished, Speculative, Started
+from llamaherd_server.wire.protocol import Delta, Failed, Finished, Started
 from llamaherd_server.worker import arena
 from llamaherd_server.worker import scheduler as scheduler_module
 from llamaherd_server.worker.prefix import WORTH_WAITING

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from llamaherd_server.wire.protocol import EngineSettings, Finished, Generate, Sampling, Started, WorkerConfig
+from llamaherd_server.wire.engine_settings import EngineSettings
+from llamaherd_server.wire.protocol import Finished, Generate, Sampling, Started, WorkerConfig
 from llamaherd_server.worker import arena
 from llamaherd_server.worker.context import Context
 from llamaherd_server.worker.intake import fit, sequence_of

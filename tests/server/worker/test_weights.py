@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from llamaherd_server.wire.protocol import EngineSettings, Placement, WorkerConfig
+from llamaherd_server.wire.engine_settings import EngineSettings, Placement
+from llamaherd_server.wire.protocol import WorkerConfig
 from llamaherd_server.worker import weights
 from llamaherd_server.worker.lib import Log
 from llamaherd_server.worker.model import Model

@@ -20,8 +20,8 @@ from llamaherd_server.chat import template
 from llamaherd_server.errors import ApiError
 from llamaherd_server.http.json_body import on_thread
 from llamaherd_server.serving.generation import late_error
+from llamaherd_server.wire.engine_settings import KvType
 from llamaherd_server.wire.evaluation import Evaluate, Evaluated, EvaluatedInput, Evaluation
-from llamaherd_server.wire.protocol import KvType
 from llamaherd_server.wire.text import piece_text
 
 router = APIRouter(route_class=ModelRoute)

@@ -16,7 +16,7 @@ from llamaherd_server.config.engine_settings import merge
 from llamaherd_server.config.settings import SettingsError
 from llamaherd_server.engine.context_length import decided
 from llamaherd_server.errors import ApiError
-from llamaherd_server.wire.protocol import EngineKind, EngineSettings
+from llamaherd_server.wire.engine_settings import EngineKind, EngineSettings
 
 router = APIRouter(route_class=ModelRoute)
 

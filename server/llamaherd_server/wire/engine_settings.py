@@ -1,0 +1,96 @@
+"""What an engine is built from, and where its model is: the settings that operators give and hosts are tuned by."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct, field
+
+EngineKind = Literal["embedded", "llama-server"]
+KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+Speculative = Literal["off", "ngram", "auto"]
+
+
+def _within(low: int, high: int, description: str) -> Meta:
+    """For the schema alone: a worker decodes what the front end has checked."""
+    return Meta(description=description, extra_json_schema={"minimum": low, "maximum": high})
+
+
+class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a context is built from; every field can be changed without reloading the weights.
+
+    The total context is `parallel * ctx_per_slot` tokens in either KV layout, unless `kv_cells` says that sequences
+    share fewer (unified KV only): then one is preempted whenever they run short.
+
+    Bounds and descriptions are those of the playbooks too: `python -m scripts.engine_settings` hands them on. What
+    settings must agree on is in config/setting_rules.py.
+    """
+
+    # llama.cpp's llama_max_parallel_sequences(), and what a 32-bit token position can address
+    parallel: Annotated[int, _within(1, 256, "Sequences computed at once (slots).")] = 4
+    batch: Annotated[int, _within(1, 2**31 - 1, "Most tokens of one decode step.")] = 2048
+    ubatch: Annotated[int, _within(1, 2**31 - 1, "Most tokens computed at once within a step.")] = 512
+    ctx_per_slot: Annotated[
+        int,
+        _within(0, 2**31 - 1, "Context of one slot in tokens; 0: what the model was trained for, as far as it fits."),
+    ] = 0
+    kv_unified: Annotated[bool, Meta(description="One KV cache for all slots.")] = True
+    kv_cells: Annotated[
+        int,
+        _within(0, 2**31 - 1, "KV cells of a unified cache in tokens; 0: parallel times ctx_per_slot."),
+    ] = 0
+    kv_type_k: Annotated[KvType, Meta(description="Type of K.")] = "f16"
+    kv_type_v: Annotated[KvType, Meta(description="Type of V.")] = "f16"
+    flash_attention: Annotated[Literal["auto", "on", "off"], Meta(description="Flash attention.")] = "auto"
+    threads: Annotated[int, _within(0, 512, "Threads for decoding; 0: decided on the host.")] = 0
+    threads_batch: Annotated[int, _within(0, 512, "Threads for prompts; 0: decided on the host.")] = 0
+    speculative: Annotated[Speculative, Meta(description="Drafts what a text repeats; auto if that pays.")] = "off"
+    speculative_depth: Annotated[int, _within(1, 256, "Most tokens drafted for a sequence in a step.")] = 32
+
+
+class Placement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where a model's weights are, and how they get there; to change it is to load them again.
+
+    Names and meanings are those of llama.cpp's flags.
+    """
+
+    gpu_layers: Annotated[
+        int | Literal["auto"],
+        _within(-1, 2**31 - 1, "Layers on the accelerator; -1: all; auto: as many as its free memory has room for."),
+    ] = -1
+    cpu_moe_layers: Annotated[
+        int,
+        _within(0, 2**31 - 1, "First layers whose experts stay on the CPU (mixtures of experts)."),
+    ] = 0
+    devices: Annotated[
+        list[str],
+        Meta(description="Devices to use, such as CUDA0, in order; none: all there are."),
+    ] = field(default_factory=list)
+    split_mode: Annotated[
+        Literal["none", "layer", "row", "tensor"],
+        Meta(description="How several devices share the model."),
+    ] = "layer"
+    tensor_split: Annotated[
+        list[float],
+        Meta(description="Shares of the devices, in any unit; none: by their free memory."),
+    ] = field(default_factory=list)
+    main_gpu: Annotated[int, _within(0, 63, "The device for all, with split_mode none, or for what row leaves.")] = 0
+    load_mode: Annotated[
+        Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"],
+        Meta(description="How weights are read."),
+    ] = "auto"
+    numa: Annotated[
+        Literal["off", "distribute", "isolate", "numactl"],
+        Meta(description="For hosts of several NUMA nodes."),
+    ] = "off"
+
+
+class Placed(Struct, kw_only=True):
+    """Where llama.cpp put a model: so many of its layers, the output's among them, are on accelerators.
+
+    Of `partial_layers` of these the experts, or some matrices, stayed in the host's memory.
+    """
+
+    gpu_layers: int
+    layers: int
+    partial_layers: int = 0
