@@ -135,8 +135,8 @@ def rollout_batches(
         for number, some in enumerate(_split(kind, serial)):
             waves.setdefault(number, []).extend(some)
     batches = []
-    for _, wave in sorted(waves.items()):
-        left = [name for name in models if name in wave]
+    for number in sorted(waves):
+        left = [name for name in models if name in waves[number]]
         while left:
             batch: list[str] = []
             for name in left:
@@ -239,8 +239,8 @@ def _before(name: str, depth: int) -> str:
 def _held(depth: int) -> str:
     """An array or object, which may hold others to this depth."""
     held = ""
-    for _ in range(depth):
-        held = rf"[\[{{](?:{_PLAIN}|{_TEXT}{'|' if held else ''}{held})*+[\]}}]"
+    for level in range(depth):
+        held = rf"[\[{{](?:{_PLAIN}|{_TEXT}{'|' if level else ''}{held})*+[\]}}]"
     return held
 
 

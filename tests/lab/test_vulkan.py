@@ -51,7 +51,7 @@ def deployed(**more: Any) -> tuple[str, str]:
 ASK = """python3 - <<'END'
 import json, urllib.request as u
 body = {body!r}
-request = u.Request("http://127.0.0.1:8080/admin/engine", body and body.encode(), method="PUT" if body else "GET")
+request = u.Request("http://127.0.0.1:8080/admin/engine", body.encode() or None, method="PUT" if body else "GET")
 request.add_header("Authorization", "Bearer {key}")
 request.add_header("Content-Type", "application/json")
 try:
@@ -117,7 +117,7 @@ def test_verify(herd: Herd) -> None:
 def test_the_sandbox_lets_the_driver_compute_and_opens_nothing_else(herd: Herd) -> None:
     """With the rights that the unit has, which its whole sandbox may take away again."""
     sandbox = f"sed -n '/^CapabilityBoundingSet=/,/^SystemCallErrorNumber=/s/^[A-Z]/-p\\n&/p' {UNIT}"
-    command = f"export GGML_VK_VISIBLE_DEVICES=0; {BIN}/llama-server --list-devices; ! : </dev/fuse"
+    command = f"export GGML_VK_VISIBLE_DEVICES=0; {BIN}/llama-server --list-devices; ! true </dev/fuse"
     run = "xargs -d '\\n' systemd-run --quiet --wait --pipe -p User=llamaherd -p Group=llamaherd </tmp/sandbox"
     told = herd.sh("t1", f"{sandbox} >/tmp/sandbox; printf 'sh\\n-ec\\n{command}\\n' >>/tmp/sandbox; {run}")
     assert "Vulkan0: llvmpipe" in told
