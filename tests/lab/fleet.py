@@ -47,7 +47,7 @@ ln -s paced /opt/llamaherd/server/current
 cd /opt/llamaherd/server/paced
 python3 -m venv --without-pip venv
 echo {server} >venv/lib/python3.11/site-packages/server.pth
-printf '[Service]\\nEnvironment=WORKER_DOUBLE={server}/paced_worker.py {environment}\\n' \
+printf '[Service]\\nEnvironment=PYTHONPATH={server} WORKER_DOUBLE={server}/paced_worker.py {environment}\\n' \
   >/etc/systemd/system/llamaherd-server.service.d/paced.conf
 """
 

@@ -311,7 +311,7 @@ def test_a_slash_at_the_end_is_no_redirect(edge: Edge) -> None:
         assert client.post("/v1/completions/", json=ASK).status_code == 200
 
 
-PRIVATE = {"/metrics", "/admin/engine"}
+PRIVATE = {"/metrics", "/admin/engine", "/admin/logprobs"}
 
 
 def test_clients_reach_all_that_the_server_serves_but_what_operators_use(edge: Edge) -> None:

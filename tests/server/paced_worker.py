@@ -21,12 +21,14 @@ import socket
 import struct
 import sys
 import time
+from array import array
 from collections import deque
 from dataclasses import dataclass
 
 import msgspec
 
 from llamaherd_server.wire.engine_settings import EngineSettings
+from llamaherd_server.wire.evaluation import Evaluate, Evaluated, Evaluation
 from llamaherd_server.wire.protocol import (
     Cancel,
     Delta,
@@ -139,6 +141,19 @@ class Paced:
         elif isinstance(message, Embed):
             vectors = [struct.pack("f", 1.0)] * len(message.inputs)
             self._channel.send(Embedded(message.id, vectors, sum(map(len, message.inputs))))
+        elif isinstance(message, Evaluate):
+            self._evaluate(message)
+
+    def _evaluate(self, message: Evaluate) -> None:
+        """Every token is as likely as any other of `top`."""
+        found, even = [], -math.log(message.top)
+        for one in message.inputs:
+            rows = len(one.tokens) - one.start + 1
+            own = array("f", [even] * (rows - 1) + [math.nan])
+            tokens, even_ones = array("i", [*range(message.top)] * rows), array("f", [even] * rows * message.top)
+            found.append(Evaluation(own.tobytes(), tokens.tobytes(), even_ones.tobytes()))
+        pieces = {token: bytes([token % 128]) for one in message.inputs for token in (*one.tokens, *range(message.top))}
+        self._channel.send(Evaluated(message.id, found, pieces))
 
     def _detokenize(self, message: Detokenize) -> None:
         try:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -159,6 +159,7 @@ class Alone:
 
     tokens: list[int]
     slot = computed = id = 0
+    draft: ClassVar[list[int]] = []
 
     @property
     def pending(self) -> int:
