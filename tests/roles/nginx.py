@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,3 +64,26 @@ def running(config: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run([*command, "-s", "stop"], check=True)
+
+
+@contextmanager
+def answering(respond: Callable[[socket.socket], None]) -> Iterator[int]:
+    """The port of what stands in for a server until the block ends: `respond` gets each connection, one by one."""
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:  # closed
+                return
+            with connection:
+                respond(connection)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield int(listener.getsockname()[1])
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()

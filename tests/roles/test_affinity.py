@@ -6,7 +6,6 @@ import json
 import re
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,33 +49,22 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     groups = {"inference": {"hosts": hosts}, "edge": {"hosts": {nginx.HOST: None}}}
     ports = {"llamaherd_nginx_port": free_port(), "llamaherd_nginx_inner_port": free_port()}
     more = {"llamaherd_nginx_balance": "prefix", "llamaherd_nginx_exempt": ["127.0.0.0/8"], "groups": groups}
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = {"llamaherd_server_port": int(listener.getsockname()[1])}
-        config = nginx.render(folder, {**ports, **server, **more})
+    with nginx.answering(answer) as port:
+        config = nginx.render(folder, {**ports, "llamaherd_server_port": port, **more})
         # The hosts' own lines are of no interest here.
         inner = config.read_text().rpartition("# Edges only")
         config.write_text(inner[0] + inner[1] + re.sub(r"access_log [^;]+;", "access_log off;", inner[2]))
-        thread = threading.Thread(target=answer, args=(listener,))
-        thread.start()
         with nginx.running(config):
             tls = ssl.create_default_context(cafile=config.parent / "llamaherd/ca.crt")
             url = f"https://127.0.0.1:{ports['llamaherd_nginx_port']}"
             with httpx.Client(base_url=url, verify=tls, timeout=60) as client:
                 client.headers["Authorization"] = "Bearer one-key"
                 yield Edge(client, config.parent / "access.log")
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join()
 
 
-def answer(listener: socket.socket) -> None:
-    while True:
-        try:
-            connection, _ = listener.accept()
-        except OSError:  # closed
-            return
-        with connection:
-            connection.recv(65536)
-            connection.sendall(ANSWER)
+def answer(connection: socket.socket) -> None:
+    connection.recv(65536)
+    connection.sendall(ANSWER)
 
 
 def turns(chat: int) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ import socket
 import ssl
 import struct
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -79,24 +78,17 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
 class Failing:
     """In place of a server, for all hosts behind an edge: closes each connection after its request, or answers 503."""
 
-    port: int
     edge_port: int
     folder: Path
     reply: bytes = b""
     requests: int = 0
 
-    def serve(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:  # closed
-                return
-            with connection:
-                connection.recv(65536)
-                self.requests += 1
-                connection.sendall(self.reply)
-                reset = struct.pack("ii", 1, 0)
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset if not self.reply else bytes(8))
+    def respond(self, connection: socket.socket) -> None:
+        connection.recv(65536)
+        self.requests += 1
+        connection.sendall(self.reply)
+        reset = struct.pack("ii", 1, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset if not self.reply else bytes(8))
 
     def post(self) -> httpx.Response:
         tls = ssl.create_default_context(cafile=self.folder / "ca.crt")
@@ -109,16 +101,11 @@ def failing(tmp_path: Path) -> Iterator[Failing]:
     ports = {"llamaherd_nginx_port": free_port(), "llamaherd_nginx_inner_port": free_port()}
     hosts = {nginx.HOST: {"ansible_host": "127.0.0.1"}, "another": {"ansible_host": "127.0.0.2"}}
     groups = {"inference": {"hosts": hosts}, "edge": {"hosts": {nginx.HOST: None}}}
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = int(listener.getsockname()[1])
+    found = Failing(ports["llamaherd_nginx_port"], tmp_path / "nginx/llamaherd")
+    with nginx.answering(found.respond) as port:
         config = nginx.render(tmp_path, {**ports, "llamaherd_server_port": port, "groups": groups})
-        found = Failing(port, ports["llamaherd_nginx_port"], config.parent / "llamaherd")
-        serving = threading.Thread(target=found.serve, args=(listener,))
-        serving.start()
         with nginx.running(config):
             yield found
-        listener.shutdown(socket.SHUT_RDWR)
-        serving.join()
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import re
 import shutil
 import socket
 import ssl
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -217,27 +216,16 @@ def test_a_refused_request_goes_to_another_host_of_its_model(tmp_path: Path) -> 
     """Three hosts behind the edge, two of them with one model: one nginx at three addresses; behind it all is 503."""
     seen: list[bytes] = []
 
-    def refuse(listener: socket.socket) -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:  # closed
-                return
-            with connection:
-                seen.append(connection.recv(65536))
-                connection.sendall(
-                    b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-                )
+    def refuse(connection: socket.socket) -> None:
+        seen.append(connection.recv(65536))
+        connection.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 
     names = {nginx.HOST: "chat", "second": "chat", "third": "code"}
     hosts = {host: {"ansible_host": f"127.0.0.{n}", **serving(one)} for n, (host, one) in enumerate(names.items(), 1)}
     groups = {"inference": {"hosts": hosts}, "edge": {"hosts": {nginx.HOST: None}}}
     ports = {"llamaherd_nginx_port": free_port(), "llamaherd_nginx_inner_port": free_port()}
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server_port = int(listener.getsockname()[1])
+    with nginx.answering(refuse) as server_port:
         config = nginx.render(tmp_path, {**ports, "llamaherd_server_port": server_port, "groups": groups})
-        serving_thread = threading.Thread(target=refuse, args=(listener,))
-        serving_thread.start()
         with nginx.running(config):
             tls = ssl.create_default_context(cafile=config.parent / "llamaherd/ca.crt")
             url = f"https://127.0.0.1:{ports['llamaherd_nginx_port']}/v1/completions"
@@ -245,8 +233,6 @@ def test_a_refused_request_goes_to_another_host_of_its_model(tmp_path: Path) -> 
                 httpx.post(url, json={"prompt": "x", "model": model}, verify=tls, timeout=60)
                 for model in ("chat", "code")
             ]
-        listener.shutdown(socket.SHUT_RDWR)
-        serving_thread.join()
     assert [answer.status_code for answer in answers] == [503, 503]
     asked = [json.loads(request.partition(b"\r\n\r\n")[2])["model"] for request in seen]
     assert asked == ["chat", "chat", "code"]
