@@ -11,20 +11,15 @@ from array import array
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
-
-from msgspec.structs import replace
 
 from llamaherd_server.wire.engine_settings import EngineSettings
-from llamaherd_server.wire.errors import DecodeFailed, RequestError
+from llamaherd_server.wire.errors import RequestError
 from llamaherd_server.wire.protocol import Embed, Embedded, Failed
-from llamaherd_server.worker.backend import ABORTED, DONE
-from llamaherd_server.worker.batch import Batch
-from llamaherd_server.worker.context import new_context
 from llamaherd_server.worker.interrupt import Interrupt
-from llamaherd_server.worker.memory import DoesNotFit, check_fits, context_bytes, total_cells
+from llamaherd_server.worker.memory import total_cells
 from llamaherd_server.worker.model import MEAN_POOLING, Model
 from llamaherd_server.worker.sequence import NO_SLOT
+from llamaherd_server.worker.side_context import SideContext
 
 # Tokens that are computed at a time: rows of logits that llama.cpp has room for, and, the second, what a stream waits.
 PIECE, PIECE_BESIDE = 128, 64
@@ -74,9 +69,7 @@ class Embedder:
         self._model = model
         self._causal = causal
         self._lib = model.lib
-        self._interrupt = interrupt
-        self._context: Any = None
-        self._settings = EngineSettings()
+        self._context = SideContext(model, interrupt, "embeddings")
         self._queue: deque[Input] = deque()
         self._slots = itertools.cycle(range(MOST_INPUTS))
 
@@ -87,12 +80,12 @@ class Embedder:
     @property
     def memory_bytes(self) -> float:
         """Memory that `close` gives back, estimated."""
-        return _bytes(self._model, self._settings) if self._context else 0.0
+        return self._context.memory_bytes
 
     def add(self, job: Job, settings: EngineSettings) -> None:
         """Raises RequestError where an input is too long for the context, or there is no memory for one."""
         self._check_room(job, settings)
-        if self._context is None:
+        if not self._context.handle:
             self._open(settings)
         self._queue.extend(Input(job, index, tokens) for index, tokens in enumerate(job.inputs))
 
@@ -105,38 +98,32 @@ class Embedder:
         """Free the context. What is queued begins again in the next one."""
         for one in self._queue:
             self._forget(one)
-        if self._context is not None:
-            self._lib.llama_free(self._context)
-            self._context = None
+        self._context.close()
 
     def step(self, settings: EngineSettings, *, alone: bool) -> Iterator[Embedded | Failed]:
         """Compute one piece, a smaller one where others wait for it; the jobs that ended with it."""
         if not self._queue:
             return
-        if self._context is None:  # after a retune
+        if not self._context.handle:  # after a retune
             yield from self._reopen(settings)
             return
-        shares = self._plan(self._settings.ubatch if alone or not self._causal else PIECE_BESIDE)
-        self._batch.fill(shares, output_from=0)
-        self._interrupt.mostly_for = None
-        result = int(self._lib.llama_decode(self._context, self._batch.native))
-        if result == DONE:
-            for one, count in shares:
-                self._pool(one, count)
-                if not one.pending:
-                    self._forget(one)
-                    self._queue.remove(one)
-                    yield from self._finish(one)
-        elif result == ABORTED:
-            for one, _ in shares:
-                if not self._lib.llama_memory_seq_rm(self._memory, one.slot, one.computed, -1):
-                    self._forget(one)  # a recurrent state goes as a whole
-        elif result < -1:
-            raise DecodeFailed(f"llama_decode returned {result} for embeddings")
-        else:
-            error = RequestError("internal", None, f"llama.cpp refused these inputs: llama_decode returned {result}")
+        shares = self._plan(self._context.settings.ubatch if alone or not self._causal else PIECE_BESIDE)
+        try:
+            computed = self._context.decode(shares, output_from=0, mostly_for=None)
+        except RequestError as error:
             for job in {one.job for one, _ in shares}:
                 yield self._fail(job, error)
+            return
+        for one, count in shares:
+            if not computed:
+                if not self._context.forget(one.slot, one.computed):
+                    self._forget(one)  # a recurrent state goes as a whole
+                continue
+            self._pool(one, count)
+            if not one.pending:
+                self._forget(one)
+                self._queue.remove(one)
+                yield from self._finish(one)
 
     # --- the context ---------------------------------------------------------------------------------------------
 
@@ -156,7 +143,7 @@ class Embedder:
         for job in {one.job for one in self._queue}:
             try:
                 self._check_room(job, settings)
-                if self._context is None:
+                if not self._context.handle:
                     self._open(settings)
             except RequestError as error:
                 yield self._fail(job, error)
@@ -166,31 +153,14 @@ class Embedder:
         # An encoder looks at the whole input at once. Otherwise a piece begins where the last one ended.
         room = self._room(settings)
         piece = min(PIECE, settings.ubatch) if self._causal else room
-        cells = room + piece
-        self._settings = replace(
-            settings, parallel=1, ctx_per_slot=cells, kv_unified=True, kv_cells=0, batch=piece, ubatch=piece
-        )
-        try:
-            check_fits(self._model, self._settings, needed=_bytes(self._model, self._settings))
-            self._context = new_context(
-                self._model,
-                self._settings,
-                embeddings=True,
-                pooling_type=self._model.pooling,
-                n_seq_max=MOST_INPUTS,
-                n_outputs_max=piece,
-            )
-        except DoesNotFit as error:
-            raise RequestError("does_not_fit", None, f"no memory for embeddings: {error}") from None
-        self._interrupt.watch(self._context)
-        self._memory = self._lib.llama_get_memory(self._context)
-        self._batch = Batch(self._lib, piece)
+        more = {"embeddings": True, "pooling_type": self._model.pooling, "n_seq_max": MOST_INPUTS}
+        self._context.open(settings, piece=piece, cells=room + piece, **more)
 
     # --- one piece -----------------------------------------------------------------------------------------------
 
     def _plan(self, room: int) -> list[tuple[Input, int]]:
         """Inputs in their order, as far as `room` tokens go; only the last one may be cut, and an encoder's never."""
-        room = min(room, self._settings.ubatch)
+        room = min(room, self._context.settings.ubatch)
         shares: list[tuple[Input, int]] = []
         for one in itertools.islice(self._queue, MOST_INPUTS):
             count = min(one.pending, room)
@@ -204,7 +174,7 @@ class Embedder:
 
     def _pool(self, one: Input, count: int) -> None:
         """Join what llama.cpp pooled over these `count` tokens to what the input's earlier tokens gave."""
-        values = self._lib.llama_get_embeddings_seq(self._context, one.slot)
+        values = self._lib.llama_get_embeddings_seq(self._context.handle, one.slot)
         new = array("f", values[: self._model.n_pooled])
         before, one.computed = one.computed, one.computed + count
         if before and self._model.pooling == MEAN_POOLING:
@@ -219,7 +189,7 @@ class Embedder:
 
     def _forget(self, one: Input) -> None:
         if one.slot != NO_SLOT:
-            self._lib.llama_memory_seq_rm(self._memory, one.slot, -1, -1)
+            self._context.forget(one.slot)
         one.slot, one.computed = NO_SLOT, 0
 
     def _fail(self, job: Job, error: RequestError) -> Failed:
@@ -231,8 +201,3 @@ def _normalised(values: array[float]) -> array[float]:
     """Of length 1 (Euclidean), as llama-server's are; a null vector stays one."""
     norm = math.hypot(*values) or 1.0
     return array("f", (value / norm for value in values))
-
-
-def _bytes(model: Model, settings: EngineSettings) -> float:
-    """A context as any other, and logits for every token, in llama.cpp's buffer and in its output."""
-    return context_bytes(model, settings) + 2 * 4 * settings.ubatch * model.n_vocab
