@@ -300,7 +300,8 @@ class Scheduler:
             elif token is not None:
                 self._emit(sequence, None if row is None else row + at, token)
         sequence.computed = max(sequence.computed, len(sequence.tokens) - 1)
-        self._kv.cut(slot, sequence.computed)
+        if slot.length > sequence.computed:  # what was drafted and did not come true
+            self._kv.cut(slot, sequence.computed)
 
     def _emit(self, sequence: Sequence, row: int | None, token: int) -> None:
         sequence.append(token)

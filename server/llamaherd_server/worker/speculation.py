@@ -164,8 +164,10 @@ class Speculation:
 
     def timed(self, shares: list[Share], seconds: float) -> None:
         """A batch was computed."""
+        if not self._on:
+            return
         drafted = sum(len(sequence.draft) for sequence, _ in shares)
-        if self._on and sum(count for _, count in shares) == len(shares) + drafted:  # there was no prompt in it
+        if sum(count for _, count in shares) == len(shares) + drafted:  # there was no prompt in it
             self._times.saw(len(shares), drafted, seconds)
             self._cost = self._times.cost(len(shares))
 
