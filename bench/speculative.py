@@ -11,6 +11,7 @@ import os
 import random
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -108,12 +109,25 @@ def chat(rng: random.Random) -> str:
     return f"<|im_start|>user\nWhat has a {first} to do with a {second}?<|im_end|>\n<|im_start|>assistant\n"
 
 
+@dataclass
+class One:
+    """The only sequence of a context, as a batch takes it."""
+
+    tokens: list[int]
+    computed: int = 0
+    slot: int = 0
+    draft: list[int] = field(default_factory=list)
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
+
+
 def step_times() -> dict[str, Metric]:
     """Milliseconds of a step by the tokens that it computes of one sequence, and over those of one."""
     from llamaherd_server.worker import lib as llama  # noqa: PLC0415 (llama_cpp is not there in every group)
     from llamaherd_server.worker.batch import Batch  # noqa: PLC0415 (loads llama.cpp)
     from llamaherd_server.worker.context import new_context  # noqa: PLC0415 (llama_cpp is not there in every group)
-    from llamaherd_server.worker.embedding import Input  # noqa: PLC0415 (llama_cpp is not there in every group)
     from llamaherd_server.worker.model import Model  # noqa: PLC0415 (llama_cpp is not there in every group)
 
     threads = Flags(1, 1024, unified=True).threads
@@ -126,14 +140,13 @@ def step_times() -> dict[str, Metric]:
     seconds: dict[int, list[float]] = {count: [] for count in STEPS}
 
     def decode(computed: int, count: int) -> float:
-        one = Input(None, 0, tokens[: computed + count], slot=0, computed=computed)  # type: ignore[arg-type]
-        batch.fill([(one, count)], output_from=0)
+        batch.fill([(One(tokens[: computed + count], computed), count)], output_from=0)
         began = time.perf_counter()
         lib.llama_decode(context, batch.native)
         lib.llama_synchronize(context)
         return time.perf_counter() - began
 
-    batch.fill([(Input(None, 0, tokens[:256], slot=0), 256)])  # type: ignore[arg-type]
+    batch.fill([(One(tokens[:256]), 256)])
     lib.llama_decode(context, batch.native)
     for _ in range(4 * ROUNDS):
         for count in STEPS:

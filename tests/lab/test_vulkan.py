@@ -119,8 +119,8 @@ def test_the_sandbox_lets_the_driver_compute_and_opens_nothing_else(herd: Herd) 
     sandbox = f"sed -n '/^CapabilityBoundingSet=/,/^SystemCallErrorNumber=/s/^[A-Z]/-p\\n&/p' {UNIT}"
     command = f"export GGML_VK_VISIBLE_DEVICES=0; {BIN}/llama-server --list-devices; ! true </dev/fuse"
     run = "xargs -d '\\n' systemd-run --quiet --wait --pipe -p User=llamaherd -p Group=llamaherd </tmp/sandbox"
-    told = herd.sh("t1", f"{sandbox} >/tmp/sandbox; printf 'sh\\n-ec\\n{command}\\n' >>/tmp/sandbox; {run}")
-    assert "Vulkan0: llvmpipe" in told
+    output = herd.sh("t1", f"{sandbox} >/tmp/sandbox; printf 'sh\\n-ec\\n{command}\\n' >>/tmp/sandbox; {run}")
+    assert "Vulkan0: llvmpipe" in output
 
 
 @pytest.mark.parametrize("kind", ["embedded", "llama-server"])

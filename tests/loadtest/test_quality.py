@@ -123,8 +123,8 @@ def test_suites_are_read_by_name_file_and_workload(tmp_path: Path) -> None:
     assert [one.messages for one in load_suite(str(own), words)] == [[{"role": "user", "content": "Who are you?"}]]
     own.write_text("{name: short, description: short, prompt: {median: 40}, output: {median: 8}}")
     assert len({str(one.messages) for one in load_suite(str(own), words)}) == 24
-    for bad, told in (("nowhere", "give one of default"), (str(tmp_path / "no.yml"), "cannot be read")):
-        with pytest.raises(ValueError, match=told):
+    for bad, message in (("nowhere", "give one of default"), (str(tmp_path / "no.yml"), "cannot be read")):
+        with pytest.raises(ValueError, match=message):
             [*load_suite(bad, words)]
     own.write_text("prompts: [{message: x}]")
     with pytest.raises(ValueError, match=r"suite .*own.yml: "):
@@ -166,9 +166,9 @@ def test_harmful_changes_are_stopped_and_harmless_ones_are_not(tmp_path: Path) -
     for name, other in {"lost lora": {}, "wrong template": {"lora": lora, "chat_template": str(template)}}.items():
         with running(tmp_path, model=other) as server:
             done[name] = quality(server.url, reference, *KLD)
-    told = {name: one.stdout + one.stderr for name, one in done.items()}
-    assert [name for name, one in done.items() if one.returncode == 0] == ["as it is", "harmless"], told
-    assert [one.returncode for one in done.values()] == [0, 0, 3, 3, 3], told
-    assert "same top token" in told["harmless"]
-    assert "limit kld=0.01 misses: KL divergence" in told["lost lora"]
-    assert math.isfinite(float(told["lost lora"].split("KL divergence ")[1].split()[0]))
+    output = {name: one.stdout + one.stderr for name, one in done.items()}
+    assert [name for name, one in done.items() if one.returncode == 0] == ["as it is", "harmless"], output
+    assert [one.returncode for one in done.values()] == [0, 0, 3, 3, 3], output
+    assert "same top token" in output["harmless"]
+    assert "limit kld=0.01 misses: KL divergence" in output["lost lora"]
+    assert math.isfinite(float(output["lost lora"].split("KL divergence ")[1].split()[0]))

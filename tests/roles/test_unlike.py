@@ -192,8 +192,8 @@ def test_an_unknown_model_is_a_404_that_lists_all(unlike: Unlike, name: str) -> 
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
     assert error["message"].endswith("; available: 'chat', 'org/code 1.5'")
-    told = unlike.post("/v1/messages", {"messages": CHATS, "model": name, **LITTLE})
-    assert (told.status_code, told.json()["error"]["type"]) == (404, "not_found_error")
+    answer = unlike.post("/v1/messages", {"messages": CHATS, "model": name, **LITTLE})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (404, "not_found_error")
     assert unlike.client.get("/v1/models/gpt-4").json()["error"]["message"].endswith("'chat', 'org/code 1.5'")
 
 

@@ -20,7 +20,7 @@ from llamaherd_loadtest.files import write_whole
 from llamaherd_loadtest.limits import QualityLimit, divide_limits
 from llamaherd_loadtest.probe import ServerUnusable
 from llamaherd_loadtest.quality.asking import Model, Written
-from llamaherd_loadtest.quality.divergence import Incomparable, Row, difference, summed_up
+from llamaherd_loadtest.quality.divergence import Incomparable, Row, compared
 from llamaherd_loadtest.quality.suite import DEFAULT, load_suite
 from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.tune.judge import judge_quality
@@ -45,7 +45,7 @@ def record(model: Model, suite: str) -> Reference:
 def compare(reference: Reference, model: Model, limits: Sequence[QualityLimit]) -> tuple[bool, str]:
     """Whether the model keeps the limits, and a sentence. Raises Incomparable and ServerUnusable."""
     after = model.evaluate(reference.written)
-    quality = summed_up([difference(*pair) for pair in zip(reference.rows, after, strict=True)])
+    quality = compared(reference.rows, after)
     judgement, name = judge_quality(quality, limits)
     if judgement is Judgement.PASSES:
         return True, str(quality)

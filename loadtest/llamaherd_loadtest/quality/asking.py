@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import requests
-from msgspec import Struct, field
+from msgspec import Struct
 
+from llamaherd_loadtest.admin import Admin, error_message
 from llamaherd_loadtest.probe import ServerUnusable
 from llamaherd_loadtest.quality.divergence import Row
 from llamaherd_loadtest.quality.suite import Chat
@@ -40,24 +40,11 @@ class _Evaluated(Struct):
     pieces: dict[int, str | list[int]]
 
 
-class _Error(Struct):
-    message: str = ""
-    code: str | int | None = None
-
-
-class _Failure(Struct):
-    error: _Error = field(default_factory=_Error)
-
-
 class Model:
     """One model of a server, reached with an admin key where /admin/logprobs is."""
 
     def __init__(self, url: str, model: str, key: str = "", ca: Path | None = None) -> None:
-        self._base, self._model = url.rstrip("/").removesuffix("/v1"), model
-        self._session = requests.Session()
-        self._session.verify = str(ca) if ca else True
-        if key:
-            self._session.headers["Authorization"] = f"Bearer {key}"
+        self._admin, self._model = Admin(url, key, ca), model
 
     def write(self, chat: Chat, seed: int) -> Written:
         """Have the model answer, sampled as the server does by default. Raises ServerUnusable."""
@@ -82,26 +69,14 @@ class Model:
         return str(self._post("/apply-template", body)["prompt"])
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
-        url = self._base + path
-        headers = {"Content-Type": "application/json"}
-        try:
-            content = msgspec.json.encode({"model": self._model} | body)
-            response = self._session.post(url, data=content, headers=headers, timeout=_TIMEOUT_S)
-        except requests.RequestException as error:
-            raise ServerUnusable(f"{url} cannot be reached: {error}") from error
+        content = msgspec.json.encode({"model": self._model} | body)
+        response = self._admin.request("POST", path, timeout_s=_TIMEOUT_S, body=content)
+        url = self._admin.base + path
         if response.status_code in (404, 405) and path == "/admin/logprobs":
             raise ServerUnusable(f"{url} is not there: this server is too old to compare its answers")
         if response.status_code != 200:
-            raise ServerUnusable(f"{url} answers {response.status_code}: {_message(response)}")
+            raise ServerUnusable(f"{url} answers {response.status_code}: {error_message(response)}")
         return msgspec.json.decode(response.content)
-
-
-def _message(response: requests.Response) -> str:
-    try:
-        message = msgspec.json.decode(response.content, type=_Failure).error.message
-    except msgspec.MsgspecError:
-        message = response.text.strip()
-    return message[:300] or response.reason
 
 
 def _rows(item: _Item, pieces: dict[int, str | list[int]]) -> list[Row]:

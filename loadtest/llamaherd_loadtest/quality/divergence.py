@@ -95,6 +95,11 @@ def divergence(p: Row, q: Row) -> float:
     return max(0.0, exact + merged)
 
 
+def compared(before: Sequence[Sequence[Row]], after: Sequence[Sequence[Row]]) -> Quality:
+    """Of the same answers under two models. Raises Incomparable, and ValueError where there are none."""
+    return summed_up([difference(*pair) for pair in zip(before, after, strict=True)])
+
+
 def summed_up(differences: Sequence[Difference]) -> Quality:
     """Raises ValueError of none."""
     if not differences:

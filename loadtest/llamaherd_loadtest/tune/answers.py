@@ -9,7 +9,7 @@ from msgspec import Struct
 from llamaherd_loadtest.client import clock
 from llamaherd_loadtest.limits import QualityLimit
 from llamaherd_loadtest.quality.asking import KvTypes, Model, Written
-from llamaherd_loadtest.quality.divergence import Quality, Row, difference, summed_up
+from llamaherd_loadtest.quality.divergence import Quality, Row, compared
 from llamaherd_loadtest.quality.suite import Chat
 from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.tune.judge import judge_quality
@@ -63,9 +63,8 @@ def compare_kv_types(
         reference += model.evaluate(written[-1:], REFERENCE)
         if clock() - started > budget_s / (1 + len(types)):
             break
-    compared = []
+    answers = []
     for one in types:
-        rows = model.evaluate(written, one)
-        quality = summed_up([difference(*pair) for pair in zip(reference, rows, strict=True)])
-        compared.append(KvAnswers(one, quality, *judge_quality(quality, limits)))
-    return Answers(compared, clock() - started)
+        quality = compared(reference, model.evaluate(written, one))
+        answers.append(KvAnswers(one, quality, *judge_quality(quality, limits)))
+    return Answers(answers, clock() - started)

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
-import requests
 from msgspec import Struct, field
 
+from llamaherd_loadtest.admin import Admin, error_code, error_message
 from llamaherd_loadtest.probe import ServerUnusable
-from llamaherd_loadtest.sse import Chunk, ErrorBody
 from llamaherd_loadtest.tune.settings import Settings, Value, difference
 from llamaherd_loadtest.tune.watch import EngineWatch
 
+_ROUTE = "/admin/engine"
 _APPLY_TIMEOUT_S = 180.0
 _SWITCH_TIMEOUT_S = 960.0  # another engine loads the weights again
 _RECOVERY_S = 90.0
@@ -70,22 +70,18 @@ class AdminApplier:
     """Retunes a server alive through GET and PUT {url}/admin/engine."""
 
     def __init__(self, url: str, key: str = "", ca: Path | None = None) -> None:
-        self._base = url.rstrip("/").removesuffix("/v1")
-        self._url = self._base + "/admin/engine"
-        self._session = requests.Session()
-        self._session.verify = str(ca) if ca else True
-        if key:
-            self._session.headers["Authorization"] = f"Bearer {key}"
+        self._admin = Admin(url, key, ca)
+        self._url = self._admin.base + _ROUTE
 
     def state(self) -> EngineState:
         """The engine's state. Raises ServerUnusable with the cause."""
-        response = self._request("GET", timeout_s=10.0)
+        response = self._admin.request("GET", _ROUTE, timeout_s=10.0)
         if response.status_code in (401, 403):
             raise ServerUnusable(
-                f"{self._url} refuses the admin key ({_error(response)}): give it with --admin-key-file"
+                f"{self._url} refuses the admin key ({error_message(response)}): give it with --admin-key-file"
             )
         if response.status_code != 200:
-            raise ServerUnusable(f"{self._url} answers {response.status_code}: {_error(response)}")
+            raise ServerUnusable(f"{self._url} answers {response.status_code}: {error_message(response)}")
         try:
             return msgspec.json.decode(response.content, type=EngineState)
         except msgspec.MsgspecError as error:
@@ -95,11 +91,11 @@ class AdminApplier:
         """Put settings in force and check that they are. Raises Refused; the server then keeps its old ones."""
         timeout_s = _SWITCH_TIMEOUT_S if "engine" in settings else _APPLY_TIMEOUT_S
         try:
-            response = self._request("PUT", timeout_s=timeout_s, body=msgspec.json.encode(dict(settings)))
+            response = self._admin.request("PUT", _ROUTE, timeout_s=timeout_s, body=msgspec.json.encode(dict(settings)))
         except ServerUnusable as error:
             raise Refused(f"the server died when these settings were applied: {error}") from error
         if response.status_code != 200:
-            raise Refused(_error(response), does_not_fit=_code(response) == "does_not_fit")
+            raise Refused(error_message(response), does_not_fit=error_code(response) == "does_not_fit")
         found = msgspec.json.decode(response.content, type=EngineState).settings
         if other := _other(settings, found):
             raise Refused(f"the server did not take {difference(other, {name: settings[name] for name in other})}")
@@ -128,42 +124,10 @@ class AdminApplier:
 
     def watch(self) -> EngineWatch:
         """Sample the server's /metrics from now on."""
-        return EngineWatch(self._session, self._base + "/metrics")
-
-    def _request(self, method: str, *, timeout_s: float, body: bytes | None = None) -> requests.Response:
-        headers = {"Content-Type": "application/json"}
-        try:
-            return self._session.request(method, self._url, data=body, headers=headers, timeout=timeout_s)
-        except requests.exceptions.SSLError as error:
-            raise ServerUnusable(
-                f"{self._url} has a certificate of an unknown authority: give its CA with --ca"
-            ) from error
-        except requests.RequestException as error:
-            raise ServerUnusable(f"{self._url} cannot be reached: {_innermost(error)}") from error
+        return EngineWatch(self._admin.session, self._admin.base + "/metrics")
 
 
 def _other(wanted: Settings, found: Settings) -> Settings:
     """Of `found`, what is not as `wanted`."""
     names = [name for name, value in wanted.items() if value != _AUTOMATIC and found.get(name) != value]
     return {name: found.get(name, "none") for name in names}
-
-
-def _innermost(error: BaseException) -> BaseException:
-    """What the system said, without the libraries' wrappings."""
-    return _innermost(error.__context__) if error.__context__ else error
-
-
-def _code(response: requests.Response) -> str | int | None:
-    try:
-        error = msgspec.json.decode(response.content, type=Chunk).error
-    except msgspec.MsgspecError:
-        return None
-    return error.code if isinstance(error, ErrorBody) else None
-
-
-def _error(response: requests.Response) -> str:
-    try:
-        message = msgspec.json.decode(response.content, type=Chunk).error_message
-    except msgspec.MsgspecError:
-        message = response.text.strip()
-    return message[:300] or response.reason

@@ -64,13 +64,13 @@ def flags(config: NativeConfig, socket: str) -> list[str]:
 def unknown(arguments: Sequence[str], binary: str) -> list[str]:
     """The flags among the arguments that the binary's own `--help` lacks; raises ValueError where that says nothing."""
     try:
-        told = subprocess.run([binary, "--help"], capture_output=True, text=True, timeout=_HELP_S, check=False)
+        answer = subprocess.run([binary, "--help"], capture_output=True, text=True, timeout=_HELP_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"{binary} --help: {error}") from None
-    known = {flag for line in told.stdout.splitlines() if line.startswith("-") for flag in _FLAG.findall(line)}
+    known = {flag for line in answer.stdout.splitlines() if line.startswith("-") for flag in _FLAG.findall(line)}
     if not known:
         raise ValueError(
-            f"{binary} --help lists no flags: {told.stderr.strip()[-300:] or f'exit code {told.returncode}'}"
+            f"{binary} --help lists no flags: {answer.stderr.strip()[-300:] or f'exit code {answer.returncode}'}"
         )
     given = (argument.partition("=")[0] for argument in arguments)
     return [flag for flag in given if _FLAG.fullmatch(flag) and flag not in known]

@@ -30,7 +30,7 @@ async def test_answers_are_evaluated_and_nothing_before_them(serve: Serve) -> No
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         ({"inputs": []}, "inputs"),
         ({"inputs": [{"prompt": ""}]}, "a prompt is empty"),
@@ -40,11 +40,11 @@ async def test_answers_are_evaluated_and_nothing_before_them(serve: Serve) -> No
         ({"inputs": [{"prompt": "a" * 40000, "answer": "a"}] * 2}, "80002 tokens, at most 65536"),
     ],
 )
-async def test_what_is_too_much_or_wrong_is_refused(serve: Serve, body: dict[str, Any], told: str) -> None:
+async def test_what_is_too_much_or_wrong_is_refused(serve: Serve, body: dict[str, Any], message: str) -> None:
     async with serve(Double()) as served:
         reply = await served.http.post("/admin/logprobs", json=body)
     assert reply.status_code == 400
-    assert told in reply.json()["error"]["message"]
+    assert message in reply.json()["error"]["message"]
 
 
 def test_a_chats_answer_is_likelier_than_another_ones(server: Server) -> None:
