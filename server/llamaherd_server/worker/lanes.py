@@ -45,10 +45,11 @@ class Lanes:
                 task.cancelled = True
                 task.stop()
                 return True
-            for tasks in self._waiting.values():
+            for owner, tasks in self._waiting.items():
                 for waiting in tasks:
                     if waiting.id == request_id:
                         tasks.remove(waiting)
+                        self._forget_if_empty(owner)
                         return True
         return False
 
@@ -74,6 +75,9 @@ class Lanes:
         owner = min(free, key=counts.__getitem__)
         task = self._waiting[owner].popleft()
         self._waiting.move_to_end(owner)
+        self._forget_if_empty(owner)
+        return task
+
+    def _forget_if_empty(self, owner: str) -> None:
         if not self._waiting[owner]:
             del self._waiting[owner]
-        return task

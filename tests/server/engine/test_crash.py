@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from llamaherd_server.engine import process
 from llamaherd_server.engine.embedded import EmbeddedEngine
 from llamaherd_server.wire.errors import EngineError
+from llamaherd_server.wire.protocol import Sampling
 
 from ..conftest import required
 from .asking import Answer, ask
@@ -58,6 +60,25 @@ async def test_a_wedged_worker_is_killed_and_replaced() -> None:
         assert (await question).text == " Paris."
         assert engine.status().pid != pid
         assert "did not speak for 3 s" in (engine.status().last_error or "")
+
+
+DYING_LANES = """
+import sys
+from llamaherd_server.worker import __main__, lanes
+
+lanes.Lanes._next = lambda self: self._waiting["nobody"].popleft() if self._waiting else None
+sys.exit(__main__.main())
+"""
+
+
+async def test_a_thread_that_dies_takes_the_worker_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "PROGRAM", ("-c", DYING_LANES))
+    async with running() as engine:
+        with pytest.raises(EngineError) as error:
+            await ask(engine, "A story:", 4, sampling=Sampling(grammar='root ::= "a"'))
+        assert error.value.code == "engine_crashed"
+        assert "KeyError" in (engine.status().last_error or "")
+        assert (await ask(engine, "The capital of France is", 2)).text == " Paris."
 
 
 async def test_signals_to_the_group_do_not_end_the_worker_but_stopping_does() -> None:
