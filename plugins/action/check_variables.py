@@ -1,7 +1,8 @@
 """check_variables: holds every llamaherd_* variable of a host against all roles' argument_specs.
 
 Fails with one line for each mistake, before anything is changed: an unknown name with the nearest right one, a wrong
-type, a value outside its choices, a missing or unknown key. Runs on the controller and never connects.
+type, a value outside its choices or of another form (module_utils/value_formats.py), a missing or unknown key. Runs on
+the controller and never connects.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 from ansible.errors import AnsibleError, AnsibleUndefinedVariable
 from ansible.plugins.action import ActionBase
+from ansible_collections.llamaherd.llamaherd.plugins.module_utils.value_formats import format_mistakes
 
 PREFIX = "llamaherd_"
 ROLES = Path(__file__).resolve().parents[2] / "roles"
@@ -71,6 +73,8 @@ def mistakes(name: str, value: Any, spec: Spec) -> Iterator[str]:
         element = {key: entry for key, entry in element.items() if entry is not None}
         for index, item in enumerate(value):
             yield from mistakes(f"{name}[{index}]", item, element)
+    else:
+        yield from format_mistakes(name, value, spec)
 
 
 def _mapping_mistakes(name: str, value: Mapping[str, Any], options: Mapping[str, Spec]) -> Iterator[str]:

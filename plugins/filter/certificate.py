@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import ssl
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -75,7 +76,7 @@ def _chain(paths: Sequence[str], texts: Sequence[str]) -> list[x509.Certificate]
     try:
         chain = x509.load_pem_x509_certificates(texts[0].encode())
     except ValueError:
-        remedy = f"convert it: openssl x509 -inform DER -in {path}"
+        remedy = _remedy(path, texts[0], "x509")
         raise _UnusableError(f"{path} is not a certificate in PEM; {remedy}") from None
     try:
         key = load_pem_private_key(texts[1].encode(), None)
@@ -83,7 +84,7 @@ def _chain(paths: Sequence[str], texts: Sequence[str]) -> list[x509.Certificate]
         remedy = f"decrypt it: openssl pkey -in {key_path}"
         raise _UnusableError(f"{key_path} is encrypted, and nginx has no password for it; {remedy}") from None
     except ValueError:
-        remedy = f"convert it: openssl pkey -inform DER -in {key_path}"
+        remedy = _remedy(key_path, texts[1], "pkey")
         raise _UnusableError(f"{key_path} is not a private key in PEM; {remedy}") from None
     owners = [number for number, one in enumerate(chain) if one.public_key() == key.public_key()]
     if not owners:
@@ -99,6 +100,13 @@ def _chain(paths: Sequence[str], texts: Sequence[str]) -> list[x509.Certificate]
         message = f"{path} with {key_path} cannot be loaded: {error.reason or error}"
         raise _UnusableError(f"{message}; have it issued again") from None
     return chain
+
+
+def _remedy(path: str, text: str, command: str) -> str:
+    """What to do with a file whose text is not what OpenSSL's `command` writes."""
+    if label := re.search(r"-----BEGIN ([A-Z0-9 ]+)-----", text):
+        return f"it begins with a {label[1]}; name the right file, whole"
+    return f"convert it: openssl {command} -inform DER -in {path}, or for .p12 and .pfx: openssl pkcs12 -in {path}"
 
 
 def _dates(path: str, chain: Sequence[x509.Certificate]) -> Iterator[str]:
@@ -127,6 +135,7 @@ def _handshake(
 ) -> ssl.SSLCertVerificationError | None:
     """What a client that calls `name`, and trusts `anchors` too, has against the certificate; None for nothing."""
     trusting = ssl.create_default_context()
+    trusting.hostname_checks_common_name = False  # browsers and Go look at subjectAltName alone
     for anchor in anchors:
         trusting.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         trusting.load_verify_locations(cadata=anchor.public_bytes(Encoding.PEM).decode())

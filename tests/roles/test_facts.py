@@ -116,6 +116,7 @@ EMBEDDED = [tuning(model_file("smollm2-135m-instruct"), {"engine": "embedded"})]
         ("rocky9", {"llamaherd_python": "/opt/python3.13"}, "set llamaherd_python to where it is"),
         ("macos", changed("macos", python="3.9"), "python3 is Python 3.9, older than 3.11"),
         ("debian12", {"llamaherd_models": []}, "llamaherd_models is empty"),
+        ("debian12", {"llamaherd_nginx_port": 8080}, "8080 is wanted twice on debian12: llamaherd_server_port and"),
         ("debian12", {"llamaherd_settings": {"parallel": 0}}, "parallel 0 is out of range"),
         ("debian12", {"llamaherd_accelerator": "cuda"}, "set llamaherd_accelerator to auto or cpu"),
         ("debian13", {"llamaherd_accelerator": "vulkan"}, 'llamaherd_server_devices to "0" for a Vulkan driver'),

@@ -49,6 +49,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for leaf in ("leaf", "expired", "future", "other"):
         run(f"cat {leaf}.crt intermediate.crt >{leaf}-chain.crt; cat {leaf}-chain.crt root.crt >{leaf}-whole.crt")
     run("cat intermediate.crt leaf.crt >reversed.crt; openssl x509 -in leaf.crt -outform DER -out der.crt")
+    run("cp leaf.csr request.crt; openssl pkey -in leaf.key -pubout -out public.key")
+    run(f"openssl req -x509 -newkey rsa:2048 -nodes -keyout named.key -out named.crt -subj /CN={NAME} 2>&1")
     run("echo text >text.crt; echo text >text.key")
     run("openssl pkey -in leaf.key -aes256 -passout pass:x -out encrypted.key")
     run("openssl req -x509 -newkey rsa:1024 -nodes -keyout weak.key -out weak.crt -subj /CN=weak 2>&1")
@@ -71,6 +73,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("reversed", "leaf", "unusable", "begins with CN=intermediate, but"),
         ("text", "leaf", "unusable", "text.crt is not a certificate in PEM"),
         ("der", "leaf", "unusable", "openssl x509 -inform DER"),
+        ("request", "leaf", "unusable", "it begins with a CERTIFICATE REQUEST; name the right file"),
+        ("leaf-whole", "public", "unusable", "it begins with a PUBLIC KEY"),
+        ("named", "named", "refused", f"is for no name, not for {NAME}"),
         ("leaf-whole", "text", "unusable", "text.key is not a private key in PEM"),
         ("weak", "weak", "unusable", "EE_KEY_TOO_SMALL"),
         ("expired-whole", "expired", "refused", "CN=expired expired on 2020-01-01 00:00 UTC"),

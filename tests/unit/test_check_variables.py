@@ -31,6 +31,35 @@ MODEL = {"name": "m", "sha256": "0" * 64, "source": {"kind": "https", "url": "ht
         ("llamaherd_models", [MODEL | {"lora": None}], ["llamaherd_models[0].lora is null"]),
         ("llamaherd_models", [MODEL | {"name": 7}], ["llamaherd_models[0].name must be a string"]),
         ("llamaherd_more_models", ["a", None], ["llamaherd_more_models[1] is null"]),
+        ("llamaherd_server_port", 70000, ["llamaherd_server_port", "1 to 65535", "70000"]),
+        ("llamaherd_nginx_port", 0, ["1 to 65535"]),
+        ("llamaherd_instances", [{"name": "a", "port": 99999}], ["llamaherd_instances[0].port", "99999"]),
+        ("llamaherd_keep_releases", -1, ["must not be below 0", "-1"]),
+        ("llamaherd_server_nice", 20, ["-20 and 19"]),
+        ("llamaherd_monitoring_error_ratio", 2, ["between 0 and 1"]),
+        ("llamaherd_user", "Llama Herd", ["llamaherd_user", "small letters"]),
+        ("llamaherd_prefix", "opt/llamaherd", ["llamaherd_prefix", "absolute", "'opt/llamaherd'"]),
+        ("llamaherd_prefix", "/", ["of its own"]),
+        ("llamaherd_state_dir", "/var/lib/", ["of its own", "reset.yml"]),
+        ("llamaherd_state_dir", "/home/me", ["of its own"]),
+        ("llamaherd_config_dir", "/etc/nginx", ["of its own"]),
+        ("llamaherd_cache_dir", "/data/a;b", ["special characters"]),
+        ("llamaherd_cache_dir", "/data/../etc", ["absolute"]),
+        ("llamaherd_nginx_names", ["https://llm.internal"], ["llamaherd_nginx_names[0]", "without scheme"]),
+        ("llamaherd_nginx_names", ["llm.internal", "10.0.0.999"], ["llamaherd_nginx_names[1]"]),
+        ("llamaherd_nginx_names", ["a" * 64 + ".internal"], ["DNS name"]),
+        ("llamaherd_nginx_names", ["bücher.example"], ["xn--"]),
+        ("llamaherd_nginx_names", ["a; return 200"], ["DNS name"]),
+        ("llamaherd_nginx_addresses", ["fd00::1"], ["brackets"]),
+        ("llamaherd_nginx_exempt", ["10.0.0.0/33"], ["10.0.0.0/33", "a network"]),
+        ("llamaherd_nginx_generate_rate", "20", ["20r/s"]),
+        ("llamaherd_nginx_max_body", "4 MB", ["4m"]),
+        ("llamaherd_nginx_read_timeout", "1 hour", ["60s"]),
+        ("llamaherd_nginx_affinity_header", "X Session", ["letters"]),
+        ("llamaherd_server_memory_max", "8 GB", ["8G"]),
+        ("llamaherd_server_cpu_quota", "1.5", ["150%"]),
+        ("llamaherd_llama_cpp_sha256", "", ["64"]),
+        ("llamaherd_model_hf_url", "huggingface.co", ["http or https"]),
     ],
 )
 def test_a_wrong_value_is_one_line(check_variables: ModuleType, name: str, value: Any, expected: list[str]) -> None:
@@ -52,6 +81,43 @@ def test_a_wrong_value_is_one_line(check_variables: ModuleType, name: str, value
 def test_an_unknown_name_gets_the_nearest_right_one(check_variables: ModuleType, name: str, nearest: str) -> None:
     line = check_variables.unknown_variable(name, check_variables.known_variables())
     assert line == f"{name} is no variable of llamaherd; did you mean {nearest}?"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (
+            "llamaherd_nginx_names",
+            ["llm.internal", "*.example.com", "192.0.2.7", "fd00::1", "my_host", "xn--bcher-kva.de"],
+        ),
+        ("llamaherd_nginx_addresses", ["0.0.0.0", "[::]"]),
+        ("llamaherd_nginx_exempt", ["10.0.0.0/8", "192.0.2.7", "fd00::/8", "10.1.2.3/8"]),
+        ("llamaherd_nginx_read_timeout", "1h 30m"),
+        ("llamaherd_nginx_light_rate", "30r/m"),
+        ("llamaherd_server_memory_max", "infinity"),
+        ("llamaherd_server_memory_max", "1.5G"),
+        ("llamaherd_server_cpu_quota", ""),
+        ("llamaherd_state_dir", "/srv/models"),
+        ("llamaherd_state_dir", "/root/.cache/llamaherd/a b"),
+        ("llamaherd_state_dir", "/data"),
+        ("llamaherd_server_prompt_cache_dir", ""),
+        ("llamaherd_server_nice", -5),
+        ("llamaherd_server_host", "localhost"),
+    ],
+)
+def test_other_right_values_pass(check_variables: ModuleType, name: str, value: Any) -> None:
+    assert list(check_variables.mistakes(name, value, check_variables.known_variables()[name])) == []
+
+
+def test_defaults_pass(check_variables: ModuleType) -> None:
+    found = [
+        line
+        for name, spec in check_variables.known_variables().items()
+        if not isinstance(default := spec.get("default"), str) or "{{" not in default
+        if default is not None
+        for line in check_variables.mistakes(name, default, spec)
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize("value", [{"parallel": 4, "kv_unified": False}, {}])
