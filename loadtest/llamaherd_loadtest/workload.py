@@ -8,7 +8,7 @@ from collections.abc import Generator
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 from typing import Any, Literal
 
 import msgspec
@@ -65,6 +65,11 @@ class Lengths(Struct, frozen=True, forbid_unknown_fields=True):
         raw = self.median * math.exp(spread) if self.distribution == "lognormal" else self.median + spread
         return round(min(max(raw, self.min), self.max))
 
+    @property
+    def mean(self) -> float:
+        """Tokens."""
+        return fmean(self.at((n + 0.5) / 100) for n in range(100))
+
 
 class Turns(Struct, frozen=True, forbid_unknown_fields=True):
     """How a conversation goes on: each of its `count` requests repeats all before it, the real answers included.
@@ -108,6 +113,12 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         turns = self.turns.count.at(p) if self.turns else 1
         added = self.turns.added.at(p) if self.turns else 0
         return self.prompt.at(p) + (turns - 1) * added + turns * self.output.at(p)
+
+    @property
+    def mean_tokens(self) -> dict[str, int]:
+        """Of all requests' prompts and answers; a conversation's prompts grow with its turns."""
+        more = (self.turns.count.mean - 1) / 2 * (self.turns.added.mean + self.output.mean) if self.turns else 0
+        return {"prompt": round(self.prompt.mean + more), "output": round(self.output.mean)}
 
     @property
     def extra(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -159,6 +160,21 @@ def test_one_host_is_searched_and_the_other_like_it_verified(slow: Herd) -> None
         assert f"parallel = {found['chosen']['parallel']}\n" in slow.sh(host, "cat /etc/llamaherd/server.toml")
     again = slow.succeed("deploy.yml")
     assert (again.changed["t1"], again.changed["t2"]) == (0, 0)
+
+
+def test_status_says_where_traffic_has_moved(slow: Herd) -> None:
+    assert "tuned for" not in slow.succeed("status.yml").output
+    key = (slow.inventory / ".secrets/keys/admin").read_text().strip()
+    fields = f"json={json.dumps({'prompt': 'Hi', 'max_tokens': 1})!r}, headers={{'Authorization': 'Bearer {key}'}}"
+    ask = "import httpx as h; u = 'http://127.0.0.1:8080/v1/completions'; "
+    ask += f"[h.post(u, {fields}).raise_for_status() for _ in range(100)]"
+    slow.sh(
+        "t1",
+        f"systemctl restart llamaherd-server && /opt/llamaherd/server/current/venv/bin/python -c {shlex.quote(ask)}",
+    )
+    said = words(slow.succeed("status.yml"))
+    assert "t1: since its start smollm2-135m-instruct has prompts of 1 tokens on average, not" in said
+    assert "t2: since" not in said
 
 
 def test_settings_that_are_not_better_in_service_are_taken_back(slow: Herd, tmp_path: Path) -> None:

@@ -56,6 +56,11 @@ def published_filters(gguf: ModuleType) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def traffic_filters() -> ModuleType:
+    return load("plugins/filter/traffic.py", "llamaherd_traffic_filters")
+
+
+@pytest.fixture(scope="session")
 def nginx_facts() -> ModuleType:
     return load("plugins/module_utils/nginx.py", "ansible_collections.llamaherd.llamaherd.plugins.module_utils.nginx")
 

@@ -58,8 +58,9 @@ def test_ansible_doc_shows_every_filter(
     certificate_filters: ModuleType,
     packages: ModuleType,
     route_filters: ModuleType,
+    traffic_filters: ModuleType,
 ) -> None:
-    others = (llama_server_filters, certificate_filters, packages, route_filters)
+    others = (llama_server_filters, certificate_filters, packages, route_filters, traffic_filters)
     files = (filters, model_filters, published_filters, *others)
     assert len(files) == len(list(ROOT.glob("plugins/filter/*.py")))
     named = {name: filter_ for module in files for name, filter_ in module.FilterModule().filters().items()}

@@ -129,7 +129,8 @@ def _tune(options: Options) -> Verdict:
         verdict.answers = [KvRow.of(one) for one in answers.compared]
         verdict.answer_limits = {limit.name: limit.value for limit in options.answer_limits}
         verdict.limits = {limit.name: limit.ms for limit in options.limits}
-        verdict.workload = msgspec.to_builtins(options.workload) | {"need_tokens": options.workload.need}
+        asked = options.workload
+        verdict.workload = msgspec.to_builtins(asked) | {"need_tokens": asked.need, "mean_tokens": asked.mean_tokens}
         verdict.provenance = _provenance(options, found, search, journal.seed) | {
             "spent_s": round(calibrated.took_s + answers.took_s + search.spent_s, 1),
             "request_s": round(calibrated.request_s, 2),
