@@ -84,7 +84,9 @@ def certificate(fleet: Herd) -> str:
 @pytest.mark.parametrize(
     ("variables", "says"),
     [
-        pytest.param({"llamaherd_nginx_max_body": "4x"}, "nginx keeps its old configuration", id="refused by nginx"),
+        pytest.param(
+            {"llamaherd_nginx_max_body": "9999999999999g"}, "nginx keeps its old configuration", id="refused by nginx"
+        ),
         pytest.param({"llamaherd_nginx_balance": "least_con"}, "llamaherd_nginx_balance", id="refused before"),
         pytest.param({"llamaherd_nginx_tls": "provided"}, "is not a file on the controller", id="no certificate"),
     ],

@@ -173,7 +173,9 @@ def test_what_is_a_models_own_reaches_the_server(render: Render, tmp_path: Path)
 
 
 def test_the_native_engine_is_one_variable(render: Render) -> None:
-    loaded = settings.load(render("debian12", llamaherd_engine="llama-server").folder / "server.toml")
+    found = render("debian12", llamaherd_engine="llama-server")
+    assert "client_max_body_size 4m;" in found.text("nginx.conf")
+    loaded = settings.load(found.folder / "server.toml")
     assert loaded.engine.kind == "llama-server"
     assert loaded.model.aliases == ["*"]
 
@@ -199,6 +201,7 @@ def test_several_models_are_one_servers(render: Render) -> None:
     assert (see.engine.kind, see.engine.settings.parallel, see.placement.gpu_layers) == ("llama-server", 6, 7)
     assert see.mmproj == found.state_dir / "models/eye.gguf"
     assert find.engine.extra_args == ["--embeddings", "--pooling", "mean"]
+    assert "client_max_body_size 32m;" in found.text("nginx.conf"), "for images"
 
 
 def test_an_upgrade_brings_all_models_and_what_is_their_own(render: Render, tmp_path: Path) -> None:

@@ -169,6 +169,7 @@ class EngineSection(Section):
         return found
 
 
+IMAGES_BYTES = 32 * 2**20
 _ENGINE_OWN = ("kind", "binary", "extra_args", "rpc")
 
 
@@ -197,6 +198,7 @@ class LimitSettings(Section):
     idle_client_timeout_s: float = Field(default=30, ge=1)
     # Generations in one request: its prompts times n.
     max_generations: int = Field(default=128, ge=1)
+    # Left out: 32 MiB where a model takes images, as Anthropic's API does.
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
     drain_timeout_s: float = Field(default=30, ge=0)
     # Who shares the computed beginnings of prompts: requests of the same key, or all. Times and `cached_tokens` tell a
@@ -254,6 +256,15 @@ class Settings(BaseSettings):
         models = [{**one, "engine": {**engine, **one.get("engine", {})}} for one in models]
         first = dict(models[0])
         return {**table, "models": models, "engine": first.pop("engine"), "model": first}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _room_for_images(cls, table: dict[str, Any]) -> dict[str, Any]:
+        models, limits = table.get("models", [table.get("model")]), table.get("limits", {})
+        listed = models if isinstance(models, list) else []
+        if not any(isinstance(one, dict) and one.get("mmproj") for one in listed) or not isinstance(limits, dict):
+            return table
+        return {**table, "limits": {"max_body_bytes": IMAGES_BYTES, **limits}}
 
     @model_validator(mode="after")
     def _names_differ(self) -> Settings:

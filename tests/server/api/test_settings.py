@@ -104,3 +104,17 @@ def test_the_only_model_answers_to_any_name_unless_its_aliases_are_given(
 ) -> None:
     settings = load(written(tmp_path, model + line))
     assert (settings.model.aliases, settings.models[0].aliases) == (aliases, aliases)
+
+
+@pytest.mark.parametrize(
+    ("projector", "limits", "expected"),
+    [(False, "", 4 * 2**20), (True, "", 32 * 2**20), (True, "[limits]\nmax_body_bytes = 8192\n", 8192)],
+)
+def test_images_have_room(tmp_path: Path, projector: bool, limits: str, expected: int) -> None:
+    path = tmp_path / "m.gguf"
+    path.touch()
+    more = f'mmproj = "{path}"\n[engine]\nkind = "llama-server"\n' if projector else ""
+    for head in ("[model]", "[[models]]"):
+        body = more.replace("[engine]", "[models.engine]") if head == "[[models]]" else more
+        settings = load(written(tmp_path, f'{head}\nname = "m"\npath = "{path}"\n{body}{limits}'))
+        assert settings.limits.max_body_bytes == expected
