@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from msgspec import Struct
 from llamaherd_loadtest.quantiles import Judgement, judge_share, quantile, unbiased_quantile
 from llamaherd_loadtest.samples import OK, Sample
 
-QUALITY = ("same_top", "kld")
+QUALITY = ("same_top", "kld", "valid")
 METRICS = ("ttft", "tpot", "itl", "gap", "e2e")
 MAX_ERROR_SHARE = 0.01
 _DOUBT = 0.05  # the chance of so many errors, or more, by which a server that has no more than that share is doubted
@@ -32,7 +33,7 @@ class Limit(Struct, frozen=True):
 
 class QualityLimit(Struct, frozen=True):
     """How far answers may change: `same_top`, the least share of the same most likely tokens; `kld`, the largest mean
-    KL divergence in nats."""
+    KL divergence in nats; `valid`, of the tool calls and JSON answers that were valid the least share that still is."""
 
     name: str
     value: float
@@ -56,10 +57,12 @@ def divide_limits(texts: Sequence[str]) -> tuple[list[Limit], list[QualityLimit]
 
 
 def parse_quality_limit(text: str) -> QualityLimit:
-    """Read `same_top=share` or `kld=nats`. Raises ValueError with the remedy."""
+    """Read `same_top=share`, `valid=share` or `kld=nats`. Raises ValueError with the remedy."""
     match = _QUALITY_FORM.fullmatch(text.strip())
-    if match is None or (match["name"] == "same_top" and not 0 < float(match["value"]) < 1):
-        raise ValueError(f"limit {text!r} is not understood: write for example same_top=0.98 (a share) or kld=0.02")
+    most = {"same_top": 0.9999, "valid": 1.0}
+    if match is None or not 0 < float(match["value"]) <= most.get(match["name"], math.inf):
+        example = "same_top=0.98 or valid=0.9 (shares), or kld=0.02"
+        raise ValueError(f"limit {text!r} is not understood: write for example {example}")
     return QualityLimit(match["name"], float(match["value"]))
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -16,14 +17,15 @@ import pytest
 
 from llamaherd_loadtest.limits import QualityLimit, divide_limits
 from llamaherd_loadtest.quality.divergence import Difference, Incomparable, Row, difference, divergence, summed_up
-from llamaherd_loadtest.quality.suite import DEFAULT, load_suite
+from llamaherd_loadtest.quality.suite import DEFAULT, Chat, load_checks, load_suite
+from llamaherd_loadtest.quality.validity import is_valid
 from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.tune.answers import Answers, KvAnswers, kv_types
 from llamaherd_loadtest.tune.judge import judge_quality
 from llamaherd_loadtest.tune.settings import Settings
 from llamaherd_loadtest.tune.space import candidates, default_space
 from llamaherd_loadtest.workload import Calibration
-from tests.server.conftest import running
+from tests.server.conftest import Server, running
 from tests.server.engine.tiny import SMOLLM2_WIDTH, write_lora
 
 TOP = 16
@@ -107,7 +109,33 @@ def test_kv_types_are_searched_with_a_limit_alone_and_only_those_that_keep_it() 
     assert {kv_types(one) for one in space if answers.permit(one)} == {("f16", "f16"), ("q8_0", "q8_0")}
 
 
-@pytest.mark.parametrize("text", ["same_top=98", "same_top=1", "kld=2s", "kld=", "same_top=0"])
+CALL = {"name": "add", "arguments": '{"a": 1, "b": 2}'}
+ADD = Chat(
+    [],
+    [{"function": {"name": "add", "parameters": {"properties": {"a": {}, "b": {}, "c": {}}, "required": ["a", "b"]}}}],
+)
+
+
+@pytest.mark.parametrize(
+    ("check", "message", "valid"),
+    [
+        (ADD, {"tool_calls": [{"function": CALL}]}, True),
+        (ADD, {"tool_calls": [{"function": CALL}, {"function": CALL | {"name": "sum"}}]}, False),
+        (ADD, {"tool_calls": [{"function": CALL | {"arguments": '{"a": 1}'}}]}, False),
+        (ADD, {"tool_calls": [{"function": CALL | {"arguments": '{"a": 1, "b": 2, "d": 3}'}}]}, False),
+        (ADD, {"tool_calls": [{"function": CALL | {"arguments": '{"a": 1, "b'}}]}, False),
+        (ADD, {"content": CALL["arguments"]}, False),
+        (Chat([]), {"content": ' [1, "a"]\n'}, True),
+        (Chat([]), {"content": '```json\n{"a": 1}\n```'}, True),
+        (Chat([]), {"content": 'Here it is: {"a": 1}'}, False),
+        (Chat([]), {"content": None}, False),
+    ],
+)
+def test_an_answer_has_the_form_that_it_was_asked_for(check: Chat, message: dict[str, Any], valid: bool) -> None:
+    assert is_valid(check, message) == valid
+
+
+@pytest.mark.parametrize("text", ["valid=0", "valid=1.5", "same_top=98", "same_top=1", "kld=2s", "kld=", "same_top=0"])
 def test_limits_that_make_no_sense_are_named(text: str) -> None:
     with pytest.raises(ValueError, match="is not understood: write for example same_top"):
         divide_limits(["ttft_p95=2s", text])
@@ -172,3 +200,31 @@ def test_harmful_changes_are_stopped_and_harmless_ones_are_not(tmp_path: Path) -
     assert "same top token" in output["harmless"]
     assert "limit kld=0.01 misses: KL divergence" in output["lost lora"]
     assert math.isfinite(float(output["lost lora"].split("KL divergence ")[1].split()[0]))
+
+
+@pytest.mark.parametrize("kind", ["embedded", "llama-server"])
+def test_answers_that_lose_their_form_are_stopped(tmp_path: Path, kind: str) -> None:
+    reference, suite, template = (tmp_path / name for name in ("reference.json", "suite.yml", "wrong.jinja"))
+    checks = ['Repeat this JSON and write nothing else: {"id": 7, "tags": ["a", "b"], "ok": true}', "Sing a song."]
+    suite.write_text(json.dumps({"checks": checks}))
+    template.write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+
+    def done(server: Server) -> tuple[int, str]:
+        command = ["--url", server.url, "--model", "smollm2", "--suite", str(suite), "--reference", str(reference)]
+        argv = [sys.executable, "-m", "llamaherd_loadtest.quality", *command, "--limit", "valid=0.9"]
+        ran = subprocess.run(argv, check=False, capture_output=True, text=True)
+        return ran.returncode, ran.stdout + ran.stderr
+
+    with running(tmp_path, engine={"kind": kind}) as server:
+        assert done(server) == (0, "")
+        assert done(server) == (0, "1 of the 1 tool calls and JSON answers that were valid still are\n")
+    with running(tmp_path, model={"chat_template": str(template)}, engine={"kind": kind}) as server:
+        code, said = done(server)
+    assert (code, said.partition(":")[0]) == (3, "limit valid=0.9 misses")
+
+
+def test_a_suite_without_checks_is_named() -> None:
+    assert len(load_checks(DEFAULT)) > 10
+    for name in ("chat", "nowhere.yml"):
+        with pytest.raises(ValueError, match=rf"{name} (has none|cannot be read)|and {name} has none"):
+            load_checks(name)

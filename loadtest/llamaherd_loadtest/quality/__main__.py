@@ -21,7 +21,7 @@ from llamaherd_loadtest.limits import QualityLimit, divide_limits
 from llamaherd_loadtest.probe import ServerUnusable
 from llamaherd_loadtest.quality.asking import Model, Written
 from llamaherd_loadtest.quality.divergence import Incomparable, Row, compared
-from llamaherd_loadtest.quality.suite import DEFAULT, load_suite
+from llamaherd_loadtest.quality.suite import DEFAULT, Chat, load_checks, load_suite
 from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.tune.judge import judge_quality
 from llamaherd_loadtest.workload import Calibration
@@ -30,27 +30,45 @@ _WORDS = Calibration(per_word=1.3, overhead=20)  # about, as English is cut: a s
 
 
 class Reference(Struct, frozen=True):
-    """What a model answered, and how it found that."""
+    """What a model answered, how it found that, and which checks it passed."""
 
     written: list[Written]
     rows: list[list[Row]]
+    passed: list[Chat] = []
 
 
-def record(model: Model, suite: str) -> Reference:
-    """Raises ServerUnusable and ValueError."""
-    written = [model.write(chat, seed) for seed, chat in enumerate(load_suite(suite, _WORDS), 1)]
-    return Reference(written, model.evaluate(written))
+def record(model: Model, suite: str, limits: Sequence[QualityLimit]) -> Reference:
+    """What is needed to hold `limits` later. Raises ServerUnusable and ValueError."""
+    shares, answers = _divided(limits)
+    passed = [check for check in load_checks(suite) if model.passes(check)] if shares else []
+    chats = [*load_suite(suite, _WORDS)] if answers or not shares else []
+    written = [model.write(chat, seed) for seed, chat in enumerate(chats, 1)]
+    return Reference(written, model.evaluate(written), passed)
 
 
 def compare(reference: Reference, model: Model, limits: Sequence[QualityLimit]) -> tuple[bool, str]:
     """Whether the model keeps the limits, and a sentence. Raises Incomparable and ServerUnusable."""
-    after = model.evaluate(reference.written)
-    quality = compared(reference.rows, after)
-    judgement, name = judge_quality(quality, limits)
-    if judgement is Judgement.PASSES:
-        return True, str(quality)
-    limit = next((f"limit {one.name}={one.value:g}" for one in limits if one.name == name), name)
-    return False, f"{limit} {judgement}: {quality}"
+    shares, answers = _divided(limits)
+    sentences = []
+    for limit in shares:
+        kept, of = sum(map(model.passes, reference.passed)), len(reference.passed)
+        still = f"{kept} of the {of} tool calls and JSON answers that were valid still are"
+        sentences.append(still if of else "no tool call or JSON answer was valid before")
+        if kept < limit.value * of:  # of greedy answers to the same questions, and no sample: the share is what it is
+            return False, f"limit valid={limit.value:g} misses: {sentences[0]}"
+    if answers:
+        quality = compared(reference.rows, model.evaluate(reference.written))
+        judgement, name = judge_quality(quality, answers)
+        if judgement is not Judgement.PASSES:
+            named = next((f"limit {one.name}={one.value:g}" for one in answers if one.name == name), name)
+            return False, f"{named} {judgement}: {quality}"
+        sentences.insert(0, str(quality))
+    return True, "; ".join(sentences)
+
+
+def _divided(limits: Sequence[QualityLimit]) -> tuple[list[QualityLimit], list[QualityLimit]]:
+    """Those of checks, and those of distributions."""
+    return [one for one in limits if one.name == "valid"], [one for one in limits if one.name != "valid"]
 
 
 def main() -> int:
@@ -63,16 +81,16 @@ def main() -> int:
     add("--model", required=True, help="the model's name")
     add("--suite", default=DEFAULT, help="what it is asked: a .yml file, a workload, or the suite that is there")
     add("--reference", type=Path, required=True, help="file with what a model answered before")
-    add("--limit", action="append", default=[], help="same_top=0.98 or kld=0.02; may be repeated")
+    add("--limit", action="append", default=[], help="same_top=0.98, kld=0.02 or valid=0.9; may be repeated")
     args = parser.parse_args()
     try:
         latency, limits = divide_limits(args.limit)
         if latency:
-            raise ValueError(f"limit {latency[0].name} is none of answers: give same_top or kld")
+            raise ValueError(f"limit {latency[0].name} is none of answers: give same_top, kld or valid")
         key = args.key_file.read_text(encoding="utf-8").strip() if args.key_file else ""
         model = Model(args.url, args.model, key, args.ca)
         if not args.reference.exists():
-            _write(args.reference, record(model, args.suite))
+            _write(args.reference, record(model, args.suite, limits))
             return 0
         reference = msgspec.json.decode(args.reference.read_bytes(), type=Reference)
         kept, sentence = compare(reference, model, limits)

@@ -13,9 +13,11 @@ from llamaherd_loadtest.admin import Admin, error_message
 from llamaherd_loadtest.probe import ServerUnusable
 from llamaherd_loadtest.quality.divergence import Row
 from llamaherd_loadtest.quality.suite import Chat
+from llamaherd_loadtest.quality.validity import is_valid
 
 TOP = 16
 ANSWER_TOKENS = 32
+CHECK_TOKENS = 256
 _AT_ONCE = 4  # answers in one request
 _TIMEOUT_S = 600.0
 
@@ -63,6 +65,12 @@ class Model:
             )
             rows += [_rows(item, found.pieces) for item in found.data]
         return rows
+
+    def passes(self, check: Chat) -> bool:
+        """Whether its most likely answer has the form that the check asks for. Raises ServerUnusable."""
+        body = {"messages": check.messages, "temperature": 0, "max_tokens": CHECK_TOKENS}
+        body |= {"tools": check.tools} if check.tools else {}
+        return is_valid(check, self._post("/v1/chat/completions", body)["choices"][0]["message"])
 
     def _prompt(self, chat: Chat) -> str:
         body = {"messages": chat.messages} | ({"tools": chat.tools} if chat.tools else {})

@@ -25,7 +25,10 @@ class Chat(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Suite(Struct, forbid_unknown_fields=True):
-    prompts: list[str | Chat]
+    """`checks`: chats whose answer has a form, a call of one of their tools or else JSON."""
+
+    prompts: list[str | Chat] = []
+    checks: list[str | Chat] = []
 
 
 def load_suite(name: str, calibration: Calibration) -> Iterator[Chat]:
@@ -39,12 +42,8 @@ def load_suite(name: str, calibration: Calibration) -> Iterator[Chat]:
     if name != DEFAULT and Path(name).suffix not in (".yml", ".yaml"):
         known = ", ".join([DEFAULT, *workload_names()])
         raise ValueError(f"no suite {name!r}: give one of {known}, or a .yml file")
-    bundled = resources.files("llamaherd_loadtest.quality") / "suite.yml"
     try:
-        source = bundled.read_bytes() if name == DEFAULT else Path(name).read_bytes()
-        prompts = msgspec.yaml.decode(source, type=_Suite).prompts
-    except OSError as error:
-        raise ValueError(f"suite {name} cannot be read: {error.strerror}") from error
+        prompts = _read(name).prompts
     except msgspec.MsgspecError as error:
         try:
             workload = load_workload(name)
@@ -52,8 +51,30 @@ def load_suite(name: str, calibration: Calibration) -> Iterator[Chat]:
             raise ValueError(f"suite {name}: {error}") from error
         yield from of_workload(workload, calibration)
         return
-    for one in prompts:
-        yield one if isinstance(one, Chat) else Chat([{"role": "user", "content": one}])
+    yield from map(_chat, prompts)
+
+
+def load_checks(name: str) -> list[Chat]:
+    """The checks of a suite's file, or of the one that is there. Raises ValueError where it has none."""
+    try:
+        checks = [] if name in workload_names() else _read(name).checks
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"suite {name}: {error}") from error
+    if not checks:
+        raise ValueError(f"limit valid needs a suite with checks, and {name} has none: take {DEFAULT}, or list some")
+    return [*map(_chat, checks)]
+
+
+def _read(name: str) -> _Suite:
+    bundled = resources.files("llamaherd_loadtest.quality") / "suite.yml"
+    try:
+        return msgspec.yaml.decode(bundled.read_bytes() if name == DEFAULT else Path(name).read_bytes(), type=_Suite)
+    except OSError as error:
+        raise ValueError(f"suite {name} cannot be read: {error.strerror}") from error
+
+
+def _chat(one: str | Chat) -> Chat:
+    return one if isinstance(one, Chat) else Chat([{"role": "user", "content": one}])
 
 
 def of_workload(workload: Workload, calibration: Calibration) -> Iterator[Chat]:

@@ -47,6 +47,8 @@ def parse(arguments: Sequence[str]) -> Options:
     args = _parser().parse_args(arguments)
     load = parse_load(args.load)
     limits, answer_limits = divide_limits(args.limit)
+    if any(limit.name == "valid" for limit in answer_limits):
+        raise ValueError("limit valid is for upgrades (llamaherd_upgrade_limits): the tuner takes same_top and kld")
     return Options(
         subject=args.subject or args.url,
         target=Target(url=args.url, model=args.model, key=_secret(args.key_file), ca=args.ca),
