@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from types import ModuleType
 from typing import Any
 
 import pytest
+import regex as re  # reads possessive quantifiers as nginx does; Python 3.11.2 does not
 from hypothesis import given
 from hypothesis import strategies as st
 
