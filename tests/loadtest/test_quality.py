@@ -25,6 +25,7 @@ from llamaherd_loadtest.tune.judge import judge_quality
 from llamaherd_loadtest.tune.settings import Settings
 from llamaherd_loadtest.tune.space import candidates, default_space
 from llamaherd_loadtest.workload import Calibration
+from llamaherd_server.worker.logits import log_softmax
 from tests.server.conftest import Server, running
 from tests.server.engine.tiny import SMOLLM2_WIDTH, write_lora
 
@@ -33,13 +34,13 @@ LIMITS = divide_limits(["same_top=0.98", "kld=0.02"])[1]
 
 
 def row(logits: np.ndarray, own: str | None = None) -> Row:
-    logprobs = logits - np.logaddexp.reduce(logits)
+    logprobs = log_softmax(logits)
     best = np.argsort(logprobs)[::-1][:TOP]
     return Row({str(i): float(logprobs[i]) for i in best}, float(logprobs[best[-1]]), own)
 
 
 def exact(p: np.ndarray, q: np.ndarray) -> float:
-    p, q = p - np.logaddexp.reduce(p), q - np.logaddexp.reduce(q)
+    p, q = log_softmax(p), log_softmax(q)
     return float((np.exp(p) * (p - q)).sum())
 
 

@@ -19,9 +19,9 @@ def row_of(model: Model, context: Any, row: int) -> NDArray[np.float32]:
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Log probabilities of the whole vocabulary, from logits that no sampler has touched."""
-    values = logits - logits.max()
+    values: NDArray[np.float32] = logits - np.max(logits)
     values -= np.float32(np.log(np.exp(values).sum(dtype=np.float64)))
-    return values  # type: ignore[no-any-return]
+    return values
 
 
 def most_likely(logprobs: NDArray[np.float32], count: int) -> NDArray[np.int32]:
