@@ -9,7 +9,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import httpx
 import msgspec
@@ -171,6 +171,8 @@ def _with_defaults(state: AppState, body: dict[str, Any]) -> dict[str, Any]:
         given = {name: value for name, value in given.items() if name not in limits or value != -1}
         if not limits & given.keys():
             defaults["n_predict"] = most
+    if isinstance(fields := given.get("response_fields"), list) and fields:
+        given["response_fields"] = [*fields, "index", "timings"]  # by which it is counted
     return defaults | given
 
 
@@ -219,12 +221,12 @@ def _most_output(body: dict[str, Any], serving: Serving) -> int:
     return min(*given, longest) if given else min(EXPECTED_OUTPUT, longest)
 
 
-def _count(meter: Meter, timings: dict[str, Any] | None) -> None:
-    """Into usage and metrics, at the end of a generation."""
+def _count(meter: Meter, timings: dict[str, Any] | None, told: int = 0) -> None:
+    """Into usage and metrics, at the end of a generation, of whose prompt `told` tokens have been counted."""
     if timings is None:
         return
     prompt, cached, output = timings["prompt_n"], timings["cache_n"], timings["predicted_n"]
-    meter.see(Started(0, prompt + cached, cached))
+    meter.see(Started(0, prompt + cached - told, cached))
     meter.see(
         Finished(
             id=0,
@@ -238,6 +240,13 @@ def _count(meter: Meter, timings: dict[str, Any] | None) -> None:
             accepted_tokens=timings.get("draft_n_accepted", 0),
         )
     )
+
+
+class _Told(NamedTuple):
+    """Tokens of one generation until now."""
+
+    prompt: int = 0
+    output: int = 0
 
 
 class _Work:
@@ -284,13 +293,14 @@ class _Work:
 
     async def _read(self) -> None:
         """Put the events into the queue, and nothing after the last; those before the first are comments."""
+        told: dict[int, _Told] = {}
         try:
             async with self._asked() as (response, meter, first):
                 async for event in sent_events(response.aiter_bytes()):
                     if first.when() is not None and not event.data:
                         continue
                     first.reschedule(None)
-                    _see(meter, event.data)
+                    _see(meter, event.data, told)
                     self._events.put_nowait(event.raw)
                 if first.when() is not None:
                     raise EngineError("engine_crashed", "the engine ended while it worked on this request")
@@ -315,10 +325,19 @@ class _Work:
             raise late_error(limits, whole=whole.expired()) from None
 
 
-def _see(meter: Meter, data: str) -> None:
-    """Count an event of a stream."""
-    if data.startswith("{"):
-        if '"timings"' in data:
-            _count(meter, json.loads(data).get("timings"))
-        else:
-            meter.see(Delta(id=0, text="", n_tokens=1))
+def _see(meter: Meter, data: str, told: dict[int, _Told]) -> None:
+    """Count an event of a stream; `told`: what its generations' events have told, by index."""
+    if not data.startswith("{"):
+        return
+    event = json.loads(data)
+    if event.get("stop") is not False:
+        before = told.get(event.get("index", 0), _Told())
+        _count(meter, event.get("timings"), before.prompt)
+        return
+    index, now = event["index"], _Told(event["tokens_evaluated"], event["tokens_predicted"])
+    before = told.get(index, _Told())
+    told[index] = now
+    if not before.prompt:
+        meter.see(Started(0, now.prompt, 0))
+    if now.output > before.output:
+        meter.see(Delta(id=0, text="", n_tokens=now.output - before.output))
