@@ -14,7 +14,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from llamaherd_server.api.anthropic import messages
 from llamaherd_server.api.llamacpp import passed_on as llama_server
 from llamaherd_server.api.llamacpp import rerank, tokenize
-from llamaherd_server.api.openai import chat, completions, embeddings, models, responses
+from llamaherd_server.api.openai import chat, completions, embeddings, models, responses, usage
 from llamaherd_server.api.ops import evaluation, status_page
 from llamaherd_server.api.ops import routes as ops
 from llamaherd_server.api.state import AppState
@@ -29,9 +29,10 @@ from llamaherd_server.http.middleware import Gate, RequestContext
 from llamaherd_server.sandbox.pool import Sandbox
 from llamaherd_server.serving.admission import Admission
 from llamaherd_server.serving.generation import Serving
+from llamaherd_server.serving.ledger import Ledger
 from llamaherd_server.serving.lifecycle import Lifecycle
 from llamaherd_server.serving.metrics import Metrics
-from llamaherd_server.serving.quota import Quotas
+from llamaherd_server.serving.quota import RATE_HEADERS, Quotas
 
 # Requests whose inputs the engine may put into one batch.
 _EMBEDDINGS_AT_ONCE = 8
@@ -50,10 +51,11 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
 
     Raises KeysError when the keys cannot be read, and what `make` raises.
     """
-    keys = KeyStore(settings.auth.keys_file) if settings.auth.keys_file else None
-    limits = settings.limits
+    limits, path = settings.limits, settings.auth.keys_file
+    keys = KeyStore(path, budgets=limits.usage_dir is not None) if path else None
     metrics, quotas, sandbox = Metrics(), Quotas(), Sandbox()
-    servings = [_serving(one, Switch(one, make), quotas, metrics, keys) for one in settings.each()]
+    ledger = Ledger(limits.usage_dir, limits.usage_days)
+    servings = [_serving(one, Switch(one, make), quotas, ledger, metrics, keys=keys) for one in settings.each()]
     lifecycle = Lifecycle(servings, limits, metrics.totals, keys)
     states: dict[str, AppState] = {}
     for one, serving in zip(settings.each(), servings, strict=True):
@@ -72,6 +74,7 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
         embeddings.router,
         rerank.router,
         models.router,
+        usage.router,
         tokenize.router,
         ops.router,
         evaluation.router,
@@ -88,12 +91,14 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
         allow_origin_regex=_THIS_MACHINE,
         allow_methods=("*",),
         allow_headers=("*",),
-        expose_headers=("X-Request-Id", "Retry-After"),
+        expose_headers=("X-Request-Id", "Retry-After", *RATE_HEADERS),
     )
     return app
 
 
-def _serving(settings: Settings, engine: Switch, quotas: Quotas, metrics: Metrics, keys: KeyStore | None) -> Serving:
+def _serving(
+    settings: Settings, engine: Switch, quotas: Quotas, ledger: Ledger, metrics: Metrics, *, keys: KeyStore | None
+) -> Serving:
     """One model's queues before its engine."""
     limits = settings.limits
     holds = keys.holds if keys else lambda _: True
@@ -110,7 +115,7 @@ def _serving(settings: Settings, engine: Switch, quotas: Quotas, metrics: Metric
         max_queue=limits.max_queue, timeout_s=limits.queue_timeout_s, parallel=_EMBEDDINGS_AT_ONCE, holds=holds
     )
     metrics.follow(settings.model.name, engine, admission)
-    return Serving(engine, admission, embedding, quotas, metrics, settings.model.name, limits, settings.log)
+    return Serving(engine, admission, embedding, quotas, ledger, metrics, settings.model.name, limits, settings.log)
 
 
 async def _check_templates(state: AppState) -> None:
@@ -126,7 +131,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Serve from the first moment, so that probes are answered while the model loads."""
     state: AppState = app.state.llamaherd
     await state.sandbox.start()
-    tasks = [asyncio.create_task(state.lifecycle.run()), asyncio.create_task(_check_templates(state))]
+    ledger = state.serving.ledger
+    await ledger.start()
+    work = (state.lifecycle.run(), _check_templates(state), ledger.run())
+    tasks = [asyncio.create_task(one) for one in work]
     try:
         yield
     finally:
@@ -137,3 +145,4 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
                 await task
         await state.lifecycle.stop()
         await state.sandbox.stop()
+        await ledger.close()

@@ -75,6 +75,8 @@ class ApiError(HTTPException):
         kind = _TYPES.get(self.status_code) or ("server_error" if self.status_code >= 500 else "invalid_request_error")
         if self.code == "context_length_exceeded":
             kind = "exceed_context_size_error"  # llama-server's, whose clients look for it
+        elif self.code == "insufficient_quota":
+            kind = self.code  # OpenAI's
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code, **self.details}}
 
     def messages_body(self) -> dict[str, Any]:

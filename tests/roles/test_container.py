@@ -23,12 +23,13 @@ def contained(render: Render) -> Rendered:
     return render("debian12", llamaherd_server_runtime="container")
 
 
-def test_the_container_gets_its_settings_and_models_to_read_and_no_more(contained: Rendered) -> None:
+def test_the_container_gets_its_settings_and_models_to_read_and_one_folder_to_write(contained: Rendered) -> None:
     words = command(contained)
     assert words[:2] == ["/usr/bin/podman", "run"]
     assert {"--read-only", "--cap-drop=all", "--security-opt=no-new-privileges", "--network=host"} <= set(words)
     volumes = [word.partition("=")[2].split(":") for word in words if word.startswith("--volume")]
-    assert [(source == target, mode) for source, target, mode in volumes] == [(True, "ro")] * 2
+    assert [(source == target, mode) for source, target, *mode in volumes] == [(True, ["ro"])] * 2 + [(True, [])]
+    assert volumes[-1][0] == str(contained.state_dir / "usage")
     image, flag, config = words[-3:]
     assert (image, flag) == ("localhost/llamaherd", "--config")
     read = [Path(source) for source, *_ in volumes]

@@ -77,9 +77,11 @@ def test_the_host_gets_hashes_and_the_controller_keeps_keys(rendered: Rendered) 
 
 def test_a_keys_limits_reach_the_server(render: Render) -> None:
     limits = {"requests_per_minute": 60, "max_concurrent": 2, "models": ["m"], "expires": "2099-01-31T00:00:00Z"}
+    limits |= {"tokens_per_day": 10**6, "tokens_per_month": 2 * 10**7}
     found = render("debian12", llamaherd_keys=[{"name": "team", "priority": 0.5, **limits}])
     [key] = auth.read_keys(found.folder / "keys.toml")
     assert (key.name, key.requests_per_minute, key.max_concurrent, key.models) == ("team", 60, 2, ["m"])
+    assert (key.tokens_per_day, key.tokens_per_month) == (10**6, 2 * 10**7)
     assert (key.priority, key.expires) == (0.5, datetime.datetime(2099, 1, 31, tzinfo=datetime.UTC))
 
 

@@ -112,8 +112,14 @@ def test_computed_prompts_have_a_folder_unless_there_is_to_be_none(render: Rende
     assert f"ReadWritePaths={folder}\n" in debian.text("llamaherd-server.service")
     assert str(settings.load(debian.folder / "server.toml").limits.prompt_cache_dir) == folder
     without = render("debian12", llamaherd_server_prompt_cache_dir="")
-    assert "ReadWritePaths" not in without.text("llamaherd-server.service")
+    assert "prompts" not in without.text("llamaherd-server.service")
     assert settings.load(without.folder / "server.toml").limits.prompt_cache_dir is None
+
+
+def test_usage_is_counted_into_a_folder_of_the_state_directory(debian: Rendered) -> None:
+    folder = debian.state_dir / "usage"
+    assert f"ReadWritePaths={folder}\n" in debian.text("llamaherd-server.service")
+    assert settings.load(debian.folder / "server.toml").limits.usage_dir == folder
 
 
 # launchd.plist(5): what a daemon has, and no key that launchd does not know or takes as another type.

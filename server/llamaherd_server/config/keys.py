@@ -25,11 +25,23 @@ class Key(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     sha256: str
     admin: bool = False
     requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None  # prompt and completion together
+    tokens_per_minute: float | None = None  # prompt and completion together, as in the next two
+    tokens_per_day: int | None = None  # of the calendar, in UTC
+    tokens_per_month: int | None = None
     max_concurrent: int | None = None
     models: list[str] | None = None
     expires: datetime.datetime | None = None
     priority: float = 1.0
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether what it used before counts."""
+        return self.tokens_per_day is not None or self.tokens_per_month is not None
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a limit needs to know a request's tokens beforehand."""
+        return self.budgeted or self.tokens_per_minute is not None
 
     @property
     def expired(self) -> bool:
@@ -47,11 +59,12 @@ ANONYMOUS = Key(name="anonymous", sha256="", admin=False)
 class KeyStore:
     """The keys of a file, read again when it changes. A file that has become unreadable leaves the old keys valid."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises KeysError when the file cannot be used."""
+    def __init__(self, path: Path, *, budgets: bool = True) -> None:
+        """`budgets`: whether this server can hold keys to theirs. Raises KeysError when the file cannot be used."""
         self._path = path
+        self._budgets = budgets
         self._version = self._file_version()
-        self._keys = read_keys(path)
+        self._keys = self._read()
         self._warn_if_none()
 
     def find(self, token: str) -> Key | None:
@@ -88,12 +101,19 @@ class KeyStore:
     def reload(self) -> None:
         """Read the file now."""
         try:
-            self._keys = read_keys(self._path)
+            self._keys = self._read()
         except KeysError as error:
             log.error("keys not reloaded", error=str(error))
         else:
             log.info("keys reloaded", count=len(self._keys))
             self._warn_if_none()
+
+    def _read(self) -> list[Key]:
+        keys = read_keys(self._path)
+        if not self._budgets and (key := next((key for key in keys if key.budgeted), None)):
+            remedy = "set limits.usage_dir, where it is kept what was used"
+            raise KeysError(f"{self._path}: key {key.name!r}: tokens_per_day and tokens_per_month: {remedy}")
+        return keys
 
     def _warn_if_none(self) -> None:
         if not self._keys:
@@ -127,6 +147,6 @@ def _check(key: Key, path: Path) -> None:
         raise KeysError(f"{path}: key {key.name!r}: expires needs a time zone, as in 2027-01-31T00:00:00Z")
     if not 0.01 <= key.priority <= 100:
         raise KeysError(f"{path}: key {key.name!r}: priority {key.priority} must be between 0.01 and 100")
-    for name in ("requests_per_minute", "tokens_per_minute", "max_concurrent"):
+    for name in ("requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month", "max_concurrent"):
         if (value := getattr(key, name)) is not None and value <= 0:
             raise KeysError(f"{path}: key {key.name!r}: {name} {value} must be above 0")

@@ -209,6 +209,10 @@ class LimitSettings(Section):
     prompt_cache_mib: int | None = Field(default=None, ge=0)
     # Where they are while the server is not running; left out: nowhere. In it each model has a folder of its own.
     prompt_cache_dir: Path | None = None
+    # Where it is kept what each key used, for so many days; left out: nowhere beyond the process. Servers of one host
+    # share it.
+    usage_dir: Path | None = None
+    usage_days: int = Field(default=400, ge=31, le=36500)
     # How long an engine may take from its start until it has computed a first token.
     load_timeout_s: float = Field(default=900, gt=0)
     # Above the slowest step, which is a whole batch of prompt on this host.

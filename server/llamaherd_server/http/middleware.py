@@ -40,6 +40,8 @@ _LOCAL = frozenset({"/", "/metrics"})
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 # How often a body that does not come is looked after.
 _TICK_S = 1.0
+# What was used is told while a model loads, too.
+_UNSERVED = frozenset({"/v1/usage"})
 # What machines ask for all the time is not worth a line.
 _QUIET = _OPEN | _LOCAL
 
@@ -153,6 +155,7 @@ class Gate:
             try:
                 scope["state"]["key"] = key = self._authenticate(scope)
                 scope["state"]["log"].key = key.name
+                send = self._with_limits(key, send)
                 caller.set(key.name)
                 self._check_served(scope)
                 if scope["method"] == "POST" and _is_api(scope):
@@ -193,6 +196,18 @@ class Gate:
             raise ApiError(403, f"key {key.name!r} is not an admin key", code="admin_required")
         return key
 
+    def _with_limits(self, key: Key, send: Send) -> Send:
+        """`send` that tells what is left of the key's limits in the head of the answer."""
+        if key.requests_per_minute is None and key.tokens_per_minute is None:
+            return send
+
+        async def telling(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self._quotas.headers(key))
+            await send(message)
+
+        return telling
+
     def _is_ours(self, host: str | None) -> bool:
         if host is None:  # no browser leaves it out
             return True
@@ -207,7 +222,7 @@ class Gate:
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdecimal() and int(length) > self._limits.max_body_bytes:
             raise self._too_large()
-        if _is_api(scope) and (refusal := self._lifecycle.refusal()):
+        if _is_api(scope) and scope["path"] not in _UNSERVED and (refusal := self._lifecycle.refusal()):
             raise refusal
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:

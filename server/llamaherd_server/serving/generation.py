@@ -17,6 +17,8 @@ from llamaherd_server.engine.base import Event
 from llamaherd_server.engine.switch import Switch
 from llamaherd_server.errors import ApiError
 from llamaherd_server.serving.admission import Admission, Ticket
+from llamaherd_server.serving.budget import check_budget
+from llamaherd_server.serving.ledger import Ledger
 from llamaherd_server.serving.meter import Meter, Usage
 from llamaherd_server.serving.metrics import Metrics
 from llamaherd_server.serving.prefixes import prefixes
@@ -38,6 +40,7 @@ class Serving:
     admission: Admission
     embeddings: Admission  # to the context for embeddings
     quotas: Quotas
+    ledger: Ledger
     metrics: Metrics
     model: str
     limits: LimitSettings
@@ -52,13 +55,15 @@ class Serving:
         `tokens` of the key's are taken; at the end what `usage` has stands in their place. Raises ApiError.
         """
         queue, tickets = to or self.admission, list[Ticket]()
+        check_budget(self.ledger, key, tokens)
         self.quotas.reserve(key, tokens)
-        try:
-            yield (tickets := queue.enter(key, costs, slots))
-        finally:
-            for ticket in tickets:  # of a task that was cancelled before it began
-                queue.leave(ticket, 0)
-            self.quotas.settle(key, tokens, usage.tokens)
+        with self.ledger.account(key.name, self.model, usage, tokens):
+            try:
+                yield (tickets := queue.enter(key, costs, slots))
+            finally:
+                for ticket in tickets:  # of a task that was cancelled before it began
+                    queue.leave(ticket, 0)
+                self.quotas.settle(key, tokens, usage.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +129,7 @@ class Run:
 
     async def _expected_tokens(self) -> float:
         """What the generations may use: their prompts, and each one's max_tokens."""
-        if self._key.tokens_per_minute is None:
+        if not self._key.counts_tokens:
             return 0
         engine = self._serving.engine
         longest = engine.status().settings.ctx_per_slot

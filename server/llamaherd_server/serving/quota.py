@@ -16,6 +16,10 @@ from llamaherd_server.errors import ApiError
 log = structlog.get_logger()
 
 WINDOW_S = 60.0
+# What OpenAI's API tells a client of its limits: https://platform.openai.com/docs/guides/rate-limits
+RATE_HEADERS = tuple(
+    f"X-RateLimit-{what}-{kind}" for kind in ("Requests", "Tokens") for what in ("Limit", "Remaining", "Reset")
+)
 
 
 class Bucket:
@@ -77,6 +81,16 @@ class Quotas:
         if bucket := self._bucket(key, "tokens", key.tokens_per_minute):
             bucket.take(used - reserved)
 
+    def headers(self, key: Key) -> dict[str, str]:
+        """RATE_HEADERS as they stand now, of the limits that the key has; the reset is when all will be there again."""
+        told: dict[str, str] = {}
+        for names, kind in ((RATE_HEADERS[:3], "requests"), (RATE_HEADERS[3:], "tokens")):
+            if bucket := self._bucket(key, kind, getattr(key, f"{kind}_per_minute")):
+                full_s = bucket.wait_s(bucket.per_minute, self._clock())
+                values = (f"{bucket.per_minute:.12g}", str(max(0, int(bucket.level))), duration(full_s))
+                told |= dict(zip(names, values, strict=True))
+        return told
+
     def _take(self, key: Key, kind: str, per_minute: float | None, amount: float) -> None:
         if bucket := self._bucket(key, kind, per_minute):
             if wait_s := bucket.wait_s(max(1, amount), self._clock()):
@@ -103,6 +117,16 @@ class Quotas:
         if bucket is None or bucket.per_minute != per_minute:
             bucket = self._buckets[key.name, kind] = Bucket(per_minute, self._clock())
         return bucket
+
+
+def duration(seconds: float) -> str:
+    """As OpenAI writes it: 12ms, 1s, 6m0s, 1h2m3.5s."""
+    thousandths = math.ceil(seconds * 1000)
+    if thousandths < 1000:
+        return f"{thousandths}ms"
+    minutes, rest = divmod(thousandths, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    return (f"{hours}h" if hours else "") + (f"{minutes}m" if hours or minutes else "") + f"{rest / 1000:g}s"
 
 
 def _limited(key: Key, limit: str, wait_s: float) -> ApiError:

@@ -91,7 +91,7 @@ async def compute(request: Request, question: Embed) -> Embedded:
     serving, key = state_of(request).serving, request.state.key
     usage = Usage()
     request.state.log.follow(usage)
-    tokens = 0.0 if key.tokens_per_minute is None else await prompt_tokens(serving.engine, question.inputs)
+    tokens = await prompt_tokens(serving.engine, question.inputs) if key.counts_tokens else 0
     queue = serving.embeddings
 
     async def answered(ticket: Ticket) -> Embedded:

@@ -1,0 +1,34 @@
+"""Per-key budgets: tokens of a day and of a month in UTC, by what the ledger has counted on this host."""
+
+from __future__ import annotations
+
+import datetime
+import math
+
+from llamaherd_server.config.keys import Key
+from llamaherd_server.errors import ApiError
+from llamaherd_server.serving.ledger import Ledger
+
+
+def check_budget(ledger: Ledger, key: Key, tokens: float) -> None:
+    """Raise the 429 for a request whose `tokens` go beyond the key's budgets, the 503 while what it used is unknown."""
+    if not key.budgeted:
+        return
+    if not ledger.readable:
+        message = f"what key {key.name!r} has used of its budget is not known; the server's log says why"
+        raise ApiError(503, message, code="budget_unknown", retry_after=5)
+    day, month = ledger.used(key.name)
+    today = ledger.clock().replace(hour=0, minute=0, second=0, microsecond=0)
+    tomorrow = today + datetime.timedelta(1)
+    next_month = (today.replace(day=1) + datetime.timedelta(31)).replace(day=1)
+    budgets = ((key.tokens_per_month, month, "month", next_month), (key.tokens_per_day, day, "day", tomorrow))
+    for budget, used, period, anew in budgets:
+        if budget is not None and used + max(1, tokens) > budget:
+            message = (
+                f"key {key.name!r} has used or reserved {used:.0f} of its {budget} tokens a {period}, and this request "
+                f"may use {max(1, tokens):.0f}: the budget begins anew at {anew:%Y-%m-%dT%H:%M:%SZ}"
+            )
+            wait_s = math.ceil((anew - ledger.clock()).total_seconds())
+            # openai's clients would send it again, to the same end
+            headers = {"X-Should-Retry": "false"}
+            raise ApiError(429, message, code="insufficient_quota", retry_after=wait_s, headers=headers)
