@@ -101,12 +101,18 @@ _LOCATIONS = {"pypi": "member", "https": "url", "hf": "file", "file": "path"}
 
 def engine_mistakes(served: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the `served_models` ask for that their engine does not do, one line each."""
-    return [
-        f"model {model['name']}: {key} needs the engine llama-server; set it where embedded is from, tuned.yml too"
-        for model in served
-        for key in ("mmproj", "extra_args")
-        if model.get(key) and model["engine"] == "embedded"
-    ]
+    found = []
+    for model in served:
+        drafts = model.get("settings", {}).get("speculative")
+        needing = [key for key in ("mmproj", "draft", "extra_args") if model.get(key)]
+        needing += [f"speculative {drafts}"] if drafts in ("draft", "mtp") else []
+        if model["engine"] == "embedded":
+            remedy = "needs the engine llama-server; set it where embedded is from, tuned.yml too"
+            found += [f"model {model['name']}: {key} {remedy}" for key in needing]
+        elif drafts == "draft" and not model.get("draft"):
+            remedy = "needs draft, the entry of a smaller model of the same vocabulary"
+            found.append(f"model {model['name']}: speculative draft {remedy}")
+    return found
 
 
 def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
@@ -128,8 +134,11 @@ def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
     found += [f"the name {name} is given to two models that are served" for name in _repeated(called)]
     for model in served:
         mmproj = model.get("mmproj")
-        if mmproj and mmproj not in listed:
-            found.append(f"model {model['name']}: llamaherd_models does not list its mmproj {mmproj}")
+        found += [
+            f"model {model['name']}: llamaherd_models does not list its {key} {model[key]}"
+            for key in ("mmproj", "draft")
+            if model.get(key) and model[key] not in listed
+        ]
         single = [(mmproj, listed.get(mmproj, {})), *((one["name"], one) for one in model.get("lora", ()))]
         found += [
             f"{file}: a projector or LoRA is one file with one sha256, not a split one"
@@ -143,7 +152,7 @@ def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
         found.append(
             f"the models that are served ask for {sum(shares):g} of the memory: nothing is left, lower a memory_share"
         )
-    for name in dict.fromkeys([*(one["name"] for one in served), *(one.get("mmproj") for one in served)]):
+    for name in dict.fromkeys(one.get(key) for key in ("name", "mmproj", "draft") for one in served):
         for file in [listed[name], *listed[name].get("lora", ())] if name in listed else []:
             found += _file_mistakes(file)
     return found

@@ -25,6 +25,12 @@ options:
         the server's defaults."
     type: dict
     required: true
+  beside:
+    description:
+      - GGUFs that are loaded with it, a projector or a draft model. A draft model has a context like the model's.
+    type: list
+    elements: path
+    default: []
 author: ["The llamaherd authors (!UNKNOWN)"]
 """
 
@@ -75,8 +81,12 @@ compute_bytes:
   description: The size of the compute buffer.
   returned: when the file exists
   type: int
+beside_bytes:
+  description: The memory for those of O(beside) that exist.
+  returned: when the file exists
+  type: int
 needed_bytes:
-  description: The sum of weights, KV cache and compute buffer.
+  description: The sum of weights, KV cache, compute buffer and RV(beside_bytes).
   returned: when the file exists
   type: int
 ctx_per_slot:
@@ -97,7 +107,7 @@ largest_ctx_per_slot:
   type: int
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,19 +127,27 @@ from ansible_collections.llamaherd.llamaherd.plugins.module_utils.gguf import (
     with_context,
 )
 
+PROJECTOR = "clip"  # general.architecture of a projector, which has no context
 
-def needs(path: Path, settings: Mapping[str, Any], memory_bytes: int) -> dict[str, Any]:
+
+def needs(path: Path, settings: Mapping[str, Any], memory_bytes: int, beside: Sequence[Path] = ()) -> dict[str, Any]:
     files = part_paths(path)
     headers = [read_header(file) for file in files]
     check_parts(headers)
     model = shape(headers[0])
-    weights = sum(file.stat().st_size for file in files)
-    settings = with_context(model, settings, memory_bytes - weights)
+    weights = _size(files)
+    others = [part_paths(one) for one in beside]
+    headers = [read_header(one[0]) for one in others]
+    drafts = [shape(header) for header in headers if header.get("general.architecture") != PROJECTOR]
+    settings = with_context(model, settings, memory_bytes - weights - sum(map(_size, others)))
     needed = {
         "weights_bytes": weights,
         "kv_bytes": int(kv_bytes(model, settings)),
         "compute_bytes": compute_bytes(model, settings),
+        "beside_bytes": sum(map(_size, others))
+        + sum(int(kv_bytes(one, settings)) + compute_bytes(one, settings) for one in drafts),
     }
+    memory_bytes -= needed["beside_bytes"]
     return {
         "architecture": model.architecture,
         "n_layers": model.n_layers,
@@ -142,12 +160,17 @@ def needs(path: Path, settings: Mapping[str, Any], memory_bytes: int) -> dict[st
     }
 
 
+def _size(files: Sequence[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "path": {"type": "path", "required": True},
             "memory_bytes": {"type": "int", "required": True},
             "settings": {"type": "dict", "required": True},
+            "beside": {"type": "list", "elements": "path", "default": []},
         },
         supports_check_mode=True,
     )
@@ -157,8 +180,10 @@ def main() -> None:
         module.exit_json(changed=False, exists=False, missing=missing)
     settings = {**DEFAULTS, **module.params["settings"]}
     settings["kv_unified"] = boolean(settings["kv_unified"])
+    beside = [one for one in map(Path, module.params["beside"]) if all(file.exists() for file in part_paths(one))]
     try:
-        module.exit_json(changed=False, exists=True, missing=[], **needs(path, settings, module.params["memory_bytes"]))
+        found = needs(path, settings, module.params["memory_bytes"], beside)
+        module.exit_json(changed=False, exists=True, missing=[], **found)
     except (GgufError, OSError) as error:
         module.fail_json(msg=f"{path} is no usable GGUF: {error}")
 

@@ -25,6 +25,7 @@ from llamaherd_server.config.keys import KeysError
 from llamaherd_server.config.settings import Settings, SettingsError, load
 from llamaherd_server.engine.base import Engine
 from llamaherd_server.engine.context_length import decided
+from llamaherd_server.engine.draft_model import check_vocabulary
 from llamaherd_server.engine.embedded import EmbeddedEngine
 from llamaherd_server.engine.native import NativeEngine
 from llamaherd_server.gguf import part_paths
@@ -123,6 +124,9 @@ def _engine(among: int, settings: Settings, *, check: bool = False) -> Engine:
             prompt_cache_dir=_prompts_of(limits.prompt_cache_dir, model.name),
             **timeouts,
         )
+    draft = model.draft and part_paths(model.draft)[0]
+    if draft:
+        check_vocabulary(path, draft)
     native = NativeEngine(
         engine.program(),
         path,
@@ -130,6 +134,7 @@ def _engine(among: int, settings: Settings, *, check: bool = False) -> Engine:
         placement=model.placement,
         name=model.name,
         mmproj=model.mmproj,
+        draft=draft,
         chat_template=model.chat_template,
         lora=model.adapters(),
         rpc=engine.rpc,

@@ -186,9 +186,17 @@ def test_several_models_are_one_servers(render: Render) -> None:
     source = {"kind": "file", "path": "/m.gguf"}
     entries: list[dict[str, Any]] = [
         {"name": "chat", "aliases": ["default"], "settings": {"parallel": 2}},
-        {"name": "see", "engine": "llama-server", "mmproj": "eye", "gpu_layers": 7, "memory_share": 0.25},
+        {
+            "name": "see",
+            "engine": "llama-server",
+            "mmproj": "eye",
+            "draft": "half",
+            "gpu_layers": 7,
+            "memory_share": 0.25,
+        },
         {"name": "find", "engine": "llama-server", "extra_args": ["--embeddings", "--pooling", "mean"]},
         {"name": "eye"},
+        {"name": "half"},
     ]
     found = render(
         "debian12",
@@ -202,6 +210,7 @@ def test_several_models_are_one_servers(render: Render) -> None:
     assert (chat.engine.kind, chat.engine.settings.parallel, chat.engine.settings.batch) == ("embedded", 2, 256)
     assert (see.engine.kind, see.engine.settings.parallel, see.placement.gpu_layers) == ("llama-server", 6, 7)
     assert see.mmproj == found.state_dir / "models/eye.gguf"
+    assert see.draft == found.state_dir / "models/half.gguf"
     assert find.engine.extra_args == ["--embeddings", "--pooling", "mean"]
     assert "client_max_body_size 32m;" in found.text("nginx.conf"), "for images"
 

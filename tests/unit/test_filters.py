@@ -179,6 +179,8 @@ def test_the_files_of_an_entry(model_filters: ModuleType) -> None:
         pytest.param([entry("a"), entry("b", aliases=["c"])], [], id="all well"),
         pytest.param([entry("a"), entry("b", aliases=["a"])], ["the name a is given to two"], id="a name twice"),
         pytest.param([entry("a", mmproj="p")], ["does not list its mmproj p"], id="mmproj"),
+        pytest.param([entry("a", draft="d")], ["does not list its draft d"], id="draft"),
+        pytest.param([entry("a", draft="b"), entry("b", sha256="x")], ["b: sha256 is 'x'"], id="a draft's sha256"),
         pytest.param([entry("a", memory_share=0)], ["a: memory_share is 0"], id="no memory"),
         pytest.param(
             [entry("a", memory_share=0.6), entry("b", memory_share=0.6)], ["ask for 1.2"], id="too much memory"
@@ -261,6 +263,11 @@ def test_a_tuned_engine_is_the_first_models_and_no_setting(model_filters: Module
     [mistake] = model_filters.engine_mistakes([a, b])
     assert "b: extra_args needs the engine llama-server" in mistake
     assert "a: mmproj needs" in model_filters.engine_mistakes([a | {"engine": "embedded", "mmproj": "p"}])[0]
+    drafts, heads = {"settings": {"speculative": "draft"}}, {"settings": {"speculative": "mtp"}}
+    assert model_filters.engine_mistakes([a | drafts | {"draft": "d"}, a | heads]) == []
+    assert "speculative draft needs draft, the entry" in model_filters.engine_mistakes([a | drafts])[0]
+    draft, speculative = model_filters.engine_mistakes([b | drafts | {"draft": "d", "extra_args": []}])
+    assert ("b: draft needs" in draft, "b: speculative draft needs the engine" in speculative) == (True, True)
 
 
 def test_instances_that_cannot_run_beside_each_other(filters: ModuleType) -> None:

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from gguf import GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -364,3 +365,19 @@ def test_a_part_may_be_a_link_of_its_name(gguf: ModuleType, tmp_path: Path) -> N
     first.symlink_to("blob")
     assert gguf.part_paths(first) == [first, tmp_path / "m-00002-of-00002.gguf"]
     assert gguf.part_paths(tmp_path / "m-00001-of-00000.gguf") == [tmp_path / "m-00001-of-00000.gguf"]
+
+
+def test_what_is_loaded_beside_a_model_counts(gguf_info: ModuleType, model: Path, tmp_path: Path) -> None:
+    """A draft model with a context of its own, and a projector, which has none."""
+    alone = gguf_info.needs(model, SETTINGS, 1024 * MIB)
+    projector = tmp_path / "p.gguf"
+    writer = GGUFWriter(projector, "clip")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = gguf_info.needs(model, SETTINGS, 1024 * MIB, [model, projector])
+    assert alone["beside_bytes"] == 0
+    assert found["beside_bytes"] == alone["needed_bytes"] + projector.stat().st_size
+    assert found["needed_bytes"] == alone["needed_bytes"] + found["beside_bytes"]
+    assert found["largest_ctx_per_slot"] <= alone["largest_ctx_per_slot"]

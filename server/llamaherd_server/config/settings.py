@@ -99,10 +99,11 @@ class AdapterSettings(Section):
 class ModelSettings(Section):
     """A model that is served; its `placement` lies in the same table.
 
-    `mmproj`: a multimodal projector, for llama-server. `chat_template`: a Jinja file that goes before the GGUF's own.
-    `chat_template_kwargs`: variables for it, where a request gives none of the name. `sampling`: fields of requests,
-    `max_tokens` among them, where a request leaves them out. `aliases`: of the only model, ["*"] unless given.
-    `memory_mib`: what weights and context may take, where ctx_per_slot is 0; None: this model's share of the host's.
+    `mmproj`: a multimodal projector, `draft`: a smaller model of the same vocabulary, both for llama-server.
+    `chat_template`: a Jinja file that goes before the GGUF's own. `chat_template_kwargs`: variables for it, where a
+    request gives none of the name. `sampling`: fields of requests, `max_tokens` among them, where a request leaves them
+    out. `aliases`: of the only model, ["*"] unless given. `memory_mib`: what weights and context may take, where
+    ctx_per_slot is 0; None: this model's share of the host's.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -112,6 +113,7 @@ class ModelSettings(Section):
     path: ExistingFile
     placement: Placement = Placement()
     mmproj: ExistingFile | None = None
+    draft: ExistingFile | None = None
     chat_template: ExistingFile | None = None
     chat_template_kwargs: dict[str, Any] = {}
     sampling: Annotated[dict[str, Any], AfterValidator(_checked_sampling)] = {}
@@ -179,9 +181,13 @@ class ServedModel(ModelSettings):
     engine: EngineSection = EngineSection()
 
     @model_validator(mode="after")
-    def _projects(self) -> Self:
-        if self.mmproj and self.engine.kind != "llama-server":
-            raise ValueError('mmproj needs kind = "llama-server" in the engine table')
+    def _has_its_engine(self) -> Self:
+        drafts = self.engine.settings.speculative
+        needing = {"mmproj": self.mmproj, "draft": self.draft, f'speculative = "{drafts}"': drafts in ("draft", "mtp")}
+        if self.engine.kind != "llama-server" and (found := next((name for name, has in needing.items() if has), None)):
+            raise ValueError(f'{found} needs kind = "llama-server" in the engine table')
+        if drafts == "draft" and not self.draft:
+            raise ValueError('speculative = "draft" needs draft: the GGUF of a smaller model of the same vocabulary')
         return self
 
 

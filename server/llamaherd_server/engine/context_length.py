@@ -29,7 +29,8 @@ def decided(settings: Settings, among: int) -> EngineSettings:
         kind = shape(read_header(files[0]))
     except GgufError:  # llama.cpp may know it nevertheless
         return msgspec.structs.replace(given, ctx_per_slot=LEAST_CTX)
-    spare = memory - sum(file.stat().st_size for file in files)
+    beside = [file for one in (model.mmproj, model.draft) if one for file in part_paths(one)]
+    spare = memory - sum(file.stat().st_size for file in (*files, *beside))
     found = msgspec.convert(with_context(kind, msgspec.to_builtins(given), spare), EngineSettings)
     figures = {"ctx_per_slot": found.ctx_per_slot, "kv_cells": found.kv_cells, "trained": kind.n_ctx_train}
     log.info("context decided", model=model.name, **figures)

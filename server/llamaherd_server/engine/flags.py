@@ -6,7 +6,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 
-from llamaherd_server.wire.engine_settings import Placement
+from llamaherd_server.wire.engine_settings import EngineSettings, Placement
 from llamaherd_server.wire.protocol import NativeConfig
 from llamaherd_server.worker.fit import context_arguments
 
@@ -19,6 +19,8 @@ _PLACEMENT_FLAGS = {
     **{"load_mode": "--load-mode", "numa": "--numa"},
 }
 NGRAM = 12  # tokens that llama-server looks for, as by default
+MTP_DEPTH = 3  # as by default: each head's guess rests on the one before
+DRAFT_DEPTH, DRAFT_LEAST = 16, 0.75  # a draft ends at the first token that the draft model finds less probable
 
 
 def flags(config: NativeConfig, socket: str) -> list[str]:
@@ -45,11 +47,7 @@ def flags(config: NativeConfig, socket: str) -> list[str]:
         arguments["--threads"] = settings.threads
     if settings.threads_batch:
         arguments["--threads-batch"] = settings.threads_batch
-    if settings.speculative != "off":
-        depth = settings.speculative_depth
-        arguments["--spec-type"] = "ngram-simple"
-        arguments["--spec-ngram-simple-size-n"] = min(depth, NGRAM)  # it drafts at least as many as it looks for
-        arguments["--spec-ngram-simple-size-m"] = depth
+    arguments |= _speculative(settings, config.draft)
     if config.mmproj:
         arguments["--mmproj"] = config.mmproj
     if config.chat_template:
@@ -59,6 +57,23 @@ def flags(config: NativeConfig, socket: str) -> list[str]:
     switches = ["--kv-unified" if settings.kv_unified else "--no-kv-unified", "--slots", "--no-ui", "--offline"]
     switches += ["--log-jsonl"] * fits
     return [*(str(word) for pair in arguments.items() for word in pair), *switches, *config.extra_args]
+
+
+def _speculative(settings: EngineSettings, draft: str | None) -> dict[str, object]:
+    depth = settings.speculative_depth
+    if settings.speculative == "off":
+        return {}
+    if settings.speculative == "mtp":
+        return {"--spec-type": "draft-mtp", "--spec-draft-n-max": min(depth, MTP_DEPTH)}
+    if settings.speculative == "draft":
+        # as surely as each is drafted, so long is the draft
+        sure = {"--spec-draft-n-max": min(depth, DRAFT_DEPTH), "--spec-draft-p-min": DRAFT_LEAST}
+        return {"--spec-type": "draft-simple", "--spec-draft-model": draft, **sure}
+    return {
+        "--spec-type": "ngram-simple",
+        "--spec-ngram-simple-size-n": min(depth, NGRAM),  # it drafts at least as many as it looks for
+        "--spec-ngram-simple-size-m": depth,
+    }
 
 
 def unknown(arguments: Sequence[str], binary: str) -> list[str]:

@@ -8,7 +8,7 @@ from msgspec import Meta, Struct, field
 
 EngineKind = Literal["embedded", "llama-server"]
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
-Speculative = Literal["off", "ngram", "auto"]
+Speculative = Literal["off", "ngram", "auto", "draft", "mtp"]  # the last two for llama-server alone
 
 
 def _within(low: int, high: int, description: str) -> Meta:
@@ -44,7 +44,10 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     flash_attention: Annotated[Literal["auto", "on", "off"], Meta(description="Flash attention.")] = "auto"
     threads: Annotated[int, _within(0, 512, "Threads for decoding; 0: decided on the host.")] = 0
     threads_batch: Annotated[int, _within(0, 512, "Threads for prompts; 0: decided on the host.")] = 0
-    speculative: Annotated[Speculative, Meta(description="Drafts what a text repeats; auto if that pays.")] = "off"
+    speculative: Annotated[
+        Speculative,
+        Meta(description="Drafts by what a text repeats (auto: if that pays), a draft model or the model's MTP heads."),
+    ] = "off"
     speculative_depth: Annotated[int, _within(1, 256, "Most tokens drafted for a sequence in a step.")] = 32
 
 

@@ -83,7 +83,7 @@ class WorkerConfig(Struct, kw_only=True):
 
 
 class NativeConfig(Struct, kw_only=True):
-    """What a llama-server is started with; `mmproj`: its multimodal projector's GGUF."""
+    """What a llama-server is started with; `mmproj`: its multimodal projector's GGUF, `draft`: its draft model's."""
 
     name: str  # of the model, in answers
     binary: str
@@ -91,6 +91,7 @@ class NativeConfig(Struct, kw_only=True):
     settings: EngineSettings
     placement: Placement = Placement()
     mmproj: str | None = None
+    draft: str | None = None
     chat_template: str | None = None
     lora: list[Adapter] = field(default_factory=list)
     rpc: list[str] = field(default_factory=list)  # host:port

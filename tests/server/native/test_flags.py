@@ -46,6 +46,7 @@ PLACEMENTS = [
 ]
 OWN: dict[str, Any] = {
     "mmproj": "p.gguf",
+    "draft": "d.gguf",
     "chat_template": "chat.jinja",
     "lora": [Adapter("a.gguf", 0.5), Adapter("b.gguf", 1.0)],
 }

@@ -32,7 +32,8 @@ _SETTINGS = {
     "flash_attention": "`auto`: where the device has it.",
     "threads": "Threads of a step that only decodes; 0: as this host has cores.",
     "threads_batch": "Threads of a step with a prompt; 0: as `threads`.",
-    "speculative": "`ngram`: drafts from what a text repeats; `auto`: as far as that pays.",
+    "speculative": "`ngram`: drafts from what a text repeats; `auto`: as far as that pays; `draft`, `mtp`: by the "
+    "draft model, or the model's own heads (llama-server).",
     "speculative_depth": "Most tokens drafted for a sequence in a step.",
 }
 
@@ -92,9 +93,8 @@ async def retune(body: dict[str, Any], request: Request) -> Response:
     try:
         kind = msgspec.convert(body.get("engine", state.engine.status().kind), EngineKind)
         wanted = merge(state.engine.status().settings, settings)
-        if not wanted.ctx_per_slot:
-            open_ended = state.settings.with_engine(kind, wanted)
-            wanted = await asyncio.to_thread(decided, open_ended, len(state.all()))  # it reads the GGUF's header
+        changed = state.settings.with_engine(kind, wanted)
+        wanted = await asyncio.to_thread(decided, changed, len(state.all()))  # it may read the GGUF's header
     except msgspec.ValidationError:
         kinds = " or ".join(map(repr, get_args(EngineKind)))
         message = f"engine {body['engine']!r} is not known: set {kinds}"

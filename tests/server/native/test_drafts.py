@@ -1,0 +1,65 @@
+"""A draft model beside the model: the same answers, and clear words where drafts cannot be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.random_models import RandomModel
+
+from ..conftest import required, running, write_config
+from .conftest import native
+
+ASK = {"prompt": "Numbers: one, two, three,", "max_tokens": 24, "temperature": 0}
+
+
+def engine(http: httpx.Client, **changed: Any) -> httpx.Response:
+    return http.put("/admin/engine", json=changed, timeout=120)
+
+
+def test_a_draft_model_changes_no_answer_and_its_drafts_are_counted(tmp_path: Path) -> None:
+    """The model drafts for itself, and so nearly always right."""
+    drafting = native(speculative="draft", ctx_per_slot=256, parallel=2)
+    model = {"draft": required("LLAMAHERD_TEST_MODEL")}
+    with (
+        running(tmp_path, engine=drafting, model=model) as server,
+        httpx.Client(base_url=server.url, timeout=60) as http,
+    ):
+        drafted = http.post("/completion", json=ASK).json()
+        assert drafted["timings"]["draft_n_accepted"] > 8
+        assert "llamaherd_accepted_tokens_total{" in http.get("/metrics").text
+        assert engine(http, speculative="off").json()["settings"]["speculative"] == "off"
+        alone = http.post("/completion", json=ASK).json()
+        assert alone["timings"].get("draft_n", 0) == 0
+        assert alone["content"] == drafted["content"]
+
+
+@pytest.mark.parametrize("kind", ["llama-server", "embedded"])
+def test_what_cannot_draft_says_so_and_goes_on(tmp_path: Path, kind: str) -> None:
+    small = {"ctx_per_slot": 256, "parallel": 2}
+    with (
+        running(tmp_path, engine=native(**small) if kind == "llama-server" else small) as server,
+        httpx.Client(base_url=server.url, timeout=60) as http,
+    ):
+        refused = engine(http, speculative="draft")
+        remedy = "needs draft: the GGUF" if kind == "llama-server" else 'needs kind = "llama-server"'
+        assert (refused.status_code, remedy in refused.json()["error"]["message"]) == (400, True), refused.text
+        assert http.get("/admin/engine").json()["settings"]["speculative"] == "off"
+        assert http.post("/v1/completions", json=ASK).status_code == 200
+
+
+def test_a_draft_model_of_another_vocabulary_is_one_clear_line(tmp_path: Path) -> None:
+    other = RandomModel("dense", layers=1, width=64, vocab=60_000).path()
+    config = write_config(tmp_path, engine=native(speculative="draft", ctx_per_slot=256), model={"draft": str(other)})
+    ended = subprocess.run(
+        [sys.executable, "-m", "llamaherd_server", "--config", str(config)],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert ended.returncode != 0
+    assert f"draft {other} has another vocabulary than the model (it has" in ended.stderr
+    assert "Traceback" not in ended.stderr
