@@ -46,7 +46,7 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     threads_batch: Annotated[int, _within(0, 512, "Threads for prompts; 0: decided on the host.")] = 0
     speculative: Annotated[
         Speculative,
-        Meta(description="Drafts by what a text repeats (auto: if that pays), a draft model or the model's MTP heads."),
+        Meta(description="By repeats, a draft model or MTP heads."),
     ] = "off"
     speculative_depth: Annotated[int, _within(1, 256, "Most tokens drafted for a sequence in a step.")] = 32
 
