@@ -1,6 +1,7 @@
 """One short measurement of a server as it is, printed as JSON: `python -m llamaherd_loadtest.measure --url …`.
 
-A window that is invalid is measured again; the exit status is 1 where none was valid.
+A window that is invalid is measured again, and a slow server gets more time to warm up; the exit status is 1 where no
+window was valid.
 """
 
 from __future__ import annotations
@@ -8,18 +9,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from llamaherd_loadtest.client import ChatClient, Target
 from llamaherd_loadtest.dice import fresh_seed
-from llamaherd_loadtest.drive import RunFailed, closed_loop
+from llamaherd_loadtest.drive import NotWarmedUp, RunFailed, closed_loop
 from llamaherd_loadtest.probe import ServerUnusable, calibrate
 from llamaherd_loadtest.summary import Summary, summarise
 from llamaherd_loadtest.workload import Prompts, load_workload, workload_names
 
 _TRIES = 3
+_WARM_UP_S = 20.0  # beside two windows
+_PATIENCE = 4  # by which a try waits longer for a server that was not warm in time
 
 
 def main() -> None:
@@ -64,13 +68,17 @@ def measure(server: Target, workload: str, concurrency: int, window_s: float, se
     says otherwise. Raises ServerUnusable, ValueError, and RunFailed where no try was valid."""
     client, seed = ChatClient(server), fresh_seed() if seed is None else seed
     try:
-        calibration, fault = calibrate(client, server, seed), ""
+        calibration, fault, warm_up_s = calibrate(client, server, seed), "", _WARM_UP_S + 2 * window_s
         for attempt in range(_TRIES):
             prompts = Prompts(
                 load_workload(workload), model=server.model, seed=seed + (attempt << 64), calibration=calibration
             )
-            warm_up_s = 20 + 2 * window_s
-            run = closed_loop(server, client, prompts, concurrency=concurrency, window_s=window_s, warm_up_s=warm_up_s)
+            loop = partial(closed_loop, server, client, prompts, concurrency=concurrency, window_s=window_s)
+            try:
+                run = loop(warm_up_s=warm_up_s)
+            except NotWarmedUp as slow:
+                fault, warm_up_s = str(slow), _PATIENCE * slow.waited_s
+                continue
             summary = summarise(run.samples, run.start, run.end, run.health)
             if summary.ttft is not None and not summary.fault:
                 return summary

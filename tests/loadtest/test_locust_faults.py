@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -63,6 +64,26 @@ def test_a_few_errors_are_counted_and_many_are_a_fault(
     measured = subprocess.run(command, check=False, capture_output=True, text=True, timeout=90)
     assert (measured.returncode, measured.stdout, measured.stderr.count("\n")) == (1, "", 1)
     assert "3 windows of 1 s were invalid, the last one: " in measured.stderr
+
+
+def test_a_server_that_is_not_warm_in_time_gets_more(double: Double, key_file: Path) -> None:
+    """Answers take over two seconds here, and the first try waits for half of one."""
+    impatient = "from llamaherd_loadtest import measure; measure._WARM_UP_S = 0.5 - 2 * 2; measure.main()"
+    where = [
+        "--url",
+        double.url,
+        "--key-file",
+        str(key_file),
+        "--model",
+        "paced",
+        "--window",
+        "2",
+        "--concurrency=2",
+    ]
+    command = [sys.executable, "-c", impatient, *where]
+    measured = subprocess.run(command, check=False, capture_output=True, text=True, timeout=90)
+    assert measured.returncode == 0, measured.stderr
+    assert json.loads(measured.stdout)["output_tokens_per_s"] > 0
 
 
 def test_files_that_cannot_be_written_are_one_clear_line_and_no_half_of_a_file(
