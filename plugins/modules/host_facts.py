@@ -274,6 +274,7 @@ def _output(*command: str) -> str:
     if shutil.which(command[0]) is None:
         return ""
     try:
+        # AnsibleModule's run_command has no timeout. pylint: disable-next=ansible-bad-function
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S).stdout
     except subprocess.TimeoutExpired:
         return f"{command[0]} does not answer"
