@@ -118,7 +118,7 @@ def test_computed_prompts_have_a_folder_unless_there_is_to_be_none(render: Rende
 
 def test_usage_is_counted_into_a_folder_of_the_state_directory(debian: Rendered) -> None:
     folder = debian.state_dir / "usage"
-    assert f"ReadWritePaths={folder}\n" in debian.text("llamaherd-server.service")
+    assert f"ReadWritePaths=-{folder}\n" in debian.text("llamaherd-server.service")
     assert settings.load(debian.folder / "server.toml").limits.usage_dir == folder
 
 

@@ -61,6 +61,11 @@ def traffic_filters() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def usage_filters() -> ModuleType:
+    return load("plugins/filter/usage.py", "llamaherd_usage_filters")
+
+
+@pytest.fixture(scope="session")
 def nginx_facts() -> ModuleType:
     return load("plugins/module_utils/nginx.py", "ansible_collections.llamaherd.llamaherd.plugins.module_utils.nginx")
 

@@ -59,8 +59,9 @@ def test_ansible_doc_shows_every_filter(
     packages: ModuleType,
     route_filters: ModuleType,
     traffic_filters: ModuleType,
+    usage_filters: ModuleType,
 ) -> None:
-    others = (llama_server_filters, certificate_filters, packages, route_filters, traffic_filters)
+    others = (llama_server_filters, certificate_filters, packages, route_filters, traffic_filters, usage_filters)
     files = (filters, model_filters, published_filters, *others)
     assert len(files) == len(list(ROOT.glob("plugins/filter/*.py")))
     named = {name: filter_ for module in files for name, filter_ in module.FilterModule().filters().items()}
