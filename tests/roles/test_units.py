@@ -112,7 +112,7 @@ def test_computed_prompts_have_a_folder_unless_there_is_to_be_none(render: Rende
     assert f"ReadWritePaths={folder}\n" in debian.text("llamaherd-server.service")
     assert str(settings.load(debian.folder / "server.toml").limits.prompt_cache_dir) == folder
     without = render("debian12", llamaherd_server_prompt_cache_dir="")
-    assert "prompts" not in without.text("llamaherd-server.service")
+    assert "/prompts" not in without.text("llamaherd-server.service")
     assert settings.load(without.folder / "server.toml").limits.prompt_cache_dir is None
 
 
