@@ -14,7 +14,7 @@ from llamaherd_server.api.state import AppState
 from llamaherd_server.chat import template
 from llamaherd_server.errors import ApiError
 from llamaherd_server.toolcalls.derived import form_of
-from llamaherd_server.toolcalls.formats import HARMONY, HARMONY_THINKING, HERMES, format_of, thinking_of
+from llamaherd_server.toolcalls.formats import HARMONY, HARMONY_THINKING, HERMES, format_of
 from llamaherd_server.toolcalls.reader import Reader
 from llamaherd_server.toolcalls.tools import AnswerSchema, Choice, reply_grammar, with_ids_of
 from llamaherd_server.wire.protocol import Generate, Media, ReasoningBudget, Sampling
@@ -80,7 +80,7 @@ async def prepare(state: AppState, conversation: Conversation) -> Prepared:
     source = model.chat_template or template.CHATML
     choice, messages = conversation.choice, conversation.messages
     found = await template.found(state.sandbox, model)
-    traits, shape = found.traits, found.shape
+    traits, shape, turn = found.traits, found.shape, found.turn
     known = form_of(shape) if shape else None if traits.foreign_tools else format_of(source)
     form = known or HERMES if choice.tools or known is HARMONY else None
     if known is None:
@@ -94,7 +94,7 @@ async def prepare(state: AppState, conversation: Conversation) -> Prepared:
         raise ApiError(400, message, param="chat_template_kwargs", code="invalid_value")
     tools = [tool.for_template() for tool in choice.tools]
     prompt = await template.render(state.sandbox, model, messages, variables, tools=tools, traits=traits)
-    markers = HARMONY_THINKING if form is HARMONY else thinking_of(source)
+    markers = HARMONY_THINKING if form is HARMONY else turn.thinking
     begun = markers is not None and prompt.rstrip().endswith(markers[0])
     thinking = markers if conversation.split_reasoning and form is not HARMONY else None
     reader = Reader(
@@ -103,6 +103,9 @@ async def prepare(state: AppState, conversation: Conversation) -> Prepared:
         thinks=thinking is not None and begun,
         schemas={tool.name: tool.schema for tool in choice.tools},
         parallel=choice.parallel,
+        skipped=tuple(mark for mark in turn.skipped if thinking or mark not in (turn.thinking or ())),
+        prompted=turn.prompted,
+        resumed=turn.resumed,
     )
     schema, field_ = conversation.answer_schema, conversation.answer_field
     answer = None if schema is None else AnswerSchema(schema, field_, conversation.answer_strict)

@@ -14,7 +14,8 @@ from llamaherd_server.chat.conversations import KINDS
 from llamaherd_server.chat.jinja import Rendering, render
 from llamaherd_server.toolcalls.calls import Calls
 from llamaherd_server.toolcalls.derived import Shape, shape_of
-from llamaherd_server.toolcalls.formats import format_of
+from llamaherd_server.toolcalls.formats import HARMONY, format_of, thinking_of
+from llamaherd_server.toolcalls.turns import Turn, turn_of
 
 Messages = list[dict[str, Any]]
 
@@ -58,12 +59,13 @@ class Traits(msgspec.Struct, frozen=True):
 class Found(msgspec.Struct):
     """The traits of a template, and the kinds of conversations that it does not print whole even so, with the error.
 
-    `shape`: of its calls, where it prints them as no known family does.
+    `shape`: of its calls, where it prints them as no known family does. `turn`: what is around its texts.
     """
 
     traits: Traits
     failures: dict[str, str]
     shape: Shape | None = None
+    turn: Turn = Turn()
 
 
 class Prompting(msgspec.Struct):
@@ -99,10 +101,13 @@ def traits_of(template: str) -> Found:
     lacks = {
         kind: text if isinstance(text, str) else f"leaves out {', '.join(text)}" for kind, text in failures.items()
     }
-    shape = None
-    if "tools" in template and not traits.foreign_tools and format_of(template) is None:
-        shape = shape_of(partial(_printed, template, traits))
-    return Found(traits, lacks, shape)
+    form, shape, turn = format_of(template), None, Turn(thinking_of(template))
+    printed = partial(_printed, template, traits)
+    if form is not HARMONY:
+        turn = turn_of(printed, turn.thinking)
+    if "tools" in template and not traits.foreign_tools and form is None and (shape := shape_of(printed, turn)):
+        turn = msgspec.structs.replace(turn, skipped=tuple(dict.fromkeys((*turn.skipped, *shape.skipped))))
+    return Found(traits, lacks, shape, turn)
 
 
 def _printed(template: str, traits: Traits, messages: Messages, tools: list[dict[str, Any]], **variables: Any) -> str:

@@ -307,6 +307,19 @@ def property_kinds(schema: Any) -> dict[str, frozenset[str]]:
     return kinds
 
 
+def kinds_at(schema: Any, path: Iterable[str | None]) -> frozenset[str]:
+    """The types that the value at `path` (names of properties, None for items) may have; none: they are not known."""
+    parts = Subschemas(schema, lambda _where, _problem: None)
+    found = [schema]
+    with suppress(Refused, RecursionError, ValueError):
+        for step in path:
+            flat = [one for part in found for one in parts.flat(part, "")]
+            inner = [one.get("items") if step is None else properties(one, "").get(step) for one in flat]
+            found = [one for one in inner if one is not None]
+        return frozenset(kind for part in found for one in parts.flat(part, "") for kind in _kinds(one))
+    return frozenset()
+
+
 def _kinds(schema: Schema) -> list[str]:
     if "type" in schema:
         return list(schema["type"])

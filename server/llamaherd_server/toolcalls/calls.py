@@ -5,12 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from llamaherd_server.grammar.subschemas import is_of, property_kinds
+from llamaherd_server.grammar.subschemas import is_of
 from llamaherd_server.toolcalls.reply import Malformed, Source, Writer
 from llamaherd_server.toolcalls.surrogates import without_halves
 
@@ -70,9 +69,15 @@ def named_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, No
     yield from _stream(source, writer, head.partition("[CALL_ID]")[0].strip())
 
 
-def call_before(source: Source, writer: Writer, marker: str) -> Generator[None, None, None]:
-    """A name, the marker, and the arguments as JSON."""
-    name = (yield from before(source, marker)).strip()
+def call_before(
+    source: Source, writer: Writer, markers: Sequence[str], known: Container[str] | None = None
+) -> Generator[None, None, None]:
+    """A name, one that is `known`, the markers with anything between them, and the arguments as JSON."""
+    name = (yield from before(source, markers[0])).strip()
+    if len(name.split()) > 1 or (known is not None and name not in known):
+        raise Malformed
+    for marker in markers[1:]:
+        yield from before(source, marker)
     yield from _stream(source, writer, name)
 
 
@@ -94,93 +99,37 @@ def kimi_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, Non
     yield from _stream(source, writer, head.removeprefix("functions.").rpartition(":")[0])
 
 
-@dataclass(frozen=True, slots=True)
-class Elements:
-    """Calls as elements of text: what stands before and behind a function's name and a parameter's, and behind each.
+# A string to the quote that a bracket, a comma or a colon follows; there may be anything else in it.
+_BARE_STRING = re.compile(r"""(['"])(.*?)(?<!\\)\1(?=\s*[])},:])""", re.DOTALL)
 
-    `padding` is around values; `typed`: a parameter says whether it is a string.
-    """
 
-    call: tuple[str, str]
-    call_end: str
-    parameter: tuple[str, str]
-    parameter_end: str
-    padding: str = ""
-    typed: bool = False
-
-    def body(self, source: Source, writer: Writer, schemas: Schemas) -> Generator[None, None, None]:
-        """One call, or several."""
-        yield from source.expect(self.call[0])
-        while True:
-            yield from self.call_one(source, writer, schemas)
-            source.mark()  # what is told already is not content, whatever comes
-            yield from source.spaces()
-            if not (yield from source.literal(self.call[0])):
-                return
-
-    def call_one(self, source: Source, writer: Writer, schemas: Schemas) -> Generator[None, None, None]:
-        name = yield from before(source, self.call[1].rstrip())
-        kinds = property_kinds(schemas.get(name))
-        writer.begin_call(name)
-        separator = "{"
-        while True:
-            yield from source.spaces()
-            if (yield from source.literal(self.call_end.rstrip())):
-                break
-            yield from source.expect(self.parameter[0])
-            behind, *more = self.parameter[1].split()
-            key = yield from before(source, behind)
-            for mark in more:
-                yield from source.expect(mark)
-            of_key = kinds.get(key)
-            if self.typed and (yield from before(source, '">')) == "true":
-                of_key = frozenset(("string",))
-            value = yield from before(source, self.parameter_end.strip())
-            value = value.removeprefix(self.padding).removesuffix(self.padding)
-            writer.arguments(f"{separator}{_json(key)}: {_typed(value, of_key)}")
-            separator = ", "
-        writer.arguments("}" if separator == ", " else "{}")
+def _as_literal(found: re.Match[str]) -> str:
+    """What stands in quotes without being escaped, as a literal."""
+    with suppress(SyntaxError, ValueError):
+        return repr(ast.literal_eval(found[0]))
+    return repr(found[2])
 
 
 def keyword_calls(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
     """LFM2's `[name(key=value, …), …]`, in Python's words."""
-    text = yield from before(source, "<|tool_call_end|>")
+    text = (yield from before(source, "<|tool_call_end|>")).strip()
     try:
-        parsed = ast.parse(text.strip(), mode="eval").body
+        try:
+            parsed = ast.parse(text, mode="eval").body
+        except SyntaxError:
+            parsed = ast.parse(_BARE_STRING.sub(_as_literal, text), mode="eval").body
         calls = [_keyword_call(one) for one in (parsed.elts if isinstance(parsed, ast.List) else [parsed])]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise Malformed from None
     for name, arguments in calls:
         writer.begin_call(name)
-        writer.arguments(_json(arguments))
-
-
-def glm_call(source: Source, writer: Writer, schemas: Schemas) -> Generator[None, None, None]:
-    """`name<arg_key>key</arg_key><arg_value>value</arg_value>…`."""
-    head: list[str] = []
-    mark = yield from source.until(("<arg_key>", "</tool_call>"), head.append)
-    name = "".join(head).strip()
-    if mark is None or not name:
-        raise Malformed
-    kinds = property_kinds(schemas.get(name))
-    writer.begin_call(name)
-    separator = "{"
-    another = mark == "<arg_key>"
-    while another:
-        key = yield from before(source, "</arg_key>")
-        yield from source.expect("<arg_value>")
-        value = yield from before(source, "</arg_value>")
-        writer.arguments(f"{separator}{_json(key)}: {_typed(value, kinds.get(key))}")
-        separator = ", "
-        yield from source.spaces()
-        another = yield from source.literal("<arg_key>")
-    writer.arguments("}" if separator == ", " else "{}")
+        writer.arguments(json_text(arguments))
 
 
 def written_keywords(calls: Calls) -> str:
     """What `keyword_calls` reads."""
     pairs = [
-        (name, ", ".join(f"{key}={_json(value)}" for key, value in _mapping(arguments).items()))
+        (name, ", ".join(f"{key}={json_text(value)}" for key, value in _mapping(arguments).items()))
         for name, arguments in calls
     ]
     return f"<|tool_call_start|>[{', '.join(f'{name}({text})' for name, text in pairs)}]<|tool_call_end|>"
@@ -188,7 +137,7 @@ def written_keywords(calls: Calls) -> str:
 
 def written_list(calls: Calls) -> str:
     """Granite's list of JSON objects."""
-    return f"<|tool_call|>{_json([{'name': name, 'arguments': arguments} for name, arguments in calls])}"
+    return f"<|tool_call|>{json_text([{'name': name, 'arguments': arguments} for name, arguments in calls])}"
 
 
 def _mapping(arguments: Any) -> dict[str, Any]:
@@ -233,7 +182,7 @@ def gemma_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, No
     except (StopIteration, ValueError, RecursionError):
         raise Malformed from None
     writer.begin_call(name.strip())
-    writer.arguments(_json(arguments))
+    writer.arguments(json_text(arguments))
 
 
 def _gemma_value(tokens: Iterator[tuple[str, str]]) -> Any:
@@ -275,6 +224,8 @@ def _stream(source: Source, writer: Writer, name: str) -> Generator[None, None, 
         raise Malformed
     if source.rest[0] != "{":  # a quoted object, or null
         given = _unquoted((yield from _text(source))) or "{}"
+        if not given.lstrip().startswith("{"):
+            raise Malformed
         writer.begin_call(name)
         writer.arguments(given)
         return True
@@ -309,7 +260,7 @@ def _unquoted(text: str) -> str:
     return "" if text.strip() == "null" else text
 
 
-def _typed(value: str, kinds: frozenset[str] | None) -> str:
+def typed(value: str, kinds: frozenset[str] | None) -> str:
     """A parameter's text as JSON: as JSON where it is that, and of a type that is allowed; else as a string.
 
     Where no string is allowed it may be Python's, as templates that print mappings by themselves have it.
@@ -318,11 +269,11 @@ def _typed(value: str, kinds: frozenset[str] | None) -> str:
         with suppress(Malformed, RecursionError):
             found = _loads(value)
             if not kinds or "string" not in kinds or any(is_of(found, kind) for kind in kinds):
-                return _json(found)
+                return json_text(found)
     if kinds and "string" not in kinds:
         with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            return _json(ast.literal_eval(value.strip()))
-    return _json(value)
+            return json_text(ast.literal_eval(value.strip()))
+    return json_text(value)
 
 
 def _loads(text: str) -> Any:
@@ -332,5 +283,5 @@ def _loads(text: str) -> Any:
         raise Malformed from None
 
 
-def _json(value: Any) -> str:
+def json_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)

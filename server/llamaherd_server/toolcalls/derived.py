@@ -8,50 +8,58 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Generator
-from functools import lru_cache
-from itertools import takewhile
-from typing import Any, Literal, TypeAlias
+from collections.abc import Generator
+from functools import lru_cache, reduce
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from llamaherd_server.grammar.gbnf import literal
 from llamaherd_server.toolcalls import calls
-from llamaherd_server.toolcalls.calls import Elements, Schemas
+from llamaherd_server.toolcalls.calls import Schemas
+from llamaherd_server.toolcalls.elements import Elements
 from llamaherd_server.toolcalls.formats import Format
+from llamaherd_server.toolcalls.marks import ID, KEY, MARK, NAME, NUMBER, UNIT, units
 from llamaherd_server.toolcalls.reader import Reader
 from llamaherd_server.toolcalls.reply import Malformed, Source, Writer
+from llamaherd_server.toolcalls.turns import (
+    CALLS,
+    IDS,
+    QUESTION,
+    RESULT,
+    TOOLS,
+    USER,
+    Print,
+    Turn,
+    around_answer,
+    behind,
+    common,
+    to_mark,
+    without_begin,
+)
 
-Print: TypeAlias = Callable[[list[dict[str, Any]], list[dict[str, Any]]], str]
-"""From messages and tools to a prompt."""
-
-_ID = "\0"  # a call's id in what is printed
-_ID_RULE = "[a-zA-Z0-9]{9}"
-_MARK = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")
+_ID_RULE, _NUMBER_RULE = "[a-zA-Z0-9]{9}", "[0-9]{1,3}"
+_START = re.compile(rf"{UNIT.pattern}|[<{{\[]")
 _OBJECT = re.compile(r'\{[^{}]*"(tool_)?name": ?"\Z')
-_QUESTION, _ANSWER, _RESULT, _MORE = "the-question", "the-answer", "the-result", "the-next"
-_IDS = ("callN0001", "callN0002")
-_CALLS: list[tuple[str, dict[str, str]]] = [
-    ("first_name", {"first_key": "first-value", "other_key": "other-value"}),
-    ("other_name", {"first_key": "third-value", "other_key": "last-value"}),
-]
-_TEXT: dict[str, Any] = {"type": "string", "description": "A text"}
-_TOOLS: list[dict[str, Any]] = [
-    {
-        "type": "function",
-        "function": {
-            "name": name,
-            "description": "A tool",
-            "parameters": {"type": "object", "properties": dict.fromkeys(arguments, _TEXT), "required": [*arguments]},
-        },
-    }
-    for name, arguments in _CALLS
-]
+_LATER = re.compile(rf"{UNIT.pattern}|[^<>\[\]\n]+(?:{MARK.pattern})")  # words before a mark are more than it
+# A value of each type, and what may be its text.
+_VALUES: dict[str, tuple[Any, str]] = {
+    "string": ("a-text", "a-text"),
+    "number": (17, "17"),
+    "boolean": (True, "[Tt]rue"),
+    "null": (None, "null|None"),
+    "array": ([18], r"\[18\]"),
+    "object": ({"in": 19}, r"\{.in.: ?19\}"),
+}
 
 
 class Shape(msgspec.Struct, frozen=True):
     """What is printed before the first call, before and behind each name, behind each call's arguments, between calls
-    (None: there is one call only) and after the last; of elements, around a parameter's name and behind its value."""
+    (None: there is one call only) and after the last; of elements, around a parameter's name and behind its value.
+
+    `opens` is what a reader looks for, `skipped` what of the first text stands before it, `prompted` what the prompt
+    has of that already; the others: see Elements.
+    """
 
     kind: Literal["object", "named", "elements"]
     wrap: str
@@ -62,6 +70,13 @@ class Shape(msgspec.Struct, frozen=True):
     unwrap: str
     parameter: tuple[str, str] = ("", "")
     parameter_end: str = ""
+    opens: str = ""
+    skipped: tuple[str, ...] = ()
+    prompted: str = ""
+    types: tuple[tuple[str, str], ...] = ()
+    typed: str = ""
+    item: str = ""
+    quotes: tuple[str, str] = ("", "")
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -69,42 +84,42 @@ class Shape(msgspec.Struct, frozen=True):
         return (*around, *self.parameter, self.parameter_end)
 
 
-def shape_of(printed: Print) -> Shape | None:
+def shape_of(printed: Print, turn: Turn) -> Shape | None:
     """What is around the calls of a template that is rendered by `printed`; None where that does not read them back."""
     try:
-        shape, turn = _around(printed)
-        message = Reader(form_of(shape), None, False, {}).whole(turn)
+        shape, text = _around(printed, turn)
+        form = form_of(shape)
+        schemas: dict[str, object] = {name: {} for name, _ in CALLS}
+        reader = Reader(form, turn.thinking, False, schemas, True, (*turn.skipped, *shape.skipped), shape.prompted)
+        message = reader.whole(text)
         read = [(one.name, json.loads(one.arguments)) for one in message.calls]
     except (ValueError, Malformed):
         return None
-    wanted = _CALLS[:1] if shape.between is None else _CALLS
-    return shape if read == wanted and not message.content else None
+    wanted = CALLS[:1] if shape.between is None else CALLS
+    return shape if read == wanted and not message.content.strip() else None
 
 
 @lru_cache(maxsize=16)
 def form_of(shape: Shape) -> Format:
     """Raises ValueError where nothing tells a call from a text."""
-    before = (shape.wrap + shape.opening).lstrip()
-    if shape.kind == "object":
-        before = before.partition("{")[0]
-    mark = _MARK.match(before)
-    opens = mark[0] if mark else before.partition(_ID)[0].strip()
-    if not opens or not (shape.middle.strip() or shape.kind == "object"):
+    if not shape.opens or not (shape.middle.strip(" ") or shape.kind == "object"):
         raise ValueError("nothing stands before a call, or behind its name")
+    before = shape.wrap + shape.opening
+    body = _Body(shape, "" if shape.prompted else before[before.index(shape.opens) + len(shape.opens) :])
     return Format(
         name="derived",
         signs=(),
-        opens=opens,
+        opens=shape.opens,
         closes=shape.unwrap.strip(),
-        body=_Body(shape, before.removeprefix(opens)).read,
+        body=body.read,
         call_rule=lambda name, arguments: " ".join(
-            (_rule(shape.opening), literal(name), _rule(shape.middle), arguments, _rule(shape.closing))
+            (_rule(shape.opening, name), literal(name), _rule(shape.middle), arguments, _rule(shape.closing))
         ),
         joined=None if shape.between is None else _rule(shape.between),
-        before=_rule(shape.wrap),
+        before=_wrap_rule(shape),
         after=_rule(shape.unwrap),
-        elements=Elements(("", ""), "", shape.parameter, shape.parameter_end) if shape.kind == "elements" else None,
-        tokens=tuple(dict.fromkeys(mark for text in shape.texts for mark in _MARK.findall(text))),
+        elements=body.elements if shape.kind == "elements" else None,
+        tokens=tuple(dict.fromkeys(mark for text in shape.texts for mark in MARK.findall(text))),
     )
 
 
@@ -113,20 +128,22 @@ class _Body:
 
     def __init__(self, shape: Shape, rest: str) -> None:
         self._shape = shape
-        self._rest = rest
+        self._rest = rest.partition("{")[0] if shape.kind == "object" else rest
         opening = shape.opening.partition("{")[0] if shape.kind == "object" else shape.opening
-        self._lead = re.split(rf"[\s{_ID}]", opening.lstrip())[0] or "{"
+        self._lead = re.split(rf"[\s{ID}{NUMBER}]", opening.lstrip())[0] or "{"
         self._tail = opening.lstrip().removeprefix(self._lead)
         closing = shape.closing.split()
         padding = "\n" if shape.parameter[1].endswith("\n") and shape.parameter_end.startswith("\n") else ""
-        around = (shape.parameter, shape.parameter_end, padding)
-        self._elements = Elements(("", shape.middle), "".join(closing[:1]), *around)
+        around = (shape.parameter, shape.parameter_end, padding, shape.types, shape.typed, shape.item, shape.quotes)
+        self.elements = Elements(("", shape.middle), "".join(closing[:1]), *around)
 
     def read(self, source: Source, writer: Writer, schemas: Schemas) -> Generator[None, None, None]:
         yield from _static(source, self._rest)
         while True:
             yield from self._call(source, writer, schemas)
             source.mark()  # what has been passed on is not content, whatever comes
+            if NAME in self._shape.opening or self._shape.prompted:  # each is opened for itself
+                return
             yield from source.spaces()
             if between := (self._shape.between or "").strip():
                 yield from source.literal(between)
@@ -144,111 +161,198 @@ class _Body:
             yield from calls.json_call(source, writer, schemas)
             closing = closing.partition("}")[2]
         elif shape.kind == "named":
-            yield from calls.call_before(source, writer, shape.middle.strip())
+            marks = [mark.strip() or mark for mark in re.split(f"[{ID}{NUMBER}]", shape.middle)]
+            known = None if MARK.search(shape.opens) else schemas  # a text may have what is no mark
+            yield from calls.call_before(source, writer, marks, known)
         else:
-            yield from self._elements.call_one(source, writer, schemas)
-            closing = closing.partition(self._elements.call_end)[2]
+            yield from self.elements.call_one(source, writer, schemas)
+            closing = closing.partition(self.elements.call_end)[2]
         yield from _static(source, closing)
 
 
 def _static(source: Source, text: str) -> Generator[None, None, None]:
     for word in text.split():
-        before, is_id, behind = word.partition(_ID)
+        before, *others = re.split(f"[{ID}{NUMBER}]", word)
         yield from source.expect(before)
-        if is_id:
-            yield from calls.before(source, behind)
+        for one in others:
+            yield from calls.before(source, one)
 
 
-def _rule(text: str) -> str:
-    return f" {_ID_RULE} ".join(map(literal, text.split(_ID)))
+def _rule(text: str, name: str = "") -> str:
+    rules = {ID: _ID_RULE, NUMBER: _NUMBER_RULE}
+    parts = re.split(f"([{ID}{NUMBER}])", text.replace(NAME, name))
+    return " ".join(rules.get(part) or literal(part) for part in parts if part) or '""'
 
 
-def _around(printed: Print) -> tuple[Shape, str]:
-    """The shape, and the assistant's turn with calls that it is from. Raises ValueError where there is none."""
-    user = {"role": "user", "content": _QUESTION}
-    made: list[dict[str, Any]] = [
+def _wrap_rule(shape: Shape) -> str:
+    """What stands before the first call; marks before the one that opens calls may be in the prompt already."""
+    lead, opens, rest = shape.wrap.partition(shape.opens)
+    if not opens or "".join(units(lead)) != lead:
+        return _rule(shape.wrap)
+    return " ".join((*(f"({literal(unit)})?" for unit in units(lead)), _rule(opens + rest)))
+
+
+def _around(printed: Print, turn: Turn) -> tuple[Shape, str]:
+    """The shape, and the calls of an assistant's turn that it is from. Raises ValueError where there is none."""
+    begin, lead, end = around_answer(printed)
+    text = without_begin(_called(printed, *CALLS), begin)
+    for mark in turn.thinking or ("<think>", "</think>"):
+        text = text.lstrip().removeprefix(mark) if text.lstrip().startswith(mark) else text
+
+    first = _call_in(text, 0, *CALLS[0])
+    before, over, prompted = text[: first.at].replace(CALLS[0][0], NAME), first.over, ""
+    between: str | None = None
+    if (second_at := text.find(CALLS[1][0], over)) < 0:
+        wrap, opening, middle, unwrap = "", before, first.middle, ""
+        closing = _until(text[over:], end)
+    else:
+        second = _call_in(text, second_at, *CALLS[1])
+        middle = _with_number(first.middle, second.middle)
+        last_key = [*CALLS[0][1]][-1]
+        gap, tail = (one.replace(last_key, KEY) for one in (text[over : second.at], text[second.over :]))
+        gap = gap.replace(CALLS[1][0], NAME)
+        if turn.prompted and not before and gap.endswith(turn.prompted):
+            prompted = turn.prompted
+        opening = _common_end(before, gap) if gap.endswith(before) else _from_mark(before, gap)
+        wrap, gap = before[: len(before) - len(opening)], gap[: len(gap) - len(opening)]
+        closing = to_mark(common(gap.removesuffix(prompted), tail))
+        between, unwrap, over = gap[len(closing) :], _until(tail[len(closing) :], end), second.over
+    kind = "object" if _OBJECT.search(opening) and middle.startswith('"') else first.kind
+    closing = closing.removeprefix(first.parameter_end)
+    opens, skipped = _opens(wrap + opening, kind, begin + lead + end, turn)
+    if skipped and between:
+        skipped = (*skipped, between.strip())
+    around = (first.parameter, first.parameter_end, prompted or opens, skipped, prompted)
+    shape = Shape(kind, wrap, opening, middle, closing, between, unwrap, *around)
+    if any(one in part for name, arguments in CALLS for one in (name, *arguments) for part in shape.texts):
+        raise ValueError("a name stands in more than one place")
+    if kind == "elements":
+        shape = _quoted(printed, _typed(printed, shape))
+    return shape, text[:over] + first.parameter_end.replace(KEY, [*CALLS[-1][1]][-1]) + closing + unwrap
+
+
+def _called(printed: Print, *made: tuple[str, dict[str, Any]]) -> str:
+    """A turn with these calls, from the prompt before it to the first result."""
+    calls_ = [
         {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-        for call_id, (name, arguments) in zip(_IDS, _CALLS, strict=True)
+        for call_id, (name, arguments) in zip(IDS, made, strict=False)
     ]
     results = [
-        {"role": "tool", "tool_call_id": one["id"], "name": one["function"]["name"], "content": _RESULT} for one in made
+        {"role": "tool", "tool_call_id": call_id, "name": name, "content": RESULT}
+        for call_id, (name, _) in zip(IDS, made, strict=False)
     ]
-    turn = printed([user, {"role": "assistant", "content": "", "tool_calls": made}, *results], _TOOLS)
-    turn = turn[turn.rindex(_QUESTION) + len(_QUESTION) :].partition(_RESULT)[0]
-    for call_id in _IDS:
-        turn = turn.replace(call_id, _ID)
-    said = [user, {"role": "assistant", "content": _ANSWER}, {**user, "content": _MORE}]
-    end = printed(said, []).partition(_ANSWER)[2].partition(_MORE)[0]
-    begin = printed([user], []).partition(_QUESTION)[2]
-    turn = turn[len(begin if turn.startswith(begin) else _to_mark(_common(turn, begin))) :]
-    turn = re.sub(r"\A\s*(<think>)?\s*</think>\s*", "", turn)
+    asked = {"role": "assistant", "content": "", "tool_calls": calls_}
+    text = behind(printed([USER, asked, *results], TOOLS), QUESTION).partition(RESULT)[0]
+    for call_id in IDS:
+        text = text.replace(call_id, ID)
+    return text
+
+
+class _Call(NamedTuple):
+    """Its kind, where its name is, what is behind that, around parameters and behind them, and where it is over."""
 
     kind: Literal["object", "named", "elements"]
-    kind, name_at, middle, parameter, parameter_end, over = _call_in(turn, 0, *_CALLS[0])
-    before = turn[:name_at]
-    if (second := turn.find(_CALLS[1][0], over)) < 0:
-        wrap, opening, between, unwrap = "", before, None, ""
-        closing = _until(turn[over:], end)
-    else:
-        last = _call_in(turn, over, *_CALLS[1])[-1]
-        gap, tail = turn[over:second], turn[last:]
-        opening = _from_mark(_common_end(before, gap))
-        wrap, gap = before[: len(before) - len(opening)], gap[: len(gap) - len(opening)]
-        closing = _to_mark(_common(gap, tail))
-        between, unwrap, over = gap[len(closing) :], _until(tail[len(closing) :], end), last
-    if _OBJECT.search(opening) and middle.startswith('"'):
-        kind = "object"
-    closing = closing.removeprefix(parameter_end)
-    shape = Shape(kind, wrap, opening, middle, closing, between, unwrap, parameter, parameter_end)
-    if any(text in part for name, arguments in _CALLS for text in (name, *arguments) for part in shape.texts):
-        raise ValueError("a name stands in more than one place")
-    return shape, turn[:over] + parameter_end + closing + unwrap
+    at: int
+    middle: str
+    parameter: tuple[str, str]
+    parameter_end: str
+    over: int
 
 
-def _call_in(
-    turn: str, start: int, name: str, arguments: dict[str, str]
-) -> tuple[Literal["named", "elements"], int, str, tuple[str, str], str, int]:
-    """Its kind, where its name is, what is behind that, around parameters and behind them, and where it is over."""
-    at = turn.index(name, start)
-    behind = at + len(name)
-    for brace in [found.start() for found in re.finditer("{", turn[behind:])]:
+def _call_in(turn: str, start: int, name: str, arguments: dict[str, str]) -> _Call:
+    keys = [*arguments]
+    at = turn.rindex(name, start, turn.index(keys[0], start))
+    over = at + len(name)
+    for brace in [found.start() for found in re.finditer("{", turn[over:])]:
         try:
-            found, length = json.JSONDecoder().raw_decode(turn[behind + brace :])
+            found, length = json.JSONDecoder().raw_decode(turn[over + brace :])
         except ValueError:
             continue
         if found == arguments:
-            return "named", at, turn[behind : behind + brace], ("", ""), "", behind + brace + length
+            return _Call("named", at, turn[over : over + brace], ("", ""), "", over + brace + length)
     places = []
     for text in [one for pair in arguments.items() for one in pair]:
-        places.append((turn.index(text, behind), turn.index(text, behind) + len(text)))
-        behind = places[-1][1]
+        places.append((turn.index(text, over), turn.index(text, over) + len(text)))
+        over = places[-1][1]
     head, key_end = turn[at + len(name) : places[0][0]], turn[places[0][1] : places[1][0]]
-    gap = turn[places[1][1] : places[2][0]]
-    start_of = _from_mark(_common_end(head, gap))
+    gap = turn[places[1][1] : places[2][0]].replace(keys[0], KEY)
+    start_of = _from_mark(head, gap)
     parameter_end = gap[: len(gap) - len(start_of)]
-    return "elements", at, head[: len(head) - len(start_of)], (start_of, key_end), parameter_end, behind
+    return _Call("elements", at, head[: len(head) - len(start_of)], (start_of, key_end), parameter_end, over)
+
+
+def _opens(before: str, kind: str, plain: str, turn: Turn) -> tuple[str, tuple[str, ...]]:
+    """The first marker that is in no turn without calls, and what stands before it. Raises ValueError."""
+    known = (plain, *(turn.thinking or ()), turn.resumed)
+    shown = before.partition("{")[0] if kind == "object" else before
+    at = shown.rfind(NAME) + 1
+    while unit := (_LATER if at else UNIT).match(shown, len(shown) - len(shown[at:].lstrip())):
+        mark = MARK.match(unit[0])
+        for one in (mark[0] if mark else "", unit[0]):
+            if one and not any(one in text for text in known):
+                skipped = shown[: unit.start()].strip()
+                return one, (skipped,) if NAME in skipped else tuple(units(skipped))
+        at = unit.end()
+    if NAME in before or at:
+        raise ValueError("nothing tells a call from a text")
+    return re.split(f"[{ID}{NUMBER}]", shown)[0].strip(), ()
+
+
+def _typed(printed: Print, shape: Shape) -> Shape:
+    """The shape with how parameters that are no texts are written, if in another way."""
+    begin, behind_key = shape.parameter
+    text = _called(printed, (CALLS[0][0], {f"{kind}_key": value for kind, (value, _) in _VALUES.items()}))
+    tails, item = {}, ""
+    for kind, (_, pattern) in _VALUES.items():
+        rest = text.partition(f"{begin}{kind}_key")[2].partition(shape.parameter_end.partition(KEY)[0].strip())[0]
+        found = re.search(rf"({pattern})\s*\Z", rest)
+        tails[kind] = rest[: found.start()] if found else behind_key
+        if kind == "array" and rest.startswith(behind_key + begin):
+            item = rest.removeprefix(behind_key + begin).partition(behind_key)[0]
+            tails[kind] = behind_key
+        elif kind == "object" and rest.startswith(behind_key + begin):
+            tails[kind] = behind_key
+    words = list(tails.values())
+    if len(set(words)) == 1:
+        return msgspec.structs.replace(shape, item=item)
+    head, end = re.sub(r"\w+\Z", "", reduce(common, words)), re.sub(r"\A\w+", "", reduce(_common_end, words))
+    if not head or not end:
+        raise ValueError("nothing tells a parameter's type from its name")
+    types = tuple((kind, tail[len(head) : -len(end)]) for kind, tail in tails.items())
+    return msgspec.structs.replace(shape, parameter=(begin, head), types=types, typed=end, item=item)
+
+
+def _quoted(printed: Print, shape: Shape) -> Shape:
+    """The shape with what is around a text that has markup in it, if there is anything."""
+    value = "a <b> & c"
+    rest = _called(printed, (CALLS[0][0], {"text_key": value})).partition(f"{shape.parameter[0]}text_key")[2]
+    for part in (*shape.parameter[1:], dict(shape.types).get("string", ""), shape.typed):
+        rest = rest.removeprefix(part)
+    left, there, rest = rest.partition(value)
+    right = rest.partition(shape.parameter_end.partition(KEY)[0])[0]
+    return msgspec.structs.replace(shape, quotes=(left, right)) if there and left.strip() and right.strip() else shape
+
+
+def _with_number(one: str, other: str) -> str:
+    """The text where both are it, but for a number that counts calls."""
+    counted = re.sub(r"\d+", NUMBER, one)
+    return counted if one != other and counted == re.sub(r"\d+", NUMBER, other) else one
 
 
 def _until(text: str, end: str) -> str:
     """The text as far as it is not how a turn ends."""
+    if unit := next((unit for unit in UNIT.finditer(text) if unit[0] in units(end)), None):
+        return text[: unit.start()]
     length = next((length for length in range(len(end), 0, -1) if end[:length] in text), 0)
     return text[: text.index(end[:length])] if length else text
 
 
-def _common(one: str, other: str) -> str:
-    return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
 def _common_end(one: str, other: str) -> str:
-    return _common(one[::-1], other[::-1])[::-1]
+    return common(one[::-1], other[::-1])[::-1]
 
 
-def _from_mark(text: str) -> str:
-    """Without the end of another mark."""
-    found = re.search(r"[<{\[]", text)
-    return text[found.start() :] if found else ""
-
-
-def _to_mark(text: str) -> str:
-    """Without the beginning of another mark."""
-    return text[: max(text.rfind(end) for end in ">]}\n") + 1]
+def _from_mark(one: str, other: str) -> str:
+    """What both end with, from where a mark or a bracket begins in both."""
+    starts = [{len(text) - found.start() for found in _START.finditer(text)} for text in (one, other)]
+    length = max((at for at in starts[0] & starts[1] if one[-at:] == other[-at:]), default=0)
+    return one[len(one) - length :]

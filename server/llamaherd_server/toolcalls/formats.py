@@ -13,11 +13,13 @@ from typing import TypeAlias
 
 from llamaherd_server.grammar.gbnf import literal
 from llamaherd_server.toolcalls import calls
-from llamaherd_server.toolcalls.calls import Body, Elements
+from llamaherd_server.toolcalls.calls import Body
+from llamaherd_server.toolcalls.elements import Elements, glm_call
 
 THINKING = (
     *(("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought\n", "<channel|>")),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
 )
 HARMONY_THINKING = ("<|channel|>analysis<|message|>", "<|end|>")
 # A rule for one call of a tool: its name and the name of the rule of its arguments.
@@ -89,7 +91,8 @@ _DSML = Elements(
     "</｜DSML｜invoke>\n",
     ('<｜DSML｜parameter name="', '" string="'),
     "</｜DSML｜parameter>\n",
-    typed=True,
+    types=(("string", "true"), ("", "false")),
+    typed='">',
 )
 
 
@@ -152,7 +155,7 @@ def _glm(name: str, gap: str, *signs: str) -> Format:
         signs=("<tool_call>", "<arg_key>", *signs),
         opens="<tool_call>",
         closes="</tool_call>",
-        body=calls.glm_call,
+        body=glm_call,
         call_rule=lambda name, arguments: f'"<tool_call>" {_element_rule(elements, name, arguments)} "</tool_call>"',
         joined=literal(gap),
         elements=elements,

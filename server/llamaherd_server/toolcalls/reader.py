@@ -7,29 +7,48 @@ from dataclasses import dataclass
 
 from llamaherd_server.toolcalls.calls import Schemas
 from llamaherd_server.toolcalls.formats import HARMONY, Format
+from llamaherd_server.toolcalls.marks import NAME, control_tokens
 from llamaherd_server.toolcalls.reply import Malformed, Message, Parser, Source, Writer
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """What a reply is read with. `form` None: there are no tools; `thinks`: the prompt ends within reasoning."""
+    """What a reply is read with. `form` None: there are no tools; `thinks`: the prompt ends within reasoning.
+
+    `skipped`, `prompted`, `resumed`: see Turn.
+    """
 
     form: Format | None
     thinking: tuple[str, str] | None
     thinks: bool
     schemas: Mapping[str, object]
     parallel: bool = True
+    skipped: tuple[str, ...] = ()
+    prompted: str = ""
+    resumed: str = ""
 
     @property
     def preserved(self) -> list[str]:
         """The control tokens that the engine must not hide."""
-        marks = [mark.removesuffix("thought\n") for mark in self.thinking or ()]
-        return [*(self.form.preserved if self.form else ()), *marks]
+        marks = (*(self.form.preserved if self.form else ()), *(self.thinking or ()), *self._skipped)
+        return list(dict.fromkeys(token for mark in marks for token in control_tokens(mark)))
+
+    @property
+    def around(self) -> tuple[str, str, str]:
+        """What the prompt has of a marker, what follows reasoning, and what else begins a text."""
+        said = self.skipped[0].removeprefix(self.prompted) if self.prompted and self.skipped else ""
+        return self.prompted, self.resumed, said
+
+    @property
+    def _skipped(self) -> tuple[str, ...]:
+        """The form's and the turn's, those with a tool's name for each."""
+        texts = (*(self.form.skipped if self.form else ()), *self.skipped)
+        return tuple(one.replace(NAME, name) for one in texts for name in (self.schemas if NAME in one else ("",)))
 
     @property
     def plain(self) -> bool:
         """Whether a reply is nothing but its text."""
-        return self.form is None and self.thinking is None
+        return self.form is None and self.thinking is None and not self.skipped
 
     def whole(self, text: str) -> Message:
         """A whole reply."""
@@ -60,7 +79,9 @@ class Reader:
             yield from source.spaces()
             if source.rest.startswith("{"):
                 yield from _call(source, writer, form, self.schemas, "")
-        marks = tuple(filter(None, (begin, *((form.opens, *form.skipped) if form else ()))))
+        marks = tuple(filter(None, (begin, form.opens if form else "", *self._skipped)))
+        if self.prompted:
+            yield from self._begun(source, writer, marks)
         while (mark := (yield from source.until(marks, writer.content))) is not None:
             if mark == begin:
                 writer.edge()
@@ -68,6 +89,15 @@ class Reader:
                 writer.edge()
             elif form and mark == form.opens:
                 yield from _call(source, writer, form, self.schemas, mark)
+
+    def _begun(self, source: Source, writer: Writer, marks: tuple[str, ...]) -> Generator[None, None, None]:
+        """Take the rest of the marker that the prompt ends with the beginning of."""
+        for mark in marks:
+            rest = mark.removeprefix(self.prompted) if mark.startswith(self.prompted) else ""
+            if rest and (yield from source.literal(rest)):
+                return
+        if self.form and self.form.opens == self.prompted:
+            yield from _call(source, writer, self.form, self.schemas, "")
 
 
 def _call(source: Source, writer: Writer, form: Format, schemas: Schemas, opened: str) -> Generator[None, None, None]:

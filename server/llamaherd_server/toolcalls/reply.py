@@ -160,6 +160,9 @@ class Source:
                 at, _, marker = min(found)
                 if at:
                     emit(self._take(at))
+                if not self.ended and any(one != self.rest and one.startswith(self.rest) for one in markers):
+                    yield  # a longer one may be on its way
+                    continue
                 self._take(len(marker))
                 return marker
             keep = 0 if self.ended else max((overlap(self.rest, marker) for marker in markers), default=0)

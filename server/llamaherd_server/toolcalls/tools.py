@@ -14,9 +14,10 @@ from llamaherd_server.grammar.gbnf import literal, without
 from llamaherd_server.grammar.schema import arguments_rules, bare_rules, grammar_of, schema_rules
 from llamaherd_server.grammar.subschemas import property_kinds
 from llamaherd_server.sandbox.pool import Sandbox, SandboxError
-from llamaherd_server.toolcalls.calls import Elements
 from llamaherd_server.toolcalls.derived import Shape, form_of
+from llamaherd_server.toolcalls.elements import Elements
 from llamaherd_server.toolcalls.formats import FORMATS, HARMONY, Format, Keywords
+from llamaherd_server.toolcalls.marks import KEY
 from llamaherd_server.toolcalls.reader import Reader
 
 # For the conversion of schemas: the largest of zod's and pydantic's takes 0.3 s. Beside it there is the grammar's own.
@@ -66,13 +67,16 @@ class AnswerSchema(msgspec.Struct):
 
 
 class Reply(msgspec.Struct):
-    """What a reply must look like. `form`: a format's name, or its shape; `thinking`, `thinks`: as of its Reader."""
+    """What a reply must look like. `form`: a format's name, or its shape; the others: as of its Reader."""
 
     form: str | Shape | None
     thinking: tuple[str, str] | None
     thinks: bool
     choice: Choice
     answer: AnswerSchema | None
+    prompted: str = ""
+    resumed: str = ""
+    said: str = ""
 
 
 async def reply_grammar(
@@ -90,7 +94,7 @@ async def reply_grammar(
         return None
     form = shape or (reader.form.name if reader.form else None)
     try:
-        wanted = Reply(form, reader.thinking, reader.thinks, choice, answer)
+        wanted = Reply(form, reader.thinking, reader.thinks, choice, answer, *reader.around)
         return await sandbox.in_child(grammar_of_reply, wanted, _CPU_S, _PATIENCE)
     except SandboxError as error:
         param = answer.field if answer else "tools"
@@ -112,10 +116,12 @@ def grammar_of_reply(reply: Reply) -> str | None:
     if not roots and answer is None:
         return None
     if not choice.must:
-        final = '"<|channel|>final<|message|>" ' if form is HARMONY else ""
+        final = '"<|channel|>final<|message|>" ' if form is HARMONY else f"{literal(reply.said)} " if reply.said else ""
+        later = f"({literal(reply.prompted)} calls)?" if reply.prompted else "calls?"
         if answer is None and form:
             rules |= without("answer", (form.opens, *form.skipped[:1]), not_first="{" if form.bare else "")
-            roots.append(f"{final}answer" if form is HARMONY or form.joined is None else "answer calls?")
+            alone = form is HARMONY or form.joined is None
+            roots.append(f"{final}answer" if alone else f"{final}answer {later}")
         elif answer is not None:
             rules |= schema_rules(answer.json_schema, answer.field, "answer", strict=answer.strict)
             roots.append(f"{final}answer")
@@ -140,7 +146,8 @@ def _after_thinking(form: Format | None, reply: Reply, rules: dict[str, str]) ->
         markers: tuple[str, ...] = ("<|end|>",)
     elif reply.thinking is not None:
         begin, end = reply.thinking
-        thought = f"thought {literal(end)} [ \\n]{{0,4}}"
+        again = f"({literal(reply.resumed)})?" if reply.resumed else ""
+        thought = f"thought {literal(end)} [ \\n]{{0,4}} {again}"
         if not reply.thinks:
             thought = f"({literal(begin)} {thought})?"
         markers = (end,)
@@ -159,17 +166,15 @@ def _arguments(form: Format, tool: Tool, name: str) -> dict[str, str]:
 
 
 def _elements(form: Elements, tool: Tool, name: str) -> dict[str, str]:
-    end = form.parameter_end.rstrip("\n")
-    rules, members = bare_rules(tool.schema, "tools", name, strict=tool.strict, end=end)
     kinds = property_kinds(tool.schema)
     elements = []
+    end = form.parameter_end.partition(KEY)[0].rstrip("\n")
+    rules, members = bare_rules(tool.schema, "tools", name, strict=tool.strict, end=end)
     for key, value, required in members:
         head = literal(key.join(form.parameter))
         if form.typed:
-            texts = "string" in kinds.get(key, ())
-            said = '"false"' if not texts else '"true"' if kinds[key] == {"string"} else '("true" | "false")'
-            head = rf'{head} {said} "\">"'
-        elements.append(f"({head} {value} {literal(form.parameter_end)}){'' if required else '?'}")
+            head = f"{head} ({' | '.join(map(literal, form.words_of(kinds.get(key))))}) {literal(form.typed)}"
+        elements.append(f"({head} {value} {literal(form.end_of(key))}){'' if required else '?'}")
     return {**rules, name: " ".join(elements) or '""'}
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from llamaherd_server.chat.adapt import Prompting, prompt_of, traits_of
 from llamaherd_server.toolcalls.derived import form_of
+from llamaherd_server.toolcalls.formats import LFM2
 from llamaherd_server.toolcalls.reader import Reader
 from llamaherd_server.toolcalls.tools import Choice, Reply, grammar_of_reply
 from tests.server.api.conftest import Serve
@@ -131,3 +132,9 @@ async def test_a_request_is_served_in_the_templates_own_format(serve: Serve, let
     assert forced.sampling.grammar
     assert lets(forced.sampling.grammar, call)
     assert "</fn>" in forced.preserved
+
+
+def test_lfm2s_texts_may_have_anything_in_quotes() -> None:
+    text = "<|tool_call_start|>[get_weather(city='it's \"West\"\n\\d, too', days=2), clock()]<|tool_call_end|>"
+    reader = Reader(LFM2, None, False, {tool.name: tool.schema for tool in (WEATHER, CLOCK)})
+    assert every_way(reader, text)[2] == [("get_weather", {"city": 'it\'s "West"\n\\d, too', "days": 2}), ("clock", {})]
