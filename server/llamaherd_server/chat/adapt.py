@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import msgspec
 
 from llamaherd_server.chat.conversations import KINDS
 from llamaherd_server.chat.jinja import Rendering, render
+from llamaherd_server.chat.plain import plain_tool
 from llamaherd_server.toolcalls.calls import Calls
 from llamaherd_server.toolcalls.derived import Shape, shape_of
 from llamaherd_server.toolcalls.formats import HARMONY, format_of, thinking_of
@@ -43,12 +45,17 @@ _FAILED = 100  # an error weighs more than all the texts that a prompt can lack
 class Traits(msgspec.Struct, frozen=True):
     """What a template cannot do by itself."""
 
+    functions_text: bool = False  # it wants the tools as a text, `functions`, and the time of day as `datetime`
+    plain_parameters: bool = False  # it wants one type and a description for each parameter
     listed_tools: bool = False  # it wants a list of tools, also where there are none
     text_arguments: bool = False  # it wants the arguments of calls as text
+    lone_thoughts: bool = False  # it prints no text beside reasoning and a call
     mapped_arguments: bool = False  # it wants them as a mapping, whatever they are
     single_calls: bool = False  # it prints one call in a turn
     one_system: bool = False  # it prints one system message only, at the beginning
+    some_user: bool = False  # it wants a message of the user's
     no_system: bool = False  # it prints none
+    called_results: bool = False  # it prints results only of calls that it has printed
     alternating: bool = False  # it wants user and assistant in turns
     user_first: bool = False  # it wants the user to begin
     parts: bool = False  # it wants contents as lists of parts
@@ -141,16 +148,31 @@ def context_of(
     template: str, messages: Messages, tools: list[dict[str, Any]], traits: Traits, variables: dict[str, Any]
 ) -> dict[str, Any]:
     """A template's variables: `variables`, and the conversation as it can print it."""
+    now = datetime.datetime.now().astimezone()
     messages = [{**one, "role": "system"} if one["role"] == "developer" else dict(one) for one in messages]
+    messages = _named_results(messages)
     if traits.foreign_tools:
         messages, tools = told(messages, tools), []
     elif traits.written_calls and (form := format_of(template)) and form.written:
         messages = [_with_calls(one, form.written) for one in messages]
+    if name := _thought_name(template):
+        messages = [{**one, name: one["reasoning_content"]} if "reasoning_content" in one else one for one in messages]
+    if traits.plain_parameters:
+        tools = [plain_tool(tool) for tool in tools]
+    if traits.functions_text:
+        functions = [tool["function"] for tool in tools]
+        variables = {"functions": json.dumps(functions, indent=4, ensure_ascii=False), **variables}
+    if isinstance(thinks := variables.get("enable_thinking"), bool):  # and by the names that other templates have
+        mode = {"thinking": thinks, "thinking_mode": "enabled" if thinks else "disabled"}
+        variables = {**mode, **({} if thinks else {"thinking_budget": 0}), **variables}
     steps: tuple[tuple[bool, Callable[[Messages], Messages]], ...] = (
+        (traits.lone_thoughts, lambda given: [_with_lone_thought(one, name) for one in given]),
         (traits.text_arguments, lambda given: _with_arguments(given, _as_text)),
         (traits.mapped_arguments, lambda given: _with_arguments(given, _as_mapping)),
         (traits.single_calls, _single_calls),
+        (traits.called_results, _called_results),
         (traits.one_system or traits.no_system, _one_system),
+        (traits.some_user, _some_user),
         (traits.no_system, _no_system),
         (traits.user_first, _user_first),
         (traits.alternating, _alternating),
@@ -160,12 +182,30 @@ def context_of(
         messages = step(messages) if wanted else messages
     return {
         "enable_thinking": True,  # as llama-server has it
-        "date_string": datetime.datetime.now().astimezone().strftime("%d %b %Y"),
+        "date_string": now.strftime("%d %b %Y"),
+        **({"datetime": now.strftime("%b %d %Y")} if traits.functions_text else {}),
         **variables,
         "messages": messages,
         "tools": tools or ([] if traits.listed_tools else None),
         "add_generation_prompt": True,
     }
+
+
+@lru_cache(maxsize=4)
+def _thought_name(template: str) -> str:
+    """The name by which the template knows reasoning, if it is not `reasoning_content`."""
+    names = () if "reasoning_content" in template else ("reasoning", "thinking", "thought")
+    of = r"""\b(?:message|msg|m)(?:\.|\[['"]|\.get\(['"])"""
+    return next((name for name in names if re.search(rf"{of}{name}\b", template)), "")
+
+
+def _with_lone_thought(message: dict[str, Any], name: str) -> dict[str, Any]:
+    """A message whose text is part of its reasoning, where there are calls beside."""
+    thought = message.get("reasoning_content")
+    if not thought or not message.get("tool_calls") or not message["content"]:
+        return message
+    thought = f"{thought}\n\n{message['content']}"
+    return {**message, "content": "", "reasoning_content": thought, **({name: thought} if name else {})}
 
 
 def _with_calls(message: dict[str, Any], written: Callable[[Calls], str]) -> dict[str, Any]:
@@ -213,7 +253,7 @@ def _single_calls(messages: Messages) -> Messages:
                 if messages[later].get("tool_call_id") == call["id"] and later not in taken
             ]
             taken += found
-            result.append({**one, "content": "" if number else one["content"], "tool_calls": [call]})
+            result.append({**(one if number == 0 else {"role": one["role"], "content": ""}), "tool_calls": [call]})
             result += [messages[later] for later in found]
     return result
 
@@ -233,15 +273,47 @@ def _no_system(messages: Messages) -> Messages:
     return _joined([{"role": "user", "content": system["content"]}, *rest[:1]]) + rest[1:]
 
 
+def _named_results(messages: Messages) -> Messages:
+    """Results with the name of their tool, which OpenAI's API has in calls only."""
+    names = {call["id"]: call["function"]["name"] for one in messages for call in one.get("tool_calls", ())}
+    return [
+        {**one, "name": name}
+        if one["role"] == "tool" and "name" not in one and (name := names.get(one["tool_call_id"]))
+        else one
+        for one in messages
+    ]
+
+
+def _some_user(messages: Messages) -> Messages:
+    return messages if any(one["role"] == "user" for one in messages) else _user_first(messages)
+
+
 def _user_first(messages: Messages) -> Messages:
     at = 1 if messages and messages[0]["role"] == "system" else 0
-    if messages[at:] and messages[at]["role"] != "user":
+    if not messages[at:] or messages[at]["role"] != "user":
         return [*messages[:at], {"role": "user", "content": ""}, *messages[at:]]
     return messages
 
 
 def _alternating(messages: Messages) -> Messages:
-    return _joined(messages)
+    """Between a call, or its result, and the user there is an answer of no text."""
+    result: Messages = []
+    for one in messages:
+        if one["role"] == "user" and result and (result[-1]["role"] == "tool" or "tool_calls" in result[-1]):
+            result.append({"role": "assistant", "content": ""})
+        result.append(one)
+    return _joined(result)
+
+
+def _called_results(messages: Messages) -> Messages:
+    """Results of calls that came before; of others, which a client may have cut off, the text as the user's."""
+    called: set[str] = set()
+    result: Messages = []
+    for one in messages:
+        called |= {call["id"] for call in one.get("tool_calls", ())}
+        lost = one["role"] == "tool" and one["tool_call_id"] not in called
+        result.append({"role": "user", "content": _response(one)} if lost else one)
+    return result
 
 
 def _joined(messages: Messages) -> Messages:
@@ -266,7 +338,7 @@ def told(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[di
     result: list[dict[str, Any]] = []
     for message in messages:
         if message["role"] == "tool":
-            text = f"<tool_response>\n{message['content']}\n</tool_response>"
+            text = _response(message)
             if result and result[-1].get("tool_results"):
                 result[-1]["content"] += f"\n{text}"
             else:
@@ -284,6 +356,10 @@ def told(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[di
         first = {**result[0], "content": f"{result[0]['content']}\n\n{introduction}".lstrip()}
         return [first, *result[1:]]
     return [{"role": "system", "content": introduction}, *result]
+
+
+def _response(result: dict[str, Any]) -> str:
+    return f"<tool_response>\n{result['content']}\n</tool_response>"
 
 
 def _json(value: Any) -> str:

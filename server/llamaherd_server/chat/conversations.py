@@ -14,6 +14,29 @@ CLOCK: dict[str, Any] = {
     "type": "function",
     "function": {"name": "read_clock", "description": "", "parameters": {"type": "object", "properties": {}}},
 }
+_EVERY_TYPE: dict[str, Any] = {
+    "text": {"type": "string", "description": "D-one"},
+    "count": {"type": "integer", "minimum": 1, "default": 2},
+    "share": {"type": "number"},
+    "sure": {"type": "boolean"},
+    "unit": {"enum": ["C", "F"]},
+    "maybe": {"type": ["string", "null"]},
+    "either": {"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None},
+    "any": {},
+    "list": {"type": "array"},
+    "texts": {"type": "array", "items": {"type": "string"}},
+    "map": {"type": "object"},
+    "point": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]},
+    "points": {"type": "array", "items": {"type": "object", "properties": {"y": {"type": "number"}}}},
+}
+SEARCH: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "search_all",
+        "description": "Searches",
+        "parameters": {"type": "object", "properties": _EVERY_TYPE, "required": ["text", "map"]},
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +70,17 @@ def _broken(arguments: str) -> dict[str, Any]:
     return {"id": "call00001", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
 
 
-def _result(number: int = 1, text: str = "R-one", name: str = "get_weather") -> dict[str, Any]:
-    return {"role": "tool", "tool_call_id": f"call0000{number}", "name": name, "content": text}
+def _result(number: int = 1, text: str = "R-one") -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": f"call0000{number}", "content": text}
 
 
 _ASKED = _said("", tool_calls=[_call(place="P-one")])
-_TWO = _said("", tool_calls=[_call(place="P-one"), _call(2, "read_clock")])
+_THREE = _said("", tool_calls=[_call(place="P-one"), _call(2, "read_clock"), _call(3, place="P-three")])
 
 KINDS = (
     Kind("one question", [_user()], texts=("U-one",)),
     Kind("a system message", [_system(), _user()], texts=("S-one", "U-one")),
+    Kind("a system message alone", [_system()], texts=("S-one",)),
     Kind("a developer message", [{"role": "developer", "content": "S-one"}, _user()], texts=("S-one", "U-one")),
     Kind("two system messages", [_system(), _system("S-two"), _user()], texts=("S-one", "S-two", "U-one")),
     Kind(
@@ -80,6 +104,7 @@ KINDS = (
     Kind("without thinking", [_user()], texts=("U-one",), variables=(("enable_thinking", False),)),
     Kind("tools", [_user()], (WEATHER, CLOCK), ("U-one", "get_weather", "read_clock")),
     Kind("tools and a system message", [_system(), _user()], (WEATHER,), ("S-one", "U-one", "get_weather")),
+    Kind("parameters of every type", [_user()], (SEARCH,), ("U-one", "search_all")),
     Kind("a call", [_user(), _ASKED, _result()], (WEATHER,), ("U-one", "P-one", "R-one")),
     Kind(
         "a call with text",
@@ -89,9 +114,15 @@ KINDS = (
     ),
     Kind(
         "parallel calls",
-        [_user(), _TWO, _result(), _result(2, "R-two", "read_clock")],
+        [_user(), _THREE, _result(), _result(2, "R-two"), _result(3, "R-three")],
         (WEATHER, CLOCK),
-        ("P-one", "read_clock", "R-one", "R-two"),
+        ("P-one", "read_clock", "P-three", "R-one", "R-two", "R-three"),
+    ),
+    Kind(
+        "a call with text and reasoning",
+        [_user(), _said(tool_calls=[_call(place="P-one")], reasoning_content="T-one"), _result()],
+        (WEATHER,),
+        ("P-one", "R-one"),
     ),
     Kind(
         "calls one after the other, with reasoning",
@@ -113,5 +144,8 @@ KINDS = (
         (WEATHER,),
         ("P-one", "R-one"),
     ),
+    Kind("a result whose call is gone", [_user(), _result(), _user("U-two")], (WEATHER,), ("U-one", "R-one", "U-two")),
+    Kind("a question after a call", [_user(), _ASKED, _user("U-two")], (WEATHER,), ("U-one", "P-one", "U-two")),
+    Kind("a question after a result", [_user(), _ASKED, _result(), _user("U-two")], (WEATHER,), ("R-one", "U-two")),
     Kind("calls of tools that are gone", [_system(), _user(), _ASKED, _result()], (), ("S-one", "P-one", "R-one")),
 )
