@@ -78,7 +78,7 @@ def call_before(
         raise Malformed
     for marker in markers[1:]:
         yield from before(source, marker)
-    yield from _stream(source, writer, name)
+    yield from _stream(source, writer, name, strict=True)
 
 
 def deepseek_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
@@ -217,14 +217,14 @@ def _gemma_from(first: tuple[str, str], tokens: Iterator[tuple[str, str]]) -> An
     return members if text == "{" else items
 
 
-def _stream(source: Source, writer: Writer, name: str) -> Generator[None, None, bool]:
-    """Tell a call whose arguments come next, as they come."""
+def _stream(source: Source, writer: Writer, name: str, *, strict: bool = False) -> Generator[None, None, bool]:
+    """Tell a call whose arguments come next, as they come; `strict`: what is no object is no call."""
     yield from source.spaces()
     if not name or not source.rest:
         raise Malformed
     if source.rest[0] != "{":  # a quoted object, or null
         given = _unquoted((yield from _text(source))) or "{}"
-        if not given.lstrip().startswith("{"):
+        if strict and not given.lstrip().startswith("{"):
             raise Malformed
         writer.begin_call(name)
         writer.arguments(given)
