@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -33,16 +36,40 @@ def ask(double: Double, scenario: str, streams: int = 1, **target: Any) -> list[
     return samples
 
 
-def within(measured: Sequence[float | None], true: Sequence[float]) -> bool:
-    """2 ms or 2 %, at the median."""
+@contextmanager
+def lag() -> Iterator[list[float]]:
+    """By how many seconds a process of its own woke up too late while the block ran, on average."""
+    found: list[float] = []
+    watch = [sys.executable, "-c", LATE]
+    with subprocess.Popen(watch, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield found
+        found.append(float(process.communicate("end\n")[0]))
+
+
+LATE = """
+import select, sys, time
+print("begun", flush=True)
+late = []
+while not select.select([sys.stdin], [], [], 0)[0]:
+    due = time.perf_counter() + 0.002
+    time.sleep(0.002)
+    late.append(time.perf_counter() - due)
+print(sum(late) / len(late))
+"""
+
+
+def within(measured: Sequence[float | None], true: Sequence[float], late_s: float) -> bool:
+    """2 ms or 2 % at the median, or three times what the machine is late: both ends wake up, and take turns."""
     error = median(abs(m - t) for m, t in zip(measured, true, strict=True) if m is not None)
-    return error <= max(0.002, 0.02 * median(true))
+    return error <= max(0.002, 0.02 * median(true), 3 * late_s)
 
 
 @pytest.mark.parametrize("streams", [1, 16, 64])
 @pytest.mark.parametrize("scenario", ["constant", "jittered", "stalling", "slow_first", "split", "grouped"])
 def test_times_are_the_servers(double: Double, scenario: str, streams: int) -> None:
-    """A busy machine may spoil some attempts; a client that measures wrongly spoils all six."""
+    """A machine may be busy for some attempts; a client that measures wrongly spoils all six."""
     wrong: list[list[str]] = []
     while len(wrong) < 6 and [] not in wrong:
         wrong.append(differences(double, scenario, streams))
@@ -50,8 +77,9 @@ def test_times_are_the_servers(double: Double, scenario: str, streams: int) -> N
 
 
 def differences(double: Double, scenario: str, streams: int) -> list[str]:
-    """The figures that differ from the server's record by more than 2 ms and 2 %, at the median."""
-    samples = ask(double, scenario, streams)
+    """The figures that differ from the server's record by more than is `within` reason."""
+    with lag() as late:
+        samples = ask(double, scenario, streams)
     assert {s.outcome for s in samples} == {"ok"}
     log = double.get("/log")
     sent = [log[str(s.prompt_tokens)]["sent"] for s in samples]
@@ -65,7 +93,7 @@ def differences(double: Double, scenario: str, streams: int) -> list[str]:
         "largest gap": ([s.largest_gap for s in samples], [max(one) for one in gaps]),
         "TPOT": ([s.tpot for s in samples], [sum(g) / (s.tokens - 1) for s, g in zip(samples, gaps, strict=True)]),
     }
-    return [name for name, (measured, true) in figures.items() if not within(measured, true)]
+    return [name for name, (measured, true) in figures.items() if not within(measured, true, late[0])]
 
 
 def test_tokens_are_counted_by_usage_not_by_events(double: Double) -> None:
