@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
+import pytest
 from msgspec.structs import replace
 
 from llamaherd_loadtest.limits import parse_limit
@@ -20,6 +21,7 @@ from llamaherd_loadtest.tune.verdict import make_verdict
 from . import simulated_hosts
 from .simulated import CURRENT, GRID, LIMITS, SimulatedServer, search
 
+pytestmark = pytest.mark.timeout(1800)  # they only compute, on a busy machine for as long as that takes
 SEEDS = range(16)
 BUDGET_S = 1800.0
 
