@@ -20,7 +20,11 @@ INSTALLED = {
     "openssl": ("openssl",),
     "ps": ("procps",),
 }
-UNPACKED = {"nginx": "nginx", "prometheus": "prometheus", "promtool": "prometheus"}
+UNPACKED = {
+    "nginx": ("nginx",),
+    "prometheus": ("prometheus",),
+    "promtool": ("prometheus", "promtool"),
+}  # the first that has it
 # What make test needs; test_container and test_cuda fetch their own.
 OF_EVERY_RUN = ("chromium", "chromedriver", "openssl", "ps", *UNPACKED)
 CACHE = Path.home() / ".cache/llamaherd/debian"
@@ -30,8 +34,9 @@ _INSTALL = ["apt-get", "-o", "DPkg::Lock::Timeout=300", "install", "-y", "-q", "
 
 def find(program: str) -> str | None:
     """The path of `program`, installed or unpacked."""
-    root = CACHE / UNPACKED.get(program, "none")
-    return shutil.which(program) or shutil.which(program, path=f"{root}/usr/sbin:{root}/usr/bin")
+    roots = [CACHE / package / "usr" for package in UNPACKED.get(program, ())]
+    unpacked = os.pathsep.join(f"{root}/sbin:{root}/bin" for root in roots)
+    return shutil.which(program) or (shutil.which(program, path=unpacked) if roots else None)
 
 
 def need(program: str) -> str:
@@ -50,9 +55,9 @@ def obtain(programs: Iterable[str]) -> str:
         fcntl.flock(lock, fcntl.LOCK_EX)
         missing = [program for program in programs if find(program) is None]
         packages = sorted({name for program in missing for name in INSTALLED.get(program, ())})
-        unpacked = sorted({UNPACKED[program] for program in missing if program in UNPACKED})
+        unpacked = [program for program in missing if program in UNPACKED]
         failures = [_install(packages)] if packages else []
-        failures += [_unpack(package) for package in unpacked]
+        failures += map(_unpack, unpacked)
     reasons = "; ".join(filter(None, failures))
     return reasons and f"{reasons}: install with `apt-get install {' '.join([*packages, *unpacked])}` as root"
 
@@ -64,11 +69,15 @@ def _install(packages: list[str]) -> str:
     return _run([*_INSTALL, *packages], what)
 
 
-def _unpack(package: str) -> str:
-    target = CACHE / package
-    target.mkdir(exist_ok=True)
-    fetch = f"apt-get download -q {package} && dpkg-deb -x {package}_*.deb . && rm {package}_*.deb"
-    return _run(["sh", "-c", fetch], f"Debian's {package}", cwd=target)
+def _unpack(program: str) -> str:
+    failure = ""
+    for package in UNPACKED[program]:
+        if find(program) is None:
+            target = CACHE / package
+            target.mkdir(exist_ok=True)
+            fetch = f"apt-get download -q {package} && dpkg-deb -x {package}_*.deb . && rm {package}_*.deb"
+            failure = _run(["sh", "-c", fetch], f"Debian's {package}", cwd=target)
+    return "" if find(program) else failure or f"Debian's {' and '.join(UNPACKED[program])} have no {program}"
 
 
 def _run(command: list[str], what: str, cwd: Path | None = None) -> str:

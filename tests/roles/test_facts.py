@@ -80,6 +80,12 @@ def test_only_hosts_with_vulkan_install_its_packages(render: Render) -> None:
     assert "mesa-vulkan-drivers" not in render("debian13").decided["packages"]
 
 
+@pytest.mark.parametrize(("host", "apart"), [("debian12", False), ("debian13", True)])
+def test_promtool_is_installed_where_it_is_a_package_of_its_own(render: Render, host: str, apart: bool) -> None:
+    packages = render(host, groups={"monitoring": {"hosts": {host: None}}}).decided["packages"]
+    assert ("prometheus" in packages, "promtool" in packages) == (True, apart)
+
+
 def test_rhel_needs_no_package_from_outside(render: Render) -> None:
     assert "ccache" not in render("rocky9").decided["packages"], "it is in EPEL alone"
 
