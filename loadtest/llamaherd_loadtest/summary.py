@@ -9,6 +9,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from inspect import cleandoc
 
 import msgspec
 from msgspec import Struct
@@ -289,6 +290,9 @@ def json_schema() -> bytes:
         "title": SCHEMA,
         **msgspec.json.schema(Summary),
     }
+    for one in schema["$defs"].values():  # Python 3.13 takes the indentation away by itself
+        if "description" in one:
+            one["description"] = cleandoc(one["description"])
     return msgspec.json.format(msgspec.json.encode(schema)) + b"\n"
 
 

@@ -34,7 +34,7 @@ PLAYBOOK = """
         ("fail: {msg: disk is full}", ["disk is full"]),
         (
             "shell: 'echo first >&2; echo second >&2; exit 3'",
-            ["The failing task: non-zero return code", "first", "second"],
+            ["The failing task: ", "non-zero return code", "first", "second"],
         ),
         ("shell: 'echo code {{ item }} >&2; exit {{ item }}'\n      loop: [0, 2]", ["code 2"]),
         ("debug: {msg: '{{ nothing.at_all }}'}", ["'nothing' is undefined"]),
