@@ -120,6 +120,7 @@ def test_answers_are_the_same_warm_and_cold(
         parallel=SLOTS, ctx_per_slot=ROOM, kv_unified=unified, batch=512, ubatch=128, threads=1, **more
     )
     herd, generator, answers = Herd(random_model, settings, tmp_path), random.Random(1), []
+    stops: list[threading.Timer] = []
     chats = [messages(generator, 2, 250) for _ in range(CHATS)]
     chats += [[*chats[0][:150], *messages(generator, 1, 200)] for _ in range(2)]
     for turn in range(4):
@@ -134,7 +135,8 @@ def test_answers_are_the_same_warm_and_cold(
                 if generator.random() < 0.5:
                     herd.scheduler.step()
                     herd.scheduler.cancel(other.id)
-                threading.Timer(generator.random() / 50, herd.interrupt.set).start()
+                stops.append(threading.Timer(generator.random() / 50, herd.interrupt.set))
+                stops[-1].start()
             if generator.random() < 0.2:
                 herd.scheduler.step()
                 herd.reconfigure(settings)
@@ -143,6 +145,9 @@ def test_answers_are_the_same_warm_and_cold(
                 answers.append((sequence.tokens[: sequence.n_prompt], sequence.tokens[sequence.n_prompt :]))
                 chats[which] = [*sequence.tokens]
         (herd.lose_worker if turn % 2 else herd.restart)()
+    for stop in stops:
+        stop.join()
+    herd.interrupt.clear()  # one may have come after the last step
     assert herd.cached > sum(len(prompt) for prompt, _ in answers) / 2
     herd.context.close()
     os.close(herd.fd)
