@@ -87,10 +87,10 @@ async def slots_of(request: Request) -> Response:
     state = state_of(request)
     async with state.engine.using() as engine:
         slots = await engine.own_api.get("/slots") if engine.own_api else _slots(engine.status())
-    told = [{name: slot[name] for name in _SLOT_FIELDS if name in slot} for slot in slots]
-    if request.query_params.get("fail_on_no_slot") and all(slot["is_processing"] for slot in told):
+    shown = [{name: slot[name] for name in _SLOT_FIELDS if name in slot} for slot in slots]
+    if request.query_params.get("fail_on_no_slot") and all(slot["is_processing"] for slot in shown):
         raise ApiError(503, "no slot is free", code="no_slot", retry_after=1)
-    return json_response(told)
+    return json_response(shown)
 
 
 def _slots(status: EngineStatus) -> list[dict[str, Any]]:
@@ -221,12 +221,12 @@ def _most_output(body: dict[str, Any], serving: Serving) -> int:
     return min(*given, longest) if given else min(EXPECTED_OUTPUT, longest)
 
 
-def _count(meter: Meter, timings: dict[str, Any] | None, told: int = 0) -> None:
-    """Into usage and metrics, at the end of a generation, of whose prompt `told` tokens have been counted."""
+def _count(meter: Meter, timings: dict[str, Any] | None, counted: int = 0) -> None:
+    """Into usage and metrics, at the end of a generation, of whose prompt so many tokens are `counted` already."""
     if timings is None:
         return
     prompt, cached, output = timings["prompt_n"], timings["cache_n"], timings["predicted_n"]
-    meter.see(Started(0, prompt + cached - told, cached))
+    meter.see(Started(0, prompt + cached - counted, cached))
     meter.see(
         Finished(
             id=0,
@@ -242,7 +242,7 @@ def _count(meter: Meter, timings: dict[str, Any] | None, told: int = 0) -> None:
     )
 
 
-class _Told(NamedTuple):
+class _Counted(NamedTuple):
     """Tokens of one generation until now."""
 
     prompt: int = 0
@@ -293,14 +293,14 @@ class _Work:
 
     async def _read(self) -> None:
         """Put the events into the queue, and nothing after the last; those before the first are comments."""
-        told: dict[int, _Told] = {}
+        counted: dict[int, _Counted] = {}
         try:
             async with self._asked() as (response, meter, first):
                 async for event in sent_events(response.aiter_bytes()):
                     if first.when() is not None and not event.data:
                         continue
                     first.reschedule(None)
-                    _see(meter, event.data, told)
+                    _see(meter, event.data, counted)
                     self._events.put_nowait(event.raw)
                 if first.when() is not None:
                     raise EngineError("engine_crashed", "the engine ended while it worked on this request")
@@ -325,18 +325,18 @@ class _Work:
             raise late_error(limits, whole=whole.expired()) from None
 
 
-def _see(meter: Meter, data: str, told: dict[int, _Told]) -> None:
-    """Count an event of a stream; `told`: what its generations' events have told, by index."""
+def _see(meter: Meter, data: str, counted: dict[int, _Counted]) -> None:
+    """Count an event of a stream; `counted`: what is of its generations until now, by index."""
     if not data.startswith("{"):
         return
     event = json.loads(data)
     if event.get("stop") is not False:
-        before = told.get(event.get("index", 0), _Told())
+        before = counted.get(event.get("index", 0), _Counted())
         _count(meter, event.get("timings"), before.prompt)
         return
-    index, now = event["index"], _Told(event["tokens_evaluated"], event["tokens_predicted"])
-    before = told.get(index, _Told())
-    told[index] = now
+    index, now = event["index"], _Counted(event["tokens_evaluated"], event["tokens_predicted"])
+    before = counted.get(index, _Counted())
+    counted[index] = now
     if not before.prompt:
         meter.see(Started(0, now.prompt, 0))
     if now.output > before.output:
