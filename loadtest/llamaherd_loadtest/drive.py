@@ -16,6 +16,7 @@ from llamaherd_loadtest.samples import CUT_OFF, Sample
 from llamaherd_loadtest.session import LoadSession, Share, Source
 from llamaherd_loadtest.users import ClosedLoopUser
 
+WARM_UP_S = 20.0  # that a closed loop waits for another user to be warm, beside two windows
 _LONGEST_WINDOW = 4  # times the window asked for
 _STEP = 0.25  # of that window, by which it is made longer
 

@@ -16,13 +16,12 @@ import msgspec
 
 from llamaherd_loadtest.client import ChatClient, Target
 from llamaherd_loadtest.dice import fresh_seed
-from llamaherd_loadtest.drive import NotWarmedUp, RunFailed, closed_loop
+from llamaherd_loadtest.drive import WARM_UP_S, NotWarmedUp, RunFailed, closed_loop
 from llamaherd_loadtest.probe import ServerUnusable, calibrate
 from llamaherd_loadtest.summary import Summary, summarise
 from llamaherd_loadtest.workload import Prompts, load_workload, workload_names
 
 _TRIES = 3
-_WARM_UP_S = 20.0  # beside two windows
 _PATIENCE = 4  # by which a try waits longer for a server that was not warm in time
 
 
@@ -68,7 +67,7 @@ def measure(server: Target, workload: str, concurrency: int, window_s: float, se
     says otherwise. Raises ServerUnusable, ValueError, and RunFailed where no try was valid."""
     client, seed = ChatClient(server), fresh_seed() if seed is None else seed
     try:
-        calibration, fault, warm_up_s = calibrate(client, server, seed), "", _WARM_UP_S + 2 * window_s
+        calibration, fault, warm_up_s = calibrate(client, server, seed), "", WARM_UP_S + 2 * window_s
         for attempt in range(_TRIES):
             prompts = Prompts(
                 load_workload(workload), model=server.model, seed=seed + (attempt << 64), calibration=calibration

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 _LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
@@ -20,20 +21,16 @@ _SHARED = re.compile(
 )
 
 
-def _is_address(value: str) -> bool:
+def _reads(read: Callable[[str], Any], value: str) -> bool:
     try:
-        ipaddress.ip_address(value)
+        read(value)
     except ValueError:
         return False
     return True
 
 
-def _is_network(value: str) -> bool:
-    try:
-        ipaddress.ip_network(value, strict=False)
-    except ValueError:
-        return False
-    return True
+_is_address = partial(_reads, ipaddress.ip_address)
+_is_network = partial(_reads, partial(ipaddress.ip_network, strict=False))
 
 
 def _is_host(value: str) -> bool:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from llamaherd_loadtest.arrivals import Arrivals
 from llamaherd_loadtest.client import ChatClient, clock
 from llamaherd_loadtest.dice import fresh_seed
-from llamaherd_loadtest.drive import NotWarmedUp, Run, RunFailed, at_once, closed_loop, open_loop
+from llamaherd_loadtest.drive import WARM_UP_S, NotWarmedUp, Run, RunFailed, at_once, closed_loop, open_loop
 from llamaherd_loadtest.limits import judge_errors, observe
 from llamaherd_loadtest.probe import ServerUnusable, calibrate
 from llamaherd_loadtest.quantiles import Judgement
@@ -101,7 +101,7 @@ class LiveBench:
                     prompts,
                     concurrency=concurrency,
                     window_s=window_s,
-                    warm_up_s=20 + 2 * window_s,
+                    warm_up_s=WARM_UP_S + 2 * window_s,
                     rounds=1,
                 )
         finally:
