@@ -169,6 +169,7 @@ def streamed(reply: httpx.Response) -> list[dict[str, Any]]:
 
 CHAT = {"messages": [{"role": "user", "content": "Tell me of the sea."}]}
 USAGE = {"stream_options": {"include_usage": True}}
+CONTENT_ALONE = {"response_fields": ["content"], "cache_prompt": False}
 # What each answer says it used: prompt, cached and completion tokens.
 ASKED: list[tuple[str, dict[str, Any], Callable[[httpx.Response], tuple[int, ...]]]] = [
     ("/v1/chat/completions", {**CHAT, "max_tokens": 7}, lambda reply: openai(reply.json()["usage"])),
@@ -192,7 +193,7 @@ ASKED: list[tuple[str, dict[str, Any], Callable[[httpx.Response], tuple[int, ...
     ),
     (
         "/completion",
-        {"prompt": "Hello once more", "n_predict": 4, "response_fields": ["content"], "cache_prompt": False},
+        {"prompt": "Hello once more", "n_predict": 4, "ignore_eos": True, **CONTENT_ALONE},
         lambda reply: (3, 0, 4) if reply.json()["content"] else (),
     ),
 ]
