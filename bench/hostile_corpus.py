@@ -146,6 +146,10 @@ def _sampling() -> Iterator[Attack]:
         "64 breakers of a kilobyte": ({"dry_multiplier": 1, "dry_sequence_breakers": ["x" * 1000] * 64}, False),
         "10,000 breakers": ({"dry_multiplier": 1, "dry_sequence_breakers": [f"b{i}" for i in range(10_000)]}, True),
         "a bias at a float's end with a grammar": ({"logit_bias": {"5": 1e308}, "grammar": 'root ::= "a"'}, False),
+        "XTC down to one token with a grammar": (
+            {"xtc_probability": 1, "xtc_threshold": 0, "grammar": 'root ::= "a"+'},
+            False,
+        ),
         "200,000 biases": ({"logit_bias": {str(i): 1 for i in range(200_000)}}, True),
         "a million generations": ({"n": 10**6}, True),
         "a negative number of tokens": ({"max_tokens": -5}, True),

@@ -44,13 +44,14 @@ class Candidates:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._data = np.zeros(model.n_vocab, dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-        pointer = self._data.ctypes.data_as(ctypes.POINTER(model.lib.llama_token_data))
-        self._array = model.lib.llama_token_data_array(pointer, model.n_vocab, -1, False)
+        self._pointer = self._data.ctypes.data_as(ctypes.POINTER(model.lib.llama_token_data))
+        self._array = model.lib.llama_token_data_array(self._pointer, model.n_vocab, -1, False)
 
     def load(self, logits: NDArray[np.float32]) -> None:
         """Begin again with these logits."""
         self._data["id"] = np.arange(self._model.n_vocab)
         self._data["logit"] = logits
+        self._array.data = self._pointer  # XTC leaves tokens out by moving it
         self._array.size, self._array.selected, self._array.sorted = self._model.n_vocab, -1, False
 
     def apply(self, sampler: Any) -> None:

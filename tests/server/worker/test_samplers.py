@@ -18,6 +18,7 @@ from llamaherd_server.worker.context import Context
 from llamaherd_server.worker.intake import sequence_of
 from llamaherd_server.worker.interrupt import Interrupt
 from llamaherd_server.worker.lib import Log, load
+from llamaherd_server.worker.logits import Candidates
 from llamaherd_server.worker.model import Model
 from llamaherd_server.worker.sampling import NativeSampler
 from llamaherd_server.worker.sequence import Sequence
@@ -109,6 +110,16 @@ def test_each_kind_of_chain_draws_the_same_tokens_as_alone(
             sequence.append(token)
     assert len({tuple(one.tokens) for one in sequences}) > len(KINDS) // 2
     context.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_candidates_are_all_there_again_whatever_the_chain_left_of_them(model: Model, kind: str) -> None:
+    sampling = msgspec.structs.replace(KINDS[kind], seed=1)
+    candidates, chain = Candidates(model), NativeSampler(model, sampling, [])
+    for logits in np.random.default_rng(1).standard_normal((NEW, model.n_vocab), dtype=np.float32) * 3:
+        candidates.load(logits)
+        assert [candidates._array.data[token].id for token in (0, model.n_vocab - 1)] == [0, model.n_vocab - 1]
+        chain.choose(candidates)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=0)])
