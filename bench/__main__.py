@@ -20,6 +20,7 @@ GROUPS = {
     "plays": "plays",
     "hostile": "hostile",
     "conversations": "conversations",
+    "swap": "swap",
 }
 
 

@@ -16,13 +16,15 @@ def served_models(models: Sequence[Mapping[str, Any]], names: Sequence[str], sha
 
     `shared` has what an entry leaves out: engine, settings, placement; and tuned, which goes before the first one's own
     settings and, where it has an engine, its engine.
-    Memory that no entry asks a share of is divided equally among those that ask none. `shared` may have memory: what
-    the host and its device have in bytes (0: no memory apart), and how many instances of the server share it.
+    Memory that no entry asks a share of is divided equally among those that ask none; of models on demand only as many
+    count as are loaded at once. `shared` may have memory: what the host and its device have in bytes (0: no memory
+    apart), and how many instances of the server share it; and models_loaded.
     """
     memory = shared.get("memory") or {"host": 0, "device": 0, "instances": 1}
     found = [next(model for model in models if model["name"] == name) for name in names]
-    asked = [model["memory_share"] for model in found if "memory_share" in model]
-    rest = (1 - sum(asked)) / max(1, len(found) - len(asked))
+    at_once = loaded_at_once(found, shared.get("models_loaded", 1))
+    asked = [model["memory_share"] for model in at_once if "memory_share" in model]
+    rest = (1 - sum(asked)) / max(1, len(at_once) - len(asked))
     served = []
     for number, model in enumerate(found):
         settings = {**shared["settings"], **model.get("settings", {}), **({} if number else shared["tuned"])}
@@ -34,6 +36,13 @@ def served_models(models: Sequence[Mapping[str, Any]], names: Sequence[str], sha
         complete = {"engine": engine, "settings": settings, "placement": placement, "memory_share": share}
         served.append({**model, **complete, "memory_bytes": max(0, int(of_all))})
     return served
+
+
+def loaded_at_once(served: Sequence[Mapping[str, Any]], models_loaded: int) -> list[Mapping[str, Any]]:
+    """Those that are in memory at the same time, with the largest shares of it that models on demand may ask for."""
+    away = [model for model in served if model.get("residence") == "on_demand"]
+    away.sort(key=lambda model: float(model.get("memory_share", 0)), reverse=True)
+    return [model for model in served if model not in away] + away[:models_loaded]
 
 
 def _memory_bytes(memory: Mapping[str, Any], placement: Mapping[str, Any]) -> int:
@@ -115,7 +124,7 @@ def engine_mistakes(served: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str], models_loaded: int = 1) -> list[str]:
     """Why a host cannot serve the models of these `names`, one line each."""
     if not models:
         return ["llamaherd_models is empty: list what the host serves, each entry with name, sha256 and source"]
@@ -147,8 +156,14 @@ def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
         ]
         if not 0 < model.get("memory_share", 1) <= 1:
             found.append(f"model {model['name']}: memory_share is {model['memory_share']}, not above 0 and at most 1")
-    shares = [model["memory_share"] for model in served if "memory_share" in model]
-    if sum(shares) > 1 or (sum(shares) == 1 and len(shares) < len(served)):
+        if not model.get("idle_s", 1) > 0:
+            found.append(f"model {model['name']}: idle_s is {model['idle_s']}, not above 0: seconds without a request")
+    if served and served[0]["name"] == names[0] and served[0].get("residence") == "on_demand":
+        remedy = "make it resident, or take another llamaherd_model and list this one in llamaherd_more_models"
+        found.append(f"model {names[0]} is llamaherd_model and cannot be on_demand: {remedy}")
+    at_once = loaded_at_once(served, models_loaded)
+    shares = [model["memory_share"] for model in at_once if "memory_share" in model]
+    if sum(shares) > 1 or (sum(shares) == 1 and len(shares) < len(at_once)):
         found.append(
             f"the models that are served ask for {sum(shares):g} of the memory: nothing is left, lower a memory_share"
         )

@@ -64,7 +64,7 @@ def main() -> None:
             keyfile.run(arguments, arguments.file or _keys_file(arguments.config))
             return
         settings = load(arguments.config)
-        app = create_app(settings, partial(_engine, len(settings.models), check=arguments.check))
+        app = create_app(settings, partial(_engine, settings.loaded_at_once(), check=arguments.check))
     except (SettingsError, KeysError) as error:
         sys.stderr.write(f"llamaherd-server: {error}\n")
         sys.exit(os.EX_CONFIG)
@@ -108,7 +108,7 @@ def _keys_file(config: Path) -> Path:
 
 
 def _engine(among: int, settings: Settings, *, check: bool = False) -> Engine:
-    """The engine of a model that is one of so many; `check`: llama-server's flags are held against its `--help`."""
+    """The engine of a model that is one of so many in memory; `check`: llama-server's flags against its `--help`."""
     model, engine, limits = settings.model, settings.engine, settings.limits
     path = part_paths(model.path)[0]
     timeouts = {"heartbeat_timeout_s": limits.heartbeat_timeout_s, "load_timeout_s": limits.load_timeout_s}

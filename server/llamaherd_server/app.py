@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Security
@@ -22,6 +23,7 @@ from llamaherd_server.chat import template
 from llamaherd_server.config.keys import KeyStore
 from llamaherd_server.config.settings import Settings
 from llamaherd_server.engine.base import Engine
+from llamaherd_server.engine.residence import Residence
 from llamaherd_server.engine.switch import Switch
 from llamaherd_server.errors import ApiError
 from llamaherd_server.http import error_responses
@@ -55,13 +57,24 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
     keys = KeyStore(path, budgets=limits.usage_dir is not None) if path else None
     metrics, quotas, sandbox = Metrics(), Quotas(), Sandbox()
     ledger = Ledger(limits.usage_dir, limits.usage_days)
-    servings = [_serving(one, Switch(one, make), quotas, ledger, metrics, keys=keys) for one in settings.each()]
+    residence = Residence(limits.models_loaded)
+    engines = [Switch(one, make, residence if one.model.residence == "on_demand" else None) for one in settings.each()]
+    servings = [
+        _serving(one, engine, quotas, ledger, metrics, keys=keys)
+        for one, engine in zip(settings.each(), engines, strict=True)
+    ]
     lifecycle = Lifecycle(servings, limits, metrics.totals, keys)
     states: dict[str, AppState] = {}
     for one, serving in zip(settings.each(), servings, strict=True):
-        state = AppState(one, serving, lifecycle, sandbox, states)
+        state = AppState(one, serving, lifecycle, sandbox, states, settings.loaded_at_once())
         states.update(dict.fromkeys((one.model.name, *one.model.aliases), state))
-    app = FastAPI(title="llamaherd", docs_url="/docs", redoc_url=None, lifespan=_lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="llamaherd",
+        docs_url="/docs",
+        redoc_url=None,
+        lifespan=partial(_lifespan, residence),
+        redirect_slashes=False,
+    )
     app.state.llamaherd = states[settings.model.name]
     described: dict[int | str, dict[str, Any]] = {
         status: {"model": error_responses.ErrorBody} for status in ("4XX", "5XX")
@@ -118,22 +131,21 @@ def _serving(
     return Serving(engine, admission, embedding, quotas, ledger, metrics, settings.model.name, limits, settings.log)
 
 
-async def _check_templates(state: AppState) -> None:
-    """Find out what each model's chat template can print, once the model is loaded and before the first chat."""
-    for one in state.all():
-        while (model := one.engine.status().model) is None:  # noqa: ASYNC110 (whatever loads it)
-            await asyncio.sleep(_POLL_S)
-        await template.check(one.sandbox, model, one.model_name)
+async def _check_template(state: AppState) -> None:
+    """Find out what the model's chat template can print, once the model is known and before the first chat."""
+    while (model := state.engine.status().model) is None:  # noqa: ASYNC110 (whatever loads it)
+        await asyncio.sleep(_POLL_S)
+    await template.check(state.sandbox, model, state.model_name)
 
 
 @asynccontextmanager
-async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+async def _lifespan(residence: Residence, app: FastAPI) -> AsyncIterator[None]:
     """Serve from the first moment, so that probes are answered while the model loads."""
     state: AppState = app.state.llamaherd
     await state.sandbox.start()
     ledger = state.serving.ledger
     await ledger.start()
-    work = (state.lifecycle.run(), _check_templates(state), ledger.run())
+    work = (state.lifecycle.run(), *map(_check_template, state.all()), residence.run(), ledger.run())
     tasks = [asyncio.create_task(one) for one in work]
     try:
         yield

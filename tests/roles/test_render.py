@@ -194,7 +194,13 @@ def test_several_models_are_one_servers(render: Render) -> None:
             "gpu_layers": 7,
             "memory_share": 0.25,
         },
-        {"name": "find", "engine": "llama-server", "extra_args": ["--embeddings", "--pooling", "mean"]},
+        {
+            "name": "find",
+            "engine": "llama-server",
+            "extra_args": ["--embeddings", "--pooling", "mean"],
+            "residence": "on_demand",
+            "idle_s": 60,
+        },
         {"name": "eye"},
         {"name": "half"},
     ]
@@ -203,7 +209,9 @@ def test_several_models_are_one_servers(render: Render) -> None:
         llamaherd_models=[{**one, "sha256": "0" * 64, "source": source} for one in entries],
         llamaherd_more_models=["see", "find"],
         llamaherd_settings={"parallel": 6, "batch": 256, "ubatch": 128},
+        llamaherd_server_limits={"models_loaded": 2},
     )
+    assert settings.load(found.folder / "server.toml").limits.models_loaded == 2
     chat, see, find = settings.load(found.folder / "server.toml").models
     assert (see.aliases, find.aliases) == ([], [])
     assert (chat.name, chat.aliases, chat.placement.gpu_layers) == ("chat", ["default"], -1)
@@ -212,6 +220,7 @@ def test_several_models_are_one_servers(render: Render) -> None:
     assert see.mmproj == found.state_dir / "models/eye.gguf"
     assert see.draft == found.state_dir / "models/half.gguf"
     assert find.engine.extra_args == ["--embeddings", "--pooling", "mean"]
+    assert [(one.residence, one.idle_s) for one in (see, find)] == [("resident", 600), ("on_demand", 60)]
     assert "client_max_body_size 32m;" in found.text("nginx.conf"), "for images"
 
 

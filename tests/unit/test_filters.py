@@ -144,6 +144,9 @@ def test_a_table_aligns_its_columns(filters: ModuleType) -> None:
     assert filters.table([["host", "slots"], ["gpu1.internal", 4]]) == ["host           slots", "gpu1.internal  4"]
 
 
+AWAY = {"residence": "on_demand"}
+
+
 def entry(name: str, **more: object) -> dict[str, object]:
     return {"name": name, "sha256": "0" * 64, "source": {"kind": "file", "path": "/m.gguf"}, **more}
 
@@ -186,6 +189,12 @@ def test_the_files_of_an_entry(model_filters: ModuleType) -> None:
             [entry("a", memory_share=0.6), entry("b", memory_share=0.6)], ["ask for 1.2"], id="too much memory"
         ),
         pytest.param([entry("a", memory_share=1), entry("b")], ["nothing is left"], id="no memory left"),
+        pytest.param(
+            [entry("a"), entry("b", memory_share=0.6, **AWAY), entry("c", memory_share=0.6, **AWAY)], [], id="by turns"
+        ),
+        pytest.param([entry("a", memory_share=1), entry("b", **AWAY)], ["nothing is left"], id="no memory on demand"),
+        pytest.param([entry("a", **AWAY)], ["a is llamaherd_model and cannot be on_demand"], id="first on demand"),
+        pytest.param([entry("a"), entry("b", idle_s=0, **AWAY)], ["b: idle_s is 0"], id="never idle"),
         pytest.param([entry("a", sha256="x")], ["a: sha256 is 'x'"], id="no sha256"),
         pytest.param([entry("a", source={"kind": "hf", "repo": "o/n"})], ["kind hf needs file"], id="no file"),
         pytest.param([split_entry(SUMS)], [], id="a split model"),
@@ -250,6 +259,13 @@ def test_what_an_entry_leaves_out_is_shared(model_filters: ModuleType) -> None:
     assert [one["settings"]["parallel"] for one in (a, b, c)] == [3, 4, 4]
     assert [one["engine"] for one in (a, b, c)] == ["embedded", "llama-server", "embedded"]
     assert [one["memory_share"] for one in (a, b, c)] == [0.25, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(("loaded", "shares"), [(1, [0.5, 0.5, 0.5]), (2, [1 / 3] * 3), (9, [1 / 3] * 3)])
+def test_models_on_demand_share_what_so_many_have(model_filters: ModuleType, loaded: int, shares: list[float]) -> None:
+    shared = {"engine": "embedded", "settings": {}, "tuned": {}, "models_loaded": loaded}
+    models = [entry("a"), entry("b", **AWAY), entry("c", **AWAY)]
+    assert [one["memory_share"] for one in model_filters.served_models(models, ["a", "b", "c"], shared)] == shares
 
 
 def test_a_tuned_engine_is_the_first_models_and_no_setting(model_filters: ModuleType) -> None:

@@ -72,7 +72,7 @@ def tune(options: Options) -> Verdict:
 def _tune(options: Options) -> Verdict:
     applier = AdminApplier(options.admin_url, options.admin_key, options.target.ca)
     found = applier.state()
-    if found.state != "ready":
+    if found.state not in ("ready", "unloaded"):  # the latter is loaded for the first request
         raise ServerUnusable(
             f"{options.admin_url} is {found.state}: wait until its /readyz answers 200, or read its log"
         )

@@ -23,13 +23,17 @@ from llamaherd_server.wire.protocol import ModelInfo
 
 @dataclass(frozen=True, slots=True)
 class AppState:
-    """The parts of a running server, for one of its models; `models`: every name and alias with its own."""
+    """The parts of a running server, for one of its models.
+
+    `models`: every name and alias with its own; `at_once`: how many of them are loaded at most.
+    """
 
     settings: Settings
     serving: Serving
     lifecycle: Lifecycle
     sandbox: Sandbox
     models: dict[str, AppState] = field(repr=False)
+    at_once: int
 
     @property
     def engine(self) -> Switch:
@@ -103,7 +107,7 @@ async def choose_model(request: Request) -> None:
     """Send the request to the model that it names, in the body or the query; without a name, to the first one.
 
     Raises the 404 for an unknown name, and for a POST the 403 for a model that is not the key's and the 503 while that
-    model loads.
+    model loads. One on demand is loaded first where nothing could be read of it.
     """
     state = state_of(request)
     if name := await _model_of(request):
@@ -112,6 +116,8 @@ async def choose_model(request: Request) -> None:
         state.check_model(None, request.state.key)
         if refusal := state.lifecycle.refusal(state.serving):
             raise refusal
+        if state.engine.on_demand and state.engine.status().model is None:
+            await state.engine.wanted()
 
 
 async def _model_of(request: Request) -> str | None:

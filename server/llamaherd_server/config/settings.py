@@ -103,7 +103,8 @@ class ModelSettings(Section):
     `chat_template`: a Jinja file that goes before the GGUF's own. `chat_template_kwargs`: variables for it, where a
     request gives none of the name. `sampling`: fields of requests, `max_tokens` among them, where a request leaves them
     out. `aliases`: of the only model, ["*"] unless given. `memory_mib`: what weights and context may take, where
-    ctx_per_slot is 0; None: this model's share of the host's.
+    ctx_per_slot is 0; None: this model's share of the host's. `residence`: a model `on_demand` is loaded for the first
+    request, and unloaded when it has had none for `idle_s` seconds or another one needs its place.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -119,6 +120,8 @@ class ModelSettings(Section):
     sampling: Annotated[dict[str, Any], AfterValidator(_checked_sampling)] = {}
     lora: list[AdapterSettings] = []
     memory_mib: int | None = Field(default=None, ge=1)
+    residence: Literal["resident", "on_demand"] = "resident"
+    idle_s: float = Field(default=600, gt=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -219,6 +222,8 @@ class LimitSettings(Section):
     # share it.
     usage_dir: Path | None = None
     usage_days: int = Field(default=400, ge=31, le=36500)
+    # How many of the models on demand are loaded at once.
+    models_loaded: int = Field(default=1, ge=1)
     # How long an engine may take from its start until it has computed a first token.
     load_timeout_s: float = Field(default=900, gt=0)
     # Above the slowest step, which is a whole batch of prompt on this host.
@@ -286,6 +291,11 @@ class Settings(BaseSettings):
     def each(self) -> list[Settings]:
         """The same settings once for every model, each as if there were no other."""
         return [self.model_copy(update={"model": one, "engine": one.engine, "models": [one]}) for one in self.models]
+
+    def loaded_at_once(self) -> int:
+        """How many models share the memory, at most."""
+        on_demand = sum(model.residence == "on_demand" for model in self.models)
+        return len(self.models) - on_demand + min(on_demand, self.limits.models_loaded)
 
     def with_engine(self, kind: EngineKind, settings: EngineSettings) -> Settings:
         """The same for one model on that engine; raises SettingsError where what is set beside it is the other's."""

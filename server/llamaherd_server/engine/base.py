@@ -13,7 +13,7 @@ from llamaherd_server.wire.engine_settings import EngineKind, EngineSettings
 from llamaherd_server.wire.evaluation import Evaluate, Evaluated
 from llamaherd_server.wire.protocol import Delta, Embed, Embedded, Finished, Generate, ModelInfo, Started, Stats
 
-EngineState = Literal["loading", "ready", "restarting", "failed", "stopped"]
+EngineState = Literal["loading", "ready", "restarting", "failed", "stopped", "unloaded"]
 Event = Started | Delta | Finished
 # How many processes a request may lose before its answer begins: beyond that it may be what they die of.
 LIVES = 2
@@ -23,7 +23,8 @@ LIVES = 2
 class EngineStatus:
     """A snapshot for /readyz, /metrics and /admin/engine. `heartbeat_age_s` is the time since the last step.
 
-    `intake_age_s` is how long what takes requests in has not answered; 0: it has.
+    `intake_age_s` is how long what takes requests in has not answered; 0: it has. A model on demand is `unloaded` until
+    it answers, and has been loaded `loads` times.
     """
 
     kind: EngineKind
@@ -37,6 +38,7 @@ class EngineStatus:
     pid: int | None
     last_error: str | None
     intake_age_s: float = 0.0
+    loads: int = 1
 
 
 class OwnApi(Protocol):

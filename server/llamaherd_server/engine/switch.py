@@ -1,15 +1,20 @@
-"""The engine in force of a model, and how it gives way to one of the other kind while requests wait."""
+"""The engine in force of a model.
+
+It gives way to one of the other kind while requests wait; that of a model on demand comes and goes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
 
 from llamaherd_server.config.settings import Settings, SettingsError
+from llamaherd_server.engine.about import about
 from llamaherd_server.engine.base import Engine, EngineStatus, Event, OwnApi
 from llamaherd_server.engine.native import RETUNE_DRAIN_S
+from llamaherd_server.engine.residence import Guest, Residence
 from llamaherd_server.wire.engine_settings import EngineKind, EngineSettings
 from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.evaluation import Evaluate, Evaluated
@@ -19,9 +24,15 @@ from llamaherd_server.wire.protocol import Embed, Embedded, Generate, ModelInfo,
 class Switch:
     """Implements engine.base.Engine by the engine `in_force`, which `make` makes of the settings."""
 
-    def __init__(self, settings: Settings, make: Callable[[Settings], Engine]) -> None:
-        """Raises what `make` raises."""
+    def __init__(
+        self, settings: Settings, make: Callable[[Settings], Engine], residence: Residence | None = None
+    ) -> None:
+        """Raises what `make` raises. `residence`: where a model on demand is loaded."""
         self._settings = settings
+        self._residence = residence
+        self._guest = Guest(settings.model.name, settings.model.idle_s, self._load, self._unload)
+        if residence:
+            residence.add(self._guest)
         self._make = make
         self.in_force = make(settings)
         self._listener: Callable[[Stats], None] = lambda _: None
@@ -38,17 +49,55 @@ class Switch:
     def own_api(self) -> OwnApi | None:
         return self.in_force.own_api
 
+    @property
+    def on_demand(self) -> bool:
+        return self._residence is not None
+
     async def start(self) -> None:
-        await self.in_force.start()
+        """Start the engine; of a model on demand, read what it says of itself."""
+        if self._residence:
+            self._model = await about(self._settings)
+        else:
+            await self.in_force.start()
 
     async def stop(self) -> None:
         self._stopped = True
         self._open.set()
+        if self._residence:
+            await self._residence.close(self._guest)
         await self.in_force.stop()
 
     def status(self) -> EngineStatus:
         status = self.in_force.status()
+        if self._residence and not self._stopped:
+            status = replace(status, loads=self._guest.loads, model=status.model or self._model)
+            if not self._guest.here:
+                refused = self._guest.refused
+                return replace(status, state="unloaded", last_error=refused[1].message if refused else None)
         return status if self._open.is_set() else replace(status, state="restarting", model=self._model)
+
+    async def wanted(self) -> None:
+        """Return when the model is loaded; raises the EngineError of one on demand that cannot be."""
+        async with self._held():
+            pass
+
+    def _held(self) -> AbstractAsyncContextManager[None]:
+        return self._residence.held(self._guest) if self._residence else nullcontext()
+
+    async def _load(self) -> None:
+        try:
+            await self.in_force.start()
+        except (EngineError, OSError):
+            await self._unload()
+            raise
+
+    async def _unload(self) -> None:
+        """End the engine and put one like it in its place, which is not started."""
+        status = self.in_force.status()
+        self._model = status.model or self._model
+        await self.in_force.stop()
+        self.in_force = self._make(self._settings.with_engine(status.kind, status.settings))
+        self.in_force.observe(self._listener)
 
     def observe(self, listener: Callable[[Stats], None]) -> None:
         self._listener = listener
@@ -93,22 +142,35 @@ class Switch:
 
     @asynccontextmanager
     async def using(self) -> AsyncIterator[Engine]:
-        """The engine in force, once there is one. A switch waits for the block to end, RETUNE_DRAIN_S at most."""
-        await self._open.wait()
-        engine = self.in_force
-        self._running += 1
-        self._idle.clear()
-        try:
+        """The engine in force, once there is one; it stays loaded meanwhile.
+
+        A switch waits for the block to end, RETUNE_DRAIN_S at most.
+        """
+        async with self._held():
+            await self._open.wait()
+            engine = self.in_force
+            self._running += 1
+            self._idle.clear()
+            try:
+                yield engine
+            except EngineError as error:
+                switched = engine is not self.in_force or not self._open.is_set()
+                if switched and error.code in ("engine_stopped", "engine_crashed"):
+                    raise _SwitchedAway from None
+                raise
+            finally:
+                self._running -= 1
+                if not self._running:
+                    self._idle.set()
+
+    @asynccontextmanager
+    async def peeked(self) -> AsyncIterator[Engine | None]:
+        """As `using`, but None where the model is not loaded: who only looks does not load it."""
+        if self.status().state == "unloaded":
+            yield None
+            return
+        async with self.using() as engine:
             yield engine
-        except EngineError as error:
-            switched = engine is not self.in_force or not self._open.is_set()
-            if switched and error.code in ("engine_stopped", "engine_crashed"):
-                raise _SwitchedAway from None
-            raise
-        finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
 
     async def retune(self, settings: EngineSettings, kind: EngineKind | None = None) -> EngineSettings:
         """Put other settings in force, on an engine of that `kind`; raises EngineError and keeps the old ones.
@@ -116,7 +178,7 @@ class Switch:
         Where that is another kind, new requests wait, and running ones get RETUNE_DRAIN_S to finish, then they fail
         with `engine_crashed`.
         """
-        async with self._changing:
+        async with self._held(), self._changing:
             before = self.in_force.status()
             if kind in (None, before.kind):
                 return await self.in_force.retune(settings)

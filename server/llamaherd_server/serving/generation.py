@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import ExitStack, aclosing, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -64,6 +64,13 @@ class Serving:
                 for ticket in tickets:  # of a task that was cancelled before it began
                     queue.leave(ticket, 0)
                 self.quotas.settle(key, tokens, usage.tokens)
+
+    @asynccontextmanager
+    async def place(self, ticket: Ticket, used: Callable[[], int]) -> AsyncIterator[None]:
+        """As Admission.place, once a model on demand is loaded; raises EngineError too where it cannot be."""
+        await self.engine.wanted()
+        async with self.admission.place(ticket, used):
+            yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +166,7 @@ class Run:
         outcome, begun = "cancelled", False
         try:
             whole = asyncio.timeout(serving.limits.request_timeout_s)
-            async with whole, serving.admission.place(ticket, lambda: meter.computed):
+            async with whole, serving.place(ticket, lambda: meter.computed):
                 meter.admitted()
                 first = asyncio.timeout(serving.limits.first_token_timeout_s)
                 async with aclosing(serving.engine.generate(request)) as events, first:
@@ -189,7 +196,10 @@ async def prompt_tokens(engine: Switch, prompts: Iterable[str | list[int]]) -> i
     """How many tokens the prompts have, texts counted as one."""
     prompts = list(prompts)
     text = "\n".join(prompt for prompt in prompts if isinstance(prompt, str))
-    counted = await engine.count_tokens(text) if text else 0
+    counted = 0
+    if text:  # to wait for a model on demand is not this one's part
+        away = engine.status().state == "unloaded"
+        counted = len(text) // CHARS_PER_TOKEN if away else await engine.count_tokens(text)
     return counted + sum(len(prompt) for prompt in prompts if not isinstance(prompt, str))
 
 

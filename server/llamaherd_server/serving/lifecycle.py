@@ -46,6 +46,7 @@ class Lifecycle:
         self.tokens_per_s = 0.0  # of the last second
         self._notifier = Notifier()
         self.draining = False
+        self._started = False
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -59,10 +60,12 @@ class Lifecycle:
         )
 
     def ready(self) -> bool:
-        """Whether a request would be taken in now, by each engine."""
-        statuses = [engine.status() for engine in self._engines]
-        return not self.draining and all(
-            status.state == "ready" and status.intake_age_s < _INTAKE_S for status in statuses
+        """Whether a request would be taken in now, by each engine; one on demand takes it whenever it comes."""
+        statuses = [engine.status() for engine in self._engines if not engine.on_demand]
+        return (
+            self._started
+            and not self.draining
+            and all(status.state == "ready" and status.intake_age_s < _INTAKE_S for status in statuses)
         )
 
     def refusal(self, serving: Serving | None = None) -> ApiError | None:
@@ -104,6 +107,7 @@ class Lifecycle:
             return
         finally:
             starting.cancel()
+        self._started = True
         self._notifier.send("READY=1")
         await self._watch()
 
@@ -130,6 +134,8 @@ class Lifecycle:
         """One after the other, so that each finds the memory taken that those before it need."""
         for serving in self._servings:
             await serving.engine.start()
+            if serving.engine.on_demand:
+                continue
             status = serving.engine.status()
             settings = status.settings
             serving.admission.set_parallel(settings.parallel)
@@ -152,7 +158,7 @@ class Lifecycle:
         busy = sum(status.stats.slots_busy for status in statuses if status.stats)
         slots = sum(status.settings.parallel for status in statuses)
         queued = sum(serving.admission.queued for serving in self._servings)
-        unready = [str(status.state) for status in statuses if status.state != "ready"]
+        unready = [str(status.state) for status in statuses if status.state not in ("ready", "unloaded")]
         state = "draining" if self.draining else (unready or ["ready"])[0]
         (before, tokens), self._told = self._told, (time.monotonic(), self._totals.streamed)
         self.tokens_per_s = (self._totals.streamed - tokens) / max(1e-3, self._told[0] - before)

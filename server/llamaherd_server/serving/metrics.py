@@ -177,7 +177,10 @@ class _EngineCollector(Collector):
 
 def _of_engine(status: EngineStatus, admission: Admission) -> Iterator[tuple[Metric, float]]:
     """What is told of one model, as a family without samples and its value."""
-    yield _by_model("up", "1 when the model answers"), status.state == "ready"
+    waits = status.state == "unloaded" and not status.last_error
+    yield _by_model("up", "1 when the model answers, or would be loaded to"), status.state == "ready" or waits
+    yield _by_model("loaded", "1 when the model is in memory"), status.state == "ready"
+    yield _counted("loads", "How often the model was loaded"), status.loads
     yield _by_model("engine_heartbeat_age_seconds", "Since the worker last spoke"), status.heartbeat_age_s
     yield _counted("engine_restarts", "Restarts of the engine's process"), status.restarts
     yield _by_model("slots", "Sequences that can run at once"), status.settings.parallel

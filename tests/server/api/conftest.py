@@ -56,10 +56,12 @@ def serve(tmp_path: Path) -> Serve:
         http: dict[str, Any] | None = None,
         aliases: Sequence[str] | None = (),
         sampling: dict[str, Any] | None = None,
+        entry: dict[str, Any] | None = None,
         **limits: Any,
     ) -> AsyncIterator[Served]:
         named = {"name": "double", "path": model, **({} if aliases is None else {"aliases": [*aliases]})}
         named["sampling"] = sampling or {}
+        named |= entry or {}
         named["chat_template_kwargs"] = {"enable_thinking": False}
         table: dict[str, Any] = {"model": named, "limits": limits, "http": http or {}}
         table["engine"] = {"parallel": double.settings.parallel}

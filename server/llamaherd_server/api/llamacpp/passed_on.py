@@ -66,8 +66,8 @@ async def props(request: Request) -> Response:
         "build_info": info.build,
         "is_sleeping": False,
     }
-    async with state.engine.using() as engine:
-        if engine.own_api:
+    async with state.engine.peeked() as engine:
+        if engine and engine.own_api:
             known = await engine.own_api.get("/props")
     defaults = state.sampling_defaults()
     limit = defaults.pop("max_tokens", -1)
@@ -85,8 +85,8 @@ async def props(request: Request) -> Response:
 async def slots_of(request: Request) -> Response:
     """Which slots are busy. Never a prompt or an output. `?fail_on_no_slot=1`: a 503 when none is free."""
     state = state_of(request)
-    async with state.engine.using() as engine:
-        slots = await engine.own_api.get("/slots") if engine.own_api else _slots(engine.status())
+    async with state.engine.peeked() as engine:
+        slots = await engine.own_api.get("/slots") if engine and engine.own_api else _slots(state.engine.status())
     shown = [{name: slot[name] for name in _SLOT_FIELDS if name in slot} for slot in slots]
     if request.query_params.get("fail_on_no_slot") and all(slot["is_processing"] for slot in shown):
         raise ApiError(503, "no slot is free", code="no_slot", retry_after=1)
@@ -196,7 +196,7 @@ async def _admitted(request: Request, state: AppState, body: dict[str, Any]) -> 
     tokens = cost + generations * _most_output(body, serving)
     with serving.reserve(key, usage, tokens=tokens, costs=[cost], slots=generations) as [ticket]:
         try:
-            async with serving.admission.place(ticket, lambda: meter.computed):
+            async with serving.place(ticket, lambda: meter.computed):
                 meter.admitted()
                 yield meter
             outcome = "stop"

@@ -18,8 +18,8 @@ router = APIRouter(route_class=ModelRoute)
 @router.get("/models", include_in_schema=False)
 async def models(request: Request) -> dict[str, Any]:
     """The models that are served; behind an edge before unlike hosts, those of all hosts."""
-    here = {state.model_name: state for state in state_of(request).all()}
-    names = dict.fromkeys((*fleet_models(request), *here))
+    here = {state.model_name: state for state in state_of(request).all() if _is_known(state)}
+    names = dict.fromkeys((*fleet_models(request), *(state.model_name for state in state_of(request).all())))
     return {"object": "list", "data": [_describe(here[name]) if name in here else _elsewhere(name) for name in names]}
 
 
@@ -29,8 +29,12 @@ async def model(name: str, request: Request) -> dict[str, Any]:
     return _describe(state_of(request).named(name, fleet_models(request)))
 
 
+def _is_known(state: AppState) -> bool:
+    return state.engine.status().model is not None or not state.engine.on_demand
+
+
 def _elsewhere(name: str) -> dict[str, Any]:
-    """All that this host knows of a model of another one, whose own answer has the rest."""
+    """All that this host knows of a model of another one, whose own answer has the rest, and of one not loaded yet."""
     return {"id": name, "object": "model", "created": 0, "owned_by": "llamaherd"}
 
 

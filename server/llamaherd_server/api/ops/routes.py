@@ -94,7 +94,7 @@ async def retune(body: dict[str, Any], request: Request) -> Response:
         kind = msgspec.convert(body.get("engine", state.engine.status().kind), EngineKind)
         wanted = merge(state.engine.status().settings, settings)
         changed = state.settings.with_engine(kind, wanted)
-        wanted = await asyncio.to_thread(decided, changed, len(state.all()))  # it may read the GGUF's header
+        wanted = await asyncio.to_thread(decided, changed, state.at_once)  # it may read the GGUF's header
     except msgspec.ValidationError:
         kinds = " or ".join(map(repr, get_args(EngineKind)))
         message = f"engine {body['engine']!r} is not known: set {kinds}"
@@ -123,5 +123,6 @@ def _describe(state: AppState) -> dict[str, Any]:
         "heartbeat_age_s": status.heartbeat_age_s,
         "restarts": status.restarts,
         "load_s": status.load_s,
+        "loads": status.loads,
         "last_error": status.last_error,
     }

@@ -1,0 +1,31 @@
+"""What a model says of itself before it is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import msgspec
+import structlog
+
+from llamaherd_server.config.settings import Settings
+from llamaherd_server.engine.asking import asked
+from llamaherd_server.gguf import part_paths
+from llamaherd_server.wire.protocol import ModelInfo, WorkerConfig
+
+log = structlog.get_logger()
+
+
+async def about(settings: Settings) -> ModelInfo | None:
+    """None where it cannot be read, or, without the binding of llama.cpp, not without loading it."""
+    model = settings.model
+    if importlib.util.find_spec("llama_cpp") is None:
+        return None
+    template = None if model.chat_template is None else str(model.chat_template)
+    config = WorkerConfig(
+        path=str(part_paths(model.path)[0]), settings=settings.engine.settings, chat_template=template
+    )
+    code, told = await asked("about", config)
+    if code:
+        log.error("nothing is known of a model until it is loaded", model=model.name, error=told.decode())
+        return None
+    return msgspec.json.decode(told, type=ModelInfo)
