@@ -122,6 +122,7 @@ def _serving(
         timeout_s=limits.queue_timeout_s,
         parallel=settings.engine.settings.parallel,
         holds=holds,
+        preempts=lambda: engine.status().kind == "embedded",
     )
     # Embeddings have a context of their own and need no slot: a queue of their own, as fair and as bounded.
     embedding = Admission(

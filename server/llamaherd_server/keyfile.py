@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adding.add_argument("--model", action="append", dest="models", help="the only models it may use; repeat for more")
     adding.add_argument("--expires", type=_time, metavar="TIME", help="ISO 8601; UTC where it has no zone")
     adding.add_argument("--priority", type=float, default=1.0, help="share of a busy server (default: %(default)s)")
+    adding.add_argument("--preemptible", action="store_true", help="its requests leave their slots to others'")
     verbs.add_parser("list", help="names and limits; neither keys nor hashes")
     revoking = verbs.add_parser("revoke", help="take a key out")
     revoking.add_argument("name")

@@ -19,7 +19,10 @@ class KeysError(Exception):
 
 
 class Key(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A caller. None means: no limit. `priority` is the key's share of a busy server relative to the others'."""
+    """A caller. None means: no limit. `priority` is the key's share of a busy server relative to the others'.
+
+    A `preemptible` one, for work that can wait, has what the others leave: theirs go first, and take its slots.
+    """
 
     name: str
     sha256: str
@@ -32,6 +35,7 @@ class Key(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     models: list[str] | None = None
     expires: datetime.datetime | None = None
     priority: float = 1.0
+    preemptible: bool = False
 
     @property
     def budgeted(self) -> bool:

@@ -4,8 +4,9 @@ Start-time fair queueing (Goyal, Vin, Cheng 1996): each key's next request has a
 first, and a request moves its key's clock on by cost / priority. A key that floods only fills its own clock. Ageing: a
 key that has waited long since it was last served is moved forward, so that a small priority never starves.
 
-A running request is never taken from its slot. So that a key with little to ask need not wait for another's whole
-completion, a key leaves some slots to the others as long as there are others: see RESERVED and SHARED_S.
+So that a key with little to ask need not wait for another's whole completion, a key leaves some slots to the others as
+long as there are others: see RESERVED and SHARED_S. Preemptible keys come after all others, and need leave nothing: an
+engine that preempts gets the others' requests beside theirs, and takes their slots.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Ticket:
 class _Flow:
     """One key's requests. `finish` is the virtual time at which its last dispatched request would have been done."""
 
+    preemptible: bool = False
     waiting: deque[Ticket] = field(default_factory=deque)
     cost: float = 0.0  # of those that wait
     running: int = 0
@@ -70,6 +72,7 @@ class Admission:
         max_queue_tokens: float = math.inf,
         max_generations: int = 128,
         holds: Callable[[Key], bool] = lambda _: True,
+        preempts: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_queue = max_queue
@@ -77,6 +80,7 @@ class Admission:
         self._max_generations = min(max_generations, max_queue)
         self._timeout_s = timeout_s
         self._holds = holds
+        self._preempts = preempts
         self._clock = clock
         self._flows: dict[str, _Flow] = {}
         self._virtual = 0.0
@@ -112,6 +116,7 @@ class Admission:
             if self._share(len(longest.waiting), longest.cost) <= mine:
                 raise self._full()
             self._push_out(longest)
+        flow.preemptible = key.preemptible
         flow.asked = now = self._clock()
         if not flow.waiting:
             flow.since = now
@@ -164,14 +169,18 @@ class Admission:
         self._dispatch()
 
     def _dispatch(self) -> None:
-        while self.running < self.limit:
+        while True:
             now = self._clock()
-            flows = [flow for flow in self._flows.values() if flow.waiting and flow.running < self._most(flow, now)]
+            flows = [
+                flow
+                for flow in self._flows.values()
+                if flow.waiting and flow.running < self._most(flow, now) and self._room(flow) > 0
+            ]
             if not flows:
                 return
-            flow = min(flows, key=lambda flow: flow.finish - (now - flow.since) * AGEING_TOKENS_PER_S)
+            flow = min(flows, key=lambda one: (one.preemptible, one.finish - (now - one.since) * AGEING_TOKENS_PER_S))
             slots = min(flow.waiting[0].slots, self._most(flow, now))
-            if flow.running + slots > self._most(flow, now) or self.running + slots > self.limit:
+            if flow.running + slots > self._most(flow, now) or slots > self._room(flow):
                 return  # none goes before it, or it would wait for ever
             ticket = flow.waiting.popleft()
             self._unqueue(flow, ticket)
@@ -189,10 +198,19 @@ class Admission:
 
     def _most(self, flow: _Flow, now: float) -> int:
         """How many a key may have running: all that there is, or what leaves a slot for the others."""
-        alone = all(now - other.asked > SHARED_S for other in self._flows.values() if other is not flow)
+        preempts = self._preempts()
+        others = [one for one in self._flows.values() if one is not flow and not (preempts and one.preemptible)]
+        alone = all(now - other.asked > SHARED_S for other in others) or (preempts and flow.preemptible)
         if alone or self._parallel == 1:
             return self.limit
         return self._parallel - max(1, self._parallel // RESERVED)
+
+    def _room(self, flow: _Flow) -> int:
+        """How many slots the key's requests may be given now."""
+        yields = not flow.preemptible and self._preempts()
+        return (
+            self.limit - self.running + sum(one.running for one in self._flows.values() if yields and one.preemptible)
+        )
 
     def _share(self, requests: int, tokens: float) -> float:
         """How full the queue is with so much in it; above 1: too full."""

@@ -100,7 +100,8 @@ class Run:
         self._serving = serving
         self._key = key
         scope = key.name if serving.limits.prompt_cache_scope == "key" else ""
-        self._requests = [msgspec.structs.replace(one, owner=key.name, cache_scope=scope) for one in requests]
+        mine = {"owner": key.name, "cache_scope": scope, "preemptible": key.preemptible}
+        self._requests = [msgspec.structs.replace(one, **mine) for one in requests]
         self._n = n
         self._reserved = ExitStack()
         self._events: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()

@@ -194,6 +194,7 @@ def _of_engine(status: EngineStatus, admission: Admission) -> Iterator[tuple[Met
     yield _by_model("kv_cells", "KV cache size in tokens"), stats.kv_size
     yield _by_model("kv_cells_used", "KV cache cells in use"), stats.kv_used
     yield _counted("preemptions", "Requests parked so far"), stats.preemptions
+    yield _counted("slots_taken", "Slots that preemptible requests left to others"), stats.slots_taken
     yield _by_model("prompt_cache_bytes", "Memory of computed prompts that have left their slots"), stats.prompt_bytes
     yield _by_model("prompt_cache_limit_bytes", "How much of it there may be"), stats.prompt_limit_bytes
     yield _counted("prompt_cache_evictions", "Computed prompts that made way for others"), stats.prompt_evictions

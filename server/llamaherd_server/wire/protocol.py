@@ -134,6 +134,7 @@ class Generate(Struct, tag="generate", kw_only=True):
     cache_prompt: bool = True
     cache_scope: str = ""  # the KV cells of a prefix are shared among requests of the same one
     media: Media | None = None  # only where the prompt is text and the engine llama-server
+    preemptible: bool = False  # leaves its slot to requests that are not
     owner: str = ""  # whose it is: what is slow to make ready is done in turns among owners
     preserved: list[str] = field(default_factory=list)  # control tokens that are text here: others are not told
     reasoning: ReasoningBudget | None = None
@@ -288,7 +289,7 @@ class Stats(Struct, kw_only=True):
     decode_s: float
     sample_s: float
     overhead_s: float
-    preemptions: int  # since the start, as are those below
+    preemptions: int  # for want of KV cells; since the start, as are those below
     cached_tokens: int
     prompt_tokens: int
     cached_memory_tokens: int = 0  # of the cached ones: from prompts that had left their slots
@@ -298,6 +299,7 @@ class Stats(Struct, kw_only=True):
     prompt_limit_bytes: int = 0
     drafted_tokens: int = 0  # since the start
     accepted_tokens: int = 0
+    slots_taken: int = 0  # from preemptible requests, for others
 
 
 class Step(Struct, tag="step"):

@@ -79,6 +79,8 @@ class Context:
     def decode(self, shares: list[Share]) -> int:
         self._batch.fill(shares)
         longest, count = max(shares, key=lambda share: share[1])
+        preemptible = sum(count for one, count in shares if one.request.preemptible and count > 1)
+        self._interrupt.preemptible = 2 * preemptible > self._batch.native.n_tokens
         self._interrupt.mostly_for = longest.request.id if 2 * count > self._batch.native.n_tokens else None
         return int(self._lib.llama_decode(self._handle, self._batch.native))
 

@@ -51,7 +51,7 @@ class Intake:
 
     What may be slow goes by the lanes, and others pass it. A retune stops the step that is being computed, and so does
     cancelling the request that has most of its batch. A request that comes just after others stops their first step, to
-    be in it: they arrived together.
+    be in it: they arrived together. One that is not preemptible stops a step of prompts of those that are.
     """
 
     def __init__(
@@ -146,8 +146,11 @@ class Intake:
                 self._ready.put(work)
             elif isinstance(work, Sequence):
                 work.sampler.close()
-        if isinstance(work, Sequence) and self._interrupt.joins():
+        if isinstance(work, Sequence) and (self._interrupt.joins() or self._comes_first(work)):
             self._interrupt.set()
+
+    def _comes_first(self, sequence: Sequence) -> bool:
+        return self._interrupt.preemptible and not sequence.request.preemptible
 
     def _is_on_disk(self, sequence: Sequence) -> bool:
         request = sequence.request

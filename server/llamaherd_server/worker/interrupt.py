@@ -21,6 +21,7 @@ class Interrupt:
 
     def __init__(self, lib: Any, log: Log) -> None:
         self.mostly_for: int | None = None  # the request that has most of the batch being computed
+        self.preemptible = False  # whether most of it is prompts of preemptible requests
         self._began: float | None = None
         self._log = log
         self._flag = ctypes.create_string_buffer(2)

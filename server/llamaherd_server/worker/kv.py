@@ -33,6 +33,12 @@ class Slot:
     def length(self) -> int:
         return len(self.cells)
 
+    def vacate(self, step: int) -> None:
+        """Its sequence leaves; the cells stay for prompts that share the prefix, and are kept if it may be."""
+        if self.sequence and not self.sequence.request.cache_prompt:
+            self.kept = self.length
+        self.sequence, self.used = None, step
+
 
 class KvCache:
     """Every change to the cells goes through here, to the backend and into the books at once.

@@ -3,7 +3,7 @@
 Running sequences put one token each into every step, and what is drafted after it (speculation.py); prompts fill the
 rest of one ubatch, so that no long prompt stalls the others. Only while all are at their prompts a step takes as many
 as a batch holds. When the KV cells run short, cached prefixes go first, then the sequence that came last is parked
-until there is room again.
+until there is room again. When slots run short, a preemptible sequence leaves its own to one that is not.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Scheduler:
         self._keeper = Keeper(prompts)
         self._speculation = Speculation()
         self._announce = announce or self._event
-        self.waiting: list[Sequence] = []  # by arrival
+        self.waiting: list[Sequence] = []  # by turn
         self._events: list[Started | Delta | Finished | Failed] = []
-        self._step = self._preemptions = self._cached = self._prompt = 0
+        self._step = self._preemptions = self._slots_taken = self._cached = self._prompt = 0
         self._token_s = 0.0
         self._prompts_turn = False
         self.attach(backend)
@@ -76,7 +76,7 @@ class Scheduler:
         return free and bool(there) and not any(one.decoding or not one.pending for one in there)
 
     def add(self, sequence: Sequence) -> None:
-        insort(self.waiting, sequence, key=lambda one: one.arrival)
+        insort(self.waiting, sequence, key=lambda one: one.turn)
 
     def cancel(self, request_id: int) -> None:
         """End a request without another word; one that has ended already is no error."""
@@ -126,9 +126,9 @@ class Scheduler:
     # --- admit ---------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """First come, first served; only those whose beginning another one is just computing let others pass."""
+        """First come, first served, by turn. Who waits for another one's beginning to be computed lets others pass."""
         for sequence in list(self.waiting):
-            if not self._kv.idle:
+            if not self._kv.idle and not self._preempt(sequence):
                 return
             source, length, stored = None, 0, None
             if sequence.request.cache_prompt and sequence.state is None:
@@ -190,7 +190,7 @@ class Scheduler:
         return [(sequence, 1 + len(sequence.draft)) for sequence in self.running if sequence.decoding]
 
     def _prompts(self, beside: int) -> list[Share]:
-        """Prompts, oldest first, as far as a ubatch has room `beside` the decoding ones.
+        """Prompts, by turn, as far as a ubatch has room `beside` the decoding ones.
 
         While nobody waits for a next token the step also takes all others that a batch holds to their end: who came
         together begins together, and none stalls at its second token while the others' prompts are computed.
@@ -205,7 +205,10 @@ class Scheduler:
         running = self.running
         together = not any(one.decoding for one in running)
         shares = []
-        for sequence in sorted((one for one in running if not one.decoding), key=lambda one: one.arrival):
+        prompts = sorted((one for one in running if one.pending and not one.decoding), key=lambda one: one.turn)
+        for sequence in prompts:
+            if sequence.request.preemptible > prompts[0].request.preemptible:
+                break
             whole = together and sequence.pending <= min(settings.ubatch, left)
             count = min(sequence.to_border, sequence.pending if whole else room)
             if count > 0:
@@ -229,7 +232,7 @@ class Scheduler:
         running = self.running
         if len(running) == 1:
             raise DecodeFailed(f"one sequence of {len(running[0].tokens)} tokens does not fit into the KV cache")
-        self._park(max(running, key=lambda one: one.arrival))
+        self._park(max(running, key=lambda one: one.turn))
         self._preemptions += 1
 
     # --- decode --------------------------------------------------------------------------------------------------
@@ -334,12 +337,20 @@ class Scheduler:
         sequence.sampler.close()
         if sequence.slot == NO_SLOT:
             self.waiting.remove(sequence)
-            return
-        slot = self._kv.slots[sequence.slot]
-        slot.sequence = None
-        slot.used = self._step
-        if not sequence.request.cache_prompt:
-            slot.kept = slot.length
+        else:
+            self._kv.slots[sequence.slot].vacate(self._step)
+
+    def _preempt(self, sequence: Sequence) -> bool:
+        """Take a slot from a preemptible sequence, which goes on from its cells later; whether there is any to take."""
+        running = [one for one in self.running if one.request.preemptible and one.pending]
+        if sequence.request.preemptible or not running:
+            return False
+        last = max(running, key=lambda one: one.arrival)
+        self._kv.slots[last.slot].vacate(self._step)
+        last.slot, last.draft = NO_SLOT, []
+        self.add(last)
+        self._slots_taken += 1
+        return True
 
     def _park(self, sequence: Sequence, *, keep: bool = True) -> None:
         """Take a sequence off its slot, to go on later: with its cells, or computed again where they are not kept."""
@@ -371,6 +382,7 @@ class Scheduler:
             sample_s=watch.sample_s,
             overhead_s=watch.rest_s(),
             preemptions=self._preemptions,
+            slots_taken=self._slots_taken,
             cached_tokens=self._cached,
             prompt_tokens=self._prompt,
             drafted_tokens=self._speculation.drafted,

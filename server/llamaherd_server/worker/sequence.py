@@ -58,7 +58,7 @@ class Sequence:
     It may grow to `limit` tokens, which the slot's size decides too. `draft` is computed beside the last token in the
     hope that sampling gives the same; `drafter` proposes it. `state` holds its KV cells while it is parked.
     `borders` are the lengths at which another prompt is likely to go another way.
-    Sequences order by `arrival`.
+    Sequences order by `turn`.
     """
 
     request: Generate
@@ -83,6 +83,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.n_prompt = len(self.tokens)
+
+    @property
+    def turn(self) -> tuple[bool, int]:
+        """Preemptible ones come after all others; each kind by arrival."""
+        return self.request.preemptible, self.arrival
 
     @property
     def id(self) -> int:

@@ -22,12 +22,17 @@ class Clock:
         return self.now
 
 
-def key(name: str, priority: float = 1.0) -> Key:
-    return Key(name=name, sha256="", priority=priority)
+def key(name: str, priority: float = 1.0, *, preemptible: bool = False) -> Key:
+    return Key(name=name, sha256="", priority=priority, preemptible=preemptible)
 
 
 def queue(
-    parallel: int = 1, max_queue: int = 1000, max_queue_tokens: float = math.inf, clock: Clock | None = None
+    parallel: int = 1,
+    max_queue: int = 1000,
+    max_queue_tokens: float = math.inf,
+    clock: Clock | None = None,
+    *,
+    preempts: bool = True,
 ) -> Admission:
     return Admission(
         max_queue=max_queue,
@@ -36,6 +41,7 @@ def queue(
         timeout_s=60,
         parallel=parallel,
         clock=clock or Clock(),
+        preempts=lambda: preempts,
     )
 
 
@@ -259,3 +265,30 @@ async def test_requests_of_several_slots_never_wait_for_each_other() -> None:
     admission = queue(parallel=4)
     tickets = [admission.enter(key(name), [1.0], slots=3)[0] for name in "abcabc"]
     assert sorted(order(admission, tickets)) == sorted("abcabc")
+
+
+async def test_preemptible_ones_fill_the_engine_and_others_get_in_beside_them() -> None:
+    admission = queue(parallel=4)
+    batch = admission.enter(key("batch", preemptible=True), [1.0] * 9)
+    assert len(running(batch)) == admission.limit == 5
+    chats = admission.enter(key("chat"), [1.0] * 9)
+    assert len(running(chats)) == 5, "nobody else but preemptible ones: it need leave nothing"
+    admission.leave(batch[0], 1)
+    assert len(running(batch)) == 5
+    for ticket in chats[:4]:
+        admission.leave(ticket, 1)
+    assert (len(running(chats)), len(running(batch))) == (9, 5)
+    for ticket in [*chats[4:], *batch[1:5]]:
+        admission.leave(ticket, 1)
+    assert len(running(batch)) == 9
+
+
+async def test_where_the_engine_does_not_preempt_they_come_last_but_are_not_passed() -> None:
+    admission = queue(parallel=4, preempts=False)
+    batch = admission.enter(key("batch", preemptible=True), [1.0] * 9)
+    assert len(running(batch)) == 5
+    chats = admission.enter(key("chat"), [1.0] * 2)
+    assert not running(chats)
+    for ticket in batch[:3]:
+        admission.leave(ticket, 1)
+    assert len(running(chats)) == 2

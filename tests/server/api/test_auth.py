@@ -31,6 +31,14 @@ def bearer(secret: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {secret}"}
 
 
+@pytest.mark.parametrize("preemptible", [True, False])
+async def test_what_a_key_may_be_preempted_for_reaches_the_engine(serve: Serve, *, preemptible: bool) -> None:
+    double = Double()
+    async with serve(double, keys(preemptible=str(preemptible).lower())) as served:
+        await served.http.post("/v1/completions", json={"prompt": "x"}, headers=bearer("user"))
+    assert [one.preemptible for one in double.seen] == [preemptible]
+
+
 async def test_a_key_is_wanted_everywhere_but_at_the_probes(serve: Serve) -> None:
     async with serve(Double(), keys=keys()) as served:
         for path in ("/v1/models", "/nowhere", "/admin/engine"):

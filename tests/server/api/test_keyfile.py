@@ -59,6 +59,7 @@ def test_a_key_is_shown_once_and_its_hash_kept(tmp_path: Path) -> None:
             "2099-01-31",
             "--priority",
             "2",
+            "--preemptible",
         ),
     )
     secret = made.stdout.strip()
@@ -68,7 +69,7 @@ def test_a_key_is_shown_once_and_its_hash_kept(tmp_path: Path) -> None:
     key = KeyStore(path).find(secret)
     assert key is not None
     assert (key.name, key.requests_per_minute, key.tokens_per_minute, key.max_concurrent) == ("team-a", 60, 1e4, 4)
-    assert (key.models, key.priority, key.admin) == (["small", "large"], 2, False)
+    assert (key.models, key.priority, key.preemptible, key.admin) == (["small", "large"], 2, True, False)
     assert key.expires is not None
     assert key.expires.isoformat() == "2099-01-31T00:00:00+00:00"
     listed = keys("--file", path, "list").stdout
