@@ -60,6 +60,10 @@ test-fleet: setup engine ## The long tests on a fleet of lab hosts
 bench: setup engine ## All of bench/, or one: make bench GROUP=serving
 	@$(RUN) $(BIN)/python -m bench $(GROUP)
 
+.PHONY: terminal
+terminal: setup ## Draw the README's terminal from the last `make demo` here: docs/images/demo.svg
+	@$(RUN) $(BIN)/python -m scripts.terminal --record
+
 .PHONY: docs
 docs: setup ## The documentation as a site: build/docs/index.html
 	@$(RUN) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
