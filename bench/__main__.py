@@ -21,6 +21,7 @@ GROUPS = {
     "hostile": "hostile",
     "conversations": "conversations",
     "swap": "swap",
+    "priorities": "priorities",
 }
 
 
