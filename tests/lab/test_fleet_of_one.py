@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -19,15 +20,16 @@ pytestmark = [
 ]
 PATIENCE_S = 280  # two engines may share two cores with whatever else runs
 MODEL = "smollm2-135m-instruct"
+LIMITS = {"llamaherd_server_limits": {"queue_timeout_s": PATIENCE_S}}
 STATE = f"readlink /var/lib/llamaherd/models/{MODEL}.gguf; cat /etc/llamaherd/server.toml /etc/nginx/nginx.conf"
 LEFT = """ls /var/lib/llamaherd/upgrade /etc/llamaherd/beside.toml /run/llamaherd-held 2>&-
 systemctl is-active llamaherd-server-beside llamaherd-hold.socket"""
 
 
 def test_nobody_notices_its_upgrade(herd: Herd, better: Path) -> None:
-    herd.succeed("deploy.yml")
+    herd.succeed("deploy.yml", "-e", json.dumps(LIMITS))
     # While it is measured, two engines share this machine's two cores.
-    asking = asked(better, MODEL, llamaherd_upgrade_least_speed=0.01)
+    asking = asked(better, MODEL, llamaherd_upgrade_least_speed=0.01, **LIMITS)
     with streaming(herd, rate=0.5, edge="t1", model=MODEL, patience_s=PATIENCE_S) as load:
         herd.succeed("upgrade.yml", "-e", asking)
     assert load.failures == []
@@ -41,7 +43,7 @@ def test_nobody_notices_an_upgrade_that_fails(herd: Herd, better: Path, tmp_path
     model.write_bytes(better.read_bytes() + bytes(32))
     before = herd.sh("t1", STATE)
     with streaming(herd, rate=0.5, edge="t1", model=MODEL, patience_s=PATIENCE_S) as load:
-        run = herd.play("upgrade.yml", "-e", asked(model, MODEL, llamaherd_upgrade_least_speed=50))
+        run = herd.play("upgrade.yml", "-e", asked(model, MODEL, llamaherd_upgrade_least_speed=50, **LIMITS))
     assert "t1 serves what it served before, and the rollout stops: Verify speed after the upgrade" in run.output
     assert load.failures == []
     assert herd.sh("t1", STATE) == before
@@ -50,7 +52,7 @@ def test_nobody_notices_an_upgrade_that_fails(herd: Herd, better: Path, tmp_path
 
 def test_requests_wait_where_there_is_no_room_beside(herd: Herd, better: Path) -> None:
     older = herd.sh("t1", STATE)
-    asking = asked(better, MODEL, llamaherd_upgrade_blue_green=False, llamaherd_settings={"parallel": 6})
+    asking = asked(better, MODEL, llamaherd_upgrade_blue_green=False, llamaherd_settings={"parallel": 6}, **LIMITS)
     with streaming(herd, rate=0.3, edge="t1", model=MODEL, patience_s=PATIENCE_S) as load:
         herd.succeed("upgrade.yml", "-e", asking)
         time.sleep(20)  # for those that waited to be answered
