@@ -16,6 +16,7 @@ pytestmark = [
     pytest.mark.parametrize("herd", ["trixie"], indirect=True),  # test_spine.py has the other Debian
 ]
 
+READ = 'from urllib.request import urlopen; print(urlopen("http://127.0.0.1:{}/metrics").read().decode())'
 SMALL = {"parallel": 2, "ctx_per_slot": 1024, "batch": 256, "ubatch": 128}
 
 
@@ -28,6 +29,10 @@ def two_models(**second: Any) -> dict[str, Any]:
         "llamaherd_more_models": ["theirs"],
         "llamaherd_settings": SMALL,
     }
+
+
+def metrics(herd: Herd, port: int = 8080) -> str:
+    return herd.sh("t1", f"python3 -c '{READ.format(port)}'")
 
 
 def named(herd: Herd, model: str) -> tuple[int, Any]:
@@ -57,6 +62,15 @@ def test_an_unknown_name_is_a_404_that_lists_what_there_is(herd: Herd) -> None:
     assert "'ours', 'theirs'" in answer["error"]["message"]
 
 
+def test_one_of_them_is_loaded_when_it_is_asked_for(herd: Herd) -> None:
+    asked = variables(**two_models(residence="on_demand", memory_share=0.5))
+    herd.succeed("deploy.yml", *asked)
+    herd.succeed("verify.yml", *asked)
+    assert 'llamaherd_loaded{model="theirs"} 0.0' in metrics(herd)
+    assert named(herd, "theirs")[0] == 200
+    assert 'llamaherd_loaded{model="theirs"} 1.0' in metrics(herd)
+
+
 @pytest.mark.parametrize(
     ("second", "expected"),
     [
@@ -78,7 +92,6 @@ def test_what_cannot_be_served_is_one_line_and_changes_nothing(
 
 
 MORE = {"name": "two", "port": 8082, "devices": "1", "settings": {"parallel": 1}}
-READ = 'from urllib.request import urlopen; print(urlopen("http://127.0.0.1:{}/metrics").read().decode())'
 INSTANCES = {"llamaherd_settings": SMALL, "llamaherd_server_devices": "0", "llamaherd_instances": [MORE]}
 
 
@@ -99,8 +112,7 @@ def test_nginx_balances_over_them_and_goes_on_with_one(herd: Herd) -> None:
     for _ in range(4):
         assert named(herd, "smollm2-135m-instruct")[0] == 200
     for port in (8080, 8082):
-        page = herd.sh("t1", f"python3 -c '{READ.format(port)}'")
-        assert "\nllamaherd_generations_total{" in page
+        assert "\nllamaherd_generations_total{" in metrics(herd, port)
     herd.sh("t1", "systemctl stop llamaherd-server")
     assert named(herd, "smollm2-135m-instruct")[0] == 200
     herd.sh("t1", "systemctl start llamaherd-server")
