@@ -12,6 +12,8 @@ _LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
 _DNS_NAME = re.compile(rf"(?=.{{1,253}}$)(\*\.)?{_LABEL}(\.{_LABEL})*")
 # Build tools, units and shells each give some of these a meaning of their own.
 _MISREAD = re.compile(r"""[\x00-\x1f:;&|<>(){}*?\[\]$`"'\\#%~!,]""")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_TEXTS = ("llamaherd_upgrade_prompt",)
 # What a deploy would give to the service user, and reset.yml remove.
 _SHARED = re.compile(
     r"/(bin|boot|dev|etc|home|lib\w*|media|mnt|opt|private|proc|root|run|sbin|srv|sys|tmp|usr|var|Applications|Library|"
@@ -56,10 +58,14 @@ def _matches(pattern: str) -> Callable[[str], bool]:
 
 _TIME = r"(\d+(ms|[smhdwMy])? ?)+"
 _SIZE = r"infinity|\d+(\.\d+)?[KMGT]?|\d+(\.\d+)?%"
+_MOST = 2**31  # what programs that these are passed to read
 _HTTP = _matches(r"https?://[^\s/]\S*")
 # Of a variable's name, without llamaherd_, and of a list's or mapping's entries: what to hold, and the words for it.
 _FORMATS: dict[str, tuple[Callable[[Any], bool], str]] = {
     r"\w*port|instances\.port": (lambda value: 1 <= value <= 65535, "a port, 1 to 65535"),
+    r"nginx_certificate_days": (lambda value: 1 <= value <= 36500, "between 1 and 36500"),
+    r"loadgen_(users|processes)|model_downloads|nginx_streams|status_seconds|upgrade_window_s|\w+_start_timeout_s|"
+    r"monitoring_\w+_p95_s|verify_\w*exposure": (lambda value: 0 < value < _MOST, "above 0"),
     r"server_nice": (lambda value: -20 <= value <= 19, "between -20 and 19"),
     r"\w+_ratio": (lambda value: 0 <= value <= 1, "between 0 and 1"),
     r"user|group": (_matches("[a-z_][a-z0-9_-]{0,30}"), "a name of small letters, digits, - and _"),
@@ -99,5 +105,11 @@ def format_mistakes(name: str, value: Any, spec: Mapping[str, Any]) -> Iterator[
             if not check(value):
                 yield f"{name} must be {words}, not {value!r}"
             return
-    if spec.get("type") in ("int", "float") and "." not in kind and value < 0:
-        yield f"{name} must not be below 0, and is {value}"
+    if "." in kind:
+        return
+    if spec.get("type") in ("int", "float") and not 0 <= value < _MOST:
+        yield f"{name} must not be below 0, and is {value}" if value < 0 else f"{name} is too large: {value}"
+    elif isinstance(value, str) and not value.strip():
+        yield f"{name} is empty: give it a value, or remove it, which leaves it at its default"
+    elif isinstance(value, str) and (value != value.strip() or _CONTROL.search(value)) and kind not in _TEXTS:
+        yield f"{name} has a line end, or spaces at its ends: remove them"  # it may be a secret

@@ -36,6 +36,14 @@ MODEL = {"name": "m", "sha256": "0" * 64, "source": {"kind": "https", "url": "ht
         ("llamaherd_instances", [{"name": "a", "port": 99999}], ["llamaherd_instances[0].port", "99999"]),
         ("llamaherd_keep_releases", -1, ["must not be below 0", "-1"]),
         ("llamaherd_server_nice", 20, ["-20 and 19"]),
+        ("llamaherd_nginx_streams", 0, ["llamaherd_nginx_streams must be above 0"]),
+        ("llamaherd_nginx_certificate_days", 10**12, ["between 1 and 36500"]),
+        ("llamaherd_packages_wait_s", 10**12, ["llamaherd_packages_wait_s is too large"]),
+        ("llamaherd_monitoring_ttft_p95_s", float("nan"), ["above 0, not nan"]),
+        ("llamaherd_upgrade_least_speed", float("inf"), ["is too large: inf"]),
+        ("llamaherd_secrets_dir", " ", ["llamaherd_secrets_dir is empty", "remove it"]),
+        ("llamaherd_loadgen_space", ["parallel=4", ""], ["llamaherd_loadgen_space[1] is empty"]),
+        ("llamaherd_bundle", "/srv/bundle\n", ["llamaherd_bundle has a line end"]),
         ("llamaherd_monitoring_error_ratio", 2, ["between 0 and 1"]),
         ("llamaherd_user", "Llama Herd", ["llamaherd_user", "small letters"]),
         ("llamaherd_prefix", "opt/llamaherd", ["llamaherd_prefix", "absolute", "'opt/llamaherd'"]),
@@ -102,6 +110,8 @@ def test_an_unknown_name_gets_the_nearest_right_one(check_variables: ModuleType,
         ("llamaherd_state_dir", "/data"),
         ("llamaherd_server_prompt_cache_dir", ""),
         ("llamaherd_server_nice", -5),
+        ("llamaherd_upgrade_prompt", "Two\nlines."),
+        ("llamaherd_model_hf_token", ""),
         ("llamaherd_server_host", "localhost"),
     ],
 )
@@ -124,3 +134,9 @@ def test_defaults_pass(check_variables: ModuleType) -> None:
 def test_right_values_pass(check_variables: ModuleType, value: Any) -> None:
     spec = check_variables.known_variables()["llamaherd_settings"]
     assert list(check_variables.mistakes("llamaherd_settings", value, spec)) == []
+
+
+def test_no_secret_is_told(check_variables: ModuleType) -> None:
+    name = "llamaherd_model_hf_token"
+    [line] = check_variables.mistakes(name, "hf_secret\n", check_variables.known_variables()[name])
+    assert "hf_secret" not in line
