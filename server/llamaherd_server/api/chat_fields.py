@@ -10,14 +10,15 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from llamaherd_server.api.fields import Body, Lenient
 from llamaherd_server.api.media import Collected, MediaPart
-from llamaherd_server.errors import ApiError, unsupported
+from llamaherd_server.errors import ApiError, shown, unsupported
 from llamaherd_server.http.json_body import check_cost
 from llamaherd_server.toolcalls.surrogates import without_halves
-from llamaherd_server.toolcalls.tools import Choice, Tool
+from llamaherd_server.toolcalls.tools import Tool
 
 MOST_TOOLS = 128
 # Levels of a call's arguments that are handed to templates as they are: Python's json and Jinja recurse.
 MAX_DEPTH = 64
+MOST_ID = 2**16  # of characters: LiteLLM puts what a model thought, encrypted, into the ids of its calls
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 
 
@@ -51,15 +52,14 @@ class TextPart(Lenient):
 
 
 class OtherPart(Lenient):
-    """A part of any other type, which is refused: it could not be shown to the model."""
+    """A part of any other type, which could not be shown to the model."""
 
     type: str
 
-    @model_validator(mode="after")
-    def _refused(self) -> Self:
-        raise unsupported("messages", f"messages: content of type {self.type!r} is not supported: send text")
 
-
+# What the assistant's turns may have besides: thoughts for those who wrote them, and calls, told by `tool_calls` too.
+_THOUGHTS = ("redacted_thinking", "reasoning_text", "reasoning_content", "summary_text")
+_CALLS = ("tool_use", "tool_call", "function_call")
 _TEXT_PARTS = get_args(TextPart.model_fields["type"].annotation)
 _MEDIA_PARTS = get_args(MediaPart.model_fields["type"].annotation)
 
@@ -102,7 +102,7 @@ class CalledCustom(Lenient):
 class ToolCall(Lenient):
     """A call that the model made, with any name and arguments: an earlier answer is never refused."""
 
-    id: str = Field("", max_length=256)
+    id: str = Field("", max_length=MOST_ID)
     function: CalledFunction | None = None
     custom: CalledCustom | None = None
 
@@ -114,7 +114,9 @@ class ToolCall(Lenient):
 
 
 def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    """Text stands for a part of text, also in a list."""
+    parts = [content] if isinstance(content, str) else content
+    return [{"text": one} if isinstance(one, str) else one for one in parts] if isinstance(parts, list) else parts
 
 
 class Message(Lenient):
@@ -129,7 +131,7 @@ class Message(Lenient):
     name: str | None = Field(None, max_length=256, description="Given to the chat template.")
     tool_calls: list[ToolCall] = Field([], max_length=MOST_TOOLS, description="Calls made in this turn.")
     function_call: CalledFunction | None = Field(None, description="OpenAI's older form of `tool_calls`.")
-    tool_call_id: str | None = Field(None, max_length=256, description="Whose result this turn is.")
+    tool_call_id: str | None = Field(None, max_length=MOST_ID, description="Whose result this turn is.")
     reasoning_content: str | None = Field(None, description="Given to the chat template.")
     reasoning: Any = Field(None, description="Another name of `reasoning_content`.")
     refusal: str | None = Field(None, description="The content, where there is none.")
@@ -140,6 +142,12 @@ class Message(Lenient):
             raise ValueError(f'content is missing: a message of the role "{self.role}" needs it')
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError('a message of the role "tool" needs tool_call_id')
+        calls = _CALLS if self.tool_calls or self.function_call else ()
+        repeated = (*_THOUGHTS, *calls) if self.role == "assistant" else ()
+        for part in self.content or ():
+            if isinstance(part, OtherPart) and part.type not in repeated:
+                message = f"messages: content of type {shown(part.type)} is not supported: send text"
+                raise unsupported("messages", message)
         return self
 
     def for_template(self, media: Collected) -> dict[str, Any]:
@@ -218,36 +226,6 @@ class ToolField(Lenient):
     def tool(self) -> Tool:
         function = self.function
         return Tool(function.name, function.description, function.parameters, bool(function.strict))
-
-
-class NamedFunction(Body):
-    """A tool's name."""
-
-    name: str
-
-
-class NamedChoice(Body):
-    """The one tool to call."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-
-def choice_of(tools: list[Tool], wanted: str | None, *, parallel: bool | None) -> Choice:
-    """The tools in play; `wanted`: none, auto, required, or a tool's name after an equals sign. Raises ApiError.
-
-    `parallel` None: as many calls as the model likes, but one where it must call, as small models never stop there.
-    """
-    if wanted in (None, "auto"):
-        return Choice(tools, parallel=parallel is not False)
-    if wanted == "none":
-        return Choice(())
-    name = (wanted or "").removeprefix("=")
-    chosen = tools if wanted == "required" else [tool for tool in tools if tool.name == name]
-    if not chosen:
-        what = f"names {name!r}, which is none of the tools" if tools else f"{wanted.removeprefix('=')!r} needs tools"
-        raise ApiError(400, f"tool_choice: {what}", param="tool_choice", code="invalid_value")
-    return Choice(chosen, must=True, parallel=bool(parallel))
 
 
 class JsonSchema(Body):

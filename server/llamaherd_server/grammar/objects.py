@@ -98,6 +98,8 @@ def _extra(converter: Converter, schema: Schema, listed: dict[str, Any], where: 
     of_patterns = {pattern: _keys(converter, [{"pattern": [pattern]}], where) for pattern in patterns}
     pairs = []
     for pattern, one in [*patterns.items(), (None, additional)]:
+        if one is False:  # what its names are costs an automaton
+            continue
         keys = converter.terms.both(
             keyed,
             others,

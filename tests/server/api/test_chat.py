@@ -255,7 +255,7 @@ async def test_parts_are_joined_and_a_last_assistant_turn_is_continued(serve: Se
         ({"tools": [WEATHER], "tool_choice": "required", "grammar": "root ::= []"}, 400, "grammar", "not together"),
         ({"messages": [{"role": "user"}]}, 400, "messages.0", "content is missing"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0", "tool_call_id"),
-        ({"functions": []}, 400, "functions", "unknown field"),
+        ({"functions": [{"name": "f"}]}, 400, "functions", "send tools"),
         ({"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
         ({"max_tokens": 0}, 400, "max_tokens", "at least 1"),
         ({"stop": ["x" * 1025]}, 400, "stop.0", "at most 1024 characters"),

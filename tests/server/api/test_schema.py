@@ -334,6 +334,14 @@ def test_what_is_wrong_or_too_large_is_refused(schema: Any, message: str, strict
     assert (refused.value.status_code, refused.value.param) == (400, "response_format")
 
 
+def test_a_closed_object_has_no_rules_of_other_names(accepts: Accepts) -> None:
+    longest = "k" * 100_000
+    schema = {"type": "object", "properties": {longest: {"type": "null"}}, "additionalProperties": False}
+    assert len(schema_grammar(schema, "schema")) < 2 * len(longest)
+    assert accepts({**schema, "properties": {"ka": {}}}, "{}")
+    assert not accepts({**schema, "properties": {"ka": {}}}, '{"kb": 1}')
+
+
 def test_a_schema_nested_too_deeply_is_refused() -> None:
     schema: Any = {}
     for _ in range(2000):

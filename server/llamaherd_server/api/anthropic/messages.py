@@ -12,13 +12,14 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BeforeValidator, Field, Tag, model_validator
 
 from llamaherd_server.api.answer import answer, json_response, run_of
+from llamaherd_server.api.anthropic.documents import DocumentBlock, SearchResultBlock
 from llamaherd_server.api.anthropic.messages_shape import MessagesShape
 from llamaherd_server.api.chat_fields import (
+    MOST_ID,
     MOST_TOOLS,
     Name,
     arguments_text,
     by_type,
-    choice_of,
     only_types,
     template_call,
 )
@@ -28,6 +29,7 @@ from llamaherd_server.api.media import Collected, MediaPart
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import state_of
+from llamaherd_server.api.tool_choice import NamedChoice, Wanted, choice_of
 from llamaherd_server.errors import unsupported
 from llamaherd_server.http.error_responses import MessagesErrorBody
 from llamaherd_server.http.json_body import beside
@@ -71,7 +73,7 @@ class ToolUseBlock(Lenient):
     """A call that the model made, with any name and input: an earlier answer is never refused."""
 
     type: Literal["tool_use"]
-    id: str = Field("", max_length=256)
+    id: str = Field("", max_length=MOST_ID)
     name: str = ""
     input: Annotated[str, BeforeValidator(arguments_text, json_schema_input_type=dict[str, Any])] = "{}"
 
@@ -95,13 +97,19 @@ def _refuse_others(blocks: list[Any], allowed: Collection[str] = ()) -> None:
 
 def _texts(blocks: list[Any], media: Collected) -> str:
     """The blocks as one text, with images at their places."""
-    shown = [block for block in blocks if isinstance(block, TextBlock | ImageBlock)]
+    kinds = TextBlock | ImageBlock | DocumentBlock | SearchResultBlock
+    shown = [block for block in blocks if isinstance(block, kinds)]
     return "\n".join(media.place(block.part()) if isinstance(block, ImageBlock) else block.text for block in shown)
 
 
+_SHOWN = ("text", "image", "document", "search_result")
 ResultBlock = Annotated[
-    Annotated[TextBlock, Tag("text")] | Annotated[ImageBlock, Tag("image")] | Annotated[OtherBlock, Tag("other")],
-    by_type("text", "image"),
+    Annotated[TextBlock, Tag("text")]
+    | Annotated[ImageBlock, Tag("image")]
+    | Annotated[DocumentBlock, Tag("document")]
+    | Annotated[SearchResultBlock, Tag("search_result")]
+    | Annotated[OtherBlock, Tag("other")],
+    by_type(*_SHOWN),
 ]
 
 
@@ -109,7 +117,7 @@ class ToolResultBlock(Lenient):
     """What came of a call; whether that was an error is for its content to say."""
 
     type: Literal["tool_result"]
-    tool_use_id: str = Field("", max_length=256)
+    tool_use_id: str = Field("", max_length=MOST_ID)
     content: Annotated[
         list[ResultBlock],
         BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock]),
@@ -124,11 +132,13 @@ class ToolResultBlock(Lenient):
 Block = Annotated[
     Annotated[TextBlock, Tag("text")]
     | Annotated[ImageBlock, Tag("image")]
+    | Annotated[DocumentBlock, Tag("document")]
+    | Annotated[SearchResultBlock, Tag("search_result")]
     | Annotated[ThinkingBlock, Tag("thinking")]
     | Annotated[ToolUseBlock, Tag("tool_use")]
     | Annotated[ToolResultBlock, Tag("tool_result")]
     | Annotated[OtherBlock, Tag("other")],
-    by_type("text", "image", "thinking", "tool_use", "tool_result"),
+    by_type(*_SHOWN, "thinking", "tool_use", "tool_result"),
 ]
 
 
@@ -190,9 +200,11 @@ class ToolChoice(Lenient):
         None, description="True: at most one call. Default: as many as the model likes; one where it must call."
     )
 
-    def wanted(self) -> str:
+    def wanted(self) -> Wanted:
         """As `choice_of` takes it."""
-        return {"any": "required", "tool": f"={self.name}"}.get(self.type, self.type)
+        if self.type == "tool":
+            return NamedChoice(type="function", name=self.name or "")
+        return "required" if self.type == "any" else self.type
 
 
 class Thinking(Lenient):
@@ -237,8 +249,20 @@ class CountRequest(AccountFields):
     speed: Ignored = None
     inference_geo: Ignored = None
     diagnostics: Ignored = None
+    container: Any = Field(None, description="Accepted and ignored: Anthropic's servers have them.")
+    mcp_servers: Any = Field(None, description="Accepted and ignored: Anthropic's servers call them.")
     user_profile_id: Ignored = None
     workspace_id: Ignored = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_now(cls, body: Any) -> Any:
+        """`output_format` is what the beta called `output_config.format`."""
+        if not isinstance(body, dict) or not body.get("output_format"):
+            return body
+        config = body.get("output_config") or {}
+        given = {name: value for name, value in body.items() if name != "output_format"}
+        return given | {"output_config": {"format": body["output_format"], **config}}
 
     def conversation(self) -> Conversation:
         """What is to be rendered and how the answer must look; raises ApiError."""

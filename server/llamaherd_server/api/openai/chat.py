@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, model_validator
 
 from llamaherd_server.api.answer import answer, json_response, run_of
-from llamaherd_server.api.chat_fields import MOST_TOOLS, Message, NamedChoice, ResponseFormat, ToolField, choice_of
+from llamaherd_server.api.chat_fields import MOST_TOOLS, Message, ResponseFormat, ToolField
 from llamaherd_server.api.conversation import Conversation, counted, prepare
 from llamaherd_server.api.fields import GenerationFields, Ignored, Limit
 from llamaherd_server.api.llama_fields import renamed
@@ -17,6 +17,7 @@ from llamaherd_server.api.openai.chat_shape import ChatShape
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import state_of
+from llamaherd_server.api.tool_choice import ToolChoice, choice_of
 from llamaherd_server.api.wire import Options
 from llamaherd_server.errors import unsupported
 from llamaherd_server.http.json_body import beside
@@ -39,9 +40,9 @@ class ChatRequest(GenerationFields):
     )
     reasoning_budget_tokens: int | None = Field(None, ge=-1, description="Most tokens of reasoning; -1: no bound.")
     tools: list[ToolField] | None = Field(None, max_length=MOST_TOOLS, description="Functions that may be called.")
-    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = Field(
-        None, description="`required`, or one tool's name: enforced by grammar. Default: auto."
-    )
+    tool_choice: ToolChoice = None
+    functions: list[Any] = Field([], description="Only empty: an older word of OpenAI's for `tools`.")
+    function_call: Any = Field(None, description="Only none or auto: an older word of OpenAI's for `tool_choice`.")
     parallel_tool_calls: bool | None = Field(
         None, description="False: at most one call. Default: as many as the model likes; one where it must call."
     )
@@ -74,6 +75,8 @@ class ChatRequest(GenerationFields):
             raise unsupported("top_logprobs", "top_logprobs: needs logprobs: true")
         if self.grammar and self._answer_schema() is not None:
             raise unsupported("grammar", "grammar: not together with response_format or json_schema")
+        if self.functions or self.function_call not in (None, "none", "auto"):
+            raise unsupported("functions", "functions: an older word of OpenAI's: send tools, and tool_choice")
         last = self.messages[-1]
         continues = last.role == "assistant" and not last.tool_calls
         if self.continue_final_message and (self.add_generation_prompt or not continues):
@@ -92,12 +95,12 @@ class ChatRequest(GenerationFields):
 
     def conversation(self) -> Conversation:
         """What is to be rendered and how the answer must look; raises ApiError."""
-        wanted = f"={self.tool_choice.function.name}" if isinstance(self.tool_choice, NamedChoice) else self.tool_choice
         media = Collected()
+        tools = [tool.tool() for tool in self.tools or ()]
         return Conversation(
             messages=[message.for_template(media) for message in self.messages],
             media=media,
-            choice=choice_of([tool.tool() for tool in self.tools or ()], wanted, parallel=self.parallel_tool_calls),
+            choice=choice_of(tools, self.tool_choice, parallel=self.parallel_tool_calls),
             answer_schema=self._answer_schema(),
             answer_strict=bool(self.response_format and self.response_format.strict),
             variables=self.chat_template_kwargs or {},

@@ -13,21 +13,22 @@ from pydantic import BeforeValidator, Field, Tag, model_validator
 
 from llamaherd_server.api.answer import answer, run_of
 from llamaherd_server.api.chat_fields import (
+    MOST_ID,
     MOST_TOOLS,
     Name,
     arguments_text,
     by_type,
-    choice_of,
     only_types,
     template_call,
 )
 from llamaherd_server.api.conversation import Conversation, counted, prepare
-from llamaherd_server.api.fields import Body, Ignored, Lenient, Limit, OpenAiFields, SamplingFields, StreamOptions
+from llamaherd_server.api.fields import Ignored, Lenient, Limit, OpenAiFields, SamplingFields, StreamOptions
 from llamaherd_server.api.media import Collected, MediaPart
 from llamaherd_server.api.openai.responses_shape import ResponsesShape
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import state_of
+from llamaherd_server.api.tool_choice import ToolChoice, choice_of
 from llamaherd_server.errors import ApiError, unsupported
 from llamaherd_server.http.json_body import beside
 from llamaherd_server.toolcalls.tools import Tool
@@ -95,7 +96,7 @@ class CallItem(Lenient):
     """A call that the model made, with any name and arguments: an earlier answer is never refused."""
 
     type: Literal["function_call"]
-    call_id: str = Field(max_length=256)
+    call_id: str = Field(max_length=MOST_ID)
     name: str = ""
     arguments: Annotated[str, BeforeValidator(arguments_text)] = Field("{}", description="A JSON object, as text.")
 
@@ -104,7 +105,7 @@ class CustomCallItem(Lenient):
     """A call of a tool that takes text."""
 
     type: Literal["custom_tool_call"]
-    call_id: str = Field(max_length=256)
+    call_id: str = Field(max_length=MOST_ID)
     name: str = ""
     input: str = ""
 
@@ -113,7 +114,7 @@ class OutputItem(Lenient):
     """What came of a call."""
 
     type: Literal["function_call_output", "custom_tool_call_output"]
-    call_id: str = Field(max_length=256)
+    call_id: str = Field(max_length=MOST_ID)
     output: Content = Field([])
 
 
@@ -147,12 +148,16 @@ Item = Annotated[
 
 
 def _items(given: Any) -> Any:
-    """Text as a turn of the user; a turn may leave its type out."""
+    """Text as a turn of the user; a turn may leave its type out, and so may a reference, which has an id alone."""
     if isinstance(given, str):
         return [{"type": "message", "role": "user", "content": given}]
     if isinstance(given, list):
-        return [{**item, "type": item.get("type") or "message"} if isinstance(item, dict) else item for item in given]
+        return [{**item, "type": item.get("type") or _kind(item)} if isinstance(item, dict) else item for item in given]
     return given
+
+
+def _kind(item: dict[str, Any]) -> str:
+    return "item_reference" if [name for name, value in item.items() if value is not None] == ["id"] else "message"
 
 
 class FunctionTool(Lenient):
@@ -163,13 +168,6 @@ class FunctionTool(Lenient):
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="A JSON schema; left out: no parameters.")
     strict: bool | None = Field(None, description="True: calls always follow the schema, also with tool_choice auto.")
-
-
-class NamedChoice(Body):
-    """The one tool to call."""
-
-    type: Literal["function"]
-    name: str
 
 
 class TextFormat(Lenient):
@@ -210,9 +208,7 @@ class ResponsesRequest(SamplingFields, OpenAiFields):
     tools: Annotated[list[FunctionTool], only_types("function")] = Field(
         [], max_length=MOST_TOOLS, description="Functions that may be called; tools of other types are left out."
     )
-    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = Field(
-        None, description="`required`, or one tool's name: enforced by grammar. Default: auto."
-    )
+    tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = Field(
         None, description="False: at most one call. Default: as many as the model likes; one where it must call."
     )
@@ -227,13 +223,13 @@ class ResponsesRequest(SamplingFields, OpenAiFields):
     include: Any = Field(None, description="Accepted and ignored.")
     metadata: dict[str, Any] | None = Field(None, description="Given back.")
     client_metadata: Ignored = None
+    top_logprobs: Literal[0] | None = Field(None, description="Only 0: the answer has no log probabilities.")
     context_management: Any = Field(None, description="Accepted and ignored: nothing is compacted.")
     max_tool_calls: Any = Field(None, description="Accepted and ignored: it counts calls of OpenAI's own tools.")
 
     def to_prepare(self) -> Conversation:
         """What is to be rendered and how the answer must look; raises ApiError."""
         tools = [Tool(tool.name, tool.description, tool.parameters, bool(tool.strict)) for tool in self.tools]
-        wanted = f"={self.tool_choice.name}" if isinstance(self.tool_choice, NamedChoice) else self.tool_choice
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         media = Collected()
         if not (messages := [*system, *_turns(self.input, media)]):
@@ -242,7 +238,7 @@ class ResponsesRequest(SamplingFields, OpenAiFields):
         return Conversation(
             messages=messages,
             media=media,
-            choice=choice_of(tools, wanted, parallel=self.parallel_tool_calls),
+            choice=choice_of(tools, self.tool_choice, parallel=self.parallel_tool_calls),
             answer_schema=self.text.format.wanted() if self.text and self.text.format else None,
             answer_field="text",
             answer_strict=bool(self.text and self.text.format and self.text.format.strict),

@@ -1,0 +1,90 @@
+"""Which tools may be called, and whether one must: `tool_choice` in the forms of OpenAI's two APIs and of others."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, Tag
+
+from llamaherd_server.api.chat_fields import MOST_TOOLS, by_type, only_types
+from llamaherd_server.api.fields import Body
+from llamaherd_server.errors import ApiError, shown
+from llamaherd_server.toolcalls.tools import Choice, Tool
+
+_MODES = ("none", "auto", "required", "any")
+
+
+class NamedChoice(Body):
+    """The one tool to call; in a chat the name may stand in `function`."""
+
+    type: Literal["function"]
+    name: str
+
+
+class AllowedChoice(Body):
+    """The tools that may be called, of those there are; in a chat its fields may stand in `allowed_tools`."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedChoice], only_types("function")] = Field(max_length=MOST_TOOLS)
+
+
+def _flat(choice: Any) -> Any:
+    """The Responses API's form of a chat's object, and of other servers' words."""
+    if choice == "any":
+        return "required"
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    if not isinstance(kind, str):
+        return choice
+    if kind in _MODES:
+        return _flat(kind)
+    inner = choice.get(kind)
+    flat = {**choice, **inner, "type": kind} if isinstance(inner, dict) else {**choice}
+    if isinstance(inner, dict) and kind not in inner:
+        del flat[kind]
+    if isinstance(flat.get("tools"), list):
+        flat["tools"] = [_flat(tool) for tool in flat["tools"]]
+    return flat
+
+
+Wanted = Literal["none", "auto", "required"] | NamedChoice | AllowedChoice | None
+ToolChoice = Annotated[
+    Annotated[
+        Annotated[Literal["none", "auto", "required"], Tag("other")]
+        | Annotated[NamedChoice, Tag("function")]
+        | Annotated[AllowedChoice, Tag("allowed_tools")],
+        by_type("function", "allowed_tools"),
+    ]
+    | None,
+    BeforeValidator(_flat),
+    Field(description="`required`, or one tool's name: enforced by grammar. Default: auto."),
+]
+
+
+def choice_of(tools: list[Tool], wanted: Wanted, *, parallel: bool | None) -> Choice:
+    """The tools in play; raises ApiError.
+
+    `parallel` None: as many calls as the model likes, but one where it must call, as small models never stop there.
+    """
+    if isinstance(wanted, AllowedChoice):
+        tools = [tool for one in wanted.tools for tool in _named(tools, one.name)]
+        wanted = wanted.mode
+    if wanted in (None, "auto"):
+        return Choice(tools, parallel=parallel is not False)
+    if wanted == "none":
+        return Choice(())
+    chosen = _named(tools, wanted.name) if isinstance(wanted, NamedChoice) else tools
+    if not chosen:
+        raise _invalid(f"{wanted!r} needs tools")
+    return Choice(chosen, must=True, parallel=bool(parallel))
+
+
+def _named(tools: list[Tool], name: str) -> list[Tool]:
+    found = [tool for tool in tools if tool.name == name]
+    if not found:
+        raise _invalid(f"names {shown(name)}, which is none of the tools" if tools else f"{shown(name)} needs tools")
+    return found
+
+
+def _invalid(what: str) -> ApiError:
+    return ApiError(400, f"tool_choice: {what}", param="tool_choice", code="invalid_value")
