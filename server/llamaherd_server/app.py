@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Security
 from fastapi.middleware.cors import CORSMiddleware
@@ -21,7 +21,7 @@ from llamaherd_server.api.ops import routes as ops
 from llamaherd_server.api.state import AppState
 from llamaherd_server.chat import template
 from llamaherd_server.config.keys import KeyStore
-from llamaherd_server.config.settings import Settings
+from llamaherd_server.config.settings import Settings, SettingsError
 from llamaherd_server.engine.base import Engine
 from llamaherd_server.engine.residence import Residence
 from llamaherd_server.engine.switch import Switch
@@ -35,6 +35,9 @@ from llamaherd_server.serving.ledger import Ledger
 from llamaherd_server.serving.lifecycle import Lifecycle
 from llamaherd_server.serving.metrics import Metrics
 from llamaherd_server.serving.quota import RATE_HEADERS, Quotas
+
+if TYPE_CHECKING:
+    from llamaherd_server.http.traces import Traces
 
 # Requests whose inputs the engine may put into one batch.
 _EMBEDDINGS_AT_ONCE = 8
@@ -51,7 +54,7 @@ _DOCUMENTED = [
 def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAPI:
     """The app that serves an engine of `make` for each of the settings' models; its lifespan starts and stops them.
 
-    Raises KeysError when the keys cannot be read, and what `make` raises.
+    Raises KeysError when the keys cannot be read, SettingsError where traces cannot be had, and what `make` raises.
     """
     limits, path = settings.limits, settings.auth.keys_file
     keys = KeyStore(path, budgets=limits.usage_dir is not None) if path else None
@@ -76,6 +79,7 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
         redirect_slashes=False,
     )
     app.state.llamaherd = states[settings.model.name]
+    app.state.traces = traces = _traces(settings, metrics)
     described: dict[int | str, dict[str, Any]] = {
         status: {"model": error_responses.ErrorBody} for status in ("4XX", "5XX")
     }
@@ -97,7 +101,7 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
         app.include_router(router, responses=described, dependencies=_DOCUMENTED)
     error_responses.install(app)
     app.add_middleware(Gate, keys=keys, lifecycle=lifecycle, quotas=quotas, limits=limits, http=settings.http)
-    app.add_middleware(RequestContext, metrics=metrics)
+    app.add_middleware(RequestContext, metrics=metrics, trace=traces.record if traces else None)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=settings.http.cors_origins,
@@ -132,6 +136,17 @@ def _serving(
     return Serving(engine, admission, embedding, quotas, ledger, metrics, settings.model.name, limits, settings.log)
 
 
+def _traces(settings: Settings, metrics: Metrics) -> Traces | None:
+    if settings.telemetry.otlp_endpoint is None:
+        return None
+    try:
+        from llamaherd_server.http.traces import Traces  # noqa: PLC0415 (optional packages, of 20 MB of memory)
+    except ModuleNotFoundError as error:
+        message = f"telemetry.otlp_endpoint needs {error.name}: install llamaherd-server[telemetry], or leave it out"
+        raise SettingsError(message) from None
+    return Traces(settings, metrics.registry)
+
+
 async def _check_template(state: AppState) -> None:
     """Find out what the model's chat template can print, once the model is known and before the first chat."""
     while (model := state.engine.status().model) is None:  # noqa: ASYNC110 (whatever loads it)
@@ -159,3 +174,5 @@ async def _lifespan(residence: Residence, app: FastAPI) -> AsyncIterator[None]:
         await state.lifecycle.stop()
         await state.sandbox.stop()
         await ledger.close()
+        if app.state.traces:
+            await app.state.traces.close()

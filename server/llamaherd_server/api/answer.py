@@ -105,6 +105,7 @@ class EventStream(Response):
         self._sent = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["log"].streamed = True
         async with self._stack:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             beside = asyncio.create_task(self._keep_alive(send))

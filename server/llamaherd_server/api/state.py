@@ -112,6 +112,7 @@ async def choose_model(request: Request) -> None:
     state = state_of(request)
     if name := await _model_of(request):
         state = request.state.model = state.named(name, fleet_models(request))
+    request.state.log.models = (name or state.model_name, state.model_name)
     if request.method == "POST":
         state.check_model(None, request.state.key)
         if refusal := state.lifecycle.refusal(state.serving):

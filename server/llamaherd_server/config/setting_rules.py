@@ -4,10 +4,15 @@ plugins/module_utils for the playbooks, on a controller without the server's pac
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 MIN_CTX = 16
+OTLP_ENDPOINT = (
+    "the http or https URL of a collector, without user, query and /v1/traces, such as http://collector.internal:4318"
+)
 
 
 def setting_mistakes(settings: Mapping[str, Any], schema: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -49,6 +54,17 @@ def placement_mistakes(placement: Mapping[str, Any], schema: Mapping[str, Mappin
     if devices and len(shares) > len(devices):
         found.append(f"tensor_split {shares} has more shares than there are devices: {', '.join(devices)}")
     return found
+
+
+def is_otlp_endpoint(value: str) -> bool:
+    """Whether `value` is an OTLP_ENDPOINT."""
+    try:
+        url = urlsplit(value)
+        valid = url.port != 0 and re.fullmatch(r"[\w.:-]+", url.hostname or "", re.ASCII)
+    except ValueError:  # a port beyond 65535, brackets around no address
+        return False
+    whole = value.isprintable() and not set(" ?#@") & set(value)
+    return bool(valid and whole and url.scheme in ("http", "https") and not re.search("/v1/traces/*$", url.path))
 
 
 def out_of_range(settings: Mapping[str, Any], schema: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -21,6 +21,7 @@ from pydantic_settings import (
 
 from llamaherd_server.config.engine_settings import merge, schema
 from llamaherd_server.config.extra_args import check_extra_args
+from llamaherd_server.config.setting_rules import OTLP_ENDPOINT, is_otlp_endpoint
 from llamaherd_server.errors import nearest
 from llamaherd_server.wire.engine_settings import EngineKind, EngineSettings, Placement
 from llamaherd_server.wire.protocol import Adapter, Sampling
@@ -240,6 +241,24 @@ class LogSettings(Section):
     prefixes: bool = False
 
 
+def _otlp_endpoint(value: str) -> str:
+    if not is_otlp_endpoint(value):
+        raise ValueError(f"must be {OTLP_ENDPOINT}, not {value!r}")
+    return value.rstrip("/")
+
+
+class TelemetrySettings(Section):
+    """Where traces of requests go, by OTLP over HTTP; left out: nowhere.
+
+    `otlp_headers_file`: what the collector asks for, a line `Name: value` each. `otlp_ratio`: the share of requests
+    that are traced; one that belongs to a trace already (W3C's `traceparent`) is traced where its flags say so.
+    """
+
+    otlp_endpoint: Annotated[str, AfterValidator(_otlp_endpoint)] | None = None
+    otlp_headers_file: ExistingFile | None = None
+    otlp_ratio: float = Field(default=1.0, ge=0, le=1)
+
+
 class Settings(BaseSettings):
     """All of server.toml. With [[models]], `model` and `engine` are the first one's; with [model], it is the list."""
 
@@ -254,6 +273,7 @@ class Settings(BaseSettings):
     models: list[ServedModel] = Field(min_length=1)
     limits: LimitSettings = LimitSettings()
     log: LogSettings = LogSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
     @model_validator(mode="before")
     @classmethod

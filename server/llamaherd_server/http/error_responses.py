@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Scope
 
 from llamaherd_server.errors import ApiError
 from llamaherd_server.wire.errors import EngineError
@@ -49,9 +50,11 @@ class MessagesErrorBody(BaseModel):
     error: MessagesErrorObject
 
 
-def error_response(error: ApiError, path: str) -> Response:
-    """The answer to a request for `path`."""
-    body = error.messages_body() if path.startswith("/v1/messages") else error.body()
+def error_response(error: ApiError, scope: Scope) -> Response:
+    """The answer to the request of that scope, whose record gets the error's code."""
+    if log := scope.get("state", {}).get("log"):  # none where the error is of the middleware itself
+        log.error = error.code
+    body = error.messages_body() if scope["path"].startswith("/v1/messages") else error.body()
     return Response(msgspec.json.encode(body), error.status_code, error.headers, "application/json")
 
 
@@ -69,17 +72,17 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
     if not isinstance(error, ApiError):
         message = f"{request.method} {request.url.path}: {error.detail}"
         error = ApiError(error.status_code, message, headers=error.headers)
-    return error_response(error, request.url.path)
+    return error_response(error, request.scope)
 
 
 async def _on_engine_error(request: Request, error: EngineError) -> Response:
-    return error_response(ApiError.of_engine(error), request.url.path)
+    return error_response(ApiError.of_engine(error), request.scope)
 
 
 async def _on_half_a_character(request: Request, _: UnicodeEncodeError) -> Response:
     # JSON can spell half of a surrogate pair; what is not typed as text keeps it until it is encoded.
     error = ApiError(400, "a text in the body has an unpaired surrogate", code="invalid_value")
-    return error_response(error, request.url.path)
+    return error_response(error, request.scope)
 
 
 async def _on_client_gone(request: Request, _: ClientDisconnect) -> Response:
@@ -89,11 +92,11 @@ async def _on_client_gone(request: Request, _: ClientDisconnect) -> Response:
 
 async def _on_bug(request: Request, _: Exception) -> Response:
     bug = ApiError(500, "internal error; the server's log has the details", code="internal")
-    return error_response(bug, request.url.path)
+    return error_response(bug, request.scope)
 
 
 async def _on_validation_error(request: Request, error: RequestValidationError) -> Response:
-    return error_response(_of_first(error.errors()[0], param_from=1), request.url.path)
+    return error_response(_of_first(error.errors()[0], param_from=1), request.scope)
 
 
 def of_validation(error: ValidationError) -> ApiError:

@@ -10,7 +10,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from urllib.parse import urlsplit
 
@@ -47,26 +47,32 @@ _QUIET = _OPEN | _LOCAL
 
 
 class RequestLog:
-    """What the line of one request says, filled in as it becomes known."""
+    """What the line of one request and its trace say, filled in as it becomes known.
+
+    `models`: the name that the request gave and the one that serves it. `error`: the code of an answer that is one.
+    """
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.arrived = time.perf_counter()
         self.key: str | None = None
         self.client_gone = False
-        self._usage: Usage | None = None
+        self.models: tuple[str, str] | None = None
+        self.streamed = False
+        self.error: str | None = None
+        self.usage: Usage | None = None
         self._texts: Sequence[Text] = ()
 
     def follow(self, usage: Usage, texts: Sequence[Text] = ()) -> None:
         """Tell this usage, and these texts, as they stand at the end of the request."""
-        self._usage = usage
+        self.usage = usage
         self._texts = texts
 
     def fields(self) -> dict[str, object]:
         fields: dict[str, object] = {"request_id": self.request_id, "key": self.key}
         if self.client_gone:
             fields["client_gone"] = True
-        if usage := self._usage:
+        if usage := self.usage:
             fields |= {
                 "prompt_tokens": usage.prompt_tokens,
                 "cached_tokens": usage.cached_tokens,
@@ -85,12 +91,16 @@ class RequestLog:
 class RequestContext:
     """Gives each request its id (the client's own where it is well-formed), and one log line and count at its end.
 
-    HEAD is answered as GET is: uvicorn leaves the body out. A slash at the end of a path changes nothing.
+    `trace` gets what the line says: scope, record, the route's pattern, status. HEAD is answered as GET is: uvicorn
+    leaves the body out. A slash at the end of a path changes nothing.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, trace: Callable[[Scope, RequestLog, str, int], None] | None
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._trace = trace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -122,6 +132,8 @@ class RequestContext:
             if path not in _QUIET:
                 took_ms = _milliseconds(time.perf_counter() - record.arrived)
                 log.info("request", method=method, path=route, status=status, ms=took_ms, **record.fields())
+                if self._trace:
+                    self._trace(scope, record, route, status)
 
 
 class Gate:
@@ -163,7 +175,7 @@ class Gate:
                 body = await self._body(scope, receive)
                 self._check_served(scope)
             except ApiError as error:
-                await error_response(error, scope["path"])(scope, receive, send)
+                await error_response(error, scope)(scope, receive, send)
                 return
             stack.enter_context(self._lifecycle.tracked())
             await self._app(scope, _after(body, receive), send)

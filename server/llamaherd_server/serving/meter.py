@@ -15,8 +15,10 @@ from llamaherd_server.wire.protocol import Delta, Started
 class Usage:
     """Tokens of all generations of a request (a prompt counts once, however many completions it has).
 
-    Times are seconds since the request arrived; NaN: not yet. `prefixes` are of the first prompt, of `prompt_chars`
-    characters, where the log asks for them.
+    Times are seconds since the request arrived; NaN: not yet. Of several generations `entered_s` (into the queue),
+    `queued_s` (how long it was there) and `ttft_s` are the first one's, `ended_s` the last one's. `decode_s` is the
+    engine's figure, where tokens are not seen as they come. `outcomes`: each generation's finish reason, an error's
+    code, or `cancelled`. `prefixes` are of the first prompt, of `prompt_chars` characters, where the log asks for them.
     """
 
     prompt_tokens: int = 0
@@ -24,6 +26,10 @@ class Usage:
     completion_tokens: int = 0
     queued_s: float = math.nan
     ttft_s: float = math.nan
+    entered_s: float = math.nan
+    ended_s: float = math.nan
+    decode_s: float = math.nan
+    outcomes: list[str] = field(default_factory=list)
     prompt_chars: int = 0
     prefixes: list[int] = field(default_factory=list)
 
@@ -44,6 +50,10 @@ class Meter:
         self._by = by
         self._arrived = arrived
         self._queued = time.perf_counter()
+        if math.isnan(usage.entered_s):
+            usage.entered_s = self._queued - arrived
+        self._index = len(usage.outcomes)
+        usage.outcomes.append("cancelled")
         self._counts_prompt = counts_prompt
         self._inter_token = metrics.inter_token.labels(*by)
         self._last = math.nan
@@ -70,11 +80,15 @@ class Meter:
         else:
             self._usage.completion_tokens += event.completion_tokens - self._tokens
             self._tokens = 0  # what is passed on as it is may be several generations
+            if math.isnan(self._usage.ttft_s):
+                self._usage.decode_s = event.decode_s
             self._metrics.finished(self._by, event, now)
 
     def ended(self, outcome: str) -> None:
         """The generation is over: its finish reason, an error's code, or `cancelled`."""
         self._metrics.generations.labels(*self._by, outcome).inc()
+        self._usage.outcomes[self._index] = outcome
+        self._usage.ended_s = self._since_arrival()
 
     def _token(self, n_tokens: int, now: float) -> None:
         self._tokens += n_tokens

@@ -57,13 +57,14 @@ def serve(tmp_path: Path) -> Serve:
         aliases: Sequence[str] | None = (),
         sampling: dict[str, Any] | None = None,
         entry: dict[str, Any] | None = None,
+        telemetry: dict[str, Any] | None = None,
         **limits: Any,
     ) -> AsyncIterator[Served]:
         named = {"name": "double", "path": model, **({} if aliases is None else {"aliases": [*aliases]})}
         named["sampling"] = sampling or {}
         named |= entry or {}
         named["chat_template_kwargs"] = {"enable_thinking": False}
-        table: dict[str, Any] = {"model": named, "limits": limits, "http": http or {}}
+        table: dict[str, Any] = {"model": named, "limits": limits, "http": http or {}, "telemetry": telemetry or {}}
         table["engine"] = {"parallel": double.settings.parallel}
         if keys is not None:
             (tmp_path / "keys.toml").write_text(keys)

@@ -52,6 +52,12 @@ def test_the_environment_goes_before_the_file(tmp_path: Path, model: str, monkey
         ('[model.sampling]\ntop_k = "x"', "model.sampling: Expected `int`, got `str` - at `$.top_k`"),
         ('[http]\nhost = "0.0.0.0"', "set auth.keys_file, or http.host"),
         ("[http\n", "is not valid TOML"),
+        ('[telemetry]\notlp_endpoint = "collector:4318"', "telemetry.otlp_endpoint: must be the http or https URL"),
+        ('[telemetry]\notlp_endpoint = "http://c:4318/v1/traces"', "not 'http://c:4318/v1/traces'"),
+        ('[telemetry]\notlp_endpoint = "http://c:99999"', "such as http://collector.internal:4318, not"),
+        ('[telemetry]\notlp_endpoint = "https://me:secret@c"', "without user, query and /v1/traces"),
+        ('[telemetry]\notlp_headers_file = "/nowhere"', "telemetry.otlp_headers_file: no such file: /nowhere"),
+        ("[telemetry]\notlp_ratio = 2", "telemetry.otlp_ratio: Input should be less than or equal to 1"),
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path: Path, model: str, text: str, message: str) -> None:

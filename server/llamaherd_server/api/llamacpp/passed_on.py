@@ -200,6 +200,9 @@ async def _admitted(request: Request, state: AppState, body: dict[str, Any]) -> 
                 meter.admitted()
                 yield meter
             outcome = "stop"
+        except (ApiError, EngineError) as error:
+            outcome = error.code or "internal"
+            raise
         finally:
             meter.ended(outcome)
 

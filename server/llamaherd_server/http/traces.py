@@ -1,0 +1,267 @@
+"""Traces of requests, sent to a collector by OTLP over HTTP. Imported only where an endpoint is set.
+
+A request's spans are made at its end, in one place, with the times that its usage has: whole ones, as a tracer's, which
+grow under locks, take ten times as long. Attributes follow the semantic
+conventions 1.45.0 for HTTP servers (https://opentelemetry.io/docs/specs/semconv/http/http-spans/) and 0.1.0 for GenAI
+(https://github.com/open-telemetry/semantic-conventions-genai). Never a text of a prompt or an answer, and of a key its
+name alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import structlog
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.sdk.trace.sampling import Decision, ParentBased, TraceIdRatioBased
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, get_current_span
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from prometheus_client import CollectorRegistry, Counter
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from llamaherd_server.config.settings import Settings, SettingsError
+from llamaherd_server.http.middleware import RequestLog
+from llamaherd_server.serving.meter import Usage
+
+log = structlog.get_logger()
+
+# Spans that wait for the collector; what comes beyond them is dropped.
+QUEUE = 2048
+_PHASES = ("queue", "prefill", "decode")
+_LOG_S = 60.0
+# How long a stop waits for what is left to be sent.
+_FLUSH_S = 3.0
+_OPERATIONS = {
+    **dict.fromkeys(("/v1/chat/completions", "/chat/completions", "/v1/messages", "/v1/responses"), "chat"),
+    **dict.fromkeys(("/v1/completions", "/completions", "/completion", "/infill"), "text_completion"),
+    **dict.fromkeys(("/v1/embeddings", "/embeddings", "/embedding"), "embeddings"),
+    **dict.fromkeys(("/v1/rerank", "/rerank", "/v1/reranking", "/reranking"), "rerank"),
+}
+
+
+class Traces:
+    """Makes the spans of ended requests and has them sent by a thread."""
+
+    def __init__(self, settings: Settings, registry: CollectorRegistry) -> None:
+        """Count dropped spans in `registry`. Raises SettingsError for headers that cannot be used."""
+        telemetry, host, port = settings.telemetry, socket.gethostname(), settings.http.port
+        url = f"{telemetry.otlp_endpoint}/v1/traces"
+        headers = _headers(telemetry.otlp_headers_file) if telemetry.otlp_headers_file else {}
+        self._exporter = _Exporter(OTLPSpanExporter(url, headers=headers), url, registry)
+        self._processor = BatchSpanProcessor(self._exporter, max_queue_size=QUEUE)
+        self._sampler = ParentBased(TraceIdRatioBased(telemetry.otlp_ratio))
+        self._ids = RandomIdGenerator()
+        resource = Resource.create(
+            {
+                "service.name": "llamaherd",
+                "service.version": _version(),
+                "service.instance.id": f"{host}:{port}",
+                "host.name": host,
+            }
+        )
+        self._span = partial(ReadableSpan, resource=resource, instrumentation_scope=InstrumentationScope("llamaherd"))
+        self._propagator = TraceContextTextMapPropagator()
+        self._own: dict[str, str | int | bool | list[str]] = {"server.address": host, "server.port": port}
+        self._made = 0
+
+    def record(self, scope: Scope, request: RequestLog, route: str, status: int) -> None:
+        """Make the spans of a request that has ended. What it costs a request that is not traced is microseconds."""
+        ended = time.perf_counter()
+        context = self._parent(scope)
+        parent = get_current_span(context).get_span_context()
+        trace_id = parent.trace_id if parent.is_valid else self._ids.generate_trace_id()
+        sampled = self._sampler.should_sample(context, trace_id, "")
+        if sampled.decision is not Decision.RECORD_AND_SAMPLE:
+            return
+        phases = list(_phases(request.usage, ended - request.arrived)) if request.usage else []
+        if self._made - self._exporter.taken > QUEUE - len(phases) - 1:
+            self._exporter.drop(len(phases) + 1, "more spans than the collector takes")
+            return
+        zero = time.time_ns() - int((ended - request.arrived) * 1e9)  # when it arrived
+
+        def made(
+            name: str, begin: float, end: float, inside: SpanContext | None, kind: SpanKind, **more: Any
+        ) -> SpanContext:
+            """Queue a span; times are seconds since the request's arrival."""
+            flags, state = TraceFlags(TraceFlags.SAMPLED), sampled.trace_state
+            own = SpanContext(trace_id, self._ids.generate_span_id(), False, flags, state)
+            start, stop = zero + int(begin * 1e9), zero + int(end * 1e9)
+            self._processor.on_end(self._span(name, own, inside, kind=kind, start_time=start, end_time=stop, **more))
+            self._made += 1
+            return own
+
+        operation, error = _OPERATIONS.get(route), _error(request, status)
+        attributes = self._own | dict(_attributes(scope, request, route, status, operation))
+        failed = StatusCode.UNSET
+        if error:
+            attributes["error.type"] = error
+            if status >= 500 or (status < 400 and error != "cancelled"):
+                failed = StatusCode.ERROR
+        model = request.models[1] if request.models else ""
+        name = f"{operation} {model}".rstrip() if operation else f"{scope['method']} {route}"
+        whole = {"attributes": attributes, "status": Status(failed)}
+        before = parent if parent.is_valid else None
+        inside = made(name, 0, ended - request.arrived, before, SpanKind.SERVER, **whole)
+        for phase, begin, end in phases:
+            made(phase, begin, end, inside, SpanKind.INTERNAL)
+
+    async def close(self) -> None:
+        """Send what is left, for a few seconds at most."""
+        closing = threading.Thread(
+            target=self._processor.shutdown, daemon=True
+        )  # a collector that hangs is left behind
+        closing.start()
+        await asyncio.to_thread(closing.join, _FLUSH_S)
+        if left := self._made - self._exporter.taken:
+            self._exporter.drop(left, "the server stopped before they could be sent")
+        self._exporter.tell()
+
+    def _parent(self, scope: Scope) -> Context:
+        headers = Headers(scope=scope)
+        given = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
+        return self._propagator.extract(given, Context()) if given else Context()
+
+
+class _Exporter(SpanExporter):
+    """`to`, and what it could not send: counted, and told in one line each _LOG_S at most."""
+
+    def __init__(self, to: SpanExporter, url: str, registry: CollectorRegistry) -> None:
+        self.taken = 0
+        self._to = to
+        self._url = url
+        self._dropped = Counter("llamaherd_dropped_spans", "Spans that the collector did not get", registry=registry)
+        self._untold = 0
+        self._told_at = -math.inf
+        self._reason = ""
+        self._lock = threading.Lock()
+        self._complaints = _Complaints()
+        logger = logging.getLogger(OTLPSpanExporter.__module__)
+        logger.handlers, logger.propagate = [self._complaints], False
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.taken += len(spans)
+        self._complaints.first = ""
+        result = self._to.export(spans)
+        if result is not SpanExportResult.SUCCESS:
+            self.drop(len(spans), self._complaints.first)
+        return result
+
+    def shutdown(self) -> None:
+        self._to.shutdown()
+
+    def drop(self, count: int, reason: str) -> None:
+        self._dropped.inc(count)
+        with self._lock:
+            self._untold += count
+            self._reason = reason
+        if time.monotonic() - self._told_at >= _LOG_S:
+            self.tell()
+
+    def tell(self) -> None:
+        """Log what was dropped since the last time."""
+        with self._lock:
+            count, self._untold, self._told_at = self._untold, 0, time.monotonic()
+        if count:
+            log.warning("spans dropped", spans=count, collector=self._url, reason=self._reason)
+
+
+class _Complaints(logging.Handler):
+    """Keeps the first line that the exporter logs on its way to failure, which names the cause; the others follow."""
+
+    first = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.first = self.first or record.getMessage()
+
+
+def _phases(usage: Usage, ended_s: float) -> Iterator[tuple[str, float, float]]:
+    """The phases that a request came to: name, begin and end, in seconds since its arrival."""
+    last = ended_s if math.isnan(usage.ended_s) else usage.ended_s
+    first = last - usage.decode_s if math.isnan(usage.ttft_s) else usage.ttft_s
+    begins = [usage.entered_s, usage.entered_s + usage.queued_s, first]
+    begins = [begin for begin in begins if not math.isnan(begin)]
+    for name, (begin, end) in zip(_PHASES, pairwise([*begins, last]), strict=False):
+        yield name, begin, max(begin, end)
+
+
+def _attributes(
+    scope: Scope, request: RequestLog, route: str, status: int, operation: str | None
+) -> Iterator[tuple[str, str | int | bool | list[str]]]:
+    yield "http.request.method", scope["method"]
+    if route != "other":
+        yield "http.route", route
+    yield "http.response.status_code", status
+    yield "llamaherd.request_id", request.request_id
+    if request.key is not None:
+        yield "llamaherd.key", request.key
+    if not operation:
+        return
+    yield "gen_ai.operation.name", operation
+    yield "gen_ai.provider.name", "llamaherd"
+    if request.models:
+        yield "gen_ai.request.model", request.models[0][:256]
+        yield "gen_ai.response.model", request.models[1]
+    if request.streamed:
+        yield "gen_ai.request.stream", True
+    if usage := request.usage:
+        yield "gen_ai.usage.input_tokens", usage.prompt_tokens
+        if usage.cached_tokens:
+            yield "gen_ai.usage.cache_read.input_tokens", usage.cached_tokens
+        yield "gen_ai.usage.output_tokens", usage.completion_tokens
+        if usage.outcomes:
+            reasons = [outcome if outcome in ("stop", "length") else "error" for outcome in usage.outcomes]
+            yield "gen_ai.response.finish_reasons", reasons
+
+
+def _error(request: RequestLog, status: int) -> str | None:
+    """What the request ended with in place of an answer: an error's code, `cancelled`, or else the status."""
+    if request.client_gone:
+        return "cancelled"
+    failed = [one for one in (request.usage.outcomes if request.usage else []) if one not in ("stop", "length")]
+    failed.sort(key=lambda one: one == "cancelled")  # the others of a request whose one generation failed are cancelled
+    if request.error or failed:
+        return request.error or failed[0]
+    return str(status) if status >= 400 else None
+
+
+def _headers(path: Path) -> dict[str, str]:
+    """The headers in the file; its values are secrets, and in no message."""
+    found: dict[str, str] = {}
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"telemetry.otlp_headers_file: {path} cannot be read as text: {error}") from None
+    for number, line in enumerate(lines, 1):
+        name, colon, value = line.partition(":")
+        if not line.strip() or line.startswith("#"):
+            continue
+        if not (colon and name.strip() and value.strip() and line.isascii() and " " not in name.strip()):
+            message = f"line {number} of {path} must be a header such as Authorization: Bearer TOKEN"
+            raise SettingsError(f"telemetry.otlp_headers_file: {message}")
+        found[name.strip()] = value.strip()
+    return found
+
+
+def _version() -> str:
+    with suppress(metadata.PackageNotFoundError):  # in the image, which has the package without its metadata
+        return metadata.version("llamaherd-server")
+    return "unknown"
