@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from ansible_collections.llamaherd.llamaherd.plugins.module_utils.setting_rules import OTLP_ENDPOINT, is_otlp_endpoint
+
 _LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
 _DNS_NAME = re.compile(rf"(?=.{{1,253}}$)(\*\.)?{_LABEL}(\.{_LABEL})*")
 # Build tools, units and shells each give some of these a meaning of their own.
@@ -78,6 +80,7 @@ _FORMATS: dict[str, tuple[Callable[[Any], bool], str]] = {
     r"nginx_addresses\[\]": (_listens, "an IP address, IPv6 in brackets"),
     r"nginx_exempt\[\]": (_is_network, "an address or a network such as 10.0.0.0/8"),
     r"(server_host|rpc_address|monitoring_address)": (_is_host, "an IP address or a DNS name"),
+    r"server_otlp_endpoint": (is_otlp_endpoint, OTLP_ENDPOINT),
     r"nginx_\w+_rate": (_matches(r"[1-9]\d*r/[sm]"), "a rate such as 20r/s or 30r/m"),
     r"nginx_max_body": (_matches(r"\d+[kKmMgG]?"), "a size such as 4m"),
     r"nginx_\w+_timeout": (_matches(_TIME), "a time such as 60s"),

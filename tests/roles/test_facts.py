@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.roles.conftest import HOSTS, Render, run_roles
+from tests.roles.conftest import HOSTS, ROOT, Render, run_roles
 from tests.roles.test_render import model_file, tuning
 
 
@@ -138,6 +138,12 @@ EMBEDDED = [tuning(model_file("smollm2-135m-instruct"), {"engine": "embedded"})]
         ("debian12", RPC | {"llamaherd_tuned": EMBEDDED}, "set llamaherd_engine"),
         ("debian12", RELEASE | {"llamaherd_tuned": EMBEDDED}, "an engine in tuned.yml goes before"),
         ("debian12", RPC | {"llamaherd_rpc_workers": ["other"]}, "has other, not in the group rpc"),
+        (
+            "debian12",
+            {"llamaherd_server_otlp_headers_file": "/nowhere"},
+            "('/nowhere') must be a file on the controller",
+        ),
+        ("debian12", {"llamaherd_server_otlp_headers_file": str(ROOT / "LICENSE")}, "whose lines are headers such as"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(

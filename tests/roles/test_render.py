@@ -260,6 +260,36 @@ def test_a_model_is_spread_over_workers(render: Render, debian: Rendered) -> Non
     assert ALLOWED.findall(found.text("llamaherd-server.service")) == ["localhost", "10.0.0.3"]
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "reached"),
+    [
+        ("http://localhost:4318", ["localhost"]),
+        ("http://127.0.0.1:4318", ["localhost"]),
+        ("http://10.0.0.9:4318/", ["localhost", "10.0.0.9"]),
+        ("https://[fd00::9]:4318", ["localhost", "fd00::9"]),
+        ("https://collector.internal/otlp", []),  # a name may stand for any address, and needs one that knows it
+    ],
+)
+def test_the_unit_reaches_the_collector_of_traces(
+    render: Render, debian: Rendered, tmp_path: Path, endpoint: str, reached: list[str]
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("Authorization: Bearer sesame\n")
+    names = {"endpoint": endpoint, "headers_file": str(token), "ratio": 0.25}
+    found = render("debian12", **{f"llamaherd_server_otlp_{name}": value for name, value in names.items()})
+    (found.folder / "otlp-headers").touch()
+    telemetry = settings.load(found.folder / "server.toml").telemetry
+    assert (telemetry.otlp_endpoint, telemetry.otlp_ratio) == (endpoint.rstrip("/"), 0.25)
+    assert telemetry.otlp_headers_file == found.folder / "otlp-headers"
+    assert found.decided["server_lock"] == "requirements-telemetry.lock"
+    assert str(found.folder / "otlp-headers") in found.decided["newer_files"]
+    for unit in ("llamaherd-server.service", "llamaherd-server-container.service"):
+        assert ALLOWED.findall(found.text(unit)) == reached
+        assert ("IPAddressDeny=any\n" in found.text(unit)) == bool(reached)
+    assert debian.decided["server_lock"] == "requirements.lock"
+    assert "telemetry" not in debian.text("server.toml")
+
+
 def test_a_worker_lets_in_who_names_it(render: Render) -> None:
     names = {"llamaherd_rpc_workers": ["debian12"], "llamaherd_rpc_address": "10.0.0.2"}
     groups = {"inference": {"hosts": {"big": names, "other": None}}, "rpc": {"hosts": {"debian12": None}}}

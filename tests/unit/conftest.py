@@ -77,6 +77,7 @@ def host_facts(nginx_facts: ModuleType) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def check_variables() -> ModuleType:
+    util("setting_rules")
     util("value_formats")
     return load("plugins/action/check_variables.py", "llamaherd_check_variables")
 

@@ -26,6 +26,12 @@ def test_settings_are_not_for_everyone(host: Host, promised: dict[str, Any]) -> 
     assert host.file(f"{promised['config_dir']}/server.toml").mode == 0o640
 
 
+def test_the_collectors_token_is_for_the_server_alone(host: Host, promised: dict[str, Any]) -> None:
+    headers = host.file(f"{promised['config_dir']}/otlp-headers")
+    if headers.exists:
+        assert (headers.user, headers.group, headers.mode) == ("root", promised["group"], 0o640)
+
+
 def test_nginx_key_is_for_root_alone(host: Host, promised: dict[str, Any]) -> None:
     if not promised["edge"]:
         pytest.skip("not an edge host")
