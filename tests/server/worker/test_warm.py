@@ -164,6 +164,7 @@ class Alone:
 
     tokens: list[int]
     slot = computed = id = 0
+    preemptible = False
     draft: ClassVar[list[int]] = []
 
     @property
