@@ -43,10 +43,10 @@ def shell_split(line: str) -> list[str]:
 
 
 def server_instances(more: Sequence[Mapping[str, Any]], first: Mapping[str, Any]) -> list[Any]:
-    """The instances of a host's server: `first` and those of llamaherd_instances, each with its unit's name."""
+    """The instances of a host's server: `first` and those of llamaherd_instances, each with its number and unit."""
     return [
-        {"settings": {}, "devices": "", **one, "suffix": suffix, "unit": f"llamaherd-server{suffix}"}
-        for one in (first, *more)
+        {"settings": {}, "devices": "", **one, "number": number, "suffix": suffix, "unit": f"llamaherd-server{suffix}"}
+        for number, one in enumerate((first, *more))
         for suffix in [f"-{one['name']}" if "name" in one else ""]
     ]
 

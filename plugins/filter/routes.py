@@ -92,6 +92,44 @@ def route_mistakes(balanced: Sequence[Mapping[str, Any]], inference: Sequence[Ma
     return found
 
 
+def upstreams(hosts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """nginx's upstreams for model_routes of the same `hosts`: all of them first, as `inference`; then other sets.
+
+    Each has its name (upstream), its hosts, and how many servers those have.
+    """
+    running = {host["inventory_hostname"]: _n_servers(host) for host in hosts}
+    sets = [{"upstream": "inference", "hosts": list(running)}]
+    sets += [one for one in model_routes(hosts).get("sets", ()) if one["upstream"] != "inference"]
+    return [
+        {"upstream": one["upstream"], "hosts": one["hosts"], "servers": sum(running[host] for host in one["hosts"])}
+        for one in sets
+    ]
+
+
+def key_share(balanced: Sequence[Mapping[str, Any]], host: str, instances: int) -> dict[str, int]:
+    """Where the servers of `host` stand among those that hold keys' limits together: servers, first and here.
+
+    Those are the ones that a request can be sent to in its place: of hosts that serve a model in common, or each one in
+    common with another of them. `instances`: how many `host` has.
+    """
+    together = {host}
+    serving = [set(hosts) for hosts in _serving(balanced).values()]
+    while any(hosts & together and not hosts <= together for hosts in serving):
+        together = together.union(*(hosts for hosts in serving if hosts & together))
+    before = servers = 0
+    for one in balanced:
+        if one["inventory_hostname"] == host:
+            before = servers
+            servers += instances
+        elif one["inventory_hostname"] in together:
+            servers += _n_servers(one)
+    return {"servers": max(servers, instances), "first": before, "here": instances}
+
+
+def _n_servers(host: Mapping[str, Any]) -> int:
+    return 1 + len(host.get("llamaherd_instances") or [])
+
+
 @cache
 def _default_models() -> list[Mapping[str, Any]]:
     """llamaherd_models where the inventory has none: variables of other hosts come without the roles' defaults."""
@@ -266,6 +304,8 @@ class FilterModule:
             "model_routes": model_routes,
             "message_pattern": message_pattern,
             "route_mistakes": route_mistakes,
+            "upstreams": upstreams,
+            "key_share": key_share,
             "rollout_batches": rollout_batches,
             "irreplaceable_models": irreplaceable_models,
             "model_status": model_status,

@@ -58,7 +58,7 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
     """
     limits, path = settings.limits, settings.auth.keys_file
     keys = KeyStore(path, budgets=limits.usage_dir is not None) if path else None
-    metrics, quotas, sandbox = Metrics(), Quotas(), Sandbox()
+    metrics, quotas, sandbox = Metrics(), Quotas(settings.auth.share), Sandbox()
     ledger = Ledger(limits.usage_dir, limits.usage_days)
     residence = Residence(limits.models_loaded)
     engines = [Switch(one, make, residence if one.model.residence == "on_demand" else None) for one in settings.each()]
@@ -133,7 +133,8 @@ def _serving(
         max_queue=limits.max_queue, timeout_s=limits.queue_timeout_s, parallel=_EMBEDDINGS_AT_ONCE, holds=holds
     )
     metrics.follow(settings.model.name, engine, admission)
-    return Serving(engine, admission, embedding, quotas, ledger, metrics, settings.model.name, limits, settings.log)
+    name, log, share = settings.model.name, settings.log, settings.auth.share
+    return Serving(engine, admission, embedding, quotas, ledger, metrics, name, limits, log, share)
 
 
 def _traces(settings: Settings, metrics: Metrics) -> Traces | None:

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adding.add_argument("--admin", action="store_true", help="may use /admin")
     adding.add_argument("--requests-per-minute", type=float, metavar="N")
     adding.add_argument("--tokens-per-minute", type=float, metavar="N", help="prompt and completion together")
-    adding.add_argument("--tokens-per-day", type=int, metavar="N", help="the budget of a day in UTC, on this host")
+    adding.add_argument("--tokens-per-day", type=int, metavar="N", help="the budget of a day in UTC")
     adding.add_argument("--tokens-per-month", type=int, metavar="N", help="the budget of a month")
     adding.add_argument("--max-concurrent", type=int, metavar="N", help="requests at a time")
     adding.add_argument("--model", action="append", dest="models", help="the only models it may use; repeat for more")

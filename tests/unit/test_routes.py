@@ -19,6 +19,8 @@ JSON = st.recursive(
     max_leaves=12,
 )
 
+TWO = {"llamaherd_instances": [{"name": "two"}, {"name": "three"}]}
+
 
 def host(name: str, *served: str, **more: Any) -> dict[str, Any]:
     """A host that serves models, each of which may be written `name=alias`."""
@@ -218,3 +220,15 @@ def test_the_first_message_of_a_user_is_found(
 @pytest.mark.parametrize("body", ["{}", '{"prompt": "user"}', '{"messages": [{"role": "system", "content": "user"}]}'])
 def test_a_body_without_a_message_of_a_user_has_none(route_filters: ModuleType, body: str) -> None:
     assert not re.search(unquoted(route_filters.message_pattern("user")), body.encode())
+
+
+def test_servers_that_serve_a_model_together_share_keys_limits(route_filters: ModuleType) -> None:
+    hosts = [host("a", "chat"), host("b", "chat", "code"), host("c", "embed"), {**host("d", "code"), **TWO}]
+    shares = {name: route_filters.key_share(hosts, name, 3 if name == "d" else 1) for name in "abcd"}
+    assert shares == {
+        "a": {"servers": 5, "first": 0, "here": 1},
+        "b": {"servers": 5, "first": 1, "here": 1},
+        "c": {"servers": 1, "first": 0, "here": 1},
+        "d": {"servers": 5, "first": 2, "here": 3},
+    }
+    assert route_filters.key_share([], "elsewhere", 2) == {"servers": 2, "first": 0, "here": 2}

@@ -28,7 +28,7 @@ from llamaherd_server.serving.generation import Text
 from llamaherd_server.serving.lifecycle import Lifecycle
 from llamaherd_server.serving.meter import Usage
 from llamaherd_server.serving.metrics import Metrics
-from llamaherd_server.serving.quota import Quotas
+from llamaherd_server.serving.quota import SHARE_HEADER, Quotas
 
 log = structlog.get_logger()
 
@@ -38,6 +38,8 @@ _OPEN = frozenset({"/livez", "/readyz", "/health", "/v1/health", "/docs", "/open
 # What tells who looks from this machine how the server does, without a key.
 _LOCAL = frozenset({"/", "/metrics"})
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+# Where the edge would have a request that is beyond this server's part of its key's limits.
+_ELSEWHERE = re.compile(r"@elsewhere_\d")
 # How often a body that does not come is looked after.
 _TICK_S = 1.0
 # What was used is told while a model loads, too.
@@ -167,7 +169,7 @@ class Gate:
             try:
                 scope["state"]["key"] = key = self._authenticate(scope)
                 scope["state"]["log"].key = key.name
-                send = self._with_limits(key, send)
+                send = _elsewhere(scope, self._with_limits(key, send))
                 caller.set(key.name)
                 self._check_served(scope)
                 if scope["method"] == "POST" and _is_api(scope):
@@ -265,6 +267,20 @@ class Gate:
     def _too_large(self) -> ApiError:
         message = f"the body is larger than {self._limits.max_body_bytes} bytes"
         return ApiError(413, message, code="body_too_large")
+
+
+def _elsewhere(scope: Scope, send: Send) -> Send:
+    """`send` that has nginx ask the next server (X-Accel-Redirect) where this one's part of a limit is used up."""
+    next_one = Headers(scope=scope).get("x-llamaherd-elsewhere", "")
+
+    async def passing(message: Message) -> None:
+        if message["type"] == "http.response.start" and SHARE_HEADER in (headers := MutableHeaders(scope=message)):
+            del headers[SHARE_HEADER]
+            if _ELSEWHERE.fullmatch(next_one):
+                headers["X-Accel-Redirect"] = next_one
+        await send(message)
+
+    return passing
 
 
 def _is_api(scope: Scope) -> bool:

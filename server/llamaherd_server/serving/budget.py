@@ -1,4 +1,4 @@
-"""Per-key budgets: tokens of a day and of a month in UTC, by what the ledger has counted on this host."""
+"""Per-key budgets: tokens of a day and of a month in UTC; of this host's part, by what the ledger has counted here."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import datetime
 import math
 
 from llamaherd_server.config.keys import Key
+from llamaherd_server.config.settings import ShareSettings
+from llamaherd_server.config.share import part_of
 from llamaherd_server.errors import ApiError
 from llamaherd_server.serving.ledger import Ledger
+from llamaherd_server.serving.quota import SHARE_HEADER
 
 
-def check_budget(ledger: Ledger, key: Key, tokens: float) -> None:
+def check_budget(ledger: Ledger, key: Key, tokens: float, share: ShareSettings) -> None:
     """Raise the 429 for a request whose `tokens` go beyond the key's budgets, the 503 while what it used is unknown."""
     if not key.budgeted:
         return
@@ -23,12 +26,14 @@ def check_budget(ledger: Ledger, key: Key, tokens: float) -> None:
     next_month = (today.replace(day=1) + datetime.timedelta(31)).replace(day=1)
     budgets = ((key.tokens_per_month, month, "month", next_month), (key.tokens_per_day, day, "day", tomorrow))
     for budget, used, period, anew in budgets:
-        if budget is not None and used + max(1, tokens) > budget:
+        part = None if budget is None else part_of(share, key).budget(budget)
+        if part is not None and used + max(1, tokens) > part:
+            of = "" if part == budget else f", of which this host has {part:.0f}"
             message = (
-                f"key {key.name!r} has used or reserved {used:.0f} of its {budget} tokens a {period}, and this request "
-                f"may use {max(1, tokens):.0f}: the budget begins anew at {anew:%Y-%m-%dT%H:%M:%SZ}"
+                f"key {key.name!r} has used or reserved {used:.0f} of its {budget} tokens a {period}{of}, and this "
+                f"request may use {max(1, tokens):.0f}: the budget begins anew at {anew:%Y-%m-%dT%H:%M:%SZ}"
             )
             wait_s = math.ceil((anew - ledger.clock()).total_seconds())
             # openai's clients would send it again, to the same end
-            headers = {"X-Should-Retry": "false"}
+            headers = {"X-Should-Retry": "false", SHARE_HEADER: "used up"}
             raise ApiError(429, message, code="insufficient_quota", retry_after=wait_s, headers=headers)

@@ -1,4 +1,7 @@
-"""Per-key limits: requests and tokens a minute as token buckets, and requests at a time."""
+"""Per-key limits: requests and tokens a minute as token buckets, and requests at a time.
+
+Servers of a fleet each have a part of them. The edge asks the next server where one's part is used up.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from contextlib import contextmanager
 import structlog
 
 from llamaherd_server.config.keys import ANONYMOUS, Key
+from llamaherd_server.config.settings import ShareSettings
+from llamaherd_server.config.share import part_of
 from llamaherd_server.errors import ApiError
 
 log = structlog.get_logger()
@@ -20,6 +25,8 @@ WINDOW_S = 60.0
 RATE_HEADERS = tuple(
     f"X-RateLimit-{what}-{kind}" for kind in ("Requests", "Tokens") for what in ("Limit", "Remaining", "Reset")
 )
+# On a refusal that another server's part of the limit may not share; Gate turns it into what nginx goes by.
+SHARE_HEADER = "X-Llamaherd-Share"
 
 
 class Bucket:
@@ -34,6 +41,8 @@ class Bucket:
         """How long until `needed` are there; 0: now. Asks for no more than a full bucket."""
         self.level = min(self.per_minute, self.level + (now - self._at) * self.per_minute / WINDOW_S)
         self._at = now
+        if not self.per_minute:
+            return WINDOW_S
         missing = min(needed, self.per_minute) - self.level
         return max(0.0, missing * WINDOW_S / self.per_minute)
 
@@ -51,7 +60,8 @@ CRASH_REFUSED_S = 300.0
 class Quotas:
     """What each key has used; kept by name, so that a reloaded key with the same limit keeps its account."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, share: ShareSettings | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._share = share or ShareSettings()
         self._clock = clock
         self._buckets: dict[tuple[str, str], Bucket] = {}
         self._running: defaultdict[str, int] = defaultdict(int)
@@ -63,7 +73,8 @@ class Quotas:
         if wait := self._crash_wait_s(key):
             message = f"the engine ended at {CRASHES} requests of key {key.name!r}: try again in {math.ceil(wait)} s"
             raise ApiError(429, message, code="engine_crashed", retry_after=math.ceil(wait))
-        if key.max_concurrent is not None and self._running[key.name] >= key.max_concurrent:
+        most = key.max_concurrent
+        if most is not None and self._running[key.name] >= part_of(self._share, key).requests(most):
             raise _limited(key, f"{key.max_concurrent} requests at a time", 1.0)
         self._take(key, "requests", key.requests_per_minute, 1)
         self._running[key.name] += 1
@@ -87,7 +98,11 @@ class Quotas:
         for names, kind in ((RATE_HEADERS[:3], "requests"), (RATE_HEADERS[3:], "tokens")):
             if bucket := self._bucket(key, kind, getattr(key, f"{kind}_per_minute")):
                 full_s = bucket.wait_s(bucket.per_minute, self._clock())
-                values = (f"{bucket.per_minute:.12g}", str(max(0, int(bucket.level))), duration(full_s))
+                limit = getattr(key, f"{kind}_per_minute")
+                level = (
+                    bucket.level * limit / (bucket.per_minute or math.inf)
+                )  # as if the other servers had as much left
+                values = (f"{limit:.12g}", str(max(0, int(level))), duration(full_s))
                 told |= dict(zip(names, values, strict=True))
         return told
 
@@ -113,9 +128,11 @@ class Quotas:
     def _bucket(self, key: Key, kind: str, per_minute: float | None) -> Bucket | None:
         if per_minute is None:
             return None
+        mine = part_of(self._share, key)
+        part = mine.requests(per_minute) if kind == "requests" else mine.tokens(per_minute)
         bucket = self._buckets.get((key.name, kind))
-        if bucket is None or bucket.per_minute != per_minute:
-            bucket = self._buckets[key.name, kind] = Bucket(per_minute, self._clock())
+        if bucket is None or bucket.per_minute != part:
+            bucket = self._buckets[key.name, kind] = Bucket(part, self._clock())
         return bucket
 
 
@@ -131,4 +148,5 @@ def duration(seconds: float) -> str:
 
 def _limited(key: Key, limit: str, wait_s: float) -> ApiError:
     message = f"key {key.name!r} is limited to {limit}: try again in {math.ceil(wait_s)} s"
-    return ApiError(429, message, code="rate_limit_exceeded", retry_after=math.ceil(wait_s))
+    headers = {SHARE_HEADER: "used up"}
+    return ApiError(429, message, code="rate_limit_exceeded", retry_after=math.ceil(wait_s), headers=headers)

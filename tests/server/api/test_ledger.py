@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 
 from llamaherd_server.config.keys import Key
+from llamaherd_server.config.settings import ShareSettings
 from llamaherd_server.errors import ApiError
 from llamaherd_server.serving.budget import check_budget
 from llamaherd_server.serving.ledger import Counts, Ledger, Row
 from llamaherd_server.serving.meter import Usage
+from llamaherd_server.serving.quota import SHARE_HEADER
+
+WHOLE = ShareSettings()
 
 
 class Clock:
@@ -90,31 +94,42 @@ async def test_budgets_begin_anew_with_the_day_and_the_month(tmp_path: Path) -> 
     ledger = Ledger(tmp_path, 400, clock)
     daily, monthly = Key(name="k", sha256="", tokens_per_day=100), Key(name="k", sha256="", tokens_per_month=150)
     with pytest.raises(ApiError) as unknown:
-        check_budget(ledger, daily, 1)
+        check_budget(ledger, daily, 1, WHOLE)
     assert (unknown.value.status_code, unknown.value.code) == (503, "budget_unknown")
     clock.now -= datetime.timedelta(1)
     used(ledger, 90)
     await ledger.flush()
-    check_budget(ledger, daily, 10)
+    check_budget(ledger, daily, 10, WHOLE)
     with pytest.raises(ApiError, match="used or reserved 90 of its 100 tokens a day") as refused:
-        check_budget(ledger, daily, 11)
+        check_budget(ledger, daily, 11, WHOLE)
     assert (refused.value.status_code, refused.value.code) == (429, "insufficient_quota")
     assert (refused.value.headers or {})["Retry-After"] == "30"
     clock.now += datetime.timedelta(1)
-    check_budget(ledger, daily, 100)
+    check_budget(ledger, daily, 100, WHOLE)
     with pytest.raises(ApiError, match=r"150 tokens a month.*anew at 2026-02-01T00:00:00Z"):
-        check_budget(ledger, monthly, 61)
+        check_budget(ledger, monthly, 61, WHOLE)
     with ledger.account("k", "m", Usage(), 60), pytest.raises(ApiError, match="used or reserved 150"):
-        check_budget(ledger, monthly, 1)
+        check_budget(ledger, monthly, 1, WHOLE)
     clock.now += datetime.timedelta(minutes=1)
-    check_budget(ledger, monthly, 150)
+    check_budget(ledger, monthly, 150, WHOLE)
+    await ledger.close()
+
+
+async def test_a_hosts_part_of_a_budget_is_that_of_its_servers(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, 400, Clock())
+    await ledger.flush()
+    key, share = Key(name="k", sha256="", tokens_per_day=100), ShareSettings(servers=4, server=3, first=2, here=2)
+    check_budget(ledger, key, 50, share)
+    with pytest.raises(ApiError, match="0 of its 100 tokens a day, of which this host has 50, and") as refused:
+        check_budget(ledger, key, 51, share)
+    assert SHARE_HEADER in (refused.value.headers or {})
     await ledger.close()
 
 
 async def test_a_key_without_a_budget_needs_no_ledger(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "file" / "folder", 400)
     (tmp_path / "file").touch()
-    check_budget(ledger, Key(name="k", sha256=""), 1e9)
+    check_budget(ledger, Key(name="k", sha256=""), 1e9, WHOLE)
     used(ledger, 1)
     await ledger.flush()
     with pytest.raises(ApiError) as unread:

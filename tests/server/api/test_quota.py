@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
 
 from llamaherd_server.config.keys import ANONYMOUS, Key
+from llamaherd_server.config.settings import ShareSettings
+from llamaherd_server.config.share import part_of
 from llamaherd_server.errors import ApiError
-from llamaherd_server.serving.quota import CRASH_REFUSED_S, CRASH_WINDOW_S, CRASHES, Quotas
+from llamaherd_server.serving.quota import CRASH_REFUSED_S, CRASH_WINDOW_S, CRASHES, SHARE_HEADER, Quotas
 
 from .conftest import Serve
 from .double import Double
@@ -27,7 +30,7 @@ class Clock:
 
 def test_requests_per_minute_refill_evenly() -> None:
     clock = Clock()
-    quotas = Quotas(clock)
+    quotas = Quotas(clock=clock)
     key = Key(name="k", sha256="", requests_per_minute=2)
     for _ in range(2):
         with quotas.request(key):
@@ -40,9 +43,52 @@ def test_requests_per_minute_refill_evenly() -> None:
         pass
 
 
+@pytest.mark.parametrize("limit", [1, 2, 5, 9, 0.5, 7.25])
+@pytest.mark.parametrize("servers", [1, 3, 8])
+def test_parts_of_a_limit_are_together_the_limit(limit: float, servers: int) -> None:
+    key = Key(name="k", sha256="", requests_per_minute=limit)
+    shares = [ShareSettings(servers=servers, server=number, first=number) for number in range(servers)]
+    parts = [part_of(share, key) for share in shares]
+    assert sum(part.requests(limit) for part in parts) == limit
+    assert sum(part.tokens(limit) for part in parts) == pytest.approx(limit)
+    assert sum(part.budget(limit) for part in parts) == pytest.approx(limit)
+
+
+def test_servers_together_let_in_as_many_requests_as_the_key_may_have() -> None:
+    clock = Clock()
+    key = Key(name="k", sha256="", requests_per_minute=6, max_concurrent=3)
+    servers = [Quotas(ShareSettings(servers=4, server=number, first=number), clock) for number in range(4)]
+    let_in = 0
+    with ExitStack() as running:
+        for quotas in servers * 2:
+            try:
+                running.enter_context(quotas.request(key))
+                let_in += 1
+            except ApiError as error:
+                assert SHARE_HEADER in (error.headers or {})
+        assert let_in == 3
+    for quotas in servers * 3:
+        with suppress(ApiError), quotas.request(key):
+            let_in += 1
+    assert let_in == 6
+
+
+@pytest.mark.parametrize(("given", "sent"), [("@elsewhere_2", "@elsewhere_2"), ("/admin", None), (None, None)])
+async def test_a_part_that_is_used_up_sends_the_edge_to_the_next_server(
+    serve: Serve, given: str | None, sent: str | None
+) -> None:
+    asked = {"X-Llamaherd-Elsewhere": given} if given else {}
+    async with serve(Double(), keys=keys(requests_per_minute="1")) as served:
+        served.http.headers.update(bearer("user") | asked)
+        replies = [await served.chat() for _ in range(2)]
+    assert [reply.status_code for reply in replies] == [200, 429]
+    assert [reply.headers.get("X-Accel-Redirect") for reply in replies] == [None, sent]
+    assert SHARE_HEADER not in replies[1].headers
+
+
 def test_tokens_are_reserved_and_settled() -> None:
     clock = Clock()
-    quotas = Quotas(clock)
+    quotas = Quotas(clock=clock)
     key = Key(name="k", sha256="", tokens_per_minute=60)
     quotas.reserve(key, 50)
     with pytest.raises(ApiError, match="60 tokens a minute: try again in 1 s"):
@@ -56,7 +102,7 @@ def test_tokens_are_reserved_and_settled() -> None:
 
 def test_a_request_larger_than_its_keys_minute_needs_a_full_account() -> None:
     clock = Clock()
-    quotas = Quotas(clock)
+    quotas = Quotas(clock=clock)
     key = Key(name="k", sha256="", tokens_per_minute=60)
     quotas.reserve(key, 600)
     with pytest.raises(ApiError, match="try again in 600 s"):
@@ -66,7 +112,7 @@ def test_a_request_larger_than_its_keys_minute_needs_a_full_account() -> None:
 
 
 def test_concurrent_requests_are_counted_out() -> None:
-    quotas = Quotas(Clock())
+    quotas = Quotas(clock=Clock())
     key = Key(name="k", sha256="", max_concurrent=1)
     with quotas.request(key), pytest.raises(ApiError, match="1 requests at a time"), quotas.request(key):
         pass
@@ -75,7 +121,7 @@ def test_concurrent_requests_are_counted_out() -> None:
 
 
 def test_keys_do_not_share_an_account() -> None:
-    quotas = Quotas(Clock())
+    quotas = Quotas(clock=Clock())
     keys = [Key(name=name, sha256="", requests_per_minute=1) for name in "ab"]
     for key in keys:
         with quotas.request(key):
@@ -87,7 +133,7 @@ def test_keys_do_not_share_an_account() -> None:
 
 def test_a_key_at_whose_requests_the_engine_ends_again_and_again_is_refused_for_a_while() -> None:
     clock = Clock()
-    quotas = Quotas(clock)
+    quotas = Quotas(clock=clock)
     key, other = Key(name="k", sha256=""), Key(name="other", sha256="")
     for _ in range(CRASHES):
         with quotas.request(key):
@@ -104,7 +150,7 @@ def test_a_key_at_whose_requests_the_engine_ends_again_and_again_is_refused_for_
 
 def test_crashes_that_lie_far_apart_refuse_nobody_nor_do_those_of_clients_without_a_key() -> None:
     clock = Clock()
-    quotas = Quotas(clock)
+    quotas = Quotas(clock=clock)
     key = Key(name="k", sha256="")
     for _ in range(3 * CRASHES):
         quotas.crashed(key)

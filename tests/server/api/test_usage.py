@@ -203,7 +203,7 @@ async def test_answers_tell_what_is_left_of_limits(serve: Serve, body: dict[str,
 
 
 def test_the_reset_is_when_all_is_there_again() -> None:
-    quotas = Quotas(lambda: 0.0)
+    quotas = Quotas(clock=lambda: 0.0)
     key = Key(name="k", sha256="", tokens_per_minute=600, requests_per_minute=1e6)
     quotas.reserve(key, 150)
     assert quotas.headers(key) == {
