@@ -5,7 +5,6 @@ Every mistake is a SettingsError with one line a mistake: the setting, what is w
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import tomllib
 from pathlib import Path
@@ -21,6 +20,7 @@ from pydantic_settings import (
 
 from llamaherd_server.config.engine_settings import merge, schema
 from llamaherd_server.config.extra_args import check_extra_args
+from llamaherd_server.config.loopback import is_loopback
 from llamaherd_server.config.setting_rules import OTLP_ENDPOINT, is_otlp_endpoint
 from llamaherd_server.errors import nearest
 from llamaherd_server.wire.engine_settings import EngineKind, EngineSettings, Placement
@@ -36,16 +36,6 @@ class Section(BaseModel):
     """A table of the file; names it does not know are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` can only be reached from this machine."""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _existing_file(path: Path) -> Path:

@@ -20,7 +20,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaherd_server.config.keys import ANONYMOUS, Key, KeyStore
-from llamaherd_server.config.settings import HttpSettings, LimitSettings, is_loopback
+from llamaherd_server.config.loopback import is_loopback
+from llamaherd_server.config.settings import HttpSettings, LimitSettings
 from llamaherd_server.errors import ApiError, shown
 from llamaherd_server.http.error_responses import CLIENT_GONE, error_response
 from llamaherd_server.process.turns import caller
