@@ -85,6 +85,14 @@ def test_a_keys_limits_reach_the_server(render: Render) -> None:
     assert (key.priority, key.expires) == (0.5, datetime.datetime(2099, 1, 31, tzinfo=datetime.UTC))
 
 
+@pytest.mark.parametrize(("edges", "servers"), [({"debian12": None}, 3), ({}, 1)])
+def test_a_server_gets_its_part_of_a_fleets_limits(render: Render, edges: dict[str, None], servers: int) -> None:
+    hosts = {"another": {"llamaherd_instances": [{"name": "two", "port": 8082}]}, "debian12": {}}
+    found = render("debian12", groups={"inference": {"hosts": hosts}, "edge": {"hosts": edges}})
+    share = settings.load(found.folder / "server.toml").auth.share
+    assert (share.servers, share.server, share.here) == (servers, servers - 1, 1)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
