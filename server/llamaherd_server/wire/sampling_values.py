@@ -29,12 +29,14 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "mirostat_tau": (1e-3, 1e6),
     "mirostat_eta": (1e-6, 1e6),
     "min_keep": (0, 2**31 - 1),
+    **dict.fromkeys(("n_probs", "logprobs"), (0, 100)),  # llama-server keeps those of all tokens to the end
 }
 _ABOVE_0 = ("repeat_penalty", "dry_base", "mirostat_tau", "mirostat_eta")
 _LAST_N = ("repeat_last_n", "dry_penalty_last_n")
 LEAST_TEMPERATURE = 1e-3  # below it a float's range ends: the most likely token has all of the probability anyway
 MOST_BIAS = 1e4  # more is the same: no logit comes near it
 MOST_LAST_N = 2**20
+MOST_SAMPLERS = 32  # of a chain: each may look at the whole vocabulary
 MOST_BREAKERS, BREAKER_BYTES = 32, 40  # llama.cpp cuts longer ones
 
 
@@ -65,6 +67,9 @@ def checked(fields: Mapping[str, Any], *, n_vocab: int, context: int) -> dict[st
             result[name] = most if not 0 <= value <= most else int(value)
     if isinstance(bias := fields.get("logit_bias"), dict) and all(isinstance(token, int) for token in bias):
         result["logit_bias"] = {token: _bias(token, value, n_vocab) for token, value in bias.items()}
+    samplers = fields.get("samplers")
+    if isinstance(samplers, list | str) and len(samplers) > MOST_SAMPLERS:
+        raise BadValue("samplers", f"samplers has {len(samplers)} entries: at most {MOST_SAMPLERS} are supported")
     breakers = fields.get("dry_sequence_breakers")
     if isinstance(breakers, list) and fields.get("dry_multiplier") and all(isinstance(one, str) for one in breakers):
         result["dry_sequence_breakers"] = _breakers(breakers)

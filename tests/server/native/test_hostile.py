@@ -100,6 +100,35 @@ def test_values_that_allocate_are_bounded_by_the_context(http: httpx.Client, pat
     assert state(http)["restarts"] == before
 
 
+LAZY = {"grammar": 'root ::= "a"', "grammar_lazy": True}
+COSTLY: dict[str, dict[str, Any]] = {
+    "a schema of no value": {"json_schema": {"$ref": "#"}},
+    "a trigger that backtracks": {**LAZY, "grammar_triggers": [{"type": 2, "value": "((.*)*)*#$"}]},
+    "a trigger that is no pattern": {**LAZY, "grammar_triggers": [{"type": 3.5, "value": "(["}]},
+    "a schema beside a grammar": {**LAZY, "json_schema": {"type": "null"}},
+    "100,000 samplers": {"samplers": "k" * 100_000},
+    "50,000 probabilities of each token": {"n_probs": 50_000},
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_what_llama_server_would_compute_beside_its_streams_is_bounded(
+    server: Server, http: httpx.Client, name: str
+) -> None:
+    with beside_a_stream(server, http):
+        answer = ask(http, "/completion", **COSTLY[name])
+    assert (answer.status_code, answer.json()["error"]["param"] in (*COSTLY[name], "grammar")) == (400, True)
+
+
+def test_a_schema_and_a_trigger_are_kept_to(server: Server, http: httpx.Client) -> None:
+    schema = {"json_schema": {"enum": ["a herd", "a flock"]}, "n_predict": 16}
+    ambiguous = {"type": "string", "pattern": "^" + "(a|b|)" * 2000 + "$"}
+    with beside_a_stream(server, http):
+        assert ask(http, "/completion", **schema).json()["content"] in ('"a herd"', '"a flock"')
+        assert ask(http, "/completion", json_schema=ambiguous).status_code == 200
+        assert ask(http, "/completion", **LAZY, grammar_triggers=[{"type": 1, "value": "zebra"}]).status_code == 200
+
+
 NOISY = """#!/bin/sh
 head -c 300000 /dev/zero | tr '\\0' x >&2
 (sleep 2; head -c 300000 /dev/zero | tr '\\0' x >&2; echo >&2) &

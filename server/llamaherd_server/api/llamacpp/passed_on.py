@@ -44,6 +44,7 @@ _SLOT_FIELDS = (
     *("id", "id_task", "n_ctx", "speculative", "is_processing", "next_token"),
     *("n_prompt_tokens", "n_prompt_tokens_processed", "n_prompt_tokens_cache"),
 )
+_TOKEN, _WORD = 0, 1  # of what triggers a grammar
 _COMPLETION, _INFILL = TypeAdapter(LlamaCompletionRequest), TypeAdapter(InfillRequest)
 
 
@@ -124,7 +125,7 @@ async def _answered(request: Request, body: LlamaFields, prompts: list[str | lis
     """The embedded engine's answer."""
     state = state_of(request)
     await resolve_sampling(state, body)
-    body.grammar = await grammar_of(state, body)
+    body.grammar = await grammar_of(state, body.grammar, body.json_schema)
     requests = [
         Generate(
             id=0,
@@ -153,7 +154,7 @@ async def _passed_on(request: Request, path: str) -> Response | None:
     state.check_model(None, request.state.key)
     if state.engine.own_api is None:
         return None
-    work = _Work(request, path, _with_defaults(state, body))
+    work = _Work(request, path, await _with_grammar(state, _with_defaults(state, body)))
     if not body.get("stream"):
         return await unless_gone(request.receive, work.whole())
     async with AsyncExitStack() as stack:
@@ -174,6 +175,26 @@ def _with_defaults(state: AppState, body: dict[str, Any]) -> dict[str, Any]:
     if isinstance(fields := given.get("response_fields"), list) and fields:
         given["response_fields"] = [*fields, "index", "timings"]  # by which it is counted
     return defaults | given
+
+
+async def _with_grammar(state: AppState, body: dict[str, Any]) -> dict[str, Any]:
+    """The body with its schema as a grammar, which is tried before llama-server gets it; raises ApiError.
+
+    llama-server's own conversion knows no bounds, and what it makes would be computed untried beside all streams. So
+    would regular expressions that trigger a grammar.
+    """
+    triggers = body.get("grammar_triggers")
+    for trigger in triggers if isinstance(triggers, list) else ():
+        kind = trigger.get("type") if isinstance(trigger, dict) else None
+        if type(kind) is not int or kind not in (_TOKEN, _WORD):
+            message = f"grammar_triggers: only tokens (type {_TOKEN}) and words (type {_WORD}) are supported"
+            raise ApiError(400, message, param="grammar_triggers", code="unsupported")
+    if (schema := body.get("json_schema")) is None:
+        return body
+    if body.get("grammar"):
+        raise ApiError(400, "grammar: not together with json_schema", param="grammar", code="unsupported")
+    rest = {name: value for name, value in body.items() if name != "json_schema"}
+    return {**rest, "grammar": await grammar_of(state, None, schema)}
 
 
 def _own_api(engine: Engine, path: str) -> OwnApi:

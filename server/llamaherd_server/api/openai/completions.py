@@ -75,11 +75,11 @@ async def texts_of(state: AppState, prompts: list[str | list[int]], n: int) -> l
     return texts
 
 
-async def grammar_of(state: AppState, body: Any) -> str | None:
-    """The grammar of a body with `grammar` or `json_schema`; raises ApiError."""
-    if body.json_schema is None:
-        return body.grammar  # type: ignore[no-any-return]
-    wanted = AnswerSchema(body.json_schema or {"type": "object"}, "json_schema", strict=False)
+async def grammar_of(state: AppState, grammar: Any, schema: Any) -> Any:
+    """The grammar of a body's `grammar`, or its `json_schema`; raises ApiError."""
+    if schema is None:
+        return grammar
+    wanted = AnswerSchema(schema or {"type": "object"}, "json_schema", strict=False)
     return await reply_grammar(state.sandbox, _PLAIN, Choice(()), wanted)
 
 
@@ -129,7 +129,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     state.check_model(body.model, request.state.key)
     await resolve_sampling(state, body)
     body.prompt = await resolve_prompts(state, body.prompt)
-    body.grammar = await grammar_of(state, body)
+    body.grammar = await grammar_of(state, body.grammar, body.json_schema)
     requests = [
         Generate(
             id=0,
