@@ -12,6 +12,7 @@ import json
 import os
 import re
 import ssl
+import threading
 import time
 from bisect import bisect_left
 from contextlib import AbstractContextManager
@@ -22,11 +23,17 @@ from statistics import median
 from typing import cast
 
 import uvloop
+from prometheus_client import CollectorRegistry
 
 from bench import servers
 from bench.servers import WORK, Flags, Running, cpu_s
 from bench.serving import ROUNDS, p95
 from bench.table import Metric, Result, metric
+from llamaherd_server.config.settings import Settings
+from llamaherd_server.http.middleware import RequestLog
+from llamaherd_server.http.traces import Traces
+from llamaherd_server.serving.meter import Usage
+from tests.server.collector import collecting
 
 WORKER = Path(__file__).resolve().parent.parent / "tests/server/paced_worker.py"
 STREAMS = 64
@@ -102,8 +109,8 @@ async def complete(port: int, body: dict[str, object], *, key: str = "", tls: ss
 
 
 def run() -> Result:
-    wanted = os.environ.get("BENCH_SCENARIOS", "loaded,unloaded,fairness").split(",")
-    scenarios = {"loaded": loaded, "unloaded": unloaded, "fairness": fairness}
+    wanted = os.environ.get("BENCH_SCENARIOS", "loaded,unloaded,fairness,traces").split(",")
+    scenarios = {"loaded": loaded, "unloaded": unloaded, "fairness": fairness, "traces": traces}
     return {name: scenarios[name]() for name in wanted}
 
 
@@ -178,6 +185,60 @@ def fairness() -> dict[str, Metric]:
         "ttft_p95_beside_ms": bounded([1000 * beside for _, beside in rounds], None),
         "ttft_p95_raised": bounded([beside / alone for alone, beside in rounds], 2.0),
     }
+
+
+def traces() -> dict[str, Metric]:
+    """What a trace adds to the front end's CPU time of a request, and the share that this is of the load of `loaded`.
+
+    The two are measured apart: under load the difference would be less than the noise.
+    """
+    added = [trace_ms() for _ in range(ROUNDS)]
+    costs: dict[int, list[float]] = {TOKENS: [], TOKENS // 8: []}
+
+    async def load(server: Running) -> None:
+        await asyncio.gather(*(stream(server.port, 20) for _ in range(STREAMS)))
+        for _ in range(ROUNDS):
+            for length, cost in costs.items():
+                cpu = cpu_s(server.pid)
+                await asyncio.gather(*(stream(server.port, length) for _ in range(STREAMS)))
+                cost.append(1000 * (cpu_s(server.pid) - cpu) / STREAMS)
+
+    step_ms = 1000 * STREAMS / TOKENS_PER_S
+    with paced(parallel=STREAMS, step_ms=step_ms) as server:
+        uvloop.run(load(server))
+    shares = {
+        f"share_of_{length}_tokens_percent": bounded([100 * median(added) / one for one in cost], 2.0)
+        for length, cost in costs.items()
+    }
+    return {"trace_ms": bounded(added, None), **shares}
+
+
+def trace_ms(requests: int = 15 * 128) -> float:
+    """CPU time of a streamed chat's trace: what makes its four spans, and the thread that sends them, 512 at a time."""
+    scope = {"type": "http", "method": "POST", "headers": []}
+    usage = Usage(200, 100, 64, entered_s=0.001, queued_s=0.01, ttft_s=0.1, ended_s=0.9, outcomes=["stop"])
+    with collecting() as collector:
+        table = {"model": {"name": "bench", "path": __file__}, "telemetry": {"otlp_endpoint": collector.url}}
+        to = Traces(Settings.model_validate(table), CollectorRegistry())
+        [sender] = [one for one in threading.enumerate() if one.name == "OtelBatchSpanRecordProcessor"]
+        assert sender.ident  # noqa: S101 (it has started)
+        clock = time.pthread_getcpuclockid(sender.ident)
+        spent = -time.thread_time()
+        for number in range(requests):
+            record = RequestLog(f"{number:032x}")
+            record.key, record.models, record.usage, record.streamed = "bench", ("bench", "bench"), usage, True
+            to.record(scope, record, "/v1/chat/completions", 200)
+            while to._made - to._exporter.taken >= 1024:
+                time.sleep(0.01)  # the sender's turn
+        spent += time.thread_time()
+        while to._made > to._exporter.taken:
+            time.sleep(0.1)
+        time.sleep(0.5)  # the last batch is on its way
+        spent += time.clock_gettime(clock)
+        asyncio.run(to.close())
+        if len(collector.spans) != 4 * requests:
+            raise RuntimeError(f"{len(collector.spans)} of {4 * requests} spans came")
+    return 1000 * spent / requests
 
 
 def paced(*, parallel: int, step_ms: float, tables: str = "") -> AbstractContextManager[Running]:

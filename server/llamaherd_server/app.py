@@ -141,7 +141,7 @@ def _traces(settings: Settings, metrics: Metrics) -> Traces | None:
     if settings.telemetry.otlp_endpoint is None:
         return None
     try:
-        from llamaherd_server.http.traces import Traces  # noqa: PLC0415 (optional packages, of 20 MB of memory)
+        from llamaherd_server.http.traces import Traces  # noqa: PLC0415 (optional packages, which take memory)
     except ModuleNotFoundError as error:
         message = f"telemetry.otlp_endpoint needs {error.name}: install llamaherd-server[telemetry], or leave it out"
         raise SettingsError(message) from None
