@@ -29,6 +29,7 @@ def corpus() -> list[Attack]:
         *_grammars(),
         *_schemas(),
         *_sampling(),
+        *_llama_servers(),
         *_bodies(),
         *_texts(),
         *_media(),
@@ -165,6 +166,24 @@ def _sampling() -> Iterator[Attack]:
         yield Attack("sampling", f"temperature {literal}", COMPLETIONS, body)
     biased = b'{"prompt": "Count.", "max_tokens": 4, "grammar": "root ::= \\"a\\"", "logit_bias": {"5": NaN}}'
     yield Attack("sampling", "a bias of NaN with a grammar", COMPLETIONS, biased)
+
+
+def _llama_servers() -> Iterator[Attack]:
+    lazy = {"grammar": 'root ::= "a"', "grammar_lazy": True}
+    fields: dict[str, dict[str, Any]] = {
+        "a schema that refers to itself alone": {"json_schema": {"$ref": "#"}},
+        "a trigger that backtracks": {**lazy, "grammar_triggers": [{"type": 2, "value": "((.*)*)*#$"}]},
+        "a trigger that is no pattern": {**lazy, "grammar_triggers": [{"type": 2, "value": "(["}]},
+        "100,000 samplers": {"samplers": "k" * 100_000},
+        "50,000 probabilities of each token": {"n_probs": 50_000},
+    }
+    for name, more in fields.items():
+        body = {"prompt": "Count to ten.", "n_predict": 16, **more}
+        yield Attack("llama-server's own", name, "/completion", json.dumps(body).encode())
+    for name, pattern in {"2,000 ambiguous letters": "(a|b|)" * 2000, "50,000 brackets": "(" * 50_000}.items():
+        schema = {"type": "string", "pattern": f"^{pattern}$"}
+        body = {"prompt": "Count to ten.", "n_predict": 16, "json_schema": schema}
+        yield Attack("llama-server's own", f"a schema of {name}", "/completion", json.dumps(body).encode(), False)
 
 
 def _bodies() -> Iterator[Attack]:
