@@ -28,9 +28,14 @@ REPORTED: set[str] = set()  # that hook gets no config
 
 
 class Halves(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist is untyped
-    """Lab hosts have names and addresses of their own: their tests stay in one process, others fill its half up."""
+    """Lab hosts have names and addresses of their own: their tests stay in one process, others fill its half up.
+
+    Files of tests/roles go last, each to the process that is done first.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
+        if nodeid.startswith("tests/roles/"):
+            return nodeid.partition("::")[0]
         return "lab" if nodeid.startswith(("tests/lab/", "tests/monitoring/", "tests/unit/")) else "here"
 
 
