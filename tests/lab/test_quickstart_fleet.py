@@ -37,15 +37,22 @@ class Reader:
             "ANSIBLE_SSH_COMMON_ARGS": f"-o UserKnownHostsFile={secrets / 'known_hosts'}",
         }
 
-    def types(self, commands: str) -> str:
-        """playbooks/tune.yml takes no longer than it must."""
-        commands = commands.replace(" -K ", " ").replace("tune.yml", "tune.yml -e llamaherd_loadgen_budget=60s")
-        commands = commands.replace("inventories/mine", str(self.inventory)).replace(". .venv", f". {BIN.parent}")
+    def types(self, commands: str, budget: str = "60s") -> str:
+        """playbooks/tune.yml takes no longer than it must: as long as it asks for, where that is too short."""
+        commands = re.sub(r"tune\.yml( -e \S+budget=\S+)?", f"tune.yml -e llamaherd_loadgen_budget={budget}", commands)
+        commands = (
+            commands.replace(" -K ", " ")
+            .replace("inventories/mine", str(self.inventory))
+            .replace(". .venv", f". {BIN.parent}")
+        )
         exports = "".join(f"export {name}='{value}'\n" for name, value in self.environment.items())
         done = subprocess.run(
             ["bash", "-ec", exports + commands], cwd=ROOT, capture_output=True, text=True, check=False
         )
         print(done.stdout[-20_000:], done.stderr[-5_000:])
+        asked = re.search(r"too small to compare settings: .*give --budget (\d+s)", done.stdout)
+        if done.returncode and asked:
+            return self.types(commands, asked[1])
         assert done.returncode == 0
         return done.stdout
 
