@@ -140,8 +140,9 @@ def api() -> str:
 
 @functools.cache
 def application() -> FastAPI:
-    """The server's app, with an engine that computes nothing."""
-    settings = Settings.model_validate({"model": {"name": "model", "path": ROOT / "README.md"}})
+    """The server's app with all that it may have, and an engine that computes nothing."""
+    telemetry = {"otlp_endpoint": "http://localhost:4318"}
+    settings = Settings.model_validate({"model": {"name": "model", "path": ROOT / "README.md"}, "telemetry": telemetry})
     return create_app(settings, lambda _: cast(Engine, _Engine()))
 
 
