@@ -88,6 +88,9 @@ def _extra(converter: Converter, schema: Schema, listed: dict[str, Any], where: 
     """The rule of a property that is not listed; None: there can be none."""
     patterns = properties(schema, where, "patternProperties")
     additional = schema.get("additionalProperties", not listed and "properties" not in schema and not patterns)
+    allowed = [(pattern, one) for pattern, one in [*patterns.items(), (None, additional)] if one is not False]
+    if not allowed:  # what other names are costs an automaton
+        return None
     keyed = converter.terms.all
     if "propertyNames" in schema:
         alternatives = converter.parts.flat(schema["propertyNames"], f"{where}/propertyNames")
@@ -97,9 +100,7 @@ def _extra(converter: Converter, schema: Schema, listed: dict[str, Any], where: 
     others = converter.terms.other(converter.terms.either(*map(converter.terms.text, listed)))
     of_patterns = {pattern: _keys(converter, [{"pattern": [pattern]}], where) for pattern in patterns}
     pairs = []
-    for pattern, one in [*patterns.items(), (None, additional)]:
-        if one is False:  # what its names are costs an automaton
-            continue
+    for pattern, one in allowed:
         keys = converter.terms.both(
             keyed,
             others,
