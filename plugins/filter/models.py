@@ -12,7 +12,7 @@ from ansible_collections.llamaherd.llamaherd.plugins.module_utils import gguf
 
 
 def served_models(models: Sequence[Mapping[str, Any]], names: Sequence[str], shared: Mapping[str, Any]) -> list[Any]:
-    """The entries of `models` with these `names`, complete: engine, settings, placement, memory_share, memory_bytes.
+    """The entries of `models` with these `names`, complete: engine, settings, placement, memory and residence.
 
     `shared` has what an entry leaves out: engine, settings, placement; and tuned, which goes before the first one's own
     settings and, where it has an engine, its engine.
@@ -34,7 +34,7 @@ def served_models(models: Sequence[Mapping[str, Any]], names: Sequence[str], sha
         placement = {**shared.get("placement", {}), **layers, **model.get("placement", {})}
         of_all = _memory_bytes(memory, placement) * share / memory["instances"]
         complete = {"engine": engine, "settings": settings, "placement": placement, "memory_share": share}
-        served.append({**model, **complete, "memory_bytes": max(0, int(of_all))})
+        served.append({"residence": "resident", **model, **complete, "memory_bytes": max(0, int(of_all))})
     return served
 
 
