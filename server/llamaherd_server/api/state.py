@@ -118,7 +118,8 @@ async def choose_model(request: Request) -> None:
         if refusal := state.lifecycle.refusal(state.serving):
             raise refusal
         if state.engine.on_demand and state.engine.status().model is None:
-            await state.engine.wanted()
+            async with state.engine.held():
+                pass
 
 
 async def _model_of(request: Request) -> str | None:

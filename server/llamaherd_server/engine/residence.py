@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import structlog
@@ -22,6 +23,8 @@ log = structlog.get_logger()
 # Requests for a model that could not be loaded are refused for so long before it is tried again.
 RETRY_S = 10.0
 _TICK_S = 1.0
+# What the task holds.
+_holding: ContextVar[tuple[Guest, ...]] = ContextVar("holding", default=())
 
 
 @dataclass(eq=False)
@@ -58,8 +61,16 @@ class Residence:
 
     @asynccontextmanager
     async def held(self, guest: Guest) -> AsyncIterator[None]:
-        """The model is loaded, and stays so until the block ends; raises the EngineError of one that cannot be."""
+        """The model is loaded, and stays so until the block ends; raises the EngineError of one that cannot be.
+
+        Within a block of the same task it is held already, and whoever asks for room waits for the outer one.
+        """
+        outer = _holding.get()
+        if guest in outer:
+            yield
+            return
         user = object()
+        holding = _holding.set((*outer, guest))
         try:
             if guest.here and not guest.leaving:
                 guest.users.add(user)
@@ -69,6 +80,7 @@ class Residence:
                 await self._come(guest, user)
             yield
         finally:
+            _holding.reset(holding)
             guest.waiting.discard(user)
             guest.users.discard(user)
             if not guest.users:

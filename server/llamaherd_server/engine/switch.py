@@ -76,12 +76,8 @@ class Switch:
                 return replace(status, state="unloaded", last_error=refused[1].message if refused else None)
         return status if self._open.is_set() else replace(status, state="restarting", model=self._model)
 
-    async def wanted(self) -> None:
-        """Return when the model is loaded; raises the EngineError of one on demand that cannot be."""
-        async with self._held():
-            pass
-
-    def _held(self) -> AbstractAsyncContextManager[None]:
+    def held(self) -> AbstractAsyncContextManager[None]:
+        """The model is loaded until the block ends; raises the EngineError of one on demand that cannot be."""
         return self._residence.held(self._guest) if self._residence else nullcontext()
 
     async def _load(self) -> None:
@@ -146,7 +142,7 @@ class Switch:
 
         A switch waits for the block to end, RETUNE_DRAIN_S at most.
         """
-        async with self._held():
+        async with self.held():
             await self._open.wait()
             engine = self.in_force
             self._running += 1
@@ -178,7 +174,7 @@ class Switch:
         Where that is another kind, new requests wait, and running ones get RETUNE_DRAIN_S to finish, then they fail
         with `engine_crashed`.
         """
-        async with self._held(), self._changing:
+        async with self.held(), self._changing:
             before = self.in_force.status()
             if kind in (None, before.kind):
                 return await self.in_force.retune(settings)

@@ -69,8 +69,7 @@ class Serving:
     @asynccontextmanager
     async def place(self, ticket: Ticket, used: Callable[[], int]) -> AsyncIterator[None]:
         """As Admission.place, once a model on demand is loaded; raises EngineError too where it cannot be."""
-        await self.engine.wanted()
-        async with self.admission.place(ticket, used):
+        async with self.engine.held(), self.admission.place(ticket, used):
             yield
 
 

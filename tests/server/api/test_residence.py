@@ -99,6 +99,20 @@ async def test_models_asked_for_by_turns_are_at_work_for_as_long_as_they_load() 
     assert sum(guest.loads for guest in guests) <= 2 / 0.2 + 2
 
 
+async def test_a_request_that_holds_it_may_use_it_while_it_is_to_leave() -> None:
+    house = House()
+    a, b = house.guest("a"), house.guest("b")
+
+    async def long() -> None:
+        async with house.residence.held(a):
+            await asyncio.sleep(0.1)
+            assert a.leaving
+            await house.use(a)
+
+    await asyncio.wait_for(asyncio.gather(long(), house.use(b)), 5)
+    assert house.told == ["+a", "-a", "+b"]
+
+
 async def test_who_gives_up_while_it_loads_holds_nothing() -> None:
     house = House(takes_s=0.05)
     a, b = house.guest("a"), house.guest("b")
