@@ -81,19 +81,22 @@ class Switch:
         return self._residence.held(self._guest) if self._residence else nullcontext()
 
     async def _load(self) -> None:
+        """Start an engine like the one that was ended, or never started."""
+        before = self.in_force.status()
+        try:
+            self.in_force = self._make(self._settings.with_engine(before.kind, before.settings))
+        except SettingsError as error:
+            raise EngineError("invalid_value", str(error)) from None
+        self.in_force.observe(self._listener)
         try:
             await self.in_force.start()
         except (EngineError, OSError):
-            await self._unload()
+            await self.in_force.stop()
             raise
 
     async def _unload(self) -> None:
-        """End the engine and put one like it in its place, which is not started."""
-        status = self.in_force.status()
-        self._model = status.model or self._model
+        self._model = self.in_force.status().model or self._model
         await self.in_force.stop()
-        self.in_force = self._make(self._settings.with_engine(status.kind, status.settings))
-        self.in_force.observe(self._listener)
 
     def observe(self, listener: Callable[[Stats], None]) -> None:
         self._listener = listener

@@ -29,11 +29,13 @@ def server(folder: Path) -> Iterator[Server]:
     path, away = required("LLAMAHERD_TEST_MODEL"), {"residence": "on_demand"}
     broken = folder / "broken.gguf"
     broken.write_bytes(Path(path).read_bytes()[:200_000])
+    (folder / "moved.gguf").symlink_to(path)
     models = [
         {"name": "resident", "path": path, "engine": {"parallel": 2}},
         {"name": "ours", "path": path, **away, "engine": {"parallel": 2}},
         {"name": "theirs", "path": path, **away, "engine": native(parallel=2)},
         {"name": "brief", "path": path, **away, "idle_s": 1, "engine": {"parallel": 2}},
+        {"name": "moved", "path": str(folder / "moved.gguf"), **away, "engine": {"parallel": 2}},
         {"name": "broken", "path": str(broken), **away, "engine": {"parallel": 2}},
     ]
     with running(
@@ -76,7 +78,7 @@ def test_what_nobody_asked_for_is_listed_and_ready_but_not_in_memory(http: httpx
     assert loaded(http) == {"resident"}
     assert http.get("/readyz").status_code == 200
     told = {model["id"]: model for model in http.get("/v1/models").json()["data"]}
-    assert [*told] == ["resident", "ours", "theirs", "brief", "broken"]
+    assert [*told] == ["resident", "ours", "theirs", "brief", "moved", "broken"]
     sizes = [told[name]["meta"]["n_params"] for name in ("resident", "ours", "theirs")]
     assert sizes == [sizes[0]] * 3
     assert figures(http.get("/metrics").text, "up") == dict.fromkeys(told, 1)
@@ -109,6 +111,17 @@ def test_one_that_cannot_be_loaded_takes_no_other_with_it(http: httpx.Client) ->
     assert {model for model, up in figures(http.get("/metrics").text, "up").items() if not up} == {"broken"}
     assert http.get("/readyz").status_code == 200
     assert ask(http, "ours")["model"] == "ours"
+
+
+def test_one_whose_file_is_gone_is_refused_until_it_is_back(folder: Path, http: httpx.Client) -> None:
+    moved = folder / "moved.gguf"
+    ask(http, "ours")
+    moved.rename(folder / "elsewhere.gguf")
+    answer = http.post("/v1/completions", json={"model": "moved", "prompt": "Hello"})
+    assert answer.status_code == 503
+    assert "'moved' could not be loaded" in answer.json()["error"]["message"]
+    (folder / "elsewhere.gguf").rename(moved)
+    until(lambda: http.post("/v1/completions", json={"model": "moved", "prompt": "Hello"}).status_code == 200)
 
 
 def test_settings_are_changed_of_one_that_is_not_in_memory_and_stay(http: httpx.Client) -> None:
