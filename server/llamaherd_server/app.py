@@ -20,7 +20,7 @@ from llamaherd_server.api.ops import evaluation, status_page
 from llamaherd_server.api.ops import routes as ops
 from llamaherd_server.api.state import AppState
 from llamaherd_server.chat import template
-from llamaherd_server.config.keys import KeyStore
+from llamaherd_server.config.keys import KeyStore, Share
 from llamaherd_server.config.settings import Settings, SettingsError
 from llamaherd_server.engine.base import Engine
 from llamaherd_server.engine.residence import Residence
@@ -58,7 +58,8 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
     """
     limits, path = settings.limits, settings.auth.keys_file
     keys = KeyStore(path, budgets=limits.usage_dir is not None) if path else None
-    metrics, quotas, sandbox = Metrics(), Quotas(settings.auth.share), Sandbox()
+    metrics, sandbox = Metrics(), Sandbox()
+    quotas = Quotas(lambda: keys.share if keys else Share(), settings.auth.instance)
     ledger = Ledger(limits.usage_dir, limits.usage_days)
     residence = Residence(limits.models_loaded)
     engines = [Switch(one, make, residence if one.model.residence == "on_demand" else None) for one in settings.each()]
@@ -133,8 +134,7 @@ def _serving(
         max_queue=limits.max_queue, timeout_s=limits.queue_timeout_s, parallel=_EMBEDDINGS_AT_ONCE, holds=holds
     )
     metrics.follow(settings.model.name, engine, admission)
-    name, log, share = settings.model.name, settings.log, settings.auth.share
-    return Serving(engine, admission, embedding, quotas, ledger, metrics, name, limits, log, share)
+    return Serving(engine, admission, embedding, quotas, ledger, metrics, settings.model.name, limits, settings.log)
 
 
 def _traces(settings: Settings, metrics: Metrics) -> Traces | None:

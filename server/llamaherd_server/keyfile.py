@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, path: Path) -> None:
     """Do what the command line says to the keys in `path`; raises KeysError, and changes nothing then."""
     if arguments.verb == "list":
-        sys.stdout.write(_table(read_keys(path)))
+        sys.stdout.write(_table(read_keys(path).keys))
     elif arguments.verb == "revoke":
         revoke(path, arguments.name)
     else:
@@ -89,7 +89,7 @@ def revoke(path: Path, name: str) -> None:
             if tomllib.loads(whole[start:end])["keys"][0].get("name") == name:
                 text.append(whole[:start] + whole[end:] if len(starts) > 1 else f"{_NONE}{whole[:start]}{whole[end:]}")
                 return
-        available = ", ".join(key.name for key in read_keys(path)) or "none"
+        available = ", ".join(key.name for key in read_keys(path).keys) or "none"
         raise KeysError(f"{path}: unknown key {name!r}; available: {available}")
 
 

@@ -49,20 +49,20 @@ class Fleet:
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("edge")
-    keys = folder / "keys.toml"
-    keys.write_text(
-        "".join(
-            f'[[keys]]\nname = "{name}"\nsha256 = "{hashlib.sha256(name.encode()).hexdigest()}"\n{limit}\n'
-            for name, limit in LIMITS.items()
-        )
+    keys = "".join(
+        f'[[keys]]\nname = "{name}"\nsha256 = "{hashlib.sha256(name.encode()).hexdigest()}"\n{limit}\n'
+        for name, limit in LIMITS.items()
     )
     with ExitStack() as stack:
         servers, hosts, inner = [], {}, []
         for number, host in enumerate((nginx.HOST, OTHER)):
             own = folder / host
             own.mkdir()
-            share = {"servers": 2, "server": number, "first": number}
-            sections = {"auth": {"keys_file": str(keys), "share": share}, "limits": {"usage_dir": str(own / "usage")}}
+            (own / "keys.toml").write_text(f"share = {{ servers = 2, first = {number} }}\n{keys}")
+            sections = {
+                "auth": {"keys_file": str(own / "keys.toml")},
+                "limits": {"usage_dir": str(own / "usage")},
+            }
             servers.append(stack.enter_context(server_running(own, paced(step_ms=5), **sections)))
             ports = {"llamaherd_nginx_inner_port": free_port()}
             ports["llamaherd_server_port"] = int(servers[-1].url.split(":")[-1])

@@ -79,7 +79,7 @@ def test_a_keys_limits_reach_the_server(render: Render) -> None:
     limits = {"requests_per_minute": 60, "max_concurrent": 2, "models": ["m"], "expires": "2099-01-31T00:00:00Z"}
     limits |= {"tokens_per_day": 10**6, "tokens_per_month": 2 * 10**7}
     found = render("debian12", llamaherd_keys=[{"name": "team", "priority": 0.5, **limits}])
-    [key] = auth.read_keys(found.folder / "keys.toml")
+    [key] = auth.read_keys(found.folder / "keys.toml").keys
     assert (key.name, key.requests_per_minute, key.max_concurrent, key.models) == ("team", 60, 2, ["m"])
     assert (key.tokens_per_day, key.tokens_per_month) == (10**6, 2 * 10**7)
     assert (key.priority, key.expires) == (0.5, datetime.datetime(2099, 1, 31, tzinfo=datetime.UTC))
@@ -89,8 +89,8 @@ def test_a_keys_limits_reach_the_server(render: Render) -> None:
 def test_a_server_gets_its_part_of_a_fleets_limits(render: Render, edges: dict[str, None], servers: int) -> None:
     hosts = {"another": {"llamaherd_instances": [{"name": "two", "port": 8082}]}, "debian12": {}}
     found = render("debian12", groups={"inference": {"hosts": hosts}, "edge": {"hosts": edges}})
-    share = settings.load(found.folder / "server.toml").auth.share
-    assert (share.servers, share.server, share.here) == (servers, servers - 1, 1)
+    share = auth.read_keys(found.folder / "keys.toml").share
+    assert (share.servers, share.first, share.here) == (servers, servers - 1, 1)
 
 
 @pytest.mark.parametrize(

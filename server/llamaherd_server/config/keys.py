@@ -52,8 +52,23 @@ class Key(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return self.expires is not None and self.expires <= datetime.datetime.now(datetime.UTC)
 
 
-class _KeysFile(Struct, forbid_unknown_fields=True):
+class Share(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """So many `servers` hold the keys' limits together; those from number `first`, from 0, are `here`, on this host."""
+
+    servers: int = 1
+    first: int = 0
+    here: int = 1
+
+    def __post_init__(self) -> None:
+        if not (self.first >= 0 and 1 <= self.here <= self.servers - self.first):
+            raise ValueError("share: first and here must be numbers of servers, of which there are as many as it says")
+
+
+class KeysFile(Struct, forbid_unknown_fields=True):
+    """What the file has."""
+
     keys: list[Key]
+    share: Share = Share()
 
 
 # Who calls when no keys are configured: anyone on this machine.
@@ -68,15 +83,20 @@ class KeyStore:
         self._path = path
         self._budgets = budgets
         self._version = self._file_version()
-        self._keys = self._read()
+        self._file = self._read()
         self._warn_if_none()
+
+    @property
+    def share(self) -> Share:
+        """This host's, of all keys' limits."""
+        return self._file.share
 
     def find(self, token: str) -> Key | None:
         """The key that `token` is the secret of, whose time has not run out."""
         self._reload_if_changed()
         digest = hashlib.sha256(token.encode()).hexdigest()
         found = None
-        for key in self._keys:  # all of them, so that the time taken does not tell which one matched
+        for key in self._file.keys:  # all of them, so that the time taken does not tell which one matched
             if hmac.compare_digest(key.sha256, digest):
                 found = key
         return None if found is None or found.expired else found
@@ -84,7 +104,7 @@ class KeyStore:
     def holds(self, key: Key) -> bool:
         """Whether the key is still in the file, whatever its limits are now, and its time has not run out."""
         self._reload_if_changed()
-        same = (one for one in self._keys if (one.name, one.sha256) == (key.name, key.sha256))
+        same = (one for one in self._file.keys if (one.name, one.sha256) == (key.name, key.sha256))
         return any(not one.expired for one in same)
 
     def _file_version(self) -> tuple[int, ...] | None:
@@ -105,43 +125,43 @@ class KeyStore:
     def reload(self) -> None:
         """Read the file now."""
         try:
-            self._keys = self._read()
+            self._file = self._read()
         except KeysError as error:
             log.error("keys not reloaded", error=str(error))
         else:
-            log.info("keys reloaded", count=len(self._keys))
+            log.info("keys reloaded", count=len(self._file.keys))
             self._warn_if_none()
 
-    def _read(self) -> list[Key]:
-        keys = read_keys(self._path)
-        if not self._budgets and (key := next((key for key in keys if key.budgeted), None)):
+    def _read(self) -> KeysFile:
+        file = read_keys(self._path)
+        if not self._budgets and (key := next((key for key in file.keys if key.budgeted), None)):
             remedy = "set limits.usage_dir, where it is kept what was used"
             raise KeysError(f"{self._path}: key {key.name!r}: tokens_per_day and tokens_per_month: {remedy}")
-        return keys
+        return file
 
     def _warn_if_none(self) -> None:
-        if not self._keys:
+        if not self._file.keys:
             log.warning("no keys: every request is refused until `llamaherd-server keys add NAME` makes one")
 
 
-def read_keys(path: Path, known_as: Path | None = None) -> list[Key]:
-    """The keys of a file, which errors call `known_as`; raises KeysError."""
+def read_keys(path: Path, known_as: Path | None = None) -> KeysFile:
+    """A file of keys, which errors call `known_as`; raises KeysError."""
     known_as = known_as or path
     try:
         table = tomllib.loads(path.read_text())
         if "keys" not in table:  # a file that is being written may be empty; `keys = []` is meant
             raise KeysError(f"{known_as}: no keys: make one with `llamaherd-server keys add NAME`")
-        keys = convert(table, _KeysFile).keys
+        file = convert(table, KeysFile)
     except OSError as error:
         raise KeysError(f"{known_as}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
         raise KeysError(f"{known_as}: {error}") from None
-    for key in keys:
+    for key in file.keys:
         _check(key, known_as)
-    names = [key.name for key in keys]
+    names = [key.name for key in file.keys]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise KeysError(f"{known_as}: two keys have the same name, {twice!r}")
-    return keys
+    return file
 
 
 def _check(key: Key, path: Path) -> None:

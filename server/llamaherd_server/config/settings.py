@@ -55,29 +55,12 @@ class HttpSettings(Section):
     allowed_hosts: list[str] = []
 
 
-class ShareSettings(Section):
-    """Where this server stands among the `servers` that hold keys' limits together: its number, from 0.
-
-    Those from number `first` on, `here` in all, are on this host, and count tokens of a day and a month in one ledger.
-    """
-
-    servers: int = Field(default=1, ge=1)
-    server: int = Field(default=0, ge=0)
-    first: int = Field(default=0, ge=0)
-    here: int = Field(default=1, ge=1)
-
-    @model_validator(mode="after")
-    def _is_one_of_them(self) -> Self:
-        if not self.first <= self.server < self.first + self.here <= self.servers:
-            raise ValueError("numbers from first on, here in all, must have server among them, and be below servers")
-        return self
-
-
 class AuthSettings(Section):
     """Who may use the server; required for any host beyond loopback."""
 
     keys_file: Path | None = None
-    share: ShareSettings = ShareSettings()
+    # Which of this host's servers this one is, from 0, where several have a part of the keys' limits.
+    instance: int = Field(default=0, ge=0)
 
 
 def _checked_sampling(given: dict[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llamaherd_server.config.keys import Key
-from llamaherd_server.config.settings import ShareSettings
+from llamaherd_server.config.keys import Key, Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +31,12 @@ class Part:
         return limit * self.here / self.servers
 
 
-def part_of(share: ShareSettings, key: Key) -> Part:
-    """Of the key's limits. Where it has fewer requests than there are servers, only so many have a part of any."""
+def part_of(share: Share, instance: int, key: Key) -> Part:
+    """Of the key's limits, for the host's server of that number, from 0.
+
+    Where the key has fewer requests than there are servers, only so many have a part of any.
+    """
     counts = (key.max_concurrent, key.requests_per_minute)
     servers = min(share.servers, *(max(1, int(count)) for count in counts if count is not None), share.servers)
     here = max(0, min(servers, share.first + share.here) - share.first)
-    return Part(servers, share.server, here)
+    return Part(servers, share.first + instance, here)

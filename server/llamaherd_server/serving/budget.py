@@ -6,14 +6,13 @@ import datetime
 import math
 
 from llamaherd_server.config.keys import Key
-from llamaherd_server.config.settings import ShareSettings
-from llamaherd_server.config.share import part_of
+from llamaherd_server.config.share import Part
 from llamaherd_server.errors import ApiError
 from llamaherd_server.serving.ledger import Ledger
 from llamaherd_server.serving.quota import SHARE_HEADER
 
 
-def check_budget(ledger: Ledger, key: Key, tokens: float, share: ShareSettings) -> None:
+def check_budget(ledger: Ledger, key: Key, tokens: float, mine: Part) -> None:
     """Raise the 429 for a request whose `tokens` go beyond the key's budgets, the 503 while what it used is unknown."""
     if not key.budgeted:
         return
@@ -26,7 +25,7 @@ def check_budget(ledger: Ledger, key: Key, tokens: float, share: ShareSettings) 
     next_month = (today.replace(day=1) + datetime.timedelta(31)).replace(day=1)
     budgets = ((key.tokens_per_month, month, "month", next_month), (key.tokens_per_day, day, "day", tomorrow))
     for budget, used, period, anew in budgets:
-        part = None if budget is None else part_of(share, key).budget(budget)
+        part = None if budget is None else mine.budget(budget)
         if part is not None and used + max(1, tokens) > part:
             of = "" if part == budget else f", of which this host has {part:.0f}"
             message = (

@@ -12,7 +12,7 @@ from typing import Self
 import msgspec
 
 from llamaherd_server.config.keys import Key
-from llamaherd_server.config.settings import LimitSettings, LogSettings, ShareSettings
+from llamaherd_server.config.settings import LimitSettings, LogSettings
 from llamaherd_server.engine.base import Event
 from llamaherd_server.engine.switch import Switch
 from llamaherd_server.errors import ApiError
@@ -45,7 +45,6 @@ class Serving:
     model: str
     limits: LimitSettings
     log: LogSettings
-    share: ShareSettings
 
     @contextmanager
     def reserve(
@@ -56,7 +55,7 @@ class Serving:
         `tokens` of the key's are taken; at the end what `usage` has stands in their place. Raises ApiError.
         """
         queue, tickets = to or self.admission, list[Ticket]()
-        check_budget(self.ledger, key, tokens, self.share)
+        check_budget(self.ledger, key, tokens, self.quotas.part(key))
         self.quotas.reserve(key, tokens)
         with self.ledger.account(key.name, self.model, usage, tokens):
             try:

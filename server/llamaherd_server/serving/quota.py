@@ -13,9 +13,8 @@ from contextlib import contextmanager
 
 import structlog
 
-from llamaherd_server.config.keys import ANONYMOUS, Key
-from llamaherd_server.config.settings import ShareSettings
-from llamaherd_server.config.share import part_of
+from llamaherd_server.config.keys import ANONYMOUS, Key, Share
+from llamaherd_server.config.share import Part, part_of
 from llamaherd_server.errors import ApiError
 
 log = structlog.get_logger()
@@ -60,12 +59,23 @@ CRASH_REFUSED_S = 300.0
 class Quotas:
     """What each key has used; kept by name, so that a reloaded key with the same limit keeps its account."""
 
-    def __init__(self, share: ShareSettings | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._share = share or ShareSettings()
+    def __init__(
+        self,
+        share: Callable[[], Share] = Share,
+        instance: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`share`: this host's now; `instance`: which of its servers this one is."""
+        self._share = share
+        self._instance = instance
         self._clock = clock
         self._buckets: dict[tuple[str, str], Bucket] = {}
         self._running: defaultdict[str, int] = defaultdict(int)
         self._crashes: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=CRASHES))
+
+    def part(self, key: Key) -> Part:
+        """Of the key's limits: this server's."""
+        return part_of(self._share(), self._instance, key)
 
     @contextmanager
     def request(self, key: Key) -> Iterator[None]:
@@ -74,7 +84,7 @@ class Quotas:
             message = f"the engine ended at {CRASHES} requests of key {key.name!r}: try again in {math.ceil(wait)} s"
             raise ApiError(429, message, code="engine_crashed", retry_after=math.ceil(wait))
         most = key.max_concurrent
-        if most is not None and self._running[key.name] >= part_of(self._share, key).requests(most):
+        if most is not None and self._running[key.name] >= self.part(key).requests(most):
             raise _limited(key, f"{key.max_concurrent} requests at a time", 1.0)
         self._take(key, "requests", key.requests_per_minute, 1)
         self._running[key.name] += 1
@@ -128,7 +138,7 @@ class Quotas:
     def _bucket(self, key: Key, kind: str, per_minute: float | None) -> Bucket | None:
         if per_minute is None:
             return None
-        mine = part_of(self._share, key)
+        mine = self.part(key)
         part = mine.requests(per_minute) if kind == "requests" else mine.tokens(per_minute)
         bucket = self._buckets.get((key.name, kind))
         if bucket is None or bucket.per_minute != part:

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from llamaherd_server.config.keys import Key
-from llamaherd_server.config.settings import ShareSettings
+from llamaherd_server.config.share import Part
 from llamaherd_server.errors import ApiError
 from llamaherd_server.serving.budget import check_budget
 from llamaherd_server.serving.ledger import Counts, Ledger, Row
 from llamaherd_server.serving.meter import Usage
 from llamaherd_server.serving.quota import SHARE_HEADER
 
-WHOLE = ShareSettings()
+WHOLE = Part(servers=1, server=0, here=1)
 
 
 class Clock:
@@ -118,7 +118,7 @@ async def test_budgets_begin_anew_with_the_day_and_the_month(tmp_path: Path) -> 
 async def test_a_hosts_part_of_a_budget_is_that_of_its_servers(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, 400, Clock())
     await ledger.flush()
-    key, share = Key(name="k", sha256="", tokens_per_day=100), ShareSettings(servers=4, server=3, first=2, here=2)
+    key, share = Key(name="k", sha256="", tokens_per_day=100), Part(servers=4, server=3, here=2)
     check_budget(ledger, key, 50, share)
     with pytest.raises(ApiError, match="0 of its 100 tokens a day, of which this host has 50, and") as refused:
         check_budget(ledger, key, 51, share)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llamaherd_server.config.keys import ANONYMOUS, Key
-from llamaherd_server.config.settings import ShareSettings
+from llamaherd_server.config.keys import ANONYMOUS, Key, Share
 from llamaherd_server.config.share import part_of
 from llamaherd_server.errors import ApiError
 from llamaherd_server.serving.quota import CRASH_REFUSED_S, CRASH_WINDOW_S, CRASHES, SHARE_HEADER, Quotas
@@ -47,8 +48,8 @@ def test_requests_per_minute_refill_evenly() -> None:
 @pytest.mark.parametrize("servers", [1, 3, 8])
 def test_parts_of_a_limit_are_together_the_limit(limit: float, servers: int) -> None:
     key = Key(name="k", sha256="", requests_per_minute=limit)
-    shares = [ShareSettings(servers=servers, server=number, first=number) for number in range(servers)]
-    parts = [part_of(share, key) for share in shares]
+    shares = [Share(servers=servers, first=number) for number in range(servers)]
+    parts = [part_of(share, 0, key) for share in shares]
     assert sum(part.requests(limit) for part in parts) == limit
     assert sum(part.tokens(limit) for part in parts) == pytest.approx(limit)
     assert sum(part.budget(limit) for part in parts) == pytest.approx(limit)
@@ -57,7 +58,8 @@ def test_parts_of_a_limit_are_together_the_limit(limit: float, servers: int) -> 
 def test_servers_together_let_in_as_many_requests_as_the_key_may_have() -> None:
     clock = Clock()
     key = Key(name="k", sha256="", requests_per_minute=6, max_concurrent=3)
-    servers = [Quotas(ShareSettings(servers=4, server=number, first=number), clock) for number in range(4)]
+    shares = [partial(Share, servers=4, first=2 * host, here=2) for host in range(2)]
+    servers = [Quotas(share, instance, clock) for share in shares for instance in range(2)]
     let_in = 0
     with ExitStack() as running:
         for quotas in servers * 2:
@@ -84,6 +86,17 @@ async def test_a_part_that_is_used_up_sends_the_edge_to_the_next_server(
     assert [reply.status_code for reply in replies] == [200, 429]
     assert [reply.headers.get("X-Accel-Redirect") for reply in replies] == [None, sent]
     assert SHARE_HEADER not in replies[1].headers
+
+
+async def test_a_host_that_joins_takes_its_part_without_a_restart(serve: Serve, tmp_path: Path) -> None:
+    text = keys(requests_per_minute="2")
+    async with serve(Double(), keys=f"share = {{ servers = 1 }}\n{text}") as served:
+        served.http.headers.update(bearer("user"))
+        assert (await served.chat()).status_code == 200
+        (tmp_path / "keys.toml").write_text(f"share = {{ servers = 2, first = 1 }}\n{text}")
+        assert [(await served.chat()).status_code for _ in range(2)] == [200, 429]
+        (tmp_path / "keys.toml").write_text(f"share = {{ servers = 2, first = 2 }}\n{text}")
+        assert (await served.http.get("/v1/models")).status_code == 200, "one that is wrong leaves the former"
 
 
 def test_tokens_are_reserved_and_settled() -> None:
