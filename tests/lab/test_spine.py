@@ -11,7 +11,7 @@ import yaml
 
 from tests.lab.conftest import LEFT, Herd
 from tests.lab.test_engine_llama_server import client
-from tests.unit.conftest import load, util
+from tests.unit.conftest import checker
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
 
@@ -250,8 +250,7 @@ def test_adopt_prints_an_inventory_from_a_llama_server_unit(herd: Herd, tmp_path
     assert [model["lora"][0]["sha256"], variables["llamaherd_models"][1]["sha256"]] == sums
     assert (model["mmproj"], model["lora"][0]["scale"]) == (variables["llamaherd_models"][1]["name"], 0.5)
     assert model["chat_template"] == "/srv/llama/chat.jinja"
-    util("value_formats")
-    check = load("plugins/action/check_variables.py", "llamaherd_check_adopted")
+    check = checker()
     known = check.known_variables()
     assert [line for name, value in variables.items() for line in check.mistakes(name, value, known[name])] == []
     assert "is not there, or runs nothing" in herd.play("adopt.yml", "-e", "llamaherd_adopt_unit=none.service").output

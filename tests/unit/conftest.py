@@ -75,11 +75,16 @@ def host_facts(nginx_facts: ModuleType) -> ModuleType:
     return load("plugins/modules/host_facts.py", "llamaherd_host_facts")
 
 
-@pytest.fixture(scope="session")
-def check_variables() -> ModuleType:
+def checker() -> ModuleType:
+    """check_variables, and what it takes from the collection."""
     util("setting_rules")
     util("value_formats")
     return load("plugins/action/check_variables.py", "llamaherd_check_variables")
+
+
+@pytest.fixture(scope="session")
+def check_variables() -> ModuleType:
+    return checker()
 
 
 @pytest.fixture(scope="session")
