@@ -101,7 +101,9 @@ def figure(value: float | None, spec: str, unit: str) -> str:
 
 
 def curl(endpoint: str, key_file: Path, ca: Path | None) -> str:
-    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Say hello to the herd."}]})
+    # A model this small may not end by itself.
+    hello = {"messages": [{"role": "user", "content": "Say hello to the herd."}], "max_tokens": 64}
+    body = json.dumps({"model": MODEL, **hello})
     trust = f"--cacert {shlex.quote(str(ca))} " if ca else ""
     return (
         f"curl -sS {trust}{endpoint}/chat/completions \\\n"
