@@ -34,14 +34,14 @@ def run() -> Result:
             batch = asyncio.run(_batch(server.port, number, SECONDS))
             beside, tokens = asyncio.run(_both(server.port, number))
         left = batch * (1 - busy_s / SECONDS)
-        told = {
+        measured = {
             "chat_ttft_p95_ms": {"ours": beside * 1e3, "alone": chats * 1e3},
             "batch_tokens_per_s": {"ours": tokens / SECONDS, "alone": batch / SECONDS, "left": left / SECONDS},
         }
-        for name, figures in told.items():
+        for name, figures in measured.items():
             for product, value in figures.items():
                 rounds.setdefault(name, {}).setdefault(product, []).append(value)
-        print(f"priorities round {number + 1}/{ROUNDS}: {told}", flush=True)
+        print(f"priorities round {number + 1}/{ROUNDS}: {measured}", flush=True)
     return {"chats_beside_a_batch": {name: metric(one) for name, one in rounds.items()}}
 
 

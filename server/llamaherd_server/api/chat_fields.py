@@ -57,7 +57,7 @@ class OtherPart(Lenient):
     type: str
 
 
-# What the assistant's turns may have besides: thoughts for those who wrote them, and calls, told by `tool_calls` too.
+# What the assistant's turns may have besides: thoughts for those who wrote them, and calls that `tool_calls` has too.
 _THOUGHTS = ("redacted_thinking", "reasoning_text", "reasoning_content", "summary_text")
 _CALLS = ("tool_use", "tool_call", "function_call")
 _TEXT_PARTS = get_args(TextPart.model_fields["type"].annotation)

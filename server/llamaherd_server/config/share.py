@@ -37,6 +37,6 @@ def part_of(share: Share, instance: int, key: Key) -> Part:
     Where the key has fewer requests than there are servers, only so many have a part of any.
     """
     counts = (key.max_concurrent, key.requests_per_minute)
-    servers = min(share.servers, *(max(1, int(count)) for count in counts if count is not None), share.servers)
+    servers = min([share.servers, *(max(1, int(count)) for count in counts if count is not None)])
     here = max(0, min(servers, share.first + share.here) - share.first)
     return Part(servers, share.first + instance, here)

@@ -24,8 +24,8 @@ async def about(settings: Settings) -> ModelInfo | None:
     config = WorkerConfig(
         path=str(part_paths(model.path)[0]), settings=settings.engine.settings, chat_template=template
     )
-    code, told = await asked("about", config)
+    code, output = await asked("about", config)
     if code:
-        log.error("nothing is known of a model until it is loaded", model=model.name, error=told.decode())
+        log.error("nothing is known of a model until it is loaded", model=model.name, error=output.decode())
         return None
-    return msgspec.json.decode(told, type=ModelInfo)
+    return msgspec.json.decode(output, type=ModelInfo)

@@ -21,14 +21,14 @@ async def asked(module: str, *configs: msgspec.Struct) -> tuple[int, bytes]:
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
     )
-    told = b""
+    output = b""
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            told, _ = await process.communicate()
+            output, _ = await process.communicate()
     except TimeoutError:
         pass
     finally:
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
-    return process.returncode or 0, told
+    return process.returncode or 0, output

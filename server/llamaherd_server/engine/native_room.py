@@ -21,9 +21,9 @@ async def check_room(config: NativeConfig, beside: NativeConfig | None = None) -
     """
     if config.rpc or importlib.util.find_spec("llama_cpp") is None:
         return
-    code, told = await asked("room", *(one for one in (config, beside) if one))
+    code, output = await asked("room", *(one for one in (config, beside) if one))
     if code == REFUSED:
-        raise EngineError("does_not_fit", told.decode())
+        raise EngineError("does_not_fit", output.decode())
     if code:
         # what cannot be asked is llama-server's to find out
         log.warning("it is not known whether the model fits into memory", exit_code=code)

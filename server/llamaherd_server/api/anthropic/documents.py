@@ -1,4 +1,4 @@
-"""Blocks of Anthropic's API that hold texts to answer from: documents and search results, told as text."""
+"""Blocks of Anthropic's API that hold texts to answer from: documents and search results, as text."""
 
 from __future__ import annotations
 
