@@ -44,6 +44,8 @@ _EMBEDDINGS_AT_ONCE = 8
 # Web pages of this machine may call the API, whatever port they are served at.
 _THIS_MACHINE = r"https?://([a-z0-9.-]+\.)?(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 _POLL_S = 0.2
+# Where the functions that the sandbox runs are.
+SANDBOXED = ("llamaherd_server.chat.adapt", "llamaherd_server.toolcalls.tools")
 # For the documentation and its "Authorize" button only: it is the Gate that lets in or refuses.
 _DOCUMENTED = [
     Security(HTTPBearer(auto_error=False, description="An API key, where the server has any.")),
@@ -58,7 +60,7 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
     """
     limits, path = settings.limits, settings.auth.keys_file
     keys = KeyStore(path, budgets=limits.usage_dir is not None) if path else None
-    metrics, sandbox = Metrics(), Sandbox()
+    metrics, sandbox = Metrics(), Sandbox(modules=SANDBOXED)
     quotas = Quotas(lambda: keys.share if keys else Share(), settings.auth.instance)
     ledger = Ledger(limits.usage_dir, limits.usage_days)
     residence = Residence(limits.models_loaded)

@@ -41,7 +41,9 @@ class Refused(msgspec.Struct):
 
 
 def main() -> None:
-    """Answer calls until the other end closes."""
+    """Import the modules named by the arguments, then answer calls until the other end closes."""
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     with suppress(ValueError, OSError):  # macOS has no such limit; the timer still bounds what a call can fill
         limit = _address_space() + MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

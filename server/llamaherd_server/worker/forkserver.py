@@ -6,7 +6,6 @@ holds the model. A child that takes too much time or memory, or that llama.cpp a
 
 from __future__ import annotations
 
-import math
 import os
 import select
 import socket
@@ -31,8 +30,9 @@ TRIAL_TOKENS = 3
 # How many times the time that the whole vocabulary takes with the simplest grammar one token may take.
 TRIAL_COST = 25.0
 MEMORY_BYTES = 512 * 2**20
-# And by the clock, where the host has no CPU time to spare for it.
-GRAMMAR_DEADLINE_S = 3.0
+# And by the clock, where the host has no CPU time to spare for it: longer if it had hardly any.
+GRAMMAR_DEADLINE_S, LAST_DEADLINE_S = 3.0, 15.0
+HARDLY_ANY_S = 0.15
 PID_BYTES = 4
 KNOWN_GRAMMARS, KNOWN_CHARS = 256, 2**23
 ALLOWED = b"\1"
@@ -167,9 +167,10 @@ class Child:
             if not pid:
                 raise RequestError("internal", None, "no process could be started for this request's texts")
             self._patience = Patience(pid)
-            until = time.monotonic() + (math.inf if self._job.grammar is None else GRAMMAR_DEADLINE_S)
+            began = time.monotonic()
             while not self._readable(SLOW_S):
-                if time.monotonic() > until:
+                deadline_s = GRAMMAR_DEADLINE_S if self._patience.used_s > HARDLY_ANY_S else LAST_DEADLINE_S
+                if self._job.grammar is not None and time.monotonic() - began > deadline_s:
                     raise RequestError("invalid_grammar", "grammar", f"the grammar does not compile: {_OVER_LIMITS}")
             size = int.from_bytes(self._read(LENGTH_BYTES), "big")
             done = _prepared.decode(self._read(size))

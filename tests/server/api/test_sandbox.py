@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from llamaherd_server.app import SANDBOXED
+from llamaherd_server.chat.adapt import prompt_of, traits_of
 from llamaherd_server.chat.jinja import Rendering, render
 from llamaherd_server.errors import ApiError
 from llamaherd_server.http.json_body import decode
 from llamaherd_server.process.priority import START_NICE, Patience, lower
 from llamaherd_server.process.turns import caller
 from llamaherd_server.sandbox.pool import Sandbox, SandboxError, Slow
+from llamaherd_server.toolcalls.tools import grammar_of_reply
 
 BURNS = Rendering("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
 FINE = Rendering("{{ x }}", {"x": "é"})
@@ -108,11 +111,19 @@ async def test_one_caller_leaves_processes_to_the_others() -> None:
 
 
 async def test_a_call_is_slow_by_itself_or_for_the_host(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llamaherd_server.sandbox.pool._OVERLOADED_S", 1.0)
     with pytest.raises(ApiError, match="the host is overloaded"):
         await sandbox.in_child(render, BURNS, 1000, 1e-3)
+    monkeypatch.undo()
     monkeypatch.setattr("llamaherd_server.sandbox.pool._SLOW_SHARE", 1e-5)
     with pytest.raises(Slow, match="of CPU time, on a busy host"):
         await sandbox.in_child(render, BURNS, 1000, 1e-3)
+
+
+async def test_what_a_call_would_import_is_there_before_it() -> None:
+    assert {function.__module__ for function in (prompt_of, traits_of, grammar_of_reply)} == set(SANDBOXED)
+    with pytest.raises(ApiError, match="no process for this request could be started"):
+        await Sandbox(modules=["llamaherd_server.absent"]).start()
 
 
 def test_what_is_made_ahead_of_children_has_a_lower_priority_and_they_do_not() -> None:
