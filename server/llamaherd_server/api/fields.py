@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from pydantic import (
@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_before_validator_function
 
 from llamaherd_server.api.llama_fields import renamed, with_samplers, without_off
 from llamaherd_server.errors import unknown_field
@@ -28,15 +29,26 @@ _TOKEN_ID = re.compile(r"-?[0-9]{1,10}")
 _FORBIDDEN = -1e6
 
 
-def _fail_fast(schema: Any) -> None:
-    if isinstance(schema, list | tuple):
-        for part in schema:
-            _fail_fast(part)
-    elif isinstance(schema, dict):
-        if schema.get("type") == "list":
-            schema["fail_fast"] = True
-        for part in schema.values():
-            _fail_fast(part)
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not a boolean")
+    return value
+
+
+def _stricter(schema: Any) -> Any:
+    """`schema` whose lists stop at their first mistake, as nobody reads the others and there may be thousands; and
+    whose numbers are not booleans, of which pydantic makes 1 and 0.
+    """
+    if isinstance(schema, list):
+        return [_stricter(part) for part in schema]
+    if isinstance(schema, tuple):
+        return tuple(_stricter(part) for part in schema)
+    if not isinstance(schema, dict):
+        return schema
+    strict = {name: _stricter(part) for name, part in schema.items()}
+    if schema.get("type") == "list":
+        return strict | {"fail_fast": True}
+    return no_info_before_validator_function(_number, strict) if schema.get("type") in ("int", "float") else strict
 
 
 class Lenient(BaseModel):
@@ -50,10 +62,7 @@ class Lenient(BaseModel):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Lists stop at their first mistake: nobody reads the others, and there may be thousands."""
-        schema = handler(source)
-        _fail_fast(schema)
-        return schema
+        return cast(CoreSchema, _stricter(handler(source)))
 
     @model_validator(mode="before")
     @classmethod

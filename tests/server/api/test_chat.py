@@ -240,6 +240,9 @@ async def test_parts_are_joined_and_a_last_assistant_turn_is_continued(serve: Se
         ({"messages": [{"role": "nobody", "content": "x"}]}, 400, "messages.0.role", "'assistant'"),
         ({"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
         ({"temperature": "hot"}, 400, "temperature", "valid number"),
+        ({"temperature": True}, 400, "temperature", "must be a number, not a boolean"),
+        ({"max_tokens": True}, 400, "max_tokens", "must be a number, not a boolean"),
+        ({"logit_bias": {"5": True}}, 400, "logit_bias.5", "must be a number, not a boolean"),
         ({"messages": []}, 400, "messages", "at least 1"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
