@@ -38,7 +38,6 @@ _KEPT = 2
 # A call waits for a process that has other work, unless that is slow: starting one costs more than most calls.
 _SOON_S = 1.0
 _TRIES = 3
-_START_S = 30
 _LARGEST_ANSWER = 64 * 2**20
 # How a process ends that somebody else ended.
 _ENDED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)

@@ -161,7 +161,6 @@ def _literal(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
-_GEMMA_QUOTE = '<|"|>'
 _GEMMA_TOKEN = re.compile(
     r'<\|"\|>(?P<text>.*?)<\|"\|>|(?P<json>"(?:\\.|[^"\\])*")|(?P<sign>[][{}:,])|(?P<bare>[^][{}:,]+)', re.DOTALL
 )
