@@ -37,13 +37,10 @@ class Collector:
         for resource in self._sent():
             yield from resource.scope_spans
 
-    def trace(self) -> tuple[Span, list[Span]]:
-        """The only request's span, and those inside it in their order."""
-        [request] = [span for span in self.spans if span.kind == Span.SPAN_KIND_SERVER]
-        inside = [span for span in self.spans if span.parent_span_id == request.span_id]
-        assert len(inside) + 1 == len(self.spans)
-        assert {span.trace_id for span in self.spans} == {request.trace_id}
-        return request, sorted(inside, key=lambda span: span.start_time_unix_nano)
+    def span(self) -> Span:
+        """The only one."""
+        [span] = self.spans
+        return span
 
 
 @contextmanager

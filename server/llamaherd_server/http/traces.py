@@ -1,7 +1,7 @@
 """Traces of requests, sent to a collector by OTLP over HTTP. Imported only where an endpoint is set.
 
-A request's spans are made at its end, in one place, with the times that its usage has: whole ones, as a tracer's, which
-grow under locks, take ten times as long. Attributes follow the semantic
+A request's span is made at its end, in one place, with the times that its usage has: one that grows under locks, as a
+tracer's, takes ten times as long, and spans of the phases would be three more. Attributes follow the semantic
 conventions 1.45.0 for HTTP servers (https://opentelemetry.io/docs/specs/semconv/http/http-spans/) and 0.1.0 for GenAI
 (https://github.com/open-telemetry/semantic-conventions-genai). Never a text of a prompt or an answer, and of a key its
 name alone.
@@ -17,11 +17,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import structlog
 from opentelemetry.context import Context
@@ -46,7 +44,8 @@ log = structlog.get_logger()
 
 # Spans that wait for the collector; what comes beyond them is dropped.
 QUEUE = 2048
-_PHASES = ("queue", "prefill", "decode")
+_PHASES = ("llamaherd.queue_s", "llamaherd.prefill_s", "llamaherd.decode_s")
+_SCOPE = InstrumentationScope("llamaherd")
 _LOG_S = 60.0
 # How long a stop waits for what is left to be sent.
 _FLUSH_S = 3.0
@@ -70,21 +69,21 @@ class Traces:
         self._processor = BatchSpanProcessor(self._exporter, max_queue_size=QUEUE)
         self._sampler = ParentBased(TraceIdRatioBased(telemetry.otlp_ratio))
         self._ids = RandomIdGenerator()
-        resource = Resource.create(
+        self._resource = Resource.create(
             {
                 "service.name": "llamaherd",
                 "service.version": _version(),
                 "service.instance.id": f"{host}:{port}",
                 "host.name": host,
+                "server.address": host,
+                "server.port": port,
             }
         )
-        self._span = partial(ReadableSpan, resource=resource, instrumentation_scope=InstrumentationScope("llamaherd"))
         self._propagator = TraceContextTextMapPropagator()
-        self._own: dict[str, str | int | bool | list[str]] = {"server.address": host, "server.port": port}
         self._made = 0
 
     def record(self, scope: Scope, request: RequestLog, route: str, status: int) -> None:
-        """Make the spans of a request that has ended. What it costs a request that is not traced is microseconds."""
+        """Make the span of a request that has ended. What it costs a request that is not traced is microseconds."""
         ended = time.perf_counter()
         context = self._parent(scope)
         parent = get_current_span(context).get_span_context()
@@ -92,25 +91,11 @@ class Traces:
         sampled = self._sampler.should_sample(context, trace_id, "")
         if sampled.decision is not Decision.RECORD_AND_SAMPLE:
             return
-        phases = list(_phases(request.usage, ended - request.arrived)) if request.usage else []
-        if self._made - self._exporter.taken > QUEUE - len(phases) - 1:
-            self._exporter.drop(len(phases) + 1, "more spans than the collector takes")
+        if self._made - self._exporter.taken >= QUEUE:
+            self._exporter.drop(1, "more spans than the collector takes")
             return
-        zero = time.time_ns() - int((ended - request.arrived) * 1e9)  # when it arrived
-
-        def made(
-            name: str, begin: float, end: float, inside: SpanContext | None, kind: SpanKind, **more: Any
-        ) -> SpanContext:
-            """Queue a span; times are seconds since the request's arrival."""
-            flags, state = TraceFlags(TraceFlags.SAMPLED), sampled.trace_state
-            own = SpanContext(trace_id, self._ids.generate_span_id(), False, flags, state)
-            start, stop = zero + int(begin * 1e9), zero + int(end * 1e9)
-            self._processor.on_end(self._span(name, own, inside, kind=kind, start_time=start, end_time=stop, **more))
-            self._made += 1
-            return own
-
         operation, error = _OPERATIONS.get(route), _error(request, status)
-        attributes = self._own | dict(_attributes(scope, request, route, status, operation))
+        attributes = dict(_attributes(scope, request, route, status, ended - request.arrived))
         failed = StatusCode.UNSET
         if error:
             attributes["error.type"] = error
@@ -118,17 +103,28 @@ class Traces:
                 failed = StatusCode.ERROR
         model = request.models[1] if request.models else ""
         name = f"{operation} {model}".rstrip() if operation else f"{scope['method']} {route}"
-        whole = {"attributes": attributes, "status": Status(failed)}
-        before = parent if parent.is_valid else None
-        inside = made(name, 0, ended - request.arrived, before, SpanKind.SERVER, **whole)
-        for phase, begin, end in phases:
-            made(phase, begin, end, inside, SpanKind.INTERNAL)
+        flags = TraceFlags(TraceFlags.SAMPLED)
+        own = SpanContext(trace_id, self._ids.generate_span_id(), False, flags, sampled.trace_state)
+        now, took = time.time_ns(), int((ended - request.arrived) * 1e9)
+        span = ReadableSpan(
+            name,
+            own,
+            parent if parent.is_valid else None,
+            self._resource,
+            attributes,
+            kind=SpanKind.SERVER,
+            instrumentation_scope=_SCOPE,
+            status=Status(failed),
+            start_time=now - took,
+            end_time=now,
+        )
+        self._processor.on_end(span)
+        self._made += 1
 
     async def close(self) -> None:
         """Send what is left, for a few seconds at most."""
-        closing = threading.Thread(
-            target=self._processor.shutdown, daemon=True
-        )  # a collector that hangs is left behind
+        # A daemon: a collector that hangs is left behind.
+        closing = threading.Thread(target=self._processor.shutdown, daemon=True)
         closing.start()
         await asyncio.to_thread(closing.join, _FLUSH_S)
         if left := self._made - self._exporter.taken:
@@ -193,19 +189,19 @@ class _Complaints(logging.Handler):
         self.first = self.first or record.getMessage()
 
 
-def _phases(usage: Usage, ended_s: float) -> Iterator[tuple[str, float, float]]:
-    """The phases that a request came to: name, begin and end, in seconds since its arrival."""
+def _phases(usage: Usage, ended_s: float) -> Iterator[tuple[str, float]]:
+    """How long each phase took that the request came to, in seconds."""
     last = ended_s if math.isnan(usage.ended_s) else usage.ended_s
     first = last - usage.decode_s if math.isnan(usage.ttft_s) else usage.ttft_s
     begins = [usage.entered_s, usage.entered_s + usage.queued_s, first]
     begins = [begin for begin in begins if not math.isnan(begin)]
     for name, (begin, end) in zip(_PHASES, pairwise([*begins, last]), strict=False):
-        yield name, begin, max(begin, end)
+        yield name, max(0.0, end - begin)
 
 
 def _attributes(
-    scope: Scope, request: RequestLog, route: str, status: int, operation: str | None
-) -> Iterator[tuple[str, str | int | bool | list[str]]]:
+    scope: Scope, request: RequestLog, route: str, status: int, ended_s: float
+) -> Iterator[tuple[str, str | float | bool | list[str]]]:
     yield "http.request.method", scope["method"]
     if route != "other":
         yield "http.route", route
@@ -213,7 +209,7 @@ def _attributes(
     yield "llamaherd.request_id", request.request_id
     if request.key is not None:
         yield "llamaherd.key", request.key
-    if not operation:
+    if not (operation := _OPERATIONS.get(route)):
         return
     yield "gen_ai.operation.name", operation
     yield "gen_ai.provider.name", "llamaherd"
@@ -223,6 +219,7 @@ def _attributes(
     if request.streamed:
         yield "gen_ai.request.stream", True
     if usage := request.usage:
+        yield from _phases(usage, ended_s)
         yield "gen_ai.usage.input_tokens", usage.prompt_tokens
         if usage.cached_tokens:
             yield "gen_ai.usage.cache_read.input_tokens", usage.cached_tokens

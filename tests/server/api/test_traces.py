@@ -37,7 +37,7 @@ KEYS = f'[[keys]]\nname = "app"\nsha256 = "{sha256(SECRET.encode()).hexdigest()}
 BY_KEY = {"Authorization": f"Bearer {SECRET}"}
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-{}"
 HERE = "http://127.0.0.1:4318"
-PHASES = ["queue", "prefill", "decode"]
+PHASES = ["llamaherd.queue_s", "llamaherd.prefill_s", "llamaherd.decode_s"]
 
 
 @pytest.fixture
@@ -55,6 +55,11 @@ def seconds(span: Span) -> float:
     return (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
 
 
+def phases(span: Span) -> list[str]:
+    """Those that the request came to."""
+    return [name for name in values(span.attributes) if name in PHASES]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_chat_is_a_span_with_its_phases_and_no_text(serve: Serve, collector: Collector, stream: bool) -> None:
     began = time.time()
@@ -63,14 +68,18 @@ async def test_a_chat_is_a_span_with_its_phases_and_no_text(serve: Serve, collec
         headers = {**BY_KEY, "X-Request-Id": "edge-1"}
         reply = await served.http.post("/v1/chat/completions", json=body, headers=headers)
         assert "w3" in reply.text
-    request, inside = collector.trace()
+    request = collector.span()
     assert (request.name, request.status.code, request.parent_span_id) == ("chat double", Status.STATUS_CODE_UNSET, b"")
-    assert values(request.attributes) == {
+    assert request.kind == Span.SPAN_KIND_SERVER
+    found = values(request.attributes)
+    took = [found.pop(phase) for phase in PHASES]
+    assert 0.02 <= took[1] < took[2] < 1  # one token and three
+    assert took[0] >= 0
+    assert sum(took) <= seconds(request)
+    assert found == {
         "http.request.method": "POST",
         "http.route": "/v1/chat/completions",
         "http.response.status_code": 200,
-        "server.address": socket.gethostname(),
-        "server.port": 8080,
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": "llamaherd",
         "gen_ai.request.model": "double",
@@ -82,13 +91,9 @@ async def test_a_chat_is_a_span_with_its_phases_and_no_text(serve: Serve, collec
         "llamaherd.request_id": "edge-1",
         "llamaherd.key": "app",
     } | ({"gen_ai.request.stream": True} if stream else {})
-    assert [span.name for span in inside] == PHASES
-    assert [one.end_time_unix_nano for one in inside[:-1]] == [one.start_time_unix_nano for one in inside[1:]]
-    assert request.start_time_unix_nano <= inside[0].start_time_unix_nano
-    assert inside[-1].end_time_unix_nano <= request.end_time_unix_nano
-    assert 0.02 <= seconds(inside[1]) < seconds(inside[2]) < 1  # one token and three
     assert began <= request.start_time_unix_nano / 1e9 < time.time()
-    assert collector.resource["service.name"] == "llamaherd"
+    resource = {name: collector.resource[name] for name in ("service.name", "server.address", "server.port")}
+    assert list(resource.values()) == ["llamaherd", socket.gethostname(), 8080]
     sent = b"".join(body for _, _, body in collector.requests)
     assert not [text for text in (b"private", b"w3", SECRET.encode()) if text in sent]
 
@@ -101,10 +106,10 @@ async def test_a_trace_goes_on_where_its_flags_say_so(serve: Serve, collector: C
             assert (await served.http.post("/v1/completions", json=body, headers=headers)).status_code == 200
         await served.http.post("/v1/completions", json=body)
         await served.http.post("/v1/completions", json=body, headers={"traceparent": "nonsense"})
-    request, inside = collector.trace()  # a ratio of 0, so that the others have none
+    request = collector.span()  # a ratio of 0, so that the others have none
     assert request.trace_id.hex() == "0af7651916cd43dd8448eb211c80319c"
     assert request.parent_span_id.hex() == "b7ad6b7169203331"
-    assert (request.name, len(inside)) == ("text_completion double", 3)
+    assert (request.name, phases(request)) == ("text_completion double", PHASES)
 
 
 async def crashing(request: Generate) -> AsyncGenerator[Event, None]:
@@ -119,7 +124,7 @@ async def too_long(request: Generate) -> AsyncGenerator[Event, None]:
 
 
 @pytest.mark.parametrize(
-    ("script", "fields", "name", "error", "status", "reasons", "phases"),
+    ("script", "fields", "name", "error", "status", "reasons", "came_to"),
     [
         (crashing, {"stream": True}, "chat double", "engine_crashed", Status.STATUS_CODE_ERROR, ["error"], PHASES),
         (crashing, {"n": 2}, "chat double", "engine_crashed", Status.STATUS_CODE_ERROR, ["error"] * 2, PHASES),
@@ -137,15 +142,15 @@ async def test_an_error_is_named(
     error: str,
     status: int,
     reasons: list[str] | None,
-    phases: list[str],
+    came_to: list[str],
 ) -> None:
     async with serve(Double(script=script), telemetry=to(collector)) as served:
         await served.chat(**{"model": "double", **fields})
-    request, inside = collector.trace()
+    request = collector.span()
     found = values(request.attributes)
     assert (request.name, found["error.type"], request.status.code) == (name, error, status)
     assert found.get("gen_ai.response.finish_reasons") == reasons
-    assert [span.name for span in inside] == phases
+    assert phases(request) == came_to
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -157,11 +162,11 @@ async def test_a_client_that_goes_away_is_an_end_and_no_error(serve: Serve, coll
         await asyncio.sleep(0.1)
         running.cancel()
         await until(lambda: double.running == 0)
-    request, inside = collector.trace()
+    request = collector.span()
     found = values(request.attributes)
     assert (found["error.type"], request.status.code) == ("cancelled", Status.STATUS_CODE_UNSET)
     assert found["gen_ai.response.finish_reasons"] == ["error"]
-    assert [span.name for span in inside] == PHASES
+    assert phases(request) == PHASES
 
 
 async def test_what_computes_nothing_has_no_phases_and_probes_no_span(serve: Serve, collector: Collector) -> None:
@@ -245,14 +250,14 @@ def test_a_collector_that_is_down_costs_requests_nothing(tmp_path: Path, hangs: 
                 took.append(time.monotonic() - sent)
                 time.sleep(0.02)
             assert sorted(took)[len(took) * 9 // 10] < 0.5
-            assert dropped(http.get("/metrics").text) >= 4
+            assert dropped(http.get("/metrics").text) >= 1
             stopping = time.monotonic()
             assert server.terminate() == 0
             assert time.monotonic() - stopping < 8
             lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
     told = [line for line in lines if line["event"] == "spans dropped"]
     assert len(told) == 2, "one at the first, one at the end"
-    assert sum(line["spans"] for line in told) == 4 * len(took)
+    assert sum(line["spans"] for line in told) == len(took)
     assert ("due to timeout" if hangs else "Connection refused") in told[0]["reason"]
     assert [line for line in lines if line["level"] not in ("info", "warning")] == []
 
