@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from llamaherd_server.serving.metrics import Metrics
 from llamaherd_server.serving.prefixes import prefixes
 from llamaherd_server.serving.quota import Quotas
 from llamaherd_server.wire.errors import EngineError
-from llamaherd_server.wire.protocol import Delta, Finished, Generate
+from llamaherd_server.wire.protocol import Delta, Finished, Generate, Started
 
 # For the cost that the queue expects of a request: what it is taken to generate unless its max_tokens is less, and the
 # characters taken to make one token. What it really used is put right at its end.
@@ -105,7 +106,7 @@ class Run:
         self._reserved = ExitStack()
         self._events: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
-        self._peeked: tuple[int, Event | Exception] | None = None
+        self._peeked: deque[tuple[int, Event]] = deque()
         self._crashed = False  # whether the engine may have ended at one of the requests
 
     async def __aenter__(self) -> Self:
@@ -144,21 +145,25 @@ class Run:
         return outputs + await prompt_tokens(engine, [request.prompt for request in self._requests[:: self._n]])
 
     async def first(self) -> None:
-        """Wait for the first event; raises what came instead of it."""
-        self._peeked = await self._events.get()
-        if isinstance(error := self._peeked[1], Exception):
-            raise error
+        """Wait for the first token; raises what came instead of it."""
+        event: Event | None = None
+        while event is None or isinstance(event, Started):
+            index, event = await self._event()
+            self._peeked.append((index, event))
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """All events from the first on, until every generation has finished or one has failed."""
         left = len(self._requests)
         while left:
-            index, event = self._peeked or await self._events.get()
-            self._peeked = None
-            if isinstance(event, Exception):
-                raise event
+            index, event = self._peeked.popleft() if self._peeked else await self._event()
             left -= isinstance(event, Finished)
             yield index, event
+
+    async def _event(self) -> tuple[int, Event]:
+        index, event = await self._events.get()
+        if isinstance(event, Exception):
+            raise event
+        return index, event
 
     async def _pump(self, index: int, request: Generate, ticket: Ticket, meter: Meter) -> None:
         """One generation, from its place in the queue to its last event."""

@@ -143,17 +143,20 @@ async def test_a_request_that_takes_too_long_is_a_504(serve: Serve) -> None:
     assert reply.headers["X-Should-Retry"] == "false"
 
 
-async def test_a_request_without_a_first_token_in_time_is_a_504_and_one_with_it_may_go_on(serve: Serve) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_without_a_first_token_in_time_is_a_504_and_one_with_it_may_go_on(
+    serve: Serve, stream: bool
+) -> None:
     async def hang(request: Generate) -> AsyncGenerator[Event, None]:
         yield Started(request.id, 0, 0)
         await asyncio.sleep(60)
 
     async with serve(Double(script=hang), first_token_timeout_s=0.05) as served:
-        reply = await served.chat()
+        reply = await served.chat(stream=stream)
         assert served.state.serving.admission.running == 0
     assert (reply.status_code, reply.json()["error"]["code"]) == (504, "first_token_timeout")
     async with serve(Double(tokens=10, pace_s=0.02), first_token_timeout_s=0.15) as served:
-        assert (await served.chat()).status_code == 200
+        assert (await served.chat(stream=stream)).status_code == 200
 
 
 async def test_systemd_is_told_of_readiness_the_watchdog_and_the_end(
