@@ -22,7 +22,7 @@ from tests.lab.conftest import ROOT, Herd
 from tests.lab.fleet import EDGE, HOSTS, paced, serving
 from tests.lab.load import target, thinking
 
-pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(3600)]
 PARALLEL = 8
 THINK_S = 3.0
 LIMIT = parse_limit("ttft_p95=1s")

@@ -10,7 +10,7 @@ import pytest
 from llamaherd_loadtest.samples import read_samples
 from tests.lab.conftest import LEFT, ROOT, Herd, booted
 
-pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(3600)]
 WORKERS = ("f2", "f3")
 RUN = (
     "-e",

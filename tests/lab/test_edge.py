@@ -20,7 +20,7 @@ from tests.lab.conftest import Herd
 from tests.lab.fleet import EDGE, cut_off, join, logged, paced, served_by
 from tests.lab.load import only_running_streams_failed, streaming
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
 long = pytest.mark.fleet
 SLOTS = 32  # of each host
 STEP_MS = 50

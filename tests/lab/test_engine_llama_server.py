@@ -10,7 +10,7 @@ import pytest
 from tests.lab.conftest import Herd
 from tests.verify.client import Client
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(3600)]
 
 NATIVE = {"llamaherd_engine": "llama-server"}
 

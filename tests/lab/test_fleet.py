@@ -12,7 +12,7 @@ from tests.lab.conftest import Herd
 from tests.lab.fleet import cut_off, join, logged, served_by
 from tests.lab.load import only_running_streams_failed, streaming
 
-pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(3600)]
 SLOTS = 2  # of each host
 PATIENCE_S = 30  # a request that waited for a host which is gone fails within the test
 

@@ -15,7 +15,7 @@ from tests.lab.load import streaming
 pytestmark = [
     pytest.mark.lab,
     pytest.mark.fleet,
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(3600),
     pytest.mark.parametrize("herd", ["bookworm"], indirect=True),
 ]
 PATIENCE_S = 280  # two engines may share two cores with whatever else runs

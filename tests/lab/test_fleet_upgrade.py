@@ -21,7 +21,7 @@ from tests.lab.fleet import EDGE, GATE, MODEL, asked, completion, digest, logged
 from tests.lab.load import streaming
 from tests.server.engine.tiny import SMOLLM2_WIDTH, write_lora
 
-pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(3600)]
 NAMED = f"readlink {MODEL}"
 # All that an upgrade changes, and where rollback.yml would go.
 STATE = f"{NAMED} {MODEL}.previous /opt/llamaherd/*/current /opt/llamaherd/*/previous; cat /etc/llamaherd/server.toml"

@@ -12,7 +12,7 @@ from tests.lab.test_engine_llama_server import client, programs, variables
 
 pytestmark = [
     pytest.mark.lab,
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(3600),
     pytest.mark.parametrize("herd", ["trixie"], indirect=True),  # test_spine.py has the other Debian
 ]
 

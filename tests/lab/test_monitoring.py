@@ -15,7 +15,7 @@ from tests.monitoring.prometheus import panel_queries, samples, without_data
 pytestmark = [
     pytest.mark.lab,
     pytest.mark.fleet,
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(3600),
     pytest.mark.parametrize("herd", ["bookworm", "trixie"], indirect=True, ids=["debian12", "debian13"]),
 ]
 MODEL = "smollm2-135m-instruct"

@@ -14,7 +14,7 @@ from tests.lab.conftest import Herd
 pytestmark = [
     pytest.mark.lab,
     pytest.mark.fleet,
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(3600),
     pytest.mark.parametrize("herd", ["bookworm"], indirect=True),
 ]
 KEY_USED = 'journalctl -u llamaherd-server -o cat | grep -c \'"key": *"open-webui"\''

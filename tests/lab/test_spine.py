@@ -13,7 +13,7 @@ from tests.lab.conftest import LEFT, Herd
 from tests.lab.test_engine_llama_server import client
 from tests.unit.conftest import checker
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(3600)]
 
 
 def test_check_mode_works_on_a_virgin_host_and_touches_nothing(herd: Herd) -> None:

@@ -14,7 +14,7 @@ from tests.lab.fleet import GATE, completion, join, logged, served_by
 from tests.lab.load import streaming
 from tests.verify.client import Client
 
-pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.lab, pytest.mark.fleet, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
