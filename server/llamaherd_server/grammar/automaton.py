@@ -53,6 +53,23 @@ class Automaton:
         """Whether there is no text at all in it."""
         return not any(self.accepts)
 
+    @property
+    def longest(self) -> int | None:
+        """Characters of the longest text; None: there is none, as a state leads back to itself."""
+        lengths = [0] * len(self.edges)
+        sources = [0] * len(self.edges)
+        for out in self.edges:
+            for _, target in out:
+                sources[target] += 1
+        ready = [state for state, count in enumerate(sources) if not count]
+        for state in ready:
+            for _, target in self.edges[state]:
+                lengths[target] = max(lengths[target], lengths[state] + 1)
+                sources[target] -= 1
+                if not sources[target]:
+                    ready.append(target)
+        return max(lengths) if len(ready) == len(self.edges) else None
+
     def matches(self, text: str) -> bool:
         state: int | None = 0
         for char in text:

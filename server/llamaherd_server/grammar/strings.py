@@ -13,6 +13,7 @@ from llamaherd_server.grammar.subschemas import Schema, number, refuse
 
 MAX_LENGTH = 1_000_000
 _SHORTEST_CUT = 200
+_LARGE_LENGTH = 1000  # texts with a pattern or a format hardly come so long: pydantic's URL has at most 2083
 _ENCODINGS = {"base64": "base64", "base64url": "base64url"}
 
 
@@ -44,8 +45,15 @@ class Strings:
         if high is not None and both is not terms.all:
             states = len(terms.automaton(both).edges)
             if states * high > MAX_STATES:
-                # A bound of lengths that hardly come is not worth a grammar of that size.
-                high = max(low, MAX_STATES // states) if states * _SHORTEST_CUT <= MAX_STATES else None
+                if states * _SHORTEST_CUT <= MAX_STATES:
+                    high = max(low, MAX_STATES // states)
+                else:
+                    longest = terms.automaton(both).longest
+                    if high < _LARGE_LENGTH and (longest is None or longest > high):
+                        self._cannot(
+                            where, f"has maxLength {high}, which cannot be enforced beside its pattern or format"
+                        )
+                    high = None
         return terms.both(both, terms.repeat(terms.any, low, high))
 
     def _pattern(self, pattern: Any, where: str, otherwise: Term) -> Term:

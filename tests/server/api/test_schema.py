@@ -219,6 +219,11 @@ WORDS = [f"word-{number}" for number in range(5000)]
             ['"https://a.example/b%20c?d=e#f"', '"mailto:a@b.example"'],
             ['"a b"'],
         ),
+        (
+            {"type": "string", "format": "date-time", "maxLength": 70},
+            ['"2024-02-29T23:59:59Z"'],
+            ['"2024-02-30T23:59:59Z"'],
+        ),
         ({"type": "string", "contentEncoding": "base64"}, ['"YQ=="'], ['"YQ="']),
         ({"type": "string", "pattern": "^(?!^[-+.]*$)[+-]?0*\\d*\\.?\\d*$"}, ['"-1.5"'], ['"-."', '"1e5"']),
     ],
@@ -295,6 +300,10 @@ def _without_nullable(schema: Any) -> Any:
         ),
         ({"type": "string", "pattern": 1}, "must be a text"),
         ({"type": "string", "format": "star-date"}, "has the format 'star-date'"),
+        (
+            {"type": "string", "format": "hostname", "maxLength": 253},
+            "has maxLength 253, which cannot be enforced beside",
+        ),
     ],
 )
 def test_what_cannot_be_enforced_is_refused_in_strict(schema: Any, message: str) -> None:
