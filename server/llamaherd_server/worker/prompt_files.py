@@ -55,6 +55,14 @@ def header_of(blob: memoryview | bytes, size: int | None = None) -> Header | Non
 
 def prompt_files(folder: Path, identity: str) -> Iterator[tuple[Path, Header, int]]:
     """The files of `folder` that are of `identity`, with their blobs' sizes; all others go."""
+    for path, header, size in _files(folder):
+        if header and header.identity == identity:
+            yield path, header, size
+        else:
+            remove(path, "it is not whole" if header is None else "it is of another model, build or setting")
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, Header | None, int]]:
     for path in sorted(folder.glob(f"*{SUFFIX}*")):
         try:
             with path.open("rb") as file:
@@ -65,10 +73,7 @@ def prompt_files(folder: Path, identity: str) -> Iterator[tuple[Path, Header, in
         except OSError as error:
             _say(f"{path} is left alone: {error.strerror}")
             continue
-        if header and header.identity == identity:
-            yield path, header, size
-        else:
-            remove(path, "it is not whole" if header is None else "it is of another model, build or setting")
+        yield path, header, size
 
 
 def read(path: Path, blob: memoryview) -> bool:
@@ -87,26 +92,31 @@ def read(path: Path, blob: memoryview) -> bool:
 
 
 def store(arena: Arena, folder: Path, most_bytes: int, within_s: float) -> None:
-    """Write the arena's blobs as files, the latest first, as many as the bounds allow; other files go.
+    """Write the arena's blobs beside the files that there are, keep the latest, as many as the bounds allow.
 
     Raises OSError where the folder cannot be written.
     """
     until = time.monotonic() + within_s
-    blobs = {}
+    blobs: dict[str, tuple[Header, int, memoryview | None]] = {}
+    for _, found, size in _files(folder):
+        if found:
+            blobs[found.id] = (found, size, None)
     for offset, size in arena.blobs.items():
-        if header := header_of(view := arena.view(offset, size)):
-            blobs[header.id] = (header, view)
+        if found := header_of(view := arena.view(offset, size)):
+            blobs.setdefault(found.id, (found, size, view))
     kept: set[str] = set()
-    for header, _ in sorted(blobs.values(), key=lambda one: one[0].used, reverse=True):
+    for header, _, _ in sorted(blobs.values(), key=lambda one: one[0].used, reverse=True):
         line = [header.id]
         while (parent := blobs[line[-1]][0].parent) in blobs:
             line.append(parent)
         new = [one for one in reversed(line) if one not in kept]
-        size = sum(len(blobs[one][1]) for one in new)
-        if parent or size > most_bytes or time.monotonic() > until:
+        size = sum(blobs[one][1] for one in new)
+        late = time.monotonic() > until and any(blobs[one][2] for one in new)
+        if parent or size > most_bytes or late:
             continue
         for one in new:
-            _write(folder / f"{one}{SUFFIX}", blobs[one][1])
+            if blob := blobs[one][2]:
+                _write(folder / f"{one}{SUFFIX}", blob)
         kept.update(new)
         most_bytes -= size
     for path in folder.glob(f"*{SUFFIX}*"):
@@ -121,8 +131,6 @@ def remove(path: Path, why: str) -> None:
 
 
 def _write(path: Path, blob: memoryview) -> None:
-    if path.exists():
-        return
     new = path.with_suffix(f"{SUFFIX}.new")
     try:
         with open(new, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:

@@ -146,6 +146,18 @@ def test_files_are_read_when_they_are_asked_for(stored: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in stored.iterdir()} == {0o600}
 
 
+def test_files_that_nobody_has_read_outlive_another_stop(fd: int, stored: Path) -> None:
+    prompts = cache(fd)
+    assert put(prompts, prompt(3), b"new")
+    store(prompts.arena, stored, 1 << 20, 0)
+    tokens = [*prompt(1), *prompt(2), 7]
+    for _ in range(2):
+        later = restarted(stored)
+        store(later.arena, stored, 1 << 20, 0)
+    later.fetch("", tokens)
+    assert states(later, tokens) == [(b"begin", 100), (b"end", 200)]
+
+
 def test_what_memory_has_no_room_for_stays_on_disk(stored: Path) -> None:
     fd = arena.create(PAGE)
     prompts = PromptCache(Arena(fd, PAGE), "model", stored)
