@@ -27,23 +27,23 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """
 
     # llama.cpp's llama_max_parallel_sequences(), and what a 32-bit token position can address
-    parallel: Annotated[int, _within(1, 256, "Sequences computed at once (slots).")] = 4
-    batch: Annotated[int, _within(1, 2**31 - 1, "Most tokens of one decode step.")] = 2048
-    ubatch: Annotated[int, _within(1, 2**31 - 1, "Most tokens computed at once within a step.")] = 512
+    parallel: Annotated[int, _within(1, 256, "Number of slots, which are sequences computed at once.")] = 4
+    batch: Annotated[int, _within(1, 2**31 - 1, "Maximum number of tokens in one decode step.")] = 2048
+    ubatch: Annotated[int, _within(1, 2**31 - 1, "Maximum number of tokens computed at once within a step.")] = 512
     ctx_per_slot: Annotated[
         int,
-        _within(0, 2**31 - 1, "Context of one slot in tokens; 0: what the model was trained for, as far as it fits."),
+        _within(0, 2**31 - 1, "Context of one slot in tokens. 0 uses the training context as far as it fits."),
     ] = 0
-    kv_unified: Annotated[bool, Meta(description="One KV cache for all slots.")] = True
+    kv_unified: Annotated[bool, Meta(description="Whether all slots share one KV cache.")] = True
     kv_cells: Annotated[
         int,
-        _within(0, 2**31 - 1, "KV cells of a unified cache in tokens; 0: parallel times ctx_per_slot."),
+        _within(0, 2**31 - 1, "Size of a unified KV cache in tokens. 0 means parallel times ctx_per_slot."),
     ] = 0
-    kv_type_k: Annotated[KvType, Meta(description="Type of K.")] = "f16"
-    kv_type_v: Annotated[KvType, Meta(description="Type of V.")] = "f16"
-    flash_attention: Annotated[Literal["auto", "on", "off"], Meta(description="Flash attention.")] = "auto"
-    threads: Annotated[int, _within(0, 512, "Threads for decoding; 0: decided on the host.")] = 0
-    threads_batch: Annotated[int, _within(0, 512, "Threads for prompts; 0: decided on the host.")] = 0
+    kv_type_k: Annotated[KvType, Meta(description="Data type of K in the KV cache.")] = "f16"
+    kv_type_v: Annotated[KvType, Meta(description="Data type of V in the KV cache.")] = "f16"
+    flash_attention: Annotated[Literal["auto", "on", "off"], Meta(description="Flash attention mode.")] = "auto"
+    threads: Annotated[int, _within(0, 512, "Number of threads for decoding. 0 chooses one for the host.")] = 0
+    threads_batch: Annotated[int, _within(0, 512, "Number of threads for prompts. 0 chooses one for the host.")] = 0
     speculative: Annotated[
         Speculative,
         Meta(description="By repeats, a draft model or MTP heads."),
@@ -59,32 +59,35 @@ class Placement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     gpu_layers: Annotated[
         int | Literal["auto"],
-        _within(-1, 2**31 - 1, "Layers on the accelerator; -1: all; auto: as many as its free memory has room for."),
+        _within(-1, 2**31 - 1, "Layers on the accelerator. -1 puts all there, auto as many as its free memory holds."),
     ] = -1
     cpu_moe_layers: Annotated[
         int,
-        _within(0, 2**31 - 1, "First layers whose experts stay on the CPU (mixtures of experts)."),
+        _within(0, 2**31 - 1, "Number of first layers whose experts stay on the CPU, for mixtures of experts."),
     ] = 0
     devices: Annotated[
         list[str],
-        Meta(description="Devices to use, such as CUDA0, in order; none: all there are."),
+        Meta(description="Devices to use, such as CUDA0, in order. Empty uses all."),
     ] = field(default_factory=list)
     split_mode: Annotated[
         Literal["none", "layer", "row", "tensor"],
-        Meta(description="How several devices share the model."),
+        Meta(description="How to split the model across devices."),
     ] = "layer"
     tensor_split: Annotated[
         list[float],
-        Meta(description="Shares of the devices, in any unit; none: by their free memory."),
+        Meta(description="Proportions of the devices. Empty splits by their free memory."),
     ] = field(default_factory=list)
-    main_gpu: Annotated[int, _within(0, 63, "The device for all, with split_mode none, or for what row leaves.")] = 0
+    main_gpu: Annotated[
+        int,
+        _within(0, 63, "Device for all (split_mode none) or for intermediate results and KV (row)."),
+    ] = 0
     load_mode: Annotated[
         Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"],
-        Meta(description="How weights are read."),
+        Meta(description="How to load the weights."),
     ] = "auto"
     numa: Annotated[
         Literal["off", "distribute", "isolate", "numactl"],
-        Meta(description="For hosts of several NUMA nodes."),
+        Meta(description="NUMA strategy on hosts with several nodes."),
     ] = "off"
 
 
