@@ -12,22 +12,23 @@ description:
   - Changes nothing.
 options:
   path:
-    description: The GGUF file on the host. Of a split model the first part, beside which the others are.
+    description: The GGUF file on the host. For a split model, the first part, with the others in the same directory.
     type: path
     required: true
   memory_bytes:
-    description: The memory that the model may use, for RV(largest_parallel) and RV(largest_ctx_per_slot).
+    description: The memory that the model may use. Determines RV(largest_parallel) and RV(largest_ctx_per_slot).
     type: int
     required: true
   settings:
     description:
-      - "The engine's settings: C(parallel), C(ctx_per_slot) and C(ubatch), and of the others what differs from
-        the server's defaults."
+      - The engine's settings C(parallel), C(ctx_per_slot) and C(ubatch), and any others that differ from the server's
+        defaults.
     type: dict
     required: true
   beside:
     description:
-      - GGUFs that are loaded with it, a projector or a draft model. A draft model has a context like the model's.
+      - GGUF files that are loaded with the model, such as a projector or a draft model. A draft model has the same
+        context as the model.
     type: list
     elements: path
     default: []

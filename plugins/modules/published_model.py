@@ -9,26 +9,27 @@ version_added: 0.1.0
 description:
   - Lists the GGUF models of a repository of the hub with their sizes, commit and sha256, or finds the one that is
     named, and reads the header by range requests. Nothing is downloaded and nothing is changed.
-  - Projectors (mmproj) and importance matrices are not listed. The parts of a split model are one.
+  - Projectors (mmproj) and importance matrices are not listed. The parts of a split model are listed as one model.
 options:
   model:
     description:
       - C(hf:owner/repo), C(hf:owner/repo:Q4_K_M), C(hf:owner/repo@commit:Q4_K_M), C(hf:owner/repo/file.gguf), the
-        address of a GGUF, or the path of one.
+        URL of a GGUF file, or the path of one.
     type: str
     required: true
   name:
-    description: The name of the entry. Defaults to that of the repository or file.
+    description: The name of the entry. Defaults to the name of the repository or file.
     type: str
     default: ''
   sha256:
     description:
-      - The sha256 of what an address leads to, with a comma between those of parts. The hub states it itself.
+      - The sha256 of the file at a URL, or the comma-separated sums of its parts. Not needed for the hub, which states
+        them.
     type: list
     elements: str
     default: []
   hub_url:
-    description: The address of the hub or of a mirror.
+    description: The URL of the hub or of a mirror.
     type: str
     required: true
   hub_token:
@@ -36,7 +37,7 @@ options:
     type: str
     default: ''
   https_token:
-    description: A bearer token for other addresses.
+    description: A bearer token for other URLs.
     type: str
     default: ''
 author: ["The llamaherd authors (!UNKNOWN)"]
@@ -64,7 +65,7 @@ choices:
   type: list
   elements: dict
 shape:
-  description: What the memory arithmetic needs of the header.
+  description: The values of the header from which the needed memory is computed.
   returned: success
   type: dict
 """

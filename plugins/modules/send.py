@@ -10,10 +10,10 @@ description:
   - M(ansible.builtin.copy) stores a file in the home directory of the ssh user first, where a model may not fit.
     This plugin appends to O(dest) through the connection and become settings of the task, in pieces of 32 MiB.
   - Checks the free space of the host before it sends.
-  - An existing O(dest) is taken for the start of the same file. Verify the checksum of the whole file afterwards.
+  - An existing O(dest) is treated as the start of the same file. Verify the checksum of the whole file afterwards.
 options:
   src:
-    description: The file on the controller, or several, of which none is begun unless all of them fit.
+    description: The file on the controller, or several. None is sent unless all of them fit.
     type: list
     elements: path
     required: true
