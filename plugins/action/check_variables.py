@@ -48,7 +48,7 @@ def unknown_variable(name: str, known: Mapping[str, Spec]) -> str:
     for variable, spec in known.items():
         if spec.get("type") == "dict":
             candidates = {key: f"{variable}.{key}" for key in spec.get("options", {})} | candidates
-    return f"{name} is no variable of llamaherd{nearest(name.removeprefix(PREFIX), candidates)}"
+    return f"{name} is not a llamaherd variable{nearest(name.removeprefix(PREFIX), candidates)}"
 
 
 def nearest(name: str, candidates: Mapping[str, str]) -> str:
@@ -84,7 +84,7 @@ def _mapping_mistakes(name: str, value: Mapping[str, Any], options: Mapping[str,
         if key in options:
             yield from mistakes(f"{name}.{key}", item, options[key])
         else:
-            yield f"{key} is no key of {name}{nearest(str(key), {option: option for option in options})}"
+            yield f"{key} is not a key of {name}{nearest(str(key), {option: option for option in options})}"
     for key, option in options.items():
         if option.get("required") and value.get(key) in (None, ""):
             called = f" ({value['name']})" if "name" in value else ""

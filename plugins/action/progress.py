@@ -129,7 +129,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
             return ""
         return (
             f"no space left on the file system {mount} ({free >> 10} MiB), where it writes: make room there and run "
-            "the play again, which goes on from here"
+            "the play again; it continues from here"
         )
 
     def _environment(self, password: str) -> str:

@@ -213,7 +213,7 @@ def _file_mistakes(model: Mapping[str, Any]) -> list[str]:
         f"{name}: sha256 has {one} for two parts: each part has its own" for one in _repeated(list(map(str, sums)))
     ]
     if (template := model.get("chat_template")) and not Path(template).is_file():
-        found.append(f"{name}: chat_template is {template}, which is no file on this machine; give its absolute path")
+        found.append(f"{name}: chat_template is {template}, not a file on this machine; give its absolute path")
     if missing := [key for key in _SOURCES[source["kind"]] if key not in source]:
         found.append(f"{name}: a source of kind {source['kind']} needs {', '.join(missing)}")
     else:

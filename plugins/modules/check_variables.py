@@ -24,5 +24,5 @@ msg:
   description: One line for each mistake.
   returned: failure
   type: str
-  sample: llamaherd_server_prot is no variable of llamaherd; did you mean llamaherd_server_port?
+  sample: llamaherd_server_prot is not a llamaherd variable; did you mean llamaherd_server_port?
 """

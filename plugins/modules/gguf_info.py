@@ -186,7 +186,7 @@ def main() -> None:
         found = needs(path, settings, module.params["memory_bytes"], beside)
         module.exit_json(changed=False, exists=True, missing=[], **found)
     except (GgufError, OSError) as error:
-        module.fail_json(msg=f"{path} is no usable GGUF: {error}")
+        module.fail_json(msg=f"{path} is not a usable GGUF: {error}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_a_killed_server_costs_only_its_own_streams_and_comes_back_by_itself(fle
         fleet.sh("f1", "systemctl kill --kill-whom=main --signal=KILL llamaherd-server")
         fleet.sh("f1", "until systemctl is-active -q llamaherd-server; do sleep 0.2; done")
         back = logged(fleet)
-    only_running_streams_failed(load, SLOTS)
+    only_running_streams_failed(load, SLOTS, server_ended=True)
     assert served_by(fleet, back)["f1"] >= 1
 
 

@@ -178,5 +178,5 @@ def test_the_report_is_whole_in_print(browser: webdriver.Chrome, page: Path) -> 
 
 
 def test_the_report_of_a_folder_without_a_verdict_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no readable verdict"):
+    with pytest.raises(ValueError, match="is not a readable verdict"):
         write_report(tmp_path, tmp_path / "report.html")

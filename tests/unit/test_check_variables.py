@@ -93,7 +93,7 @@ def test_a_wrong_value_is_one_line(check_variables: ModuleType, name: str, value
 )
 def test_an_unknown_name_gets_the_nearest_right_one(check_variables: ModuleType, name: str, nearest: str) -> None:
     line = check_variables.unknown_variable(name, check_variables.known_variables())
-    assert line == f"{name} is no variable of llamaherd; did you mean {nearest}?"
+    assert line == f"{name} is not a llamaherd variable; did you mean {nearest}?"
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ class AdminApplier:
         try:
             return msgspec.json.decode(response.content, type=EngineState)
         except msgspec.MsgspecError as error:
-            raise ServerUnusable(f"{self._url} is no llamaherd server: {error}") from error
+            raise ServerUnusable(f"{self._url} is not a llamaherd server: {error}") from error
 
     def apply(self, settings: Settings) -> None:
         """Put settings in force and check that they are. Raises Refused; the server then keeps its old ones."""

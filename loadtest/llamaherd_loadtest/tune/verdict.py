@@ -96,7 +96,7 @@ def read_verdict(path: Path) -> Verdict:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Verdict)
     except (OSError, msgspec.MsgspecError) as error:
-        raise ValueError(f"{path} is no readable verdict: {error}") from error
+        raise ValueError(f"{path} is not a readable verdict: {error}") from error
 
 
 def write_verdict(path: Path, verdict: Verdict) -> None:

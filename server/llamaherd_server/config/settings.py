@@ -163,7 +163,7 @@ class EngineSection(Section):
         if not found:
             raise SettingsError("engine.binary: set it, or LLAMA_CPP_LIB_PATH, whose build has a llama-server")
         if not os.access(found, os.X_OK):
-            raise SettingsError(f"engine.binary: {found} is no program that can be run")
+            raise SettingsError(f"engine.binary: {found} is not an executable program")
         return found
 
 

@@ -109,7 +109,7 @@ def error_of(text: str) -> EngineError:
     try:
         body = json.loads(text)
     except ValueError:
-        return EngineError("internal", "llama-server answered with an error that is no JSON")
+        return EngineError("internal", "llama-server answered with an error that is not JSON")
     error = body.get("error", body)
     status, kind, message = error.get("code"), error.get("type"), str(error.get("message", "llama-server failed"))
     if kind == "exceed_context_size_error":

@@ -82,7 +82,7 @@ class Model(Vocabulary):
         handles = (self.lib.llama_adapter_lora_p_ctypes * count)(*(handle for handle, _ in self._adapters))
         scales = (ctypes.c_float * count)(*(scale for _, scale in self._adapters))
         if count and self.lib.llama_set_adapters_lora(context, handles, count, scales) != 0:
-            raise ModelError(f"the LoRAs cannot be applied: {self.log.last_error or 'llama.cpp does not say why'}")
+            raise ModelError(f"the LoRAs cannot be applied: {self.log.last_error or 'unknown reason'}")
 
     def _placed(self) -> Placed | None:
         if not self.log.offloaded:
@@ -95,7 +95,7 @@ class Model(Vocabulary):
         check_magic(path)
         handle = self.lib.llama_adapter_lora_init(self.handle, path.encode())
         if not handle:
-            raise ModelError(f"{path} is no LoRA for this model: {self.log.last_error or 'llama.cpp does not say why'}")
+            raise ModelError(f"{path} is not a LoRA for this model: {self.log.last_error or 'unknown reason'}")
         return handle
 
     def info(self) -> ModelInfo:

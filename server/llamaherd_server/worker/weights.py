@@ -71,7 +71,7 @@ def load_weights(
     handle = lib.llama_model_load_from_file(path.encode(), params)
     del report, devices, placed, shares
     if not handle:
-        raise ModelError(f"{path} cannot be loaded: {log.last_error or 'llama.cpp does not say why'}")
+        raise ModelError(f"{path} cannot be loaded: {log.last_error or 'unknown reason'}")
     return handle
 
 
@@ -83,7 +83,7 @@ def check_magic(path: str) -> None:
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
     if magic != MAGIC:
-        raise ModelError(f"{path} is no GGUF file: it begins with {magic!r}, not with {MAGIC!r}")
+        raise ModelError(f"{path} is not a GGUF file: it begins with {magic!r}, not with {MAGIC!r}")
 
 
 def _devices(llama: Any, names: list[str]) -> Any:

@@ -43,7 +43,7 @@ async def test_a_lora_stays_when_the_context_is_built_anew(lora: str) -> None:
 
 
 async def test_what_is_no_lora_is_one_clear_error() -> None:
-    with pytest.raises(EngineError, match=r"\.gguf is no LoRA for this model"):
+    with pytest.raises(EngineError, match=r"\.gguf is not a LoRA for this model"):
         async with running(lora=[Adapter(required("LLAMAHERD_TEST_MODEL"), 1.0)]):
             pass
 
