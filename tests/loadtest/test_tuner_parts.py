@@ -113,8 +113,21 @@ def test_how_latencies_spread_is_learned_from_all_settings() -> None:
             for row, settings in enumerate(space):
                 for limit, mean, _ in estimates.excess(row):
                     errors[single].append(mean - math.log(host.truth(settings)[1][limit.name] / limit.ms))
-    single, alone = (sum(error**2 for error in found) for found in errors.values())
-    assert single < 0.8 * alone
+    pooled, alone = (sum(error**2 for error in found) for found in errors.values())
+    assert pooled < 0.8 * alone
+
+
+def test_a_drifting_host_is_estimated_as_it_was_in_the_middle() -> None:
+    """Most windows are early, where it was still fast."""
+    model = Model([CURRENT, {**CURRENT, "parallel": 8}], LIMITS, TOKENS, Shape())
+    for window, at in enumerate([0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.9, 1.0]):
+        slower = math.exp(0.2 * at)
+        observed = {limit.name: 0.5 * slower * limit.ms for limit in LIMITS}
+        model.add(window % 2, Measurement(took_s=1.0, score=100 / slower, observed=observed, requests=50), at)
+    estimates = model.estimates(np.arange(2))
+    assert estimates.drift == pytest.approx(-0.2, abs=0.03)
+    assert estimates.score(0) == pytest.approx(100 * math.exp(-0.1), rel=0.01)
+    assert estimates.excess(1)[0][1] == pytest.approx(math.log(0.5) + 0.1, abs=0.01)
 
 
 def test_confirming_windows_alone_count_once_there_are_any() -> None:

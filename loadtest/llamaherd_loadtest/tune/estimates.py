@@ -23,7 +23,7 @@ class Estimates:
 
     `mean`, `sd`: figure x row. `apart`: standard deviation of the score less that of the first row, the current
     settings', where `measured` (places among the rows). `draws` makes so many draws at some places: figure x draw x
-    place. All is of a host as it was at the `middle` of the windows, a share of the budget;
+    place. All is of a host as it was in the `middle` of the search so far, a share of the budget;
     `drift` is how much faster its score is at the end than at the start, as a logarithm; `noise` a window's.
     """
 

@@ -26,7 +26,7 @@ from llamaherd_loadtest.tune.estimates import Estimates
 from llamaherd_loadtest.tune.evidence import Measurement
 from llamaherd_loadtest.tune.objective import Objective
 from llamaherd_loadtest.tune.physics import MEAN, SD, Physics, Shape
-from llamaherd_loadtest.tune.posterior import MISFITS, NOISES, Array, Figure, Posterior, Shared, Told
+from llamaherd_loadtest.tune.posterior import MISFITS, NOISES, Array, Figure, Information, Posterior, Shared
 from llamaherd_loadtest.tune.settings import Settings, Value
 
 _KNOB_SD = {"parallel": 0.25}
@@ -111,23 +111,23 @@ class Model:
             for k, var, sizes in zip(known, sampling, self._sizes, strict=True)
         ]
 
-        def tell() -> list[Told]:
-            prior, basis = self._linear(rows, at - at.mean())
+        def inform() -> list[Information]:
+            prior, basis = self._linear(rows, at - self._middle)
             apart = logs - prior
-            return [f.tell(b[k], a[k]) for f, b, a, k in zip(figures, basis, apart, known, strict=True)]
+            return [f.inform(b[k], a[k]) for f, b, a, k in zip(figures, basis, apart, known, strict=True)]
 
-        told = tell()
+        information = inform()
         for _ in range(6):  # Gauss and Newton's iteration to the most probable theta
-            step = np.clip(Shared(told, self._offset).moved, -1.5, 1.5)
+            step = np.clip(Shared(information, self._offset).moved, -1.5, 1.5)
             step[len(SD) :] = 0.0  # all figures are linear in the others
             self._offset = self._offset + step
-            told = tell()
+            information = inform()
             if np.abs(step).max() < 0.05:
                 break
         if len(rows) <= _LEARN_ALWAYS or len(rows) >= _LEARN * self._learned:
             self._learned = len(rows)
-            self._learn(figures, told)
-        shared = Shared(told, self._offset)
+            self._learn(figures, information)
+        shared = Shared(information, self._offset)
         posterior = Posterior(figures, shared, *self._linear(looked_at, np.zeros(len(looked_at))))
         return self._estimates(looked_at, posterior, known, np.unique(places), shared)
 
@@ -135,6 +135,11 @@ class Model:
     def noise(self) -> float:
         """Standard deviation of the logarithm of a usual window's score."""
         return float(NOISES[self._sizes[0][1]])
+
+    @property
+    def _middle(self) -> float:
+        """The share of the budget in the middle of the time so far."""
+        return max(window.at for window in self._windows) / 2
 
     def _estimates(self, rows: Array, posterior: Posterior, known: Array, measured: Array, shared: Shared) -> Estimates:
         """Of the limited quantiles, which are where latencies lie and how far above that, together."""
@@ -161,13 +166,13 @@ class Model:
             limits=self._limits,
             measured=measured,
             drift=drift,
-            middle=fmean(window.at for window in self._windows),
+            middle=self._middle,
             noise=self.noise,
         )
 
-    def _learn(self, figures: Sequence[Figure], told: list[Told]) -> None:
+    def _learn(self, figures: Sequence[Figure], information: list[Information]) -> None:
         """Climb to the most probable size of misfits and noise, one step of a grid at a time."""
-        best, before = Shared(told, self._offset).logp, None
+        best, before = Shared(information, self._offset).logp, None
         while before != (before := [*self._sizes]):
             for i, figure in enumerate(figures):
                 for misfit, noise in ((-1, 0), (1, 0), (0, -1), (0, 1), (1, -1), (-1, 1)):
@@ -176,9 +181,9 @@ class Model:
                     if not (0 <= tried[0] < len(MISFITS) and 0 <= tried[1] < len(NOISES)):
                         continue
                     figure.resize(tried)
-                    changed = [*told[:i], figure.tell(figure.basis, figure.residual), *told[i + 1 :]]
+                    changed = [*information[:i], figure.inform(figure.basis, figure.residual), *information[i + 1 :]]
                     if (found := Shared(changed, self._offset).logp) > best:
-                        best, told[:], self._sizes[i] = found, changed, tried
+                        best, information[:], self._sizes[i] = found, changed, tried
                     else:
                         figure.resize(was)
 

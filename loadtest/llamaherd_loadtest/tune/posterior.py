@@ -29,7 +29,7 @@ _PRIOR = [
 Sizes = tuple[int, int]  # places among MISFITS and NOISES
 
 
-class Told(NamedTuple):
+class Information(NamedTuple):
     """What a figure's windows say of the shared parameters: precision, pull; and of its sizes, a log probability."""
 
     precision: Array
@@ -52,13 +52,15 @@ class Figure:
         self._variance = NOISES[sizes[1]] ** 2 * self._share + self._sampling
         self._inverse = np.linalg.inv(self._size**2 * self._alike + np.diag(self._variance))
 
-    def tell(self, basis: Array, residual: Array) -> Told:
+    def inform(self, basis: Array, residual: Array) -> Information:
         """Of windows' `basis` (window x parameter) and `residual`."""
         self.basis, self.residual = basis, residual
         weighed = basis.T @ self._inverse
         logdet = float(np.linalg.slogdet(self._inverse)[1]) if len(residual) else 0.0
         fit = float(residual @ self._inverse @ residual)
-        return Told(weighed @ basis, weighed @ residual, 0.5 * (logdet - fit) - _PRIOR[self.sizes[0]][self.sizes[1]])
+        return Information(
+            weighed @ basis, weighed @ residual, 0.5 * (logdet - fit) - _PRIOR[self.sizes[0]][self.sizes[1]]
+        )
 
     def pull(self, values: Array) -> Array:
         found: Array = self.basis.T @ (self._inverse @ values)
@@ -98,16 +100,16 @@ class Figure:
 
 
 class Shared:
-    """The shared parameters, as all figures tell of them: `moved` is their mean, from where they were linear about."""
+    """The shared parameters, of all figures' information: `moved` is their mean, from where they were linear about."""
 
-    def __init__(self, told: Sequence[Told], offset: Array) -> None:
+    def __init__(self, information: Sequence[Information], offset: Array) -> None:
         """`offset`: where they are linear about, in deviations from the prior's mean."""
-        self.precision = sum((t.precision for t in told), np.eye(len(offset)))
-        pull = sum((t.pull for t in told), -offset)
+        self.precision = sum((t.precision for t in information), np.eye(len(offset)))
+        pull = sum((t.pull for t in information), -offset)
         root = np.linalg.cholesky(self.precision)
         half = np.linalg.solve(root, pull)
         self.moved = np.linalg.solve(root.T, half)
-        self.logp = sum(t.logp for t in told) + 0.5 * float(half @ half) - float(np.log(np.diag(root)).sum())
+        self.logp = sum(t.logp for t in information) + 0.5 * float(half @ half) - float(np.log(np.diag(root)).sum())
 
     def root(self) -> Array:
         """A root of the covariance."""
