@@ -113,12 +113,12 @@ def engine_mistakes(served: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     for model in served:
         drafts = model.get("settings", {}).get("speculative")
-        needing = [key for key in ("mmproj", "draft", "extra_args") if model.get(key)]
-        needing += [f"speculative {drafts}"] if drafts in ("draft", "mtp") else []
+        needing = [key for key in ("mmproj", "extra_args") if model.get(key)]
+        needing += ["speculative mtp"] if drafts == "mtp" else []
         if model["engine"] == "embedded":
             remedy = "needs the engine llama-server; set it where embedded is from, tuned.yml too"
             found += [f"model {model['name']}: {key} {remedy}" for key in needing]
-        elif drafts == "draft" and not model.get("draft"):
+        if drafts == "draft" and not model.get("draft"):
             remedy = "needs draft, the entry of a smaller model of the same vocabulary"
             found.append(f"model {model['name']}: speculative draft {remedy}")
     return found

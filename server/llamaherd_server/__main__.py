@@ -112,11 +112,15 @@ def _engine(among: int, settings: Settings, *, check: bool = False) -> Engine:
     model, engine, limits = settings.model, settings.engine, settings.limits
     path = part_paths(model.path)[0]
     timeouts = {"heartbeat_timeout_s": limits.heartbeat_timeout_s, "load_timeout_s": limits.load_timeout_s}
+    draft = model.draft and part_paths(model.draft)[0]
+    if draft:
+        check_vocabulary(path, draft)
     if engine.kind == "embedded":
         return EmbeddedEngine(
             path,
             decided(settings, among),
             placement=model.placement,
+            draft=draft,
             chat_template=model.chat_template,
             lora=model.adapters(),
             prompt_cache_mib=limits.prompt_cache_mib,
@@ -124,9 +128,6 @@ def _engine(among: int, settings: Settings, *, check: bool = False) -> Engine:
             prompt_cache_dir=_prompts_of(limits.prompt_cache_dir, model.name),
             **timeouts,
         )
-    draft = model.draft and part_paths(model.draft)[0]
-    if draft:
-        check_vocabulary(path, draft)
     native = NativeEngine(
         engine.program(),
         path,

@@ -193,7 +193,7 @@ def test_the_native_engine_is_one_variable(render: Render) -> None:
 def test_several_models_are_one_servers(render: Render) -> None:
     source = {"kind": "file", "path": "/m.gguf"}
     entries: list[dict[str, Any]] = [
-        {"name": "chat", "aliases": ["default"], "settings": {"parallel": 2}},
+        {"name": "chat", "aliases": ["default"], "draft": "half", "settings": {"parallel": 2, "speculative": "draft"}},
         {
             "name": "see",
             "engine": "llama-server",
@@ -226,7 +226,8 @@ def test_several_models_are_one_servers(render: Render) -> None:
     assert (chat.engine.kind, chat.engine.settings.parallel, chat.engine.settings.batch) == ("embedded", 2, 256)
     assert (see.engine.kind, see.engine.settings.parallel, see.placement.gpu_layers) == ("llama-server", 6, 7)
     assert see.mmproj == found.state_dir / "models/eye.gguf"
-    assert see.draft == found.state_dir / "models/half.gguf"
+    assert chat.draft == see.draft == found.state_dir / "models/half.gguf"
+    assert (chat.engine.settings.speculative, see.engine.settings.speculative) == ("draft", "off")
     assert find.engine.extra_args == ["--embeddings", "--pooling", "mean"]
     assert [(one.residence, one.idle_s) for one in (see, find)] == [("resident", 600), ("on_demand", 60)]
     assert "client_max_body_size 32m;" in found.text("nginx.conf"), "for images"

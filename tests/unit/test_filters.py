@@ -280,10 +280,11 @@ def test_a_tuned_engine_is_the_first_models_and_no_setting(model_filters: Module
     assert "b: extra_args needs the engine llama-server" in mistake
     assert "a: mmproj needs" in model_filters.engine_mistakes([a | {"engine": "embedded", "mmproj": "p"}])[0]
     drafts, heads = {"settings": {"speculative": "draft"}}, {"settings": {"speculative": "mtp"}}
-    assert model_filters.engine_mistakes([a | drafts | {"draft": "d"}, a | heads]) == []
-    assert "speculative draft needs draft, the entry" in model_filters.engine_mistakes([a | drafts])[0]
-    draft, speculative = model_filters.engine_mistakes([b | drafts | {"draft": "d", "extra_args": []}])
-    assert ("b: draft needs" in draft, "b: speculative draft needs the engine" in speculative) == (True, True)
+    b |= {"extra_args": []}
+    assert model_filters.engine_mistakes([a | drafts | {"draft": "d"}, a | heads, b | drafts | {"draft": "d"}]) == []
+    for model in a, b:
+        assert "speculative draft needs draft, the entry" in model_filters.engine_mistakes([model | drafts])[0]
+    assert "b: speculative mtp needs the engine" in model_filters.engine_mistakes([b | heads])[0]
 
 
 def test_instances_that_cannot_run_beside_each_other(filters: ModuleType) -> None:

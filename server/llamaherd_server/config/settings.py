@@ -92,7 +92,7 @@ class AdapterSettings(Section):
 class ModelSettings(Section):
     """A model that is served; its `placement` lies in the same table.
 
-    `mmproj`: a multimodal projector, `draft`: a smaller model of the same vocabulary, both for llama-server.
+    `mmproj`: a multimodal projector, for llama-server. `draft`: a smaller model of the same vocabulary.
     `chat_template`: a Jinja file that goes before the GGUF's own. `chat_template_kwargs`: variables for it, where a
     request gives none of the name. `sampling`: fields of requests, `max_tokens` among them, where a request leaves them
     out. `aliases`: of the only model, ["*"] unless given. `memory_mib`: what weights and context may take, where
@@ -179,7 +179,7 @@ class ServedModel(ModelSettings):
     @model_validator(mode="after")
     def _has_its_engine(self) -> Self:
         drafts = self.engine.settings.speculative
-        needing = {"mmproj": self.mmproj, "draft": self.draft, f'speculative = "{drafts}"': drafts in ("draft", "mtp")}
+        needing = {"mmproj": self.mmproj, 'speculative = "mtp"': drafts == "mtp"}
         if self.engine.kind != "llama-server" and (found := next((name for name, has in needing.items() if has), None)):
             raise ValueError(f'{found} needs kind = "llama-server" in the engine table')
         if drafts == "draft" and not self.draft:

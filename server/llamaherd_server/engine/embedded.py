@@ -81,6 +81,7 @@ class EmbeddedEngine:
         settings: EngineSettings,
         *,
         placement: Placement | None = None,
+        draft: Path | None = None,
         chat_template: Path | None = None,
         lora: list[Adapter] | None = None,
         prompt_cache_mib: int | None = 0,
@@ -94,6 +95,7 @@ class EmbeddedEngine:
             path=str(model_path),
             settings=settings,
             placement=placement or Placement(),
+            draft=None if draft is None else str(draft),
             chat_template=None if chat_template is None else str(chat_template),
             lora=lora or [],
         )

@@ -8,7 +8,7 @@ from msgspec import Meta, Struct, field
 
 EngineKind = Literal["embedded", "llama-server"]
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
-Speculative = Literal["off", "ngram", "auto", "draft", "mtp"]  # the last two for llama-server alone
+Speculative = Literal["off", "ngram", "auto", "draft", "mtp"]  # the last for llama-server alone
 
 
 def _within(low: int, high: int, description: str) -> Meta:

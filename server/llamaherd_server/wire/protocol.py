@@ -72,11 +72,15 @@ class PromptStore(Struct, kw_only=True):
 
 
 class WorkerConfig(Struct, kw_only=True):
-    """What a worker is started with, as JSON on its command line; `chat_template`: a file, before the GGUF's own."""
+    """What a worker is started with, as JSON on its command line.
+
+    `chat_template`: a file, before the GGUF's own. `draft`: a draft model's GGUF.
+    """
 
     path: str
     settings: EngineSettings
     placement: Placement = Placement()
+    draft: str | None = None
     chat_template: str | None = None
     lora: list[Adapter] = field(default_factory=list)
     prompts: PromptStore | None = None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.wire.protocol import TokenLogprob
 from llamaherd_server.worker.sequence import Drawn, Row, Sequence, Share
+
+if TYPE_CHECKING:
+    from llamaherd_server.worker.speculation import Source
 
 # What llama_decode returns; anything else leaves the context unusable.
 DONE = 0
@@ -37,6 +40,10 @@ class Backend(Protocol):
     chains: bool
     stops: bool
     most_drafted: int
+
+    @property
+    def drafts(self) -> Source | None:
+        """Those of a draft model; None: what a text repeats is drafted."""
 
     def decode(self, shares: list[Share]) -> int:
         """Compute the next tokens of each sequence, as many as its share; one of the codes above."""

@@ -15,6 +15,8 @@ from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.wire.protocol import TokenLogprob
 from llamaherd_server.worker.backend import Part
 from llamaherd_server.worker.batch import Batch
+from llamaherd_server.worker.draft_context import DraftContext
+from llamaherd_server.worker.draft_model import DraftModel
 from llamaherd_server.worker.interrupt import Interrupt
 from llamaherd_server.worker.memory import DoesNotFit, check_fits, context_bytes, total_cells
 from llamaherd_server.worker.model import Model
@@ -59,8 +61,18 @@ class Context:
         self.cuts = not (model.recurrent or self._window)
         self._samplers = Samplers(model, self._handle, slots)
         self.least_shared = 1 if settings.kv_unified else LEAST_COPIED
+        self.drafts: DraftContext | None = None
+        if settings.speculative == "draft" and model.draft and self.cuts:
+            try:  # all its cells are kept, to be cut back
+                own = new_context(model.draft, settings, n_seq_max=slots, n_outputs_max=slots, swa_full=True)
+            except DoesNotFit:
+                self.close()
+                raise
+            self.drafts = DraftContext(model.draft, own, settings, model)
 
     def close(self) -> None:
+        if self.drafts:
+            self.drafts.close()
         self._samplers.close()
         self._lib.llama_free(self._handle)
 
@@ -192,7 +204,7 @@ class Context:
         return bool(self._lib.llama_state_seq_set_data_ext(self._handle, data, len(state), slot, flags))
 
 
-def new_context(model: Model, settings: EngineSettings, **more: Any) -> Any:
+def new_context(model: Model | DraftModel, settings: EngineSettings, **more: Any) -> Any:
     """A llama_context; `more` are further fields of llama_context_params. Raises DoesNotFit."""
     params = model.lib.llama_context_default_params()
     fields = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import asdict
 
-from llamaherd_server.gguf import PADDING, compute_bytes, kv_bytes, largest
+from llamaherd_server.gguf import PADDING, Shape, compute_bytes, kv_bytes, largest
 from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.worker.available import available_bytes
 from llamaherd_server.worker.model import Model
@@ -37,7 +37,8 @@ def check_fits(model: Model, settings: EngineSettings, *, released: float = 0, n
     needed = context_bytes(model, settings) if needed is None else needed
     if needed <= available:
         return
-    fits = largest("ctx_per_slot", PADDING, model.shape, asdict(settings), available) if model.shape else 0
+    beside = _draft_bytes(model, settings)
+    fits = largest("ctx_per_slot", PADDING, model.shape, asdict(settings), available - beside) if model.shape else 0
     remedy = f"ctx_per_slot {fits} would fit" if fits > 0 else "lower parallel or ubatch"
     raise DoesNotFit(
         f"parallel {settings.parallel} x ctx_per_slot {settings.ctx_per_slot} needs {needed / MIB:.0f} MiB, "
@@ -46,6 +47,15 @@ def check_fits(model: Model, settings: EngineSettings, *, released: float = 0, n
 
 
 def context_bytes(model: Model, settings: EngineSettings) -> float:
+    """With that of a draft model in use."""
+    return _bytes(model.shape, settings) + _draft_bytes(model, settings)
+
+
+def _draft_bytes(model: Model, settings: EngineSettings) -> float:
+    return _bytes(model.draft.shape, settings) if model.draft and settings.speculative == "draft" else 0.0
+
+
+def _bytes(shape: Shape | None, settings: EngineSettings) -> float:
     """0 for a GGUF whose header does not say."""
-    shape, values = model.shape, asdict(settings)
+    values = asdict(settings)
     return kv_bytes(shape, values) + compute_bytes(shape, values) if shape else 0.0

@@ -12,6 +12,7 @@ from llamaherd_server.gguf import GgufError, Shape, read_header, shape
 from llamaherd_server.wire.engine_settings import Placed
 from llamaherd_server.wire.protocol import ModelInfo, Pooling, Sampling, WorkerConfig
 from llamaherd_server.wire.sampling_values import checked
+from llamaherd_server.worker.draft_model import DraftModel
 from llamaherd_server.worker.fit import fitted
 from llamaherd_server.worker.forkserver import Forkserver
 from llamaherd_server.worker.lib import Log
@@ -45,12 +46,17 @@ class Model(Vocabulary):
     ) -> None:
         path = config.path
         check_magic(path)
+        self.draft = None
+        if config.draft and weights:  # before the model, which is fitted into what memory is left
+            self.draft = DraftModel(lib, log, config.draft, config.placement, progress)
         self.fit = fitted(lib, path, config.placement, config.settings)
         self.forkserver = Forkserver(path)
         self.log = log
         placement, overrides = self.fit
         handle = load_weights(lib, log, path, placement, progress, weights=weights, overrides=overrides)
         super().__init__(lib, handle)
+        if self.draft:
+            self.draft.check_vocabulary(self)
         # What cannot be cut back: a recurrent state, and cells of a sliding window (in tokens) that others have taken.
         self.recurrent = bool(lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
         self.window = int(lib.llama_model_n_swa(self.handle))

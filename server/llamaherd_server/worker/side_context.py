@@ -36,7 +36,14 @@ class SideContext:
         Raises RequestError where the memory does not suffice.
         """
         self.settings = replace(
-            settings, parallel=1, ctx_per_slot=cells, kv_unified=True, kv_cells=0, batch=piece, ubatch=piece
+            settings,
+            parallel=1,
+            ctx_per_slot=cells,
+            kv_unified=True,
+            kv_cells=0,
+            batch=piece,
+            ubatch=piece,
+            speculative="off",
         )
         try:
             check_fits(self._model, self.settings, needed=self._bytes())

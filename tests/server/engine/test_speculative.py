@@ -62,12 +62,12 @@ def drafted(engine: EmbeddedEngine) -> int:
 
 
 async def answers(
-    engine: EmbeddedEngine, settings: EngineSettings, seed: int, tokens: int = 40, **more: Any
+    engine: EmbeddedEngine, settings: EngineSettings, seed: int, tokens: int = 40, biased: bool = True, **more: Any
 ) -> list[Answer]:
-    """To four prompts at once that repeat parts of themselves."""
+    """To four prompts at once that repeat parts of themselves, as the answers do where they are `biased`."""
     await engine.retune(settings)
     rng = random.Random(seed)
-    sampling = Sampling(**more.pop("sampling"), seed=seed, logit_bias=await bias(engine))
+    sampling = Sampling(**more.pop("sampling"), seed=seed, logit_bias=await bias(engine) if biased else {})
     phrases = [" ".join(rng.choices(WORDS.split(), k=6)) for _ in range(4)]
     prompts = ["".join(f" {rng.choice(phrases)}" for _ in range(6)) for _ in range(4)]
     return list(await asyncio.gather(*(ask(engine, prompt, tokens, sampling, **more) for prompt in prompts)))

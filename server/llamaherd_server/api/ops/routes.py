@@ -32,8 +32,8 @@ _SETTINGS = {
     "flash_attention": "`auto`: where the device has it.",
     "threads": "Threads of a step that only decodes; 0: as this host has cores.",
     "threads_batch": "Threads of a step with a prompt; 0: as `threads`.",
-    "speculative": "`ngram`: drafts from what a text repeats; `auto`: as far as that pays; `draft`, `mtp`: by the "
-    "draft model, or the model's own heads (llama-server).",
+    "speculative": "`ngram`: drafts from what a text repeats; `auto`: as far as that pays; `draft`: by the draft "
+    "model; `mtp`: by the model's own heads (llama-server).",
     "speculative_depth": "Most tokens drafted for a sequence in a step.",
 }
 
