@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 WARN, ERROR, CONTINUED = 3, 4, 5  # ggml_log_level
 # What a deployment looks for, to see that the accelerator is used: how many layers are on it, and of how many.
@@ -41,14 +41,17 @@ def _load_backends(llama: ctypes.CDLL) -> None:
 class Log:
     """llama.cpp's warnings, errors and layers on a GPU go to standard error; `last_error` is the last error's line."""
 
+    _registered: ClassVar[Any] = None  # llama.cpp holds on to the callback, for longer than its Log may be wanted
+
     def __init__(self, lib: Any) -> None:
         self.last_error = ""
         self.offloaded: tuple[int, int] | None = None  # layers, of how many
         self.muted = False
         self._out = os.dup(2)  # still the log while standard error is `silenced`
         self._level = 0
-        self._callback = lib.llama_log_callback(self._write)  # kept: llama.cpp holds on to it
-        lib.llama_log_set(self._callback, None)
+        callback = lib.llama_log_callback(self._write)
+        lib.llama_log_set(callback, None)
+        Log._registered = callback
 
     def _write(self, level: int, text: bytes, _user_data: Any) -> None:
         if level != CONTINUED:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from llamaherd_server.wire.engine_settings import EngineSettings, Placement
 from llamaherd_server.wire.protocol import WorkerConfig
 from llamaherd_server.worker import weights
-from llamaherd_server.worker.lib import Log
+from llamaherd_server.worker.lib import Log, load
 from llamaherd_server.worker.model import Model
 from llamaherd_server.worker.weights import ModelError
 
@@ -59,3 +61,9 @@ def test_experts_are_overridden_layer_by_layer(model: Model) -> None:
     ]
     assert {bool(one.buffer_type) for one in overrides[:2]} == {True}
     assert ctypes.sizeof(overrides[0]) == 2 * ctypes.sizeof(ctypes.c_void_p)
+
+
+def test_llama_cpp_can_write_to_a_log_that_nobody_has_kept() -> None:
+    log = weakref.ref(Log(load()))
+    gc.collect()
+    assert log() is not None
