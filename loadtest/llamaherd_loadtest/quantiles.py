@@ -73,18 +73,17 @@ def judge_share(count: int, of: int, allowed: float, tail: float = _TAIL) -> Jud
 def unbiased_quantile(ordered: Sequence[float], p: float) -> float:
     """The p-quantile of what sorted values are a sample of, where `quantile` of a few reads too little.
 
-    The p95 of 8 values lies on average at the 89th percentile. What is missing is added in standard deviations of their
-    logarithms, as many as there are between those two of a normal distribution (Blom's approximation of its order
-    statistics): latencies are skewed. Values of 0 or less have no logarithm: theirs is `quantile`.
+    The p95 of 8 values lies on average at the 89th percentile. What is missing is added in standard deviations, as
+    many as there are between those two of a normal distribution (Blom's approximation of its order statistics).
     """
-    n = len(ordered)
-    if not 0 < p < 1 or n < 2 or ordered[0] <= 0:
-        return quantile(ordered, p)
+    found, n = quantile(ordered, p), len(ordered)
+    if not 0 < p < 1 or n < 2:
+        return found
     at = p * (n - 1)
-    below, normal, logs = math.floor(at), NormalDist(), [math.log(value) for value in ordered]
+    below, normal = math.floor(at), NormalDist()
     ranks = [normal.inv_cdf((min(rank, n - 1) + 0.625) / (n + 0.25)) for rank in (below, below + 1)]
     expected = ranks[0] + (at - below) * (ranks[1] - ranks[0])
-    return math.exp(quantile(logs, p) + (normal.inv_cdf(p) - expected) * stdev(logs))
+    return max(found + (normal.inv_cdf(p) - expected) * stdev(ordered), 0.0)
 
 
 def quantile(ordered: Sequence[float], p: float) -> float:

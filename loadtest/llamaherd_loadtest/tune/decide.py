@@ -17,7 +17,6 @@ MIN_GAIN = math.log(1.02)  # smaller gains are not worth a change
 _TIE = math.log(1.003)  # a wider one gives speed away on top of what the noise takes
 _CONFIDENCE = 0.98  # and that its confirming windows alone are no chance
 _RISK_COST = 1.0  # as a logarithm of the score: settings that may miss a limit have to be that much faster
-_SURELY = 0.99  # to miss a limit: current settings that may only have had bad luck stay
 _ERROR = 0.025  # the chance of a change for nothing, shared by all finalists
 
 
@@ -57,10 +56,10 @@ def choose(
     """Choose among the confirmed finalists and the current settings, on a host whose score has `noise` and a `drift`.
 
     A finalist must keep every limit beyond the noise and beat the current settings beyond it, and the windows that
-    confirm it must show a gain by themselves: they were not what it was picked for. Where the current settings surely
-    miss a limit, keeping it is enough. Ties go to the larger context per slot, then to the fewer non-default settings.
+    confirm it must show a gain by themselves: they were not what it was picked for. Where the current settings miss a
+    limit, keeping them is enough. Ties go to the larger context per slot, then to the fewer non-default settings.
     """
-    rescue = current.judgement is Judgement.MISSES and current.risk > _SURELY
+    rescue = current.judgement is Judgement.MISSES
     passing = [f for f in finalists if f.judgement is Judgement.PASSES]
     margin = NormalDist().inv_cdf(1 - _ERROR / max(len(finalists), 1))
     clear = [

@@ -100,10 +100,6 @@ class Measurement(Struct, kw_only=True):
         """Whether it says that the settings do not work."""
         return bool(self.fault) and not self.invalid
 
-    def latencies_ms(self, limit: Limit) -> list[float]:
-        """The single latencies that a limit is about, where they are known."""
-        return {"ttft": self.ttft_ms, "tpot": self.tpot_ms}.get(limit.metric, [])
-
 
 class Record(Struct):
     """All windows of one setting, by phase; `ruled_out` says why it needs none, `predicted` is the score that was
@@ -177,36 +173,14 @@ def judge_errors(windows: Sequence[Measurement]) -> Judgement:
     return limits.judge_errors(errors, errors + sum(m.requests for m in windows))
 
 
-class Drift(Struct, frozen=True):
-    """How much faster the host is at the end of the budget than at the start, as a logarithm, and the share of it at
-    which figures are wanted."""
-
-    speed: float = 0.0
-    middle: float = 0.5
-
-    def slower(self, window: Measurement) -> float:
-        """By what a latency of the window is to be divided."""
-        return math.exp(-self.speed * (window.at - self.middle))
-
-
-STEADY = Drift()
-
-
-def judge_over(windows: Iterable[Measurement], limit: Limit, drift: Drift = STEADY) -> Judgement:
-    """Whether the requests of all windows together, less what the drift adds, keep a limit: UNRESOLVED where more are
-    above it than may be, though chance explains it. Without requests it is not doubted."""
-    over, of = (sum(counts) for counts in zip((0, 0), *(_over(m, limit, drift) for m in windows), strict=True))
+def judge_over(windows: Iterable[Measurement], limit: Limit) -> Judgement:
+    """Whether the requests of all windows together keep a limit: UNRESOLVED where more are above it than may be, though
+    chance explains it. Without requests it is not doubted."""
+    over, of = (sum(counts) for counts in zip((0, 0), *(m.over.get(limit.name, (0, 0)) for m in windows), strict=True))
     if over <= (1 - limit.p) * of:
         return Judgement.PASSES
     misses = judge_share(over, of, 1 - limit.p) is Judgement.MISSES
     return Judgement.MISSES if misses else Judgement.UNRESOLVED
-
-
-def _over(window: Measurement, limit: Limit, drift: Drift) -> tuple[int, int]:
-    """Requests of a window that are above a limit, those that have not ended yet included, and all."""
-    over, of = window.over.get(limit.name, (0, 0))
-    values, most = window.latencies_ms(limit), limit.ms * drift.slower(window)
-    return over + sum(value > most for value in values) - sum(value > limit.ms for value in values), of
 
 
 class Noise(Struct, frozen=True):

@@ -17,14 +17,12 @@ from llamaherd_loadtest.limits import Limit
 from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.tune.capacity import Capacity, find_capacity, settle
 from llamaherd_loadtest.tune.decide import MIN_GAIN, Choice, Contender, choose
-from llamaherd_loadtest.tune.estimates import Estimates
-from llamaherd_loadtest.tune.evidence import SLOTS, Drift, Load, Measurement, Noise, Record
+from llamaherd_loadtest.tune.estimates import CLEAR, Estimates, Model
+from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement, Noise, Record
 from llamaherd_loadtest.tune.judge import judge, judge_alone
-from llamaherd_loadtest.tune.model import Model
 from llamaherd_loadtest.tune.objective import TOKENS, Objective
 from llamaherd_loadtest.tune.pace import Calibrated, Pace, Plan
 from llamaherd_loadtest.tune.physics import SHAPE, Shape
-from llamaherd_loadtest.tune.posterior import Array
 from llamaherd_loadtest.tune.settings import Settings, label
 from llamaherd_loadtest.tune.space import needs_as_much
 
@@ -34,8 +32,6 @@ _MIN_CONFIRM = 4  # windows (A B B A), where the budget leaves time for screenin
 _SCREEN_PART = 0.5  # of a confirming window: many short ones tell more of a large space than few long ones
 _FITTED, _LEAST_FREEDOM = 8, 6  # degrees of freedom: those that estimates take of the windows, and that the prior has
 _CLEAR = 3  # times its margin: a gain that needs no more windows of the current settings
-_DOUBTS = (1.7, 1.0, 0.5)  # deviations that finalists are from a limit: one that is sure to keep it, then bolder ones
-_LOOKED_AT = 256
 _QUIET = 0.03  # the noise of a window's score
 _MOST_SLOTS = 1024
 _ARRIVALS_SHARE = 0.25  # of the time for the capacity
@@ -95,11 +91,10 @@ class Search:
         if calibrated:
             self._pace.observe(calibrated.concurrency, calibrated.request_s)
         self._plan = Plan(budget_s, self._pace, pair(candidates, load), least_rounds(load))
-        self._hopeful: Array = np.arange(0)
         self._tried: dict[int, None] = {}  # in the order of their first windows
+        self._aside: set[int] = set()  # not measured any more
         self._most = max(int(s["parallel"]) for s in candidates)
-        self._flight = np.array([in_flight(s, load) for s in candidates])
-        self._open = np.ones(len(candidates), bool)  # rows that may still be measured
+        self._one_of_each = {in_flight(s, load): row for row, s in enumerate(candidates)}
         self._planned_s = self._took_s = 0.0  # of windows that came to their end
 
     def run(self) -> Choice:
@@ -111,7 +106,7 @@ class Search:
         self._screen(self._budget_s - confirm_s)
         if self._settled(self.records[0]) and self.judge(0)[0] is Judgement.PASSES:
             return Choice(record=self.records[0], change=False, reason="no others are likely to be better by 2%")
-        self._confirm(finalists=max(1, min(len(_DOUBTS), int(confirm_s / cost_s) // 2)))
+        self._confirm(finalists=max(1, min(3, int(confirm_s / cost_s) // 2)))
         return self._choose()
 
     def window_s(self, settings: Settings) -> float:
@@ -119,58 +114,55 @@ class Search:
         return self._plan.window_s(in_flight(settings, self.load))
 
     def estimates(self) -> Estimates:
-        """What the windows so far say of the settings that were measured, that were hopeful before, and of some others:
-        of a space of thousands, each step looks at some hundreds."""
+        """What the windows so far say of the settings that were measured, and of the most promising others."""
         if self._estimates is None:
-            some = self._rng().permutation(len(self.records))[:_LOOKED_AT]
-            self._estimates = self._model.estimates(np.unique([0, *self._tried, *self._hopeful, *some]))
-            self._hopeful = self._estimates.hopeful()
+            self._estimates = self._model.estimates(self._aside)
         return self._estimates
 
     def judge(self, row: int) -> tuple[Judgement, str]:
         """Whether a measured setting keeps the limits, and the limit that says so."""
-        estimates = self.estimates()
-        return judge(self.records[row], estimates.excess(row), Drift(estimates.drift, estimates.middle))
+        return judge(self.records[row], self.estimates().excess(row))
 
     def _screen(self, until_s: float) -> None:
         """The settings that are always in; then, window by window, what may turn out best."""
         first, ahead = [*range(self._always)], list[int]()
-        while not self._failed() and (may := self._screenable(until_s)).any():
-            cheapest = int(np.argmin(np.where(may, self._costs_s(_SCREEN_PART), np.inf)))
-            row = cheapest if may.sum() == 1 else next((r for r in (*ahead, *first) if may[r]), None)
+        while not self._failed() and (rows := self._screenable(until_s)):
+            row = rows[0] if len(rows) == 1 else next((r for r in (*ahead, *first) if r in rows), None)
             if row is None:
-                row = self.estimates().next(may, self._rng())
-            row = cheapest if row is None else row
+                row = self.estimates().next({*range(len(self.records))} - {*rows}, self._rng())
+            row = rows[0] if row is None else row
             first = [r for r in first if r != row]
             self._measure("screen", row)
             ahead = self._grow()
             if not (ahead or first) and self._settled():
                 return
 
-    def _screenable(self, until_s: float) -> Array:
+    def _screenable(self, until_s: float) -> list[int]:
         """What there is time to measure: the current settings until they were, then what can be confirmed beside them.
 
-        Where the budget is short, the first other setting may take of the time to confirm, or all of it.
+        Where the budget is short, the first other setting may take of the time to confirm, or all of it. The cheapest
+        come first.
         """
-        screened_s, whole_s = self._costs_s(_SCREEN_PART), self._costs_s()
-        current = np.arange(len(self.records)) == 0
-        may = self._open & ~self._failing() | current
+        parts = (_SCREEN_PART, 1.0)
+        costs, whole_s = ({n: self._cost_s(row, part) for n, row in self._one_of_each.items()} for part in parts)
+        out = self._aside | {row for row in self._tried if row and self._failing(row)}
+        rows = [row for row in range(len(self.records)) if row not in out]
+        cost_s = {row: costs[in_flight(self.records[row].settings, self.load)] for row in rows}
+        rows.sort(key=cost_s.__getitem__)
         measured = [row for row in self._tried if self.records[row].figures]
-        left_s = self._budget_s - self.spent_s
-        found: Array
         if 0 not in measured:
-            found = current & (screened_s <= left_s)
-        elif len(measured) > 1:
-            to_confirm_s = self._budget_s - until_s - whole_s[0]
-            found = may & (self.spent_s + screened_s <= until_s) & (whole_s <= to_confirm_s)
-        else:
-            found = may & ~current & (screened_s <= left_s)
-            beside: Array = found & (whole_s[0] + 2 * screened_s <= left_s)
-            if beside.any():
-                return beside
-            if found.any():
-                found = np.arange(len(found)) == int(np.argmin(np.where(found, screened_s, np.inf)))
-        return found
+            return [0] if self.spent_s + cost_s[0] <= self._budget_s else []
+        if len(measured) > 1:
+            left_s = self._budget_s - until_s - self._cost_s(0)
+            return [
+                row
+                for row in rows
+                if self.spent_s + cost_s[row] <= until_s
+                and whole_s[in_flight(self.records[row].settings, self.load)] <= left_s
+            ]
+        left_s = self._budget_s - self.spent_s
+        others = [row for row in rows if row and cost_s[row] <= left_s]
+        return [row for row in others if cost_s[row] + self._round_s([0, row]) <= left_s] or others[:1]
 
     def _confirm(self, finalists: int) -> None:
         """Interleave as A B … B A with fresh prompts, so that a drift of the host hits all alike.
@@ -193,19 +185,15 @@ class Search:
         chosen: the best ones so far, where none are. On a noisy one all time is worth its while."""
         if self._failed() or not self.records[0].figures or (estimates := self.estimates()).noise > _QUIET:
             return False
-        rows = estimates.best(1, self._open) if chosen is None else [self.records.index(chosen)]
-        return (
-            bool(rows)
-            and self.records[rows[0]].figures
-            and estimates.regret(rows[0], self._open, self._rng()) < MIN_GAIN
-        )
+        rows = estimates.best(1, self._aside) if chosen is None else [self.records.index(chosen)]
+        return bool(rows) and estimates.regret(rows[0], self._aside, self._rng()) < MIN_GAIN
 
     def _grow(self) -> list[int]:
         """Add settings with twice the slots where the most slots did best, as long as they may be launched.
 
         Returns the row of those that differ from the best in nothing but the slots: they are to be measured next.
         """
-        best = self.estimates().best(1, self._open) if self.records[0].figures else []
+        best = self.estimates().best(1, self._aside) if self.records[0].figures else []
         if not best or not self.records[best[0]].figures or self._most >= _MOST_SLOTS:
             return []
         settings, most = self.records[best[0]].settings, self._most
@@ -213,9 +201,8 @@ class Search:
             return []
         edge = [{**r.settings, "parallel": 2 * most} for r in self.records if r.settings["parallel"] == most]
         if grown := [*filter(self._larger, edge)]:
+            self._one_of_each[in_flight(grown[0], self.load)] = len(self.records)
             self.records += map(Record, grown)
-            self._flight = np.append(self._flight, [in_flight(s, self.load) for s in grown])
-            self._open = np.append(self._open, np.ones(len(grown), bool))
             self._most, self._estimates = 2 * most, None
             self._model.space([r.settings for r in self.records])
         return [row for row, r in enumerate(self.records) if r.settings == {**settings, "parallel": 2 * most}]
@@ -225,12 +212,13 @@ class Search:
         if not self.records[0].figures:
             return []
         left_s = self._budget_s - self.spent_s
-        may = self._open & ~self._failing() & (self._round_s(current) + self._costs_s() <= left_s)
-        may[0] = False
-        found = list[int]()
-        for doubt in _DOUBTS[:count]:
-            found += self.estimates().best(1, may, doubt)
-            may[found] = False
+        round_s = {n: self._round_s([*current, row]) for n, row in self._one_of_each.items()}
+        unfit = {
+            row
+            for row, r in enumerate(self.records)
+            if round_s[in_flight(r.settings, self.load)] > left_s or (row in self._tried and self._failing(row))
+        }
+        found = self.estimates().best(count, {0} | unfit | self._aside, CLEAR)
         while found and self._round_s([*current, *found]) > left_s:
             found.pop()
         return found
@@ -248,11 +236,10 @@ class Search:
         if 0 not in confirmed:
             return Choice(record=current, change=False, reason="there was no time to confirm another")
         estimates = self.estimates()
-        contenders = []
-        for row in confirmed:
-            judgement, limit = self.judge(row)
-            risk = 1.0 if judgement is Judgement.MISSES and limit == "error_rate" else estimates.risk(row)
-            contenders.append(Contender(self.records[row], judgement, *estimates.gain(row), risk))
+        contenders = [
+            Contender(self.records[row], self.judge(row)[0], *estimates.gain(row), estimates.risk(row))
+            for row in confirmed
+        ]
         own = next(c for c in contenders if c.record is current)
         windows = sum(len(self.records[row].all_windows) for row in self._tried)
         noise = Noise(estimates.noise, max(_LEAST_FREEDOM, windows - _FITTED))
@@ -311,11 +298,11 @@ class Search:
         if not measurement.fault:
             self._model.add(row, measurement, measurement.at)
         if record.fault or (row and record.hopeless):  # the current settings are tried for as long as there is time
-            self._open[row] = False
+            self._aside.add(row)
         if measurement.does_not_fit:
             for place, other in enumerate(self.records):
                 if not other.all_windows and needs_as_much(other.settings, record.settings):
-                    self._open[place] = False
+                    self._aside.add(place)
                     other.ruled_out = (
                         f"not launched: needs no less memory than {label(record.settings)}, which does not fit"
                     )
@@ -338,21 +325,13 @@ class Search:
         """Seconds that one window of each of `rows` takes."""
         return sum(map(self._cost_s, rows))
 
-    def _costs_s(self, part: float = 1.0) -> Array:
-        """Seconds that one more window of each row takes."""
-        loads, of = np.unique(self._flight, return_inverse=True)
-        costs: Array = self._slower() * np.array([self._plan.cost_s(int(n), part) for n in loads])[of]
-        return costs
-
     def _cost_s(self, row: int, part: float = 1.0) -> float:
         return self._takes_s(self.records[row].settings, self.load, part)
 
     def _takes_s(self, settings: Settings, load: Load, part: float = 1.0) -> float:
         """Seconds that one more window takes: as planned, and as much longer as windows took so far."""
-        return self._slower() * self._plan.cost_s(in_flight(settings, load), part)
-
-    def _slower(self) -> float:
-        return max(1.0, self._took_s / self._planned_s) if self._planned_s else 1.0
+        slower = max(1.0, self._took_s / self._planned_s) if self._planned_s else 1.0
+        return slower * self._plan.cost_s(in_flight(settings, load), part)
 
     def _over(self, until_s: float, settings: Settings, load: Load) -> bool:
         return self.spent_s + self._takes_s(settings, load) > until_s
@@ -361,11 +340,9 @@ class Search:
         """Whether the current settings do not work, so that there is nothing to compare others with."""
         return bool(self.records[0].fault)
 
-    def _failing(self) -> Array:
-        """Rows of which no window was valid since they failed: what made them fail may go on."""
-        failing = np.zeros(len(self.records), bool)
-        failing[[row for row in self._tried if self.records[row].failed_after == self._valid]] = True
-        return failing
+    def _failing(self, row: int) -> bool:
+        """Whether no window was valid since it failed: what made it fail may go on."""
+        return self.records[row].failed_after == self._valid
 
 
 def in_flight(settings: Settings, load: Load) -> int:
