@@ -41,7 +41,7 @@ from llamaherd_server.worker.vocabulary import Vocabulary
 COMPILE_COST, TRIED_COST, START_COST, NEXT_COST = 40.0, 8.0, 60.0, 6.0
 LEAST_COST_S = 0.005  # a small vocabulary takes next to no time
 # For texts, and for each MiB of them.
-TEXTS_S, TEXTS_S_PER_MIB = 0.5, 2.0
+TEXTS_S, TEXTS_S_PER_MIB = 1.0, 4.0
 REASON_CHARS = 200
 PARSE_ERROR = b"error parsing grammar: "
 LITERALS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#.*')
