@@ -56,11 +56,7 @@ class Automaton:
     @property
     def longest(self) -> int | None:
         """Characters of the longest text; None: there is none, as a state leads back to itself."""
-        lengths = [0] * len(self.edges)
-        sources = [0] * len(self.edges)
-        for out in self.edges:
-            for _, target in out:
-                sources[target] += 1
+        lengths, sources = [0] * len(self.edges), self._entered()
         ready = [state for state, count in enumerate(sources) if not count]
         for state in ready:
             for _, target in self.edges[state]:
@@ -69,6 +65,14 @@ class Automaton:
                 if not sources[target]:
                     ready.append(target)
         return max(lengths) if len(ready) == len(self.edges) else None
+
+    def _entered(self) -> list[int]:
+        """For each state, how many edges lead to it."""
+        entered = [0] * len(self.edges)
+        for out in self.edges:
+            for _, target in out:
+                entered[target] += 1
+        return entered
 
     def matches(self, text: str) -> bool:
         state: int | None = 0
@@ -84,10 +88,7 @@ class Automaton:
 
         `share` makes a rule of a text that may come again, and returns the name of it.
         """
-        entered = [0] * len(self.edges)
-        for out in self.edges:
-            for _, target in out:
-                entered[target] += 1
+        entered = self._entered()
 
         def chained(state: int) -> bool:
             """Whether the state can stand within the rule that leads to it."""

@@ -43,17 +43,14 @@ class Strings:
             except TooLarge:  # zod's hostname has a pattern that counts what its format says without
                 both = formats
         if high is not None and both is not terms.all:
-            states = len(terms.automaton(both).edges)
-            if states * high > MAX_STATES:
-                if states * _SHORTEST_CUT <= MAX_STATES:
-                    high = max(low, MAX_STATES // states)
-                else:
-                    longest = terms.automaton(both).longest
-                    if high < _LARGE_LENGTH and (longest is None or longest > high):
-                        self._cannot(
-                            where, f"has maxLength {high}, which cannot be enforced beside its pattern or format"
-                        )
-                    high = None
+            automaton = terms.automaton(both)
+            states, longest = len(automaton.edges), automaton.longest
+            if states * high > MAX_STATES and states * _SHORTEST_CUT <= MAX_STATES:
+                high = max(low, MAX_STATES // states)
+            elif states * high > MAX_STATES:
+                if high < _LARGE_LENGTH and (longest is None or longest > high):
+                    self._cannot(where, f"has maxLength {high}, which cannot be enforced beside its pattern or format")
+                high = None
         return terms.both(both, terms.repeat(terms.any, low, high))
 
     def _pattern(self, pattern: Any, where: str, otherwise: Term) -> Term:

@@ -255,10 +255,10 @@ def test_a_collector_that_is_down_costs_requests_nothing(tmp_path: Path, hangs: 
             assert server.terminate() == 0
             assert time.monotonic() - stopping < 8
             lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
-    told = [line for line in lines if line["event"] == "spans dropped"]
-    assert len(told) == 2, "one at the first, one at the end"
-    assert sum(line["spans"] for line in told) == len(took)
-    assert ("due to timeout" if hangs else "Connection refused") in told[0]["reason"]
+    warnings = [line for line in lines if line["event"] == "spans dropped"]
+    assert len(warnings) == 2, "one at the first, one at the end"
+    assert sum(line["spans"] for line in warnings) == len(took)
+    assert ("due to timeout" if hangs else "Connection refused") in warnings[0]["reason"]
     assert [line for line in lines if line["level"] not in ("info", "warning")] == []
 
 
@@ -279,6 +279,6 @@ async def test_spans_beyond_the_queue_are_dropped_and_counted(
         assert registry.get_sample_value("llamaherd_dropped_spans_total") == 600 - 512
         await to.close()
     assert registry.get_sample_value("llamaherd_dropped_spans_total") == 600
-    told = capsys.readouterr().out
-    assert told.count("spans dropped") == 2
-    assert "more spans than the collector takes" in told
+    printed = capsys.readouterr().out
+    assert printed.count("spans dropped") == 2
+    assert "more spans than the collector takes" in printed
