@@ -122,7 +122,7 @@ def test_a_killed_search_is_resumed_from_the_settings_that_it_found(
 ) -> None:
     double = start_double()
     before = in_force(double)
-    arguments = command(double, key_file, tmp_path, "--space", "ubatch=128", "--budget", "20s")
+    arguments = command(double, key_file, tmp_path, "--space", "ubatch=128", "--budget", "120s")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(2)]

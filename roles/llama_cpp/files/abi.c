@@ -167,6 +167,7 @@ static size_t(*const check_llama_state_seq_get_data_ext)( struct llama_context *
 static size_t(*const check_llama_state_seq_get_size_ext)( struct llama_context * ctx, llama_seq_id seq_id, llama_state_seq_flags flags) = llama_state_seq_get_size_ext;
 static size_t(*const check_llama_state_seq_set_data_ext)( struct llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id dest_seq_id, llama_state_seq_flags flags) = llama_state_seq_set_data_ext;
 static bool(*const check_llama_supports_gpu_offload)(void) = llama_supports_gpu_offload;
+static void(*const check_llama_synchronize)(struct llama_context * ctx) = llama_synchronize;
 static int32_t(*const check_llama_token_to_piece)( const struct llama_vocab * vocab, llama_token token, char * buf, int32_t length, int32_t lstrip, bool special) = llama_token_to_piece;
 static int32_t(*const check_llama_tokenize)( const struct llama_vocab * vocab, const char * text, int32_t text_len, llama_token * tokens, int32_t n_tokens_max, bool add_special, bool parse_special) = llama_tokenize;
 static llama_token(*const check_llama_vocab_bos)(const struct llama_vocab * vocab) = llama_vocab_bos;

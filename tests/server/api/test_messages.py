@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from llamaherd_server.wire.errors import EngineError
-from llamaherd_server.wire.protocol import Started
+from llamaherd_server.wire.protocol import Delta, Started
 
 from .conftest import Serve, Served
 from .double import Double
@@ -169,6 +169,7 @@ async def test_a_stop_sequence_is_told(serve: Serve) -> None:
 async def test_errors_raise_what_the_client_expects(serve: Serve) -> None:
     async def broken(request: Any) -> Any:
         yield Started(request.id, 5, 0)
+        yield Delta(id=request.id, text="a", n_tokens=1)
         raise EngineError("engine_crashed", "the engine died")
 
     async with serve(Double(script=broken), keys=None) as served:

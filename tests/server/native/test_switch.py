@@ -111,7 +111,7 @@ def test_an_unknown_engine_is_a_400(http: httpx.Client, engine: Any) -> None:
 
 @pytest.mark.parametrize(
     ("to", "told"),
-    [("llama-server", "no program that can be run"), ("embedded", "extra_args and rpc are for kind")],
+    [("llama-server", "is not an executable program"), ("embedded", "extra_args and rpc are for kind")],
 )
 def test_what_the_other_engine_cannot_do_changes_nothing(tmp_path: Path, to: str, told: str) -> None:
     engine = native(extra_args=["--embeddings"]) if to == "embedded" else {}
