@@ -1,4 +1,4 @@
-"""Work on whole rows of logits. Needs numpy, so this is imported only when a request asks for such work."""
+"""Operations on whole rows of logits. Needs numpy, so it is imported only when a request needs them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from llamaherd_server.worker.model import Model
 
 
 def row_of(model: Model, context: Any, row: int) -> NDArray[np.float32]:
-    """The logits of batch row `row`, one for each token of the vocabulary; llama.cpp's own memory."""
+    """The logits of batch row `row`, shape (n_vocab,): a view of llama.cpp's own memory."""
     return np.ctypeslib.as_array(model.lib.llama_get_logits_ith(context, row), shape=(model.n_vocab,))
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log probabilities of the whole vocabulary, from logits that no sampler has touched."""
+    """Log probabilities, shape (n_vocab,), of logits that no sampler has modified."""
     values: NDArray[np.float32] = logits - np.max(logits)
     values -= np.float32(np.log(np.exp(values).sum(dtype=np.float64)))
     return values
 
 
 def most_likely(logprobs: NDArray[np.float32], count: int) -> NDArray[np.int32]:
-    """The `count` tokens with the highest log probabilities, the most likely first."""
+    """Return the `count` tokens with the highest log probabilities, the most likely first."""
     best = np.argpartition(logprobs, -count)[-count:]
     return best[np.argsort(logprobs[best])[::-1]].astype(np.int32)
 
 
 def token_logprob(model: Model, logits: NDArray[np.float32], token: int, top: int) -> TokenLogprob:
-    """The chosen `token` and the `top` most likely ones, by log softmax over logits that no sampler has touched."""
+    """Log probabilities of `token` and of the `top` most likely tokens, by logits that no sampler has modified."""
     values = log_softmax(logits)
     best = most_likely(values, top).tolist() if top else []
     likely = [Logprob(one, model.piece(one, special=True), float(values[one])) for one in best]
@@ -39,7 +39,7 @@ def token_logprob(model: Model, logits: NDArray[np.float32], token: int, top: in
 
 
 class Candidates:
-    """A llama_token_data_array over the whole vocabulary, to apply samplers to one by one."""
+    """A llama_token_data_array over the whole vocabulary, to which samplers are applied one by one."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -48,10 +48,10 @@ class Candidates:
         self._array = model.lib.llama_token_data_array(self._pointer, model.n_vocab, -1, False)
 
     def load(self, logits: NDArray[np.float32]) -> None:
-        """Begin again with these logits."""
+        """Reset to these logits."""
         self._data["id"] = np.arange(self._model.n_vocab)
         self._data["logit"] = logits
-        self._array.data = self._pointer  # XTC leaves tokens out by moving it
+        self._array.data = self._pointer  # XTC drops tokens by advancing it
         self._array.size, self._array.selected, self._array.sorted = self._model.n_vocab, -1, False
 
     def apply(self, sampler: Any) -> None:
@@ -59,6 +59,6 @@ class Candidates:
 
     @property
     def selected(self) -> tuple[int, float]:
-        """The token that a chain has chosen, and its logit."""
+        """The token that a chain has selected, and its logit."""
         chosen = self._array.data[self._array.selected]
         return int(chosen.id), float(chosen.logit)

@@ -1,4 +1,4 @@
-"""Finding a slot, and the KV cells, for a sequence that waits."""
+"""Finds a slot and KV cells for a waiting sequence."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from llamaherd_server.worker.kv import KvCache, Slot
 from llamaherd_server.worker.sequence import Sequence
 
-# Cells that a sequence gets beyond its tokens before the next one is let in: whoever starts runs for a while.
+# Free cells required beyond each sequence's tokens before another starts, so that none is preempted right away.
 AHEAD = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A slot for a sequence, and the slot whose first `length` cells it can begin with (perhaps the same)."""
+    """A slot for a sequence, and the slot (possibly the same) whose first `length` cells it can reuse."""
 
     target: Slot
     source: Slot | None
@@ -21,17 +21,17 @@ class Place:
 
 
 def find_place(kv: KvCache, sequence: Sequence, source: Slot | None, length: int, least: int = 1) -> Place | None:
-    """Where `sequence` goes, given the best `source` for its beginning; cached prefixes make way, oldest first.
+    """Find a slot for `sequence`, given the best `source` of its prefix; evicts cached prefixes, oldest first.
 
-    A prefix of fewer than `least` tokens is not copied, but taken over in a slot that loses little or makes way anyway.
-    None: not while the others run. Alone a sequence always finds a place.
+    A prefix of fewer than `least` tokens is never copied, only reused in its own slot if that loses few other cells.
+    Returns None if the cells do not suffice while others run. A sequence alone always finds a place.
     """
     idle = kv.idle
     if not idle:
         return None
     target = min(idle, key=lambda slot: (slot.length > 0, slot.used))
-    # A source's own cells serve best where nothing of them is lost, or where some must be given up anyway; where the
-    # prefix is too short to be copied, where most of them stay.
+    # Reuse the source's own slot if that loses none of its cells, or if every idle slot would lose some; with a prefix
+    # too short to copy, if at least half of the cells remain.
     if source in idle and (
         source.length == length or (target.length if length >= least else 2 * length >= source.length)
     ):
@@ -51,7 +51,7 @@ def find_place(kv: KvCache, sequence: Sequence, source: Slot | None, length: int
 
 
 def _claim(sequence: Sequence) -> int:
-    """The cells that a sequence will hold before long."""
+    """The cells that a sequence will soon hold."""
     return min(len(sequence.tokens) + AHEAD, sequence.limit)
 
 

@@ -1,4 +1,4 @@
-"""Ends a model's reasoning that has taken as many tokens as it may, by writing the marker that closes it."""
+"""Ends reasoning that has used up its token budget by forcing the marker that closes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class BudgetSampler:
-    """Implements sequence.Sampler by another, whose next tokens it says where the budget is used up."""
+    """Implements sequence.Sampler by wrapping another one and forcing its tokens once the budget is used up."""
 
     def __init__(self, vocabulary: Vocabulary, sampler: Sampler, budget: ReasoningBudget) -> None:
         self._vocabulary = vocabulary
@@ -23,7 +23,7 @@ class BudgetSampler:
         self._closing = vocabulary.tokenize(budget.end, add_special=False, parse_special=True)
         self._left = budget.tokens
         self._thinks = budget.begun
-        self._said = 0  # of the closing tokens
+        self._said = 0  # closing tokens so far
         self._tail = b""
 
     @property
@@ -57,7 +57,7 @@ class BudgetSampler:
         self._sampler.close()
 
     def _noted(self, token: int | None) -> int | None:
-        """Follow where reasoning begins and ends; where a grammar took another token, closing begins again."""
+        """Track where reasoning begins and ends; if a grammar replaced a closing token, start the marker again."""
         if token is None:
             return None
         self._tail = (self._tail + self._vocabulary.piece(token, special=True))[

@@ -1,4 +1,4 @@
-"""A step's tokens: sequences are sampled side by side, and from the logits that count where those are few."""
+"""Samples a step's tokens: sequences in parallel, and from their highest logits alone where those suffice."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from llamaherd_server.worker.sequence import Drawn, Row
 if TYPE_CHECKING:
     from llamaherd_server.worker.best import Best
 
-# In a step, from which on those that count are looked for, which takes numpy: 20 MiB, and 0.1 ms that few do not spare.
-# A chain that changes logits spares so many times as much.
+# Logits a step must be able to skip before numpy selects the highest ones, which takes 20 MiB and 0.1 ms. Those of a
+# chain that changes logits count four times: skipping them saves that much more.
 MANY_LOGITS, CHANGED = 160_000, 4
-LEAST_VOCABULARY = 2**13  # MOST_FEW of best.py's columns
+LEAST_VOCABULARY = 2**13  # room for MOST_FEW columns of DEPTH logits (best.py)
 MOST_THREADS = 8
-TOGETHER_S, LEAST_SHARE = 0.001, 8  # work from which on threads pay, and rows of few logits that one takes
-_WEIGHT = 0.1  # of the latest row
+TOGETHER_S, LEAST_SHARE = 0.001, 8  # work that threads pay off for; minimum rows of few logits per task
+_WEIGHT = 0.1  # of the latest measurement in a moving average
 FLOAT_BYTES, ENTRY_BYTES = 4, 12
 
 
 class _Array(ctypes.Structure):
-    """llama_token_data_array, with an address in place of the pointer: cheaper to fill in."""
+    """llama_token_data_array with an address instead of a pointer, which is cheaper to fill in."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -41,9 +41,9 @@ class _Array(ctypes.Structure):
 
 
 class Draw:
-    """What samplers draw tokens from: the logits of `row`, by the means of one thread.
+    """The logits of `row`, which samplers draw tokens from, and one thread's native objects to do so.
 
-    `entries`: where the best of them are, and how many; None: all count.
+    `entries`: address and number of the highest logits; None: draw from all.
     """
 
     row = 0
@@ -52,7 +52,7 @@ class Draw:
     def __init__(self, model: Model, context: Any) -> None:
         self.context = context
         self._lib = lib = model.lib
-        # Around others: llama.cpp keeps the room for a whole vocabulary with the outermost chain.
+        # Wraps every other chain: llama.cpp keeps a buffer for the whole vocabulary in the outermost one.
         self._outer = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         self._array = _Array()
         self._address = ctypes.addressof(self._array)
@@ -60,7 +60,7 @@ class Draw:
         self._apply.argtypes, self._apply.restype = (ctypes.c_void_p, ctypes.c_void_p), None
 
     def token(self, chain: Any) -> int:
-        """One by the chain, whose history gets it."""
+        """Draw a token with the chain and add it to the chain's history."""
         if self.entries is not None:
             token = self.choice(chain)
             self._lib.llama_sampler_accept(chain, token)
@@ -72,8 +72,8 @@ class Draw:
             self._lib.llama_sampler_chain_remove(self._outer, 0)
 
     def choice(self, chain: Any) -> int:
-        """One of the `entries` by the chain, whose history gets nothing."""
-        assert self.entries is not None  # noqa: S101 (the caller has looked)
+        """Choose one of the `entries` with the chain, without changing its history."""
+        assert self.entries is not None  # noqa: S101 (the caller has checked)
         array = self._array
         (array.data, array.size), array.selected, array.sorted = self.entries, -1, False
         self._apply(chain, self._address)
@@ -84,10 +84,10 @@ class Draw:
 
 
 class Samplers:
-    """Of one context. llama.cpp's chains are independent of each other, and ctypes lets threads run beside them."""
+    """Samples for one context, on several threads: llama.cpp's chains are independent, ctypes releases the GIL."""
 
     def __init__(self, model: Model, context: Any, parallel: int, threads: int | None = None) -> None:
-        """`threads`: the calling one too; as many as there are cores, within limits, if not given."""
+        """`threads` includes the calling one; None: one per core, at most MOST_THREADS and `parallel`."""
         self._context, self._n_vocab = context, model.n_vocab
         self._get_logits = model.lib._lib["llama_get_logits_ith"]
         self._get_logits.argtypes, self._get_logits.restype = (ctypes.c_void_p, ctypes.c_int32), ctypes.c_void_p
@@ -95,7 +95,7 @@ class Samplers:
         threads = threads or min(cores, MOST_THREADS, parallel)
         self._draws = [Draw(model, context) for _ in range(threads)]
         self._pool = ThreadPoolExecutor(threads, "sampler")
-        self._few_s = self._many_s = 0.0  # of a row of either kind
+        self._few_s = self._many_s = 0.0  # per row of either kind
         self._best: type[Best] | None = None
         if parallel * model.n_vocab >= MANY_LOGITS and model.n_vocab >= LEAST_VOCABULARY:
             from llamaherd_server.worker.best import Best  # noqa: PLC0415 (see MANY_LOGITS)
@@ -103,10 +103,10 @@ class Samplers:
             self._best = Best
 
     def sample(self, rows: list[Row]) -> list[Drawn]:
-        """A token for each of the sequences, which differ; the same ones as one after the other."""
+        """Sample a token for each row, at most one per sequence; the result does not depend on the threads."""
         if not rows:
             return []
-        # Waits for the device and brings the rows into order: from then on llama.cpp's own look-ups only read.
+        # The first look-up waits for the device and reorders rows; later ones only read, so threads may share them.
         self._get_logits(self._context, rows[0][1])
         few = self._few(rows)
         many = sorted({*range(len(rows))}.difference(few))
@@ -120,7 +120,7 @@ class Samplers:
         tasks += ((self._draw_many, [number]) for number in many)
 
         def work(draw: Draw) -> None:
-            with suppress(IndexError):  # no more
+            with suppress(IndexError):  # no tasks left
                 while True:
                     task, numbers = tasks.popleft()
                     for number, token in zip(numbers, task([rows[one] for one in numbers], draw), strict=True):
@@ -130,7 +130,7 @@ class Samplers:
         helpers = [self._pool.submit(work, draw) for draw in helping]
         work(self._draws[0])
         for helper in helpers:
-            if not helper.cancel():  # one that has not begun is not waited for
+            if not helper.cancel():  # waits only for those that have started
                 helper.result()
         return drawn
 
@@ -140,14 +140,14 @@ class Samplers:
             draw.close()
 
     def _few(self, rows: list[Row]) -> list[int]:
-        """The numbers of those of which few logits count, where it pays to look for these."""
+        """Indices of the rows that need only a few logits; none if selecting these does not pay off."""
         few = [number for number, (sequence, _) in enumerate(rows) if self._best and sequence.sampler.few]
         spared = sum(CHANGED if rows[number][0].sampler.changed else 1 for number in few) * self._n_vocab
         return few if spared >= MANY_LOGITS else []
 
     def _draw_few(self, rows: list[Row], draw: Draw) -> list[Drawn]:
-        """From the best logits, which are looked for together in neighbours in memory."""
-        assert self._best  # noqa: S101 (`_few` has looked)
+        """Sample from the highest logits, selected at once for rows that are adjacent in memory."""
+        assert self._best  # noqa: S101 (`_few` has checked)
         began, size, drawn = time.perf_counter(), FLOAT_BYTES * self._n_vocab, list[Drawn]()
         places = [self._get_logits(self._context, row) for _, row in rows]
         for _, run in groupby(range(len(rows)), lambda number: places[number] - number * size):
@@ -159,7 +159,7 @@ class Samplers:
         return drawn
 
     def _draw_many(self, rows: list[Row], draw: Draw) -> list[Drawn]:
-        """From all logits."""
+        """Sample from all logits."""
         began = time.perf_counter()
         drawn = [_drawn(row, draw, None) for row in rows]
         self._many_s += _WEIGHT * ((time.perf_counter() - began) / len(rows) - self._many_s)
@@ -172,7 +172,7 @@ def _drawn(row: Row, draw: Draw, entries: tuple[int, int] | None) -> Drawn:
 
 
 def outcome(sample: Callable[[Any], int | None], argument: Any) -> Drawn:
-    """What `sample` returns, or the RequestError that it raises."""
+    """Return what `sample` returns, or the RequestError that it raises."""
     try:
         return sample(argument)
     except RequestError as error:

@@ -1,6 +1,6 @@
 """Native sampler chains in llama-server's order: bias, penalties, DRY, top-k, typical, top-p, min-p, XTC, temperature.
 
-grammar.py puts a grammar around one.
+grammar.py wraps a grammar around one.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from llamaherd_server.worker.samplers import Draw
 
 SEED_BITS = 32
-MIROSTAT_M = 100  # tokens that the estimate of the paper's s uses
+MIROSTAT_M = 100  # tokens from which Mirostat estimates s, as in its paper
 MIN_KEEP = 0
 FORBIDDEN = -math.inf
-MOST_FEW = 256  # of the highest logits that are looked for
-LEAST_CONTEXT = 2**15  # a GGUF may state less than its context is set to
+MOST_FEW = 256  # highest logits to select
+LEAST_CONTEXT = 2**15  # the context may be set larger than the GGUF states
 
 
 class NativeSampler:
-    """One request's chain, with its history; it outlives a rebuilt context. `sampling` is `checked`."""
+    """One request's sampler chain with its history, independent of the context. `sampling` must be `checked`."""
 
     logits = None
     can_be_late = False
@@ -60,7 +60,7 @@ class NativeSampler:
         return {*self._biased, *self._recent}
 
     def sample(self, draw: Draw) -> int | None:
-        """The next token; the chain's history gets it too."""
+        """Sample the next token and add it to the chain's history."""
         if self._forced is None:
             token = draw.token(self._chain)
             self._recent.append(token)
@@ -70,34 +70,34 @@ class NativeSampler:
         return token
 
     def force(self, token: int) -> None:
-        """Let the next `sample` be this token."""
+        """Make the next `sample` return this token."""
         self._forced = token
 
     def choice(self, draw: Draw) -> int:
-        """One of the draw's entries; the history gets nothing."""
+        """Choose one of the draw's entries, without changing the history."""
         return draw.choice(self._chain)
 
     def choose(self, candidates: Candidates) -> tuple[int, float]:
-        """One of the candidates, and its logit; the history gets nothing."""
+        """Choose one of the candidates, without changing the history; returns it and its logit."""
         candidates.apply(self._chain)
         return candidates.selected
 
     def accept(self, token: int) -> None:
-        """Put a chosen token into the history."""
+        """Add a token to the history."""
         self._lib.llama_sampler_accept(self._chain, token)
         self._recent.append(token)
 
     def late(self, wait_s: float) -> int | None:
-        """Never: `sample` has the token."""
+        """Never called: `sample` always returns a token."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Free the native samplers; once only."""
+        """Free the native samplers. Must be called only once."""
         self._lib.llama_sampler_free(self._chain)
 
 
 def checked(model: Model, sampling: Sampling) -> Sampling:
-    """With the values that llama.cpp can take; raises RequestError."""
+    """Return `sampling` with values that llama.cpp can take. Raises RequestError for others."""
     context = max(model.n_ctx_train, LEAST_CONTEXT)
     try:
         values = sampling_values.checked(msgspec.structs.asdict(sampling), n_vocab=model.n_vocab, context=context)
@@ -107,7 +107,7 @@ def checked(model: Model, sampling: Sampling) -> Sampling:
 
 
 def has_breakers(s: Sampling) -> bool:
-    """Whether the chain looks at the whole vocabulary for each of some texts."""
+    """Whether the chain has DRY breakers: building it then searches the whole vocabulary for each of them."""
     return s.dry_multiplier > 0 and not s.mirostat and bool(s.dry_sequence_breakers)
 
 
@@ -133,7 +133,7 @@ def _looks_back(s: Sampling) -> bool:
 
 
 def _history_stages(model: Model, s: Sampling) -> list[Any]:
-    """What looks back at the tokens so far, the prompt's too. Mirostat takes none of it, as in llama-server."""
+    """Stages that depend on earlier tokens, the prompt included. Mirostat has none of them, as in llama-server."""
     lib, stages = model.lib, []
     if s.mirostat:
         return []
@@ -154,7 +154,7 @@ def _takes_the_best(s: Sampling) -> bool:
 
 
 def _choice(model: Model, s: Sampling) -> list[Any]:
-    """What narrows the candidates down and takes one."""
+    """Stages that narrow the candidates down and select one."""
     lib = model.lib
     if _takes_the_best(s):
         return [lib.llama_sampler_init_greedy()]

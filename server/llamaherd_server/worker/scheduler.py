@@ -1,9 +1,9 @@
 """The step loop: admit, plan, decode, sample, emit.
 
-Running sequences put one token each into every step, and what is drafted after it (speculation.py); prompts fill the
-rest of one ubatch, so that no long prompt stalls the others. Only while all are at their prompts a step takes as many
-as a batch holds. When the KV cells run short, cached prefixes go first, then the sequence that came last is parked
-until there is room again. When slots run short, a preemptible sequence leaves its own to one that is not.
+Each decoding sequence adds one token and its draft (speculation.py) to every step. Prompts fill the rest of one ubatch,
+so that no long prompt stalls the others; while no sequence decodes, they may fill a whole batch. When KV cells run
+short, cached prefixes are evicted first; then the latest sequence is preempted until there are cells again. When slots
+run short, a preemptible sequence gives up its slot to one that is not preemptible.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from llamaherd_server.worker.sequence import NO_SLOT, Drawn, Sequence, Share
 from llamaherd_server.worker.speculation import Speculation, draw
 from llamaherd_server.worker.stopwatch import Stopwatch
 
-# How long a step of prompts alone may take, in seconds, going by the steps before: a host's watchdog looks at steps.
+# Seconds that a step of prompts alone may take, estimated from earlier steps: the watchdog monitors completed steps.
 TOGETHER_S = 10.0
-# How long a step waits for the grammars of sequences, as a share of its decoding and in seconds; without others beside.
+# A step waits for late grammars this share of its decoding time, or LATE_S; if all sequences are late, LATE_ALONE_S.
 LATE_SHARE, LATE_S, LATE_ALONE_S = 0.1, 0.002, 0.02
-TELLING = 64  # tokens from which on a step tells how long a token of a prompt takes
+TELLING = 64  # tokens that a step must compute for its time per prompt token to be measured
 
 
 class Scheduler:
-    """Sequences in, one Step of events out at each turn. Not for threads: whoever calls it owns the context."""
+    """Takes sequences; each `step` returns their events. Not thread-safe: the calling thread owns the context."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Scheduler:
         announce: Callable[[Started], None] | None = None,
         prompts: PromptCache | None = None,
     ) -> None:
-        """`announce` gets what a step starts before it is computed; without it, that is among the step's events."""
+        """`announce` gets Started before the prompt is computed; None: Started is among the step's events."""
         self._keeper = Keeper(prompts)
         self._speculation = Speculation()
         self._announce = announce or self._event
@@ -56,7 +56,7 @@ class Scheduler:
 
     @property
     def running(self) -> list[Sequence]:
-        """By slot."""
+        """Sequences in a slot, in the order of the slots."""
         return [slot.sequence for slot in self._kv.slots if slot.sequence]
 
     @property
@@ -65,12 +65,12 @@ class Scheduler:
 
     @property
     def settled(self) -> bool:
-        """Whether there is nothing to do, nor anything to keep."""
+        """Whether there is nothing to compute, nor to store in the prompt cache."""
         return self.idle and self._keeper.unkept(self._kv) is None
 
     @property
     def beginning(self) -> bool:
-        """Whether prompts are all that there is, and more of them would find a slot."""
+        """Whether all sequences are still at their prompts, and another one would get a slot."""
         there = [*self.running, *self.waiting]
         free = len(there) < self._backend.settings.parallel
         return free and bool(there) and not any(one.decoding or not one.pending for one in there)
@@ -79,13 +79,13 @@ class Scheduler:
         insort(self.waiting, sequence, key=lambda one: one.turn)
 
     def cancel(self, request_id: int) -> None:
-        """End a request without another word; one that has ended already is no error."""
+        """End a request without further events; ignores one that has ended already."""
         for sequence in [*self.running, *self.waiting]:
             if sequence.request.id == request_id:
                 self._release(sequence)
 
     def park_all(self, *, keep: bool) -> None:
-        """Take everything off the context, to go on after `attach`: with its cells, or computed again."""
+        """Preempt all sequences until `attach`; `keep` saves their KV state, otherwise they are recomputed."""
         for sequence in self.running:
             self._park(sequence, keep=keep)
         if keep:
@@ -95,14 +95,14 @@ class Scheduler:
                 sequence.state = None
 
     def attach(self, backend: Backend) -> None:
-        """Go on with another context."""
+        """Continue on another context."""
         self._backend = backend
         self._kv = KvCache(backend, self._keeper.keep)
         self._keeper.attach(backend)
         self._speculation.attach(backend)
 
     def step(self) -> Step:
-        """One turn: at most one new token for each running sequence, and those of its draft that are confirmed."""
+        """Run one step: at most one new token for each sequence, and the accepted tokens of its draft."""
         watch = Stopwatch()
         self._step += 1
         self._admit()
@@ -126,7 +126,7 @@ class Scheduler:
     # --- admit ---------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """First come, first served, by turn. Who waits for another one's beginning to be computed lets others pass."""
+        """Start waiting sequences by turn; one whose prefix is just being computed waits and lets others pass."""
         for sequence in list(self.waiting):
             if not self._kv.idle and not self._preempt(sequence):
                 return
@@ -170,10 +170,10 @@ class Scheduler:
     # --- plan ----------------------------------------------------------------------------------------------------
 
     def _plans(self) -> Iterator[Callable[[], list[Share]]]:
-        """What goes into each of the step's batches.
+        """Yield a function for each of the step's batches that returns its shares.
 
-        Split KV computes sequences side by side only where their slots are neighbours and as far as all have tokens, so
-        there a step of prompts, each alone, takes turns with one of every sequence's one token, without gaps.
+        Split KV batches only adjacent slots, and only as many tokens as each of them has. Steps therefore alternate:
+        one computes each prompt in a batch of its own, the next decodes all sequences, whose slots are then adjacent.
         """
         if self._backend.settings.kv_unified:
             yield lambda: [*(decoding := self._decoding()), *self._prompts(beside=_tokens(decoding))]
@@ -190,10 +190,10 @@ class Scheduler:
         return [(sequence, 1 + len(sequence.draft)) for sequence in self.running if sequence.decoding]
 
     def _prompts(self, beside: int) -> list[Share]:
-        """Prompts, by turn, as far as a ubatch has room `beside` the decoding ones.
+        """Shares of prompts, by turn, that fill the ubatch up beside `beside` decoded tokens.
 
-        While nobody waits for a next token the step also takes all others that a batch holds to their end: who came
-        together begins together, and none stalls at its second token while the others' prompts are computed.
+        While no sequence decodes, further prompts are added if the batch holds them whole: requests that arrive
+        together then start together, and none stalls at its second token while the others' prompts are computed.
         """
         settings = self._backend.settings
         room = min(max(settings.ubatch - beside, 1), settings.batch - beside)
@@ -218,7 +218,7 @@ class Scheduler:
         return shares
 
     def _with_room(self, plan: Callable[[], list[Share]]) -> list[Share]:
-        """The plan's shares, once there are KV cells for them; whoever is parked for that is out of the plan."""
+        """Return the plan's shares after freeing the KV cells they need; planned again after each preemption."""
         shares = plan()
         while self._kv.free < _tokens(shares):
             if not self._speculation.drop(self.running):
@@ -238,7 +238,7 @@ class Scheduler:
     # --- decode --------------------------------------------------------------------------------------------------
 
     def _decode(self, shares: list[Share], watch: Stopwatch) -> bool:
-        """Whether the shares were computed; where they were not, the next step plans anew."""
+        """Compute the shares; returns whether they were computed. If not, the next step plans them again."""
         before_s = watch.decode_s
         with watch.decoding():
             result = self._backend.decode(shares)
@@ -255,11 +255,11 @@ class Scheduler:
                 slot = self._kv.slots[sequence.slot]
                 held = self._backend.held(slot.number)
                 self._kv.grow(slot, max(held - slot.length, 0))
-                self._kv.cut(slot, min(held, len(sequence.tokens) - 1))  # the last one's logits are lost
+                self._kv.cut(slot, min(held, len(sequence.tokens) - 1))  # logits are lost: recompute the last token
                 sequence.computed = slot.length
         elif result == INVALID and len(shares) == 1:
             self._fail(shares[0][0], RequestError("internal", None, "llama.cpp refused this request's tokens"))
-        elif result == INVALID:  # one of them is to blame: each alone, and it fails alone
+        elif result == INVALID:  # run each share alone, so that only the invalid one fails
             for share in shares:
                 if self._decode([share], watch):
                     self._sample([share], watch)
@@ -271,7 +271,7 @@ class Scheduler:
     # --- sample and emit -----------------------------------------------------------------------------------------
 
     def _sample(self, shares: list[Share], watch: Stopwatch) -> None:
-        """A token for each sequence that is computed to its end, and what of its draft comes true."""
+        """Sample a token for each fully computed sequence, and verify its draft."""
         ends = accumulate(count for _, count in shares)
         ended = [(one, end) for (one, _), end in zip(shares, ends, strict=True) if not one.pending]
         rows = [(one, end - 1 - len(one.draft)) for one, end in ended]
@@ -281,7 +281,7 @@ class Scheduler:
             self._take(sequence, row, tokens)
 
     def _take_late(self, watch: Stopwatch) -> None:
-        """Tokens that wait for a grammar. A slow one misses steps, and holds the others up for a small part of one."""
+        """Take tokens that wait for a grammar. A slow grammar misses steps and delays others only slightly."""
         late = [sequence for sequence in self.running if not sequence.pending]
         if not late:
             return
@@ -296,14 +296,14 @@ class Scheduler:
         slot = self._kv.slots[sequence.slot]
         self._speculation.verified(sequence, len(tokens) - 1)
         for at, token in enumerate(tokens):
-            if slot.sequence is not sequence:  # it ended with the one before
+            if slot.sequence is not sequence:  # ended by the previous token
                 break
             if isinstance(token, RequestError):
                 self._fail(sequence, token)
             elif token is not None:
                 self._emit(sequence, None if row is None else row + at, token)
         sequence.computed = max(sequence.computed, len(sequence.tokens) - 1)
-        if slot.length > sequence.computed:  # what was drafted and did not come true
+        if slot.length > sequence.computed:  # the rejected part of the draft
             self._kv.cut(slot, sequence.computed)
 
     def _emit(self, sequence: Sequence, row: int | None, token: int) -> None:
@@ -330,10 +330,10 @@ class Scheduler:
         self._events.append(Failed(sequence.request.id, error.code, error.message, error.param, error.details))
         self._release(sequence)
 
-    # --- letting go ----------------------------------------------------------------------------------------------
+    # --- release and preempt -------------------------------------------------------------------------------------
 
     def _release(self, sequence: Sequence) -> None:
-        """Forget the sequence; its cells stay for prompts that share the prefix."""
+        """Remove the sequence; its cells stay for prompts that share the prefix."""
         sequence.sampler.close()
         if sequence.slot == NO_SLOT:
             self.waiting.remove(sequence)
@@ -341,7 +341,7 @@ class Scheduler:
             self._kv.slots[sequence.slot].vacate(self._step)
 
     def _preempt(self, sequence: Sequence) -> bool:
-        """Take a slot from a preemptible sequence, which goes on from its cells later; whether there is any to take."""
+        """Take the slot of the latest preemptible sequence, which resumes later; returns whether there was one."""
         running = [one for one in self.running if one.request.preemptible and one.pending]
         if sequence.request.preemptible or not running:
             return False
@@ -353,7 +353,7 @@ class Scheduler:
         return True
 
     def _park(self, sequence: Sequence, *, keep: bool = True) -> None:
-        """Take a sequence off its slot, to go on later: with its cells, or computed again where they are not kept."""
+        """Take a sequence off its slot until it is resumed: from its saved state with `keep`, else recomputed."""
         slot = self._kv.slots[sequence.slot]
         sequence.state = self._backend.save(slot.number) if keep and sequence.computed else None
         self._kv.cut(slot)
@@ -362,7 +362,7 @@ class Scheduler:
         self.add(sequence)
 
     def _unpark(self, sequence: Sequence, place: Place) -> int:
-        """Put a parked sequence's cells back; how many there are."""
+        """Restore a preempted sequence's KV state; returns how many tokens it covers."""
         state, sequence.state = sequence.state, None
         if state is None or not self._backend.restore(place.target.number, state):
             return 0

@@ -1,4 +1,4 @@
-"""One request inside the worker: its tokens, how far they are computed, and what of its text has been sent."""
+"""One generation request inside the worker: its tokens, how many are computed, and its text so far."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _arrivals = itertools.count()
 
 
 class Sampler(Protocol):
-    """Takes the tokens of one request: sampling.NativeSampler; grammar.GrammarSampler, which may be late; or either of
-    them within reasoning.BudgetSampler.
+    """Samples the tokens of one request: sampling.NativeSampler; grammar.GrammarSampler, which may be late; or one of
+    these wrapped in reasoning.BudgetSampler.
     """
 
     @property
     def logits(self) -> Any:
-        """Those of a token that is late."""
+        """The logits of a late token."""
 
     @property
     def can_be_late(self) -> bool:
-        """Whether `sample` may have no token yet; it has none for a draft then."""
+        """Whether `sample` may return no token yet; such a sequence cannot be drafted for."""
 
     @property
     def few(self) -> int:
-        """How many of the highest logits the next token depends on, beside those of `changed`; 0: on all."""
+        """How many of the highest logits, besides those of `changed`, determine the next token; 0: all."""
 
     @property
     def changed(self) -> Collection[int]:
-        """The tokens whose logits a chain may change by more than all others'."""
+        """Tokens whose logits the chain may change individually, by bias or penalties."""
 
     def sample(self, draw: Draw) -> int | None: ...
 
@@ -53,19 +53,19 @@ class Sampler(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """`tokens` is the prompt and all that was sampled; the first `computed` of them are in the KV cells of `slot`.
+    """`tokens` are the prompt and all sampled tokens; the first `computed` of them are in the KV cells of `slot`.
 
-    It may grow to `limit` tokens, which the slot's size decides too. `draft` is computed beside the last token in the
-    hope that sampling gives the same; `drafter` proposes it. `state` holds its KV cells while it is parked.
-    `borders` are the lengths at which another prompt is likely to go another way.
-    Sequences order by `turn`.
+    It may grow to `limit` tokens, which also depends on the slot's size. `draft` holds proposed tokens, computed with
+    the last token and accepted if sampling yields the same; `drafter` tracks their acceptance. `state` holds the KV
+    cells while it is preempted. `borders` are the lengths at which other prompts are likely to diverge.
+    Sequences are ordered by `turn`.
     """
 
     request: Generate
     tokens: list[int]
     sampler: Sampler
     text: TextStream
-    preserved: frozenset[int] = frozenset()  # control tokens that are text here
+    preserved: frozenset[int] = frozenset()  # control tokens to emit as text
     borders: list[int] = field(default_factory=list)
     texts: list[Stretch] = field(default_factory=list)
     limit: int = 0
@@ -86,7 +86,7 @@ class Sequence:
 
     @property
     def turn(self) -> tuple[bool, int]:
-        """Preemptible ones come after all others; each kind by arrival."""
+        """Sort key: by arrival, but preemptible requests after all others."""
         return self.request.preemptible, self.arrival
 
     @property
@@ -95,7 +95,7 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens not yet computed; 1 while it generates, 0 while its next token is late."""
+        """Tokens not yet computed: 1 while decoding, 0 while the next token is late."""
         return len(self.tokens) - self.computed
 
     @property
@@ -104,11 +104,11 @@ class Sequence:
 
     @property
     def to_border(self) -> int:
-        """How many pending tokens there are before the next border, or in all."""
+        """Pending tokens up to the next border, or all of them."""
         return next((border - self.computed for border in self.borders if border > self.computed), self.pending)
 
     def space_borders(self, apart: int) -> None:
-        """Leave out borders that are less than `apart` tokens after what there is, or after another."""
+        """Remove borders that follow the computed tokens, or another border, by less than `apart` tokens."""
         last, spaced = self.computed, []
         for border in self.borders:
             if border - last >= apart:
@@ -117,7 +117,7 @@ class Sequence:
         self.borders = spaced
 
     def begin(self, cached: int) -> None:
-        """It has a slot for the first time; `cached` tokens of its prompt were found in the KV cells."""
+        """Record that it got its first slot, with `cached` tokens of its prompt already computed."""
         self.started = True
         self.cached = cached
         self._began = time.perf_counter()
@@ -143,10 +143,10 @@ class Sequence:
 
 
 Drawn: TypeAlias = int | RequestError | None
-"""A token; None: it is late; or why the sequence has none."""
+"""A token; None: the token is late; or the error that prevented one."""
 
 Share: TypeAlias = tuple[Sequence, int]
-"""A part of a batch: how many of a sequence's pending tokens are computed, or its last one and its draft."""
+"""A sequence's part of a batch: how many pending tokens to compute, or its last token and its draft."""
 
 Row: TypeAlias = tuple[Sequence, int]
-"""A sequence, and the row of the last batch that its next token comes from."""
+"""A sequence, and the row of the last batch whose logits give its next token."""

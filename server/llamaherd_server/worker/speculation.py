@@ -1,6 +1,6 @@
-"""How far each sequence drafts: as far as that pays, by what drafts have given and by what steps have taken.
+"""Decides how many tokens to draft for each sequence, from the acceptance of its drafts and from measured step times.
 
-The unit of costs and savings is a token: the time in which a sequence gets one without drafts.
+Costs and savings are in tokens: one is the time in which a sequence gets a token without drafts.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from llamaherd_server.worker.backend import Backend
     from llamaherd_server.worker.sequence import Drawn, Row, Sequence, Share
 
-# What drafts may cost where none is confirmed, of each token; and how much of that all sequences together can save up.
-# A draft model gets more, which it alone may use to read prompts: before that it says nothing.
+# What drafts may cost per generated token if none is accepted, and how much of that all sequences together may pool. A
+# draft model's pool is larger; the part above MOST_POOLED pays for reading prompts, before which it cannot draft.
 ALLOWED, MOST_POOLED, MOST_POOLED_MODEL = 0.02, 8.0, 32.0
-# What a sequence's drafts have saved, as far as it counts: more of it would be lost when nothing is confirmed any more.
+# Cap on a sequence's credited savings: it may lose all of them once its drafts are no longer accepted.
 MOST_SAVED = 16.0
-# Confirmed and refused drafts that a sequence is taken to have seen before its first; what of those seen counts after
-# the next draft, and after the next token without one: what once failed is tried again.
+# Accepted tokens and rejected drafts that a new sequence starts with; and the factors by which its counts decay with
+# each draft and with each token, so that drafting resumes after rejections.
 HITS, MISSES, FADES, FADES_IDLE = 4.0, 1.0, 0.5, 0.98
-# Step times remembered, how few of drafts do not show yet that these are dear, and after how many steps of one kind the
-# other kind's are too old.
+# Step times to remember; how many with drafts it takes to judge these expensive; and after how many steps of one kind
+# (with or without drafts) the other kind's times are stale.
 SEEN, FEW, OLD = 16, 3, 50
 UNKNOWN_COST, LEAST_COST = 0.5, 0.01
 
 
 class Drafter:
-    """How the drafts of one sequence have fared. `lookup`: of its own text, where that drafts."""
+    """Tracks the acceptance of one sequence's drafts. `lookup`: the index of its own text, if that drafts."""
 
     def __init__(self) -> None:
         self.drafted = self.accepted = 0
@@ -40,7 +40,7 @@ class Drafter:
         self._hits = self._misses = 0.0
 
     def depth(self, cost: float) -> int:
-        """How many tokens to draft at most, where each costs `cost`: the next one's chance is above that."""
+        """Return how many tokens to draft at most: their joint chance of acceptance must exceed the `cost` of one."""
         self._hits, self._misses = FADES_IDLE * self._hits, FADES_IDLE * self._misses
         chance = (HITS + self._hits) / (HITS + MISSES + self._hits + self._misses)
         return int(math.log(cost) / math.log(chance)) if cost < 1 else 0
@@ -53,28 +53,28 @@ class Drafter:
 
 
 class Source(Protocol):
-    """Where drafts come from. `catch_up_s`, `drafting_s`: what the last call took before it drafted, and to draft."""
+    """Proposes drafts. `catch_up_s`, `drafting_s`: seconds of the last call for reading tokens and for drafting."""
 
     catch_up_s: float
     drafting_s: float
 
     def propose(self, wanted: list[Wanted], room: int, worth: float, budget_s: float) -> None:
-        """Give each its draft, `room` tokens in all.
+        """Set each sequence's draft, of at most `room` tokens in all.
 
-        A token that comes true with a chance below `worth` costs more than it saves; `budget_s` seconds may go into
-        what no draft comes from yet.
+        A token with a chance of acceptance below `worth` costs more than it saves. `budget_s`: seconds that may be
+        spent on reading tokens before a sequence can be drafted for.
         """
 
 
 class Lookups:
-    """Implements Source by what a sequence's text repeats."""
+    """Implements Source by prompt lookup: repetitions within a sequence's own text."""
 
     catch_up_s = drafting_s = 0.0
 
     def propose(self, wanted: list[Wanted], room: int, worth: float, budget_s: float) -> None:  # noqa: ARG002 (free)
         for left, (sequence, most) in zip(range(len(wanted), 0, -1), wanted, strict=True):
             drafter = sequence.drafter
-            assert drafter  # noqa: S101 (`Speculation` has made it)
+            assert drafter  # noqa: S101 (`Speculation` has set it)
             if (most := min(most, room // left)) > 0:
                 drafter.lookup = drafter.lookup or Lookup(sequence.limit)
                 sequence.draft = drafter.lookup.propose(sequence.tokens, most)
@@ -82,24 +82,24 @@ class Lookups:
 
 
 class StepTimes:
-    """What a drafted token adds to a step. Other work on the host makes some steps longer: low quartiles count."""
+    """Measures what a drafted token adds to a step, by lower quartiles: other work on the host delays some steps."""
 
     def __init__(self) -> None:
-        self._plain: dict[int, deque[float]] = {}  # seconds of a step without drafts, by its sequences
-        self._drafted: deque[float] = deque(maxlen=SEEN)  # seconds of a drafted token, within a step
-        self._drafting: deque[float] = deque(maxlen=SEEN)  # and before it, to draft it
-        self._alike = 0  # steps of one kind
+        self._plain: dict[int, deque[float]] = {}  # seconds of steps without drafts, by number of sequences
+        self._drafted: deque[float] = deque(maxlen=SEEN)  # seconds per drafted token that a step takes longer
+        self._drafting: deque[float] = deque(maxlen=SEEN)  # seconds per drafted token to propose it
+        self._alike = 0  # consecutive steps with drafts; negative: without
 
     @property
     def stale(self) -> bool:
-        """Whether a step without drafts should be seen again."""
+        """Whether a step without drafts should be measured again."""
         return self._alike >= OLD
 
     def saw(self, sequences: int, drafted: int, seconds: float, drafting_s: float = 0.0) -> None:
         if not drafted:
             self._plain.setdefault(sequences, deque(maxlen=SEEN)).append(seconds)
             self._alike = min(self._alike, 0) - 1
-            if self._alike <= -OLD and self._drafted:  # what was too dear once may not be now
+            if self._alike <= -OLD and self._drafted:  # may be cheaper by now
                 self._drafted.popleft()
                 self._drafting.popleft()
                 self._alike = 0
@@ -109,25 +109,25 @@ class StepTimes:
             self._alike = max(self._alike, 0) + 1
 
     def cost(self, sequences: int) -> float:
-        """Of a drafted token beside so many sequences."""
+        """Return the cost of a drafted token in a step of so many sequences."""
         token_s = self.token_s(sequences)
         drafting = quartile(self._drafting) / token_s if token_s and self._drafting else 0.0
         cost = self.step_cost(sequences) + drafting
         return min(cost, UNKNOWN_COST) if len(self._drafted) < FEW else cost
 
     def step_cost(self, sequences: int) -> float:
-        """The part of it that makes the step longer."""
+        """Return the part of `cost` by which the step takes longer."""
         token_s = self.token_s(sequences)
         if not token_s or not self._drafted:
             return UNKNOWN_COST
         return max(LEAST_COST, quartile(self._drafted) / token_s)
 
     def token_s(self, sequences: int) -> float:
-        """Seconds that cost so many sequences together one token; 0: unknown."""
+        """Seconds per token of so many sequences together, without drafts; 0: unknown."""
         return self._plain_s(sequences) / max(sequences, 1)
 
     def _plain_s(self, sequences: int) -> float:
-        """Of so many sequences, or of a number near it; 0: unknown."""
+        """Seconds of a step without drafts, extrapolated from the nearest measured number; 0: unknown."""
         if not self._plain:
             return 0.0
         nearest = min(self._plain, key=lambda number: abs(number - sequences))
@@ -136,9 +136,9 @@ class StepTimes:
 
 
 def draw(sample: Callable[[list[Row]], list[Drawn]], rows: list[Row]) -> list[list[Drawn]]:
-    """The next tokens of each sequence: from its row, and while they are those of its draft from the rows after it.
+    """Sample each sequence's next tokens: one from its row, then from the next rows as long as its draft is confirmed.
 
-    A token is sampled as it would be without the draft, so that nothing of its distribution changes.
+    A token is sampled as it would be without the draft, so that its distribution does not change.
     """
     drawn: list[list[Drawn]] = [[] for _ in rows]
     going = list(range(len(rows)))
@@ -155,28 +155,28 @@ def _comes_true(draft: list[int], drawn: list[Drawn]) -> bool:
 
 
 class Speculation:
-    """Of one scheduler. `drafted` and `accepted` tokens since the start."""
+    """Drafts for one scheduler. `drafted` and `accepted` count tokens since the start."""
 
     def __init__(self) -> None:
         self.drafted = self.accepted = 0
         self._pool = MOST_POOLED
         self._step_cost = UNKNOWN_COST
-        self._drafting_s = 0.0  # of the drafts at hand
+        self._drafting_s = 0.0  # of the current drafts
 
     def attach(self, backend: Backend) -> None:
-        """Go on with another context."""
+        """Continue on another context."""
         self._settings = backend.settings
         self._times = StepTimes()
         self._on = backend.settings.speculative != "off" and backend.cuts
         self._adapts = backend.settings.speculative in ("auto", "draft")
         self._source: Source = backend.drafts or Lookups()
-        # A draft model's savings are everybody's, and pay for what it reads of the next prompts.
+        # A draft model's savings go to the common pool, which pays for reading the next prompts.
         self._most_saved, self._most_pooled = (0.0, MOST_POOLED_MODEL) if backend.drafts else (MOST_SAVED, MOST_POOLED)
         self._pool = self._most_pooled
         self._room = min(backend.most_drafted, (backend.settings.ubatch - backend.settings.parallel) // 2)
 
     def draft(self, running: list[Sequence], free: int) -> None:
-        """Give each that generates its draft; `free`: KV cells."""
+        """Set the draft of each decoding sequence; `free`: free KV cells."""
         if not self._on:
             return
         self.drop(running)
@@ -192,7 +192,7 @@ class Speculation:
         source, token_s = self._source, self._times.token_s(len(sequences))
         source.propose(wanted, room, cost, max(self._pool - MOST_POOLED, 0.0) * token_s)
         self._drafting_s = source.drafting_s
-        if token_s:  # what took long for other work on the host is not paid for to the end
+        if token_s:  # limits the debt: other work on the host may have caused it
             lost = (source.catch_up_s + source.drafting_s) / token_s
             self._pool = max(self._pool - lost, min(self._pool, -MOST_POOLED))
 
@@ -208,23 +208,23 @@ class Speculation:
 
     @staticmethod
     def drop(sequences: list[Sequence]) -> bool:
-        """Take the drafts away; whether there were any."""
+        """Discard the drafts; returns whether there were any."""
         drafting = [sequence for sequence in sequences if sequence.draft]
         for sequence in drafting:
             sequence.draft = []
         return bool(drafting)
 
     def timed(self, shares: list[Share], seconds: float) -> None:
-        """A batch was computed."""
+        """Record the time of a computed batch."""
         if not self._on:
             return
         drafted = sum(len(sequence.draft) for sequence, _ in shares)
-        if sum(count for _, count in shares) == len(shares) + drafted:  # there was no prompt in it
+        if sum(count for _, count in shares) == len(shares) + drafted:  # no prompts
             self._times.saw(len(shares), drafted, seconds, self._drafting_s)
             self._step_cost = self._times.step_cost(len(shares))
 
     def verified(self, sequence: Sequence, accepted: int) -> None:
-        """So many tokens of its draft came true."""
+        """Record that `accepted` tokens of the sequence's draft were confirmed."""
         drafted, sequence.draft = len(sequence.draft), []
         drafter = sequence.drafter
         if not drafted or drafter is None:
@@ -238,7 +238,7 @@ class Speculation:
 
 
 Wanted: TypeAlias = "tuple[Sequence, int]"
-"""A sequence, and how many tokens to draft for it at most."""
+"""A sequence, and the maximum number of tokens to draft for it."""
 
 
 def quartile(values: deque[float]) -> float:

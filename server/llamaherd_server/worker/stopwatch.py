@@ -1,4 +1,4 @@
-"""Where a step's wall time goes, in seconds."""
+"""Measures where a step's wall time goes, in seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Runs from its making on; `decode_s` and `sample_s` grow while their contexts are entered."""
+    """Runs from its creation; `decode_s` and `sample_s` add up the time in `decoding()` and `sampling()`."""
 
     def __init__(self) -> None:
         self.decode_s = 0.0
@@ -28,5 +28,5 @@ class Stopwatch:
         self.sample_s += time.perf_counter() - began
 
     def rest_s(self) -> float:
-        """The time since the start outside both."""
+        """Time since the start that was spent in neither."""
         return time.perf_counter() - self._began - self.decode_s - self.sample_s
