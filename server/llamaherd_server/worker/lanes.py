@@ -1,4 +1,4 @@
-"""Slow work on a few threads, fair among those who ask for it."""
+"""Runs slow tasks on a few threads, shared fairly among their owners."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LANES = 4
 
 @dataclass(eq=False, slots=True)
 class Task:
-    """Work for the request `id`; `call` gets the task, to look whether it was cancelled and to say how to stop it."""
+    """Work for the request `id`. `call` gets the task, to check `cancelled` and to set `stop`, which ends it early."""
 
     id: int
     owner: str
@@ -22,7 +22,7 @@ class Task:
 
 
 class Lanes:
-    """Each owner's tasks in their order; the owner with the fewest lanes goes first, and none ever has all of them."""
+    """Runs each owner's tasks in order. Owners with the fewest busy threads go first; none may occupy all of them."""
 
     def __init__(self, lanes: int = LANES) -> None:
         self._most = max(1, lanes - 1)
@@ -38,7 +38,7 @@ class Lanes:
             self._lock.notify()
 
     def cancel(self, request_id: int) -> bool:
-        """Whether there was such a task; it does no more than it has done."""
+        """Cancel the request's task, waiting or running; returns whether it had one."""
         with self._lock:
             task = self._running.get(request_id)
             if task is not None:
@@ -67,7 +67,7 @@ class Lanes:
                     self._lock.notify()
 
     def _next(self) -> Task | None:
-        """The task of the owner that has the fewest lanes, and of those of the one that has waited longest."""
+        """The next task of the owner with the fewest busy threads; of several, the one that has waited longest."""
         counts = {owner: sum(one.owner == owner for one in self._running.values()) for owner in self._waiting}
         free = [owner for owner, count in counts.items() if count < self._most]
         if not free:

@@ -1,4 +1,4 @@
-"""libllama's C interface, without the rest of llama-cpp-python: its package init would bring numpy and more."""
+"""Loads libllama's C interface without llama-cpp-python's package init, which would import numpy and more."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 WARN, ERROR, CONTINUED = 3, 4, 5  # ggml_log_level
-# What a deployment looks for, to see that the accelerator is used: how many layers are on it, and of how many.
+# Offloaded layers and all layers. A deployment looks for this line to verify that the accelerator is used.
 ON_GPU = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 
 
 def load() -> Any:
-    """The module llama_cpp.llama_cpp; needs LLAMA_CPP_LIB_PATH where the libraries are not in the package."""
+    """Return the module llama_cpp.llama_cpp. Set LLAMA_CPP_LIB_PATH if the libraries are not in the package."""
     if "llama_cpp" not in sys.modules:
         spec = importlib.util.find_spec("llama_cpp")
         if spec is None:
@@ -32,22 +32,22 @@ def load() -> Any:
 
 
 def _load_backends(llama: ctypes.CDLL) -> None:
-    """In a build for many kinds of CPU the backends are files beside libllama, and ggml looks beside the program."""
+    """Load the backend files that builds for many CPU types have beside libllama; ggml looks beside the program."""
     llama.ggml_backend_dev_count.restype = ctypes.c_size_t
     if not llama.ggml_backend_dev_count():
         llama.ggml_backend_load_all_from_path(os.fsencode(Path(llama._name).parent))
 
 
 class Log:
-    """llama.cpp's warnings, errors and layers on a GPU go to standard error; `last_error` is the last error's line."""
+    """Writes llama.cpp's warnings, errors and GPU layer counts to standard error; `last_error` is the last error."""
 
-    _registered: ClassVar[Any] = None  # llama.cpp holds on to the callback, for longer than its Log may be wanted
+    _registered: ClassVar[Any] = None  # llama.cpp keeps the callback, which may outlive its Log
 
     def __init__(self, lib: Any) -> None:
         self.last_error = ""
-        self.offloaded: tuple[int, int] | None = None  # layers, of how many
+        self.offloaded: tuple[int, int] | None = None  # offloaded layers, all layers
         self.muted = False
-        self._out = os.dup(2)  # still the log while standard error is `silenced`
+        self._out = os.dup(2)
         self._level = 0
         callback = lib.llama_log_callback(self._write)
         lib.llama_log_set(callback, None)

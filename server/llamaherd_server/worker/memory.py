@@ -1,4 +1,4 @@
-"""Whether a context fits into this host's memory, before llama.cpp tries."""
+"""Checks whether a context fits into this host's memory, before llama.cpp builds it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ MIB = 2**20
 
 
 class DoesNotFit(Exception):
-    """A context with these settings would not fit; the message has the numbers."""
+    """A context with these settings does not fit; the message contains the numbers."""
 
 
 def total_cells(settings: EngineSettings) -> int:
-    """KV cells that sequences may use, in tokens."""
+    """KV cells of all sequences together; each holds one token."""
     return settings.kv_cells or settings.parallel * settings.ctx_per_slot
 
 
 def check_fits(model: Model, settings: EngineSettings, *, released: float = 0, needed: float | None = None) -> None:
-    """Raises DoesNotFit; `released` bytes are free by the time that the context is built.
+    """Raise DoesNotFit unless the context fits into the available memory plus `released` bytes.
 
-    `needed` is its size in bytes where it is not that of a generating context.
+    `needed`: the context's size in bytes; None: that of a generating context.
 
-    A GPU's memory is not asked here: llama.cpp refuses to build a context that it has no room for.
+    Does not check GPU memory: llama.cpp itself refuses to build a context that does not fit there.
     """
     if settings.kv_cells and not settings.kv_unified:
         raise DoesNotFit(f"kv_cells {settings.kv_cells} needs a unified KV cache: set kv_unified, or kv_cells 0")
@@ -47,7 +47,7 @@ def check_fits(model: Model, settings: EngineSettings, *, released: float = 0, n
 
 
 def context_bytes(model: Model, settings: EngineSettings) -> float:
-    """With that of a draft model in use."""
+    """Estimated bytes of a context with these settings, including the draft model's if that is used."""
     return _bytes(model.shape, settings) + _draft_bytes(model, settings)
 
 
@@ -56,6 +56,6 @@ def _draft_bytes(model: Model, settings: EngineSettings) -> float:
 
 
 def _bytes(shape: Shape | None, settings: EngineSettings) -> float:
-    """0 for a GGUF whose header does not say."""
+    """Estimated bytes of KV cache and compute buffers; 0 if the GGUF's header does not give the shape."""
     values = asdict(settings)
     return kv_bytes(shape, values) + compute_bytes(shape, values) if shape else 0.0

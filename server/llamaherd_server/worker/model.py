@@ -1,4 +1,4 @@
-"""The weights and the vocabulary: everything of the engine that a retune leaves alone."""
+"""The weights and the vocabulary: the part of the engine that a reconfiguration keeps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llamaherd_server.worker.weights import ModelError, check_magic, load_weight
 
 MEAN_POOLING, RANK_POOLING = 1, 4  # llama_pooling_type
 POOLING_NAMES: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last", 4: "rank"}
-# Metadata below general.sampling, by the names of Sampling.
+# Metadata keys below general.sampling, by the field of Sampling.
 SAMPLING_KEYS = {
     **{"temperature": "temp", "repeat_last_n": "penalty_last_n", "repeat_penalty": "penalty_repeat"},
     **{name: name for name in ("top_k", "top_p", "min_p", "xtc_probability", "xtc_threshold")},
@@ -30,9 +30,9 @@ SAMPLING_KEYS = {
 
 
 class Model(Vocabulary):
-    """A loaded GGUF. `progress` is told how much has been loaded, 0 to 1. Raises ModelError.
+    """A loaded GGUF. `progress` gets the fraction loaded so far, 0 to 1. Raises ModelError.
 
-    Without `weights` it knows everything of the model, computes nothing and takes next to no memory.
+    Without `weights` it has all metadata and the vocabulary, but computes nothing and takes next to no memory.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Model(Vocabulary):
         path = config.path
         check_magic(path)
         self.draft = None
-        if config.draft and weights:  # before the model, which is fitted into what memory is left
+        if config.draft and weights:  # first: the model is fitted into the memory that this leaves
             self.draft = DraftModel(lib, log, config.draft, config.placement, progress)
         self.fit = fitted(lib, path, config.placement, config.settings)
         self.forkserver = Forkserver(path)
@@ -57,11 +57,11 @@ class Model(Vocabulary):
         super().__init__(lib, handle)
         if self.draft:
             self.draft.check_vocabulary(self)
-        # What cannot be cut back: a recurrent state, and cells of a sliding window (in tokens) that others have taken.
+        # Neither can be cut back: a recurrent state, nor a sliding window (in tokens) whose old cells are overwritten.
         self.recurrent = bool(lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
         self.window = int(lib.llama_model_n_swa(self.handle))
         self.n_ctx_train = int(lib.llama_model_n_ctx_train(self.handle))
-        # A vector for each input is what is asked for: a GGUF that states no pooling gets the mean over the tokens.
+        # Clients expect one vector per input, so a GGUF without a pooling type gets the mean over the tokens.
         self.pooling = self.number("pooling_type") or MEAN_POOLING
         self.ranks = self.pooling == RANK_POOLING
         self.n_pooled = int((lib.llama_model_n_cls_out if self.ranks else lib.llama_model_n_embd_out)(self.handle))
@@ -72,18 +72,18 @@ class Model(Vocabulary):
         self._adapters = [(self._adapter(one.path), one.scale) for one in config.lora]
 
     def number(self, key: str) -> int | None:
-        """A whole number of the architecture's metadata; None where the GGUF lacks it or has one for each layer."""
+        """Return an integer of the architecture's metadata; None if the GGUF lacks it or has one for each layer."""
         value = self.meta(f"{self.meta('general.architecture')}.{key}")
         return int(value) if value.isdecimal() else None
 
     def meta(self, key: str) -> str:
-        """A metadata value as text; empty where the GGUF lacks it."""
+        """Return a metadata value as text; empty if the GGUF lacks it."""
         buffer = ctypes.create_string_buffer(256)
         self.lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
         return buffer.value.decode(errors="replace")
 
     def adapt(self, context: Any) -> None:
-        """Apply the LoRAs that the model was configured with to `context`; raises ModelError."""
+        """Apply the configured LoRAs to `context`. Raises ModelError."""
         count = len(self._adapters)
         handles = (self.lib.llama_adapter_lora_p_ctypes * count)(*(handle for handle, _ in self._adapters))
         scales = (ctypes.c_float * count)(*(scale for _, scale in self._adapters))
@@ -135,7 +135,7 @@ class Model(Vocabulary):
         return self._special(pre), self._special(suf), self._special(mid)
 
     def _sampling(self) -> dict[str, int | float]:
-        """The GGUF's defaults that llama.cpp can take."""
+        """The GGUF's own sampling defaults, without those that llama.cpp cannot take."""
         usual, found = Sampling(), dict[str, int | float]()
         for name, key in SAMPLING_KEYS.items():
             try:
@@ -150,7 +150,7 @@ class Model(Vocabulary):
 
 
 def _shape(path: str) -> Shape | None:
-    """None where the header does not say, or what llama.cpp knows better."""
+    """The shape from the GGUF's header; None if this parser rejects it, which llama.cpp may not."""
     with suppress(GgufError):
         return shape(read_header(Path(path)))
     return None

@@ -1,4 +1,4 @@
-"""Pieces of computed prompts, each going on where its parent leaves off, and how much of a prompt they have."""
+"""Pieces of computed prompts, each continuing its parent, and the search for the longest cached prefix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaherd_server.worker.prompt_files import Header
 
 @dataclass(eq=False, slots=True)
 class Piece:
-    """`tokens` are those at positions `start` to `end`. Without an `offset` it lies on disk only, at `path`."""
+    """The state of the positions from `start` to `end`. Without an `offset` it is only on disk, at `path`."""
 
     header: Header
     parent: Piece | None
@@ -22,7 +22,7 @@ class Piece:
     children: list[Piece] = field(default_factory=list)
     used: float = 0.0
     pins: int = 0
-    fetched: bool = False  # from disk, and not used since
+    fetched: bool = False  # read from disk, and not used since
 
     @property
     def start(self) -> int:
@@ -35,9 +35,9 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The first `length` tokens of a prompt: the pieces from the root on, each taken up to where the next begins.
+    """A cached prefix of `length` tokens: the pieces from the root on, each used up to where the next one begins.
 
-    `checkpoint`: the index of the one in the last piece that is to be gone back to.
+    `checkpoint`: the index of the last piece's checkpoint to rewind to; None: not needed.
     """
 
     length: int
@@ -58,9 +58,9 @@ class Found:
 
 
 def longest(pieces: Iterable[Piece], tokens: list[int], most: int, *, cuts: bool, on_disk: bool) -> Found | None:
-    """The longest beginning of `tokens`, of at most `most` of them, that can be gone on from.
+    """Find the longest prefix of `tokens`, of at most `most` tokens, that generation can continue from.
 
-    `cuts`: at any token of a piece. `on_disk`: also where some of it has to be read first.
+    `cuts`: it may end at any token of a piece. `on_disk`: it may include pieces that must be read from disk first.
     """
     best: Found | None = None
     for piece in pieces:
@@ -89,7 +89,7 @@ def _usable(piece: Piece, length: int, *, cuts: bool) -> Found | None:
 
 
 def matched(pieces: Iterable[Piece], tokens: list[int]) -> tuple[Piece | None, int]:
-    """The piece that has more of the beginning of `tokens` than any other, and up to where."""
+    """Return the piece that matches the longest prefix of `tokens`, and the prefix's length."""
     best: tuple[Piece | None, int] = (None, 0)
     for piece in pieces:
         if (end := agreed(piece, tokens)) == piece.start:
@@ -100,20 +100,20 @@ def matched(pieces: Iterable[Piece], tokens: list[int]) -> tuple[Piece | None, i
 
 
 def line(piece: Piece | None) -> Iterator[Piece]:
-    """The piece, and those that it goes on from."""
+    """Yield the piece and its ancestors, up to the root."""
     while piece:
         yield piece
         piece = piece.parent
 
 
 def tokens_of(piece: Piece, start: int, end: int) -> list[int]:
-    """Those of a prompt at these positions, of which the last are the piece's."""
+    """The prompt's tokens from position `start` to `end`, which lie in the piece and its ancestors."""
     before = tokens_of(piece.parent, start, piece.start) if piece.parent and start < piece.start else []
     return before + piece.header.tokens[max(start - piece.start, 0) : end - piece.start]
 
 
 def agreed(piece: Piece, tokens: list[int]) -> int:
-    """Up to which position the piece has these tokens."""
-    if tokens[piece.start : piece.start + 1] != piece.header.tokens[:1]:  # of siblings nearly all
+    """The position up to which the piece matches `tokens`; its `start` if not at all."""
+    if tokens[piece.start : piece.start + 1] != piece.header.tokens[:1]:  # rules out nearly all siblings cheaply
         return piece.start
     return piece.start + common(piece.header.tokens, tokens[piece.start : piece.end])

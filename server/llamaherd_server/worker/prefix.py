@@ -1,4 +1,4 @@
-"""Which slot holds the beginning of a prompt: finished sequences' and running ones', or will soon hold it."""
+"""Finds the slot, of a finished or a running sequence, that holds a prefix of a prompt or will soon hold it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llamaherd_server.worker.kv import KvCache, Slot
 
-# A beginning that is shorter than this is computed again rather than waited for.
+# In tokens: a shorter prefix is recomputed rather than waited for.
 WORTH_WAITING = 32
 
 
 def common(a: list[int], b: list[int]) -> int:
-    """The length of the longest common beginning."""
+    """The length of the longest common prefix."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high
@@ -26,9 +26,9 @@ def common(a: list[int], b: list[int]) -> int:
 
 
 def best_source(kv: KvCache, slots: list[Slot], tokens: list[int]) -> tuple[Slot | None, int]:
-    """The slot with the longest beginning of `tokens` that can be gone on from, and how long it is.
+    """Return the slot with the longest usable prefix of `tokens`, and the prefix's length.
 
-    One token is always left to compute: its logits are needed.
+    At least one token is left to compute, because its logits are needed.
     """
     most = len(tokens) - 1
     shared = [(kv.usable(slot, min(common(slot.tokens, tokens), most)), slot) for slot in slots]
@@ -37,7 +37,7 @@ def best_source(kv: KvCache, slots: list[Slot], tokens: list[int]) -> tuple[Slot
 
 
 def is_coming(slots: list[Slot], tokens: list[int], have: int) -> bool:
-    """Whether a prompt that is being computed will soon hold a clearly longer beginning of `tokens` than `have`."""
+    """Whether a prompt being computed will soon hold a clearly longer prefix of `tokens` than `have` tokens."""
     most = len(tokens) - 1
     return any(
         slot.sequence is not None

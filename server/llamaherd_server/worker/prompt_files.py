@@ -1,6 +1,6 @@
-"""Computed prompts as blobs, in memory and as files: the front end writes the files, a worker reads them.
+"""Computed prompts as blobs, in memory and in files: the front end writes the files, a worker reads them.
 
-A file is a checksum, then the blob. It comes into being whole (a rename), under a name that says its content.
+A file is a SHA-256 checksum and the blob. It is written under a temporary name, then renamed to the blob's id.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ _CHUNK = 1 << 24
 
 
 class Header(msgspec.Struct, kw_only=True):
-    """What a blob begins with, after its length in 8 bytes; then comes the state, then each checkpoint's."""
+    """A blob's header. A blob: header length (8 bytes, big-endian), header (msgpack), state, checkpoint states."""
 
     id: str
     parent: str
-    identity: str  # of everything that changes what is computed, and of the layout of the state
+    identity: str  # hash of everything that affects the state or its layout
     scope: str
     start: int
     tokens: list[int]
     state: int  # bytes
     checkpoints: list[tuple[int, int]]  # length, bytes
-    used: float  # Unix time of the request that it is from
-    texts: list[Stretch] = []  # of the prompt, which end among `tokens`
+    used: float  # Unix time of its creation
+    texts: list[Stretch] = []  # of the prompt, ending within `tokens`
 
 
 def header_of(blob: memoryview | bytes, size: int | None = None) -> Header | None:
-    """What a blob of `size` bytes begins with, of which `blob` is at least the header; None where that is none."""
+    """Decode the header of a blob of `size` bytes; `blob` must hold at least that header. None if it is invalid."""
     size = len(blob) if size is None else size
     head = int.from_bytes(blob[:8], "big")
     if head > min(_MOST_HEADER, len(blob) - 8):
@@ -54,7 +54,7 @@ def header_of(blob: memoryview | bytes, size: int | None = None) -> Header | Non
 
 
 def prompt_files(folder: Path, identity: str) -> Iterator[tuple[Path, Header, int]]:
-    """The files of `folder` that are of `identity`, with their blobs' sizes; all others go."""
+    """Yield the files of `folder` with this `identity`, their headers and blob sizes; delete all others."""
     for path, header, size in _files(folder):
         if header and header.identity == identity:
             yield path, header, size
@@ -77,7 +77,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, Header | None, int]]:
 
 
 def read(path: Path, blob: memoryview) -> bool:
-    """Read a file's blob; False, and the file goes, where it is not what was written."""
+    """Read a file's blob. Returns False if that fails; a file whose checksum does not match is deleted."""
     try:
         with path.open("rb") as file:
             checksum = file.read(_CHECKSUM_BYTES)
@@ -92,9 +92,9 @@ def read(path: Path, blob: memoryview) -> bool:
 
 
 def store(arena: Arena, folder: Path, most_bytes: int, within_s: float) -> None:
-    """Write the arena's blobs beside the files that there are, keep the latest, as many as the bounds allow.
+    """Add the arena's blobs to the files; keep the latest that fit, with ancestors, and delete the others.
 
-    Raises OSError where the folder cannot be written.
+    Writes nothing new after `within_s` seconds. Raises OSError if the folder is not writable.
     """
     until = time.monotonic() + within_s
     blobs: dict[str, tuple[Header, int, memoryview | None]] = {}
@@ -143,7 +143,7 @@ def _write(path: Path, blob: memoryview) -> None:
 
 
 def _checksum(blob: memoryview) -> bytes:
-    return hashlib.sha256(blob).digest()  # which processors have instructions for
+    return hashlib.sha256(blob).digest()  # most processors have instructions for it
 
 
 def _say(line: str) -> None:

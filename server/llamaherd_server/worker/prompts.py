@@ -1,9 +1,9 @@
-"""Computed prompts that have left their slots: in memory that outlives the worker, and on disk over a restart.
+"""Cache of computed prompts that have left their slots: in memory that outlives the worker, and on disk over a restart.
 
-They form a forest of pieces. A piece has the state of some positions, and goes on where its parent's leave off, so that
-what prompts share is there once; where llama.cpp copies whole sequences only (split KV, sliding windows), every piece
-begins at 0. A state that cannot be cut back (recurrent layers, a sliding window) can be gone on from at the end of a
-piece, and at its checkpoints.
+Prompts form a forest of pieces. A piece holds the state of some positions and continues its parent, so that a shared
+prefix is stored once. Where llama.cpp copies only whole sequences (split KV, sliding windows), every piece begins at 0.
+A state that cannot be cut back (recurrent layers, a sliding window) is usable only at the end of a piece and at its
+checkpoints.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from llamaherd_server.worker.pieces import Found, Piece, line, longest, matched,
 from llamaherd_server.worker.prompt_files import Header, header_of, prompt_files, read
 from llamaherd_server.worker.texts import Stretch, Texts
 
-LEAST = 16  # tokens: shorter pieces, and shorter common beginnings, are computed again
+LEAST = 16  # tokens: shorter pieces and shorter shared prefixes are recomputed
 
-_FORMAT = 1  # of blobs: others are not read
+_FORMAT = 1  # of blobs; others are not read
 
 
 class PromptCache:
-    """For two threads: the one that computes puts and takes, the one that reads requests brings them from disk.
+    """Thread-safe: the step thread stores and loads prompts while other threads read them from disk.
 
-    `model` stands for everything that changes what is computed, but for a context's settings: `suit` comes first.
+    `model` identifies everything that affects a state except the context's settings; call `suit` first to add those.
     """
 
     def __init__(self, arena: Arena, model: str, folder: Path | None = None) -> None:
@@ -52,8 +52,10 @@ class PromptCache:
         self._take_over(self._in_memory())
 
     def suit(self, settings: EngineSettings, *, cuts: bool) -> None:
-        """From now on states are those of a context with these settings, which `cuts` slots back to any length or not;
-        others' are not found."""
+        """Store and find only states of contexts with these settings from now on.
+
+        `cuts`: such a context can cut a slot back to any length.
+        """
         layout = (settings.kv_unified, settings.kv_type_k, settings.kv_type_v, settings.flash_attention)
         self.identity = hashlib.blake2b(repr((_FORMAT, self._model, layout)).encode(), digest_size=16).hexdigest()
         self.cuts = cuts
@@ -63,16 +65,16 @@ class PromptCache:
             self._folder = None
 
     def find(self, scope: str, tokens: list[int], *, on_disk: bool = False) -> Found | None:
-        """The longest beginning of `tokens` that can be gone on from; one token at least is left to compute.
+        """Return the longest usable prefix of `tokens`, leaving at least one token to compute.
 
-        None where that is shorter than LEAST. `on_disk`: also where some of it has to be read first.
+        None if it is shorter than LEAST. `on_disk`: it may include pieces that must be read from disk first.
         """
         with self._lock:
             found = longest(self._of(scope, tokens), tokens, len(tokens) - 1, cuts=self.cuts, on_disk=on_disk)
             return found if found and found.length >= LEAST else None
 
     def lacks(self, scope: str, tokens: list[int], *, chained: bool) -> tuple[Piece | None, int] | None:
-        """Where a piece that completes `tokens` would begin, and after which; None where next to nothing is missing."""
+        """Return the parent and the start of a piece that would complete `tokens`; None if hardly any are missing."""
         with self._lock:
             parent, there = matched(self._of(scope, tokens), tokens)
             if len(tokens) - there < LEAST:
@@ -89,9 +91,9 @@ class PromptCache:
         *,
         texts: Iterable[Stretch] = (),
     ) -> bool:
-        """Keep `tokens` from where `after` says; `save` writes their state to the buffer that it asks for, by size.
+        """Store the piece of `tokens` that begins at `after`, as from `lacks`.
 
-        False where there is no room for it.
+        `save` requests a buffer of the state's size and fills it. Returns False if there is no room.
         """
         parent, start = after
         checkpoints = [one for one in checkpoints if start < one[0] < len(tokens)]
@@ -144,8 +146,8 @@ class PromptCache:
 
     @contextlib.contextmanager
     def held(self, found: Found) -> Iterator[tuple[list[tuple[Any, int, int]], bytes | None, list[Checkpoint]]]:
-        """While it is loaded: of each piece its state, its bytes, and up to where it counts; the partial state to go
-        back to; and the checkpoints on the way."""
+        """Lock the cache while a prefix is loaded. Yields a list of (state, bytes, end position to use) for each piece,
+        the partial state to rewind to, and all checkpoints up to there."""
         with self._lock:
             now = time.time()
             for piece in found.pieces:
@@ -162,15 +164,15 @@ class PromptCache:
             yield states, back, passed
 
     def fetch(self, scope: str, tokens: list[int]) -> None:
-        """Read from disk what `find` would take if it were in memory; a file that does not verify goes."""
+        """Read from disk the prefix that `find` would return if it were in memory; delete corrupt files."""
         while (found := self.find(scope, tokens, on_disk=True)) and found.on_disk:
             with self._pinned(found.pieces):
                 failed = next((piece for piece in found.pieces if not self._read(piece)), None)
-            if failed is None or failed.header.id in self._pieces:  # there, or without room
+            if failed is None or failed.header.id in self._pieces:  # in memory, or no room for it
                 return
 
     def fetch_latest(self, most_bytes: int) -> None:
-        """Read from disk what was used last, as far as there is free room; the rest when it is asked for."""
+        """Read the latest pieces from disk, up to `most_bytes` and without evicting any; `fetch` reads others."""
         with self._lock:
             pieces = sorted(self._pieces.values(), key=lambda one: one.used, reverse=True)
         for piece in [one for last in pieces for one in reversed([*line(last)])]:
@@ -198,7 +200,7 @@ class PromptCache:
     # --- the forest ----------------------------------------------------------------------------------------------
 
     def _of(self, scope: str, tokens: list[int]) -> list[Piece]:
-        """Those that may have a beginning of `tokens`."""
+        """Root pieces that may hold a prefix of `tokens`."""
         return self._roots.get((self.identity, scope, tuple(tokens[:LEAST])), [])
 
     def _add(self, piece: Piece) -> None:
@@ -226,7 +228,7 @@ class PromptCache:
             self.arena.free(piece.offset)
 
     def _drop_beginnings(self, whole: Piece) -> None:
-        """Pieces that `whole` has all of."""
+        """Drop root pieces without children that `whole` contains entirely."""
         tokens = whole.header.tokens
         for piece in [*self._roots[self._root_key(whole)]]:
             free = piece is not whole and not piece.children and not piece.pins
@@ -234,7 +236,7 @@ class PromptCache:
                 self._drop(piece)
 
     def _room(self, size: int, keep: Piece | None) -> int | None:
-        """Memory for `size` bytes; what has saved least per byte, and not for the longest time, makes way."""
+        """Allocate `size` bytes, evicting the least worthy pieces but not `keep` and its ancestors; None: no room."""
         kept = {*line(keep)}
         while (offset := self.arena.allocate(size)) is None:
             leaves = [
@@ -257,7 +259,7 @@ class PromptCache:
         return offset
 
     def _worth(self) -> Callable[[Piece], float]:
-        """What a piece saves per byte, by how long ago it did; of who has much more than others it is worth less."""
+        """Score a piece: tokens saved per byte, divided by its idle time and, for fairness, by its scope's bytes."""
         now, taken = time.time(), Counter[str]()
         for piece in self._pieces.values():
             taken[piece.header.scope] += piece.size
@@ -277,10 +279,10 @@ class PromptCache:
         rest = sum(size for _, size in piece.header.checkpoints[number:])
         return self.arena.view((piece.offset or 0) + piece.size - rest, size)
 
-    # --- what was there before -----------------------------------------------------------------------------------
+    # --- pieces of earlier workers -------------------------------------------------------------------------------
 
     def _in_memory(self) -> Iterator[Piece]:
-        """What an earlier worker left."""
+        """Yield the pieces that an earlier worker left in the arena; free invalid ones."""
         for offset, size in [*self.arena.blobs.items()]:
             if header := header_of(self.arena.view(offset, size)):
                 yield Piece(header, None, size, offset, used=header.used)
@@ -288,7 +290,7 @@ class PromptCache:
                 self.arena.free(offset)
 
     def _take_over(self, found: Iterable[Piece]) -> None:
-        """Pieces that were there before: each whose parent is there too."""
+        """Add earlier pieces whose parents are available too; free the others' memory."""
         for piece in sorted(found, key=lambda one: one.start):
             known, parent = self._pieces.get(piece.header.id), self._pieces.get(piece.header.parent)
             if known:
@@ -310,7 +312,7 @@ class PromptCache:
                 offset = self._room(piece.size, piece.parent) if known else None
             if offset is None or piece.path is None:
                 return False
-            verified = read(piece.path, self.arena.view(offset, piece.size))  # beside the steps
+            verified = read(piece.path, self.arena.view(offset, piece.size))  # without the lock: steps need it
             with self._lock:
                 if verified:
                     self.arena.commit(offset, piece.size)

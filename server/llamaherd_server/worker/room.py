@@ -1,7 +1,7 @@
-"""`python -m llamaherd_server.worker.room CONFIG [RUNNING]`: whether there is memory for a llama-server.
+"""`python -m llamaherd_server.worker.room CONFIG [RUNNING]`: checks whether a llama-server fits into memory.
 
-Each is a NativeConfig as JSON; RUNNING is the process that ends first. Exits with REFUSED and the reason on standard
-output where there is none. The weights are only read about; a process of its own, for libllama may abort at a bad file.
+Both are NativeConfigs as JSON; RUNNING is the process that ends first. If there is too little memory, prints the reason
+and exits with REFUSED. Reads no weights. A process of its own, because libllama may abort on a bad file.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def main() -> int:
     new, *running = (msgspec.json.decode(word, type=NativeConfig) for word in sys.argv[1:])
     lib = load()
     log = Log(lib)
-    log.muted = new.placement.gpu_layers == "auto"  # llama-server says what became of it
+    log.muted = new.placement.gpu_layers == "auto"  # llama-server logs the actual placement
     lib.llama_backend_init()
     try:
         placement = new.placement if new.placement.gpu_layers != "auto" else replace(new.placement, gpu_layers=-1)
         bare = WorkerConfig(path=new.path, placement=placement, settings=new.settings)
         model = Model(lib, log, bare, lambda _: None, weights=False)
-        # Weights that are mapped count as available: they are file cache.
+        # Mapped weights already count as available memory: they are file cache.
         released = sum(context_bytes(model, one.settings) for one in running) - lib.llama_model_size(model.handle)
         check_fits(model, new.settings, released=released)
     except (ModelError, DoesNotFit) as error:

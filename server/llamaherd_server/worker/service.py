@@ -1,4 +1,4 @@
-"""Work in, steps out, on the one thread that owns the contexts."""
+"""The worker's main loop, on the one thread that owns the contexts."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from llamaherd_server.worker.scheduler import Scheduler
 from llamaherd_server.worker.sequence import Sequence
 
 HEARTBEAT_S = 1.0
-AHEAD_BYTES = 2**30  # of prompts that a new worker reads from disk before they are asked for
+AHEAD_BYTES = 2**30  # of prompts that a new worker reads from disk before a request needs them
 
 
 class Service:
-    """Loads the model, says Ready, and serves `channel` until the front end goes. Raises ModelError, DoesNotFit."""
+    """Loads the model, sends Ready and serves `channel`. Raises ModelError, DoesNotFit."""
 
     def __init__(self, channel: Channel, config: WorkerConfig) -> None:
         began = time.perf_counter()
@@ -52,7 +52,7 @@ class Service:
         channel.send(Ready(model=self._model.info(), settings=self._context.settings, load_s=load_s))
 
     def run(self) -> None:
-        """Until the front end closes the channel, which raises Closed."""
+        """Serve until the front end closes the channel, which raises Closed."""
         if self._prompts:
             threading.Thread(target=_fetch_latest, args=(self._prompts,), daemon=True).start()
         intake = Intake(self._channel, self._model, self._interrupt, self._room, self._prompts)
@@ -101,7 +101,7 @@ class Service:
             raise RequestError("unsupported", "model", "this model generates no text: it is for embeddings")
 
     def _retune(self, message: Retune) -> None:
-        """Build another context over the loaded weights; where that cannot be, the old settings stay in force."""
+        """Rebuild the context over the loaded weights; if that fails, the old settings stay current."""
         began = time.perf_counter()
         old, new = self._context.settings, resolve_threads(message.settings)
         self._check_retune(new)
@@ -121,7 +121,7 @@ class Service:
         self._channel.send(Retuned(message.id, self._context.settings, time.perf_counter() - began))
 
     def _check_retune(self, new: EngineSettings) -> None:
-        """Refuse what has no room in memory, or would cut a request short; raises RequestError."""
+        """Raise RequestError if the settings do not fit into memory, or would cut a request short."""
         try:
             beside = sum(one.memory_bytes for one in self._beside)
             check_fits(self._model, new, released=self._context.memory_bytes + beside)
@@ -129,7 +129,7 @@ class Service:
             raise RequestError("does_not_fit", None, str(error)) from None
         room, old_room = slot_tokens(new), slot_tokens(self._context.settings)
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
-            # One that would have filled its slot anyway may end earlier; one that was promised its tokens gets them.
+            # A request bound only by its slot may end earlier; one bound by max_tokens must get all of them.
             needed = sequence.limit if sequence.limit < old_room else len(sequence.tokens) + 1
             if needed > room:
                 message = f"a running request needs {needed} tokens, a slot would hold {room}: raise ctx_per_slot"
@@ -150,6 +150,6 @@ def _fetch_latest(prompts: PromptCache) -> None:
 
 
 def _same_cells(one: EngineSettings, other: EngineSettings) -> bool:
-    """Whether what was saved of a context's KV cells can be put into the other's."""
+    """Whether a context with one of these settings can restore KV state saved with the other."""
     fields = ("kv_unified", "kv_type_k", "kv_type_v", "flash_attention")
     return all(getattr(one, field) == getattr(other, field) for field in fields)

@@ -1,4 +1,4 @@
-"""A context of its own over the same weights, computed in bounded pieces between the steps of the generating one."""
+"""A second context over the same weights, which computes in bounded pieces between the generating context's steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llamaherd_server.worker.model import Model
 
 
 class SideContext:
-    """Closed at first. `settings` are those that it was opened with last; `purpose` is named in errors."""
+    """Initially closed. `settings`: those it was last opened with; `purpose` appears in error messages."""
 
     def __init__(self, model: Model, interrupt: Interrupt, purpose: str) -> None:
         self.settings = EngineSettings()
@@ -27,13 +27,13 @@ class SideContext:
 
     @property
     def memory_bytes(self) -> float:
-        """Memory that `close` gives back, estimated."""
+        """Estimated memory that `close` frees."""
         return self._bytes() if self.handle else 0.0
 
     def open(self, settings: EngineSettings, *, piece: int, cells: int, **more: Any) -> None:
-        """With room for pieces of so many tokens and for so many cells; `more` are further llama_context_params.
+        """Create the context for pieces of `piece` tokens and `cells` KV cells; `more`: further llama_context_params.
 
-        Raises RequestError where the memory does not suffice.
+        Raises RequestError if the memory does not suffice.
         """
         self.settings = replace(
             settings,
@@ -60,9 +60,9 @@ class SideContext:
             self.handle = None
 
     def decode(self, shares: Sequence[tuple[Tokens, int]], *, output_from: int, mostly_for: int | None) -> bool:
-        """Whether the shares were computed; they were not where the step was stopped.
+        """Compute the shares; returns False if the step was interrupted.
 
-        Raises RequestError where llama.cpp refuses them, DecodeFailed where the context is unusable.
+        Raises RequestError if llama.cpp rejects them, DecodeFailed if the context is unusable.
         """
         self._batch.fill(shares, output_from=output_from)
         self._interrupt.mostly_for = mostly_for
@@ -74,9 +74,9 @@ class SideContext:
         raise RequestError("internal", None, f"llama.cpp refused these inputs: llama_decode returned {result}")
 
     def forget(self, slot: int, start: int = -1) -> bool:
-        """Drop the slot's cells from `start` on, all of them if not given; False where only all can be."""
+        """Drop the slot's cells from `start` on, by default all; returns False if only all can be dropped."""
         return bool(self._lib.llama_memory_seq_rm(self._memory, slot, start, -1))
 
     def _bytes(self) -> float:
-        """A context as any other, and logits for every token, in llama.cpp's buffer and in its output."""
+        """A generating context's memory, plus logits for every token in llama.cpp's buffer and in its output."""
         return context_bytes(self._model, self.settings) + 2 * 4 * self.settings.ubatch * self._model.n_vocab

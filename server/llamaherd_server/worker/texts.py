@@ -1,4 +1,4 @@
-"""Which tokens texts became, so that a chat's next turn tokenises only what is new in it."""
+"""Caches the tokens of texts, so that a chat's next turn tokenises only its new text."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import TypeAlias
 
 from llamaherd_server.worker.vocabulary import Vocabulary
 
-# Characters of a prompt that is looked through, and of its parts but the last one.
+# Maximum characters of a prompt to look up, and minimum of its parts but the last one.
 MOST_CHARS, PART_CHARS = 2**18, 256
-MOST_TOKENS = 2**20  # that are remembered, of 4 bytes each
+MOST_TOKENS = 2**20  # in the cache, at 4 bytes each
 
 Stretch: TypeAlias = tuple[bytes, int, int]
-"""The digest of a text, and from where to where a prompt has its tokens."""
+"""The digest of a text, and the start and end of its tokens in a prompt."""
 
 
 class Texts:
-    """For any threads. What has not been used for the longest time is forgotten."""
+    """Tokens by digest of their text, least recently used evicted first. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -44,9 +44,9 @@ class Texts:
 
 @dataclass(slots=True)
 class Reading:
-    """A prompt in parts, of which llama.cpp tokenises each by itself; `unknown` are those that it has yet to."""
+    """A prompt in parts that llama.cpp tokenises independently; those in `unknown` it has yet to tokenise."""
 
-    parts: list[tuple[bytes, array[int] | str]]  # each with its digest: tokens, or a text without any yet
+    parts: list[tuple[bytes, array[int] | str]]  # digest, and the tokens or, if unknown, the text
     ends: tuple[list[int], list[int]]
 
     @property
@@ -55,11 +55,11 @@ class Reading:
 
     @property
     def known(self) -> int:
-        """Tokens that are there already."""
+        """Number of tokens that are known already."""
         return sum(len(part) for _, part in self.parts if not isinstance(part, str)) + sum(map(len, self.ends))
 
     def whole(self, texts: Texts, tokens: list[list[int]]) -> tuple[list[int], list[Stretch]]:
-        """The prompt's tokens, with those of the `unknown` parts, which `texts` has from now on; and where each is."""
+        """Return all tokens and each part's stretch; adds the given tokens of the `unknown` parts to `texts`."""
         rest = iter(tokens)
         head, tail = self.ends
         whole, stretches = [*head], []
@@ -77,7 +77,7 @@ class Reading:
 def reading(
     vocabulary: Vocabulary, texts: Texts, text: str, scope: str, *, add_special: bool, parse_special: bool
 ) -> Reading | None:
-    """None for a text that is better tokenised whole; what other scopes have sent is not known in `scope`."""
+    """Split a text and look its parts up; None: tokenise it whole. Scopes do not see each other's texts."""
     if len(text) > MOST_CHARS:
         return None
     cut = vocabulary.parts(text, PART_CHARS, parse_special=parse_special)

@@ -1,4 +1,4 @@
-"""A GGUF's vocabulary: text to tokens and back. Needs no weights."""
+"""A GGUF's vocabulary: converts text to tokens and back. Needs no weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
-# llama.cpp's time for a text grows with the square of its special tokens: a long text is tokenised in pieces.
+# llama.cpp's time for a text grows with the square of its special tokens, so long texts are tokenised in pieces.
 PIECE_CHARS = 2**13
-PIECES = 2**13  # of tokens, that are remembered
-_BEGINNING = 16  # characters a token, which few texts exceed
+PIECES = 2**13  # tokens whose bytes are cached
+_BEGINNING = 16  # characters per token, which few texts exceed
 _OPENING, _LAST_BORDERS = 64, 3
 LLAMA_VOCAB_TYPE_SPM, LLAMA_VOCAB_TYPE_BPE = 1, 2
 
@@ -36,9 +36,9 @@ class Vocabulary:
         return [*head, *(token for one in pieces for token in self._tokens(one, False, parse_special)), *tail]
 
     def parts(self, text: str, apart: int, *, parse_special: bool) -> list[str]:
-        """The text, cut where special tokens begin, at least `apart` characters apart.
+        """Split the text where special tokens begin, into parts of at least `apart` characters but for the last.
 
-        llama.cpp tokenises what lies between them by itself.
+        llama.cpp tokenises the text between special tokens independently.
         """
         cuts = [0]
         if special := self._cuttable(parse_special):
@@ -47,14 +47,14 @@ class Vocabulary:
         return [text[at:end] for at, end in pairwise([*cuts, len(text)])]
 
     def warm_up(self) -> None:
-        """Make what is made once."""
+        """Fill the caches that all later calls use."""
         for parse in (True, False):
             self.tokenize(" " * (PIECE_CHARS + 1), add_special=True, parse_special=parse)
             self.least_tokens("", 0, parse_special=parse)
 
     @lru_cache(PIECES)  # noqa: B019 (a process has one vocabulary)
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        """The bytes of one token; empty for a control token unless `special`."""
+        """Return the bytes of a token; empty for a control token unless `special`."""
         room = 64
         while True:
             buffer = ctypes.create_string_buffer(room)
@@ -64,14 +64,14 @@ class Vocabulary:
             room = -count
 
     def control_tokens(self, texts: list[str]) -> Iterator[int]:
-        """Those of `texts` that are one token."""
+        """Yield the token of each text that is a single token."""
         for text in texts:
             tokens = self.tokenize(text, add_special=False, parse_special=True)
             if len(tokens) == 1:
                 yield tokens[0]
 
     def pieces_of(self, tokens: list[int]) -> list[bytes]:
-        """The bytes of each token, which may be a part of a character."""
+        """Return the bytes of each token, which may be part of a character."""
         for token in {*tokens} - self._pieces.keys():
             self._pieces[token] = self.piece(token, special=True)
         return [*map(self._pieces.__getitem__, tokens)]
@@ -80,9 +80,9 @@ class Vocabulary:
         return b"".join(self.pieces_of(tokens)).decode(errors="replace")
 
     def borders(self, tokens: list[int]) -> list[int]:
-        """Lengths at which messages begin: those before the first control token that comes again.
+        """Return lengths at which chat messages begin: before each occurrence of the first control token that repeats.
 
-        Of many only the first, where a system prompt ends, and the last, where a next turn or another answer begins.
+        Of many, only the first, where a system prompt ends, and the last, where a next turn or another answer begins.
         """
         control = (one for one in dict.fromkeys(tokens[:_OPENING]) if self.lib.llama_vocab_is_control(self.vocab, one))
         for opener in control:
@@ -92,27 +92,27 @@ class Vocabulary:
         return []
 
     def unknown(self, tokens: list[int]) -> int | None:
-        """The first of `tokens` that the vocabulary does not have."""
+        """Return the first of `tokens` that is not in the vocabulary."""
         return next((token for token in tokens if not 0 <= token < self.n_vocab), None)
 
     def least_tokens(self, text: str, most: int, *, parse_special: bool) -> int:
-        """How many tokens the text has at least, going by its length and a beginning where `most` hardly fit into it.
+        """Return a lower bound on the text's number of tokens, to compare with `most`.
 
-        0 where the vocabulary leaves parts of a text out.
+        It follows from the longest token or, for a long text, from its prefix. 0 if the vocabulary leaves out text.
         """
         if self.lib.llama_vocab_type(self.vocab) not in (LLAMA_VOCAB_TYPE_SPM, LLAMA_VOCAB_TYPE_BPE):
             return 0
         least = len(text.encode()) // self._longest
         beginning = max(PIECE_CHARS, _BEGINNING * most)
         if least <= most and len(text) > 2 * beginning:
-            # What follows may join with the last of them, but not with so many.
+            # The text that follows may merge with the last tokens, but never with half of them.
             tokens = self.tokenize(text[:beginning], add_special=False, parse_special=parse_special)
             least = max(least, len(tokens) // 2)
         return least
 
     @cached_property
     def pieces(self) -> list[bytes]:
-        """Every token's."""
+        """The bytes of every token."""
         return [self.piece(token, special=True) for token in range(self.n_vocab)]
 
     @cached_property
@@ -138,7 +138,7 @@ class Vocabulary:
 
     @cache  # noqa: B019 (a process has one vocabulary)
     def _cuttable(self, parse_special: bool) -> re.Pattern[str] | None:
-        """Matches the special tokens that overlap no other one, and leave the text before them as it is."""
+        """A pattern of the special tokens that overlap no other one and leave the text before them unchanged."""
         lib = self.lib
         control = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
         wanted = lib.LLAMA_TOKEN_ATTR_USER_DEFINED | (control if parse_special else 0)
@@ -157,7 +157,7 @@ class Vocabulary:
 
     @cached_property
     def ends(self) -> tuple[list[int], list[int]]:
-        """What the model wants before and after a text."""
+        """The tokens that the model expects before and after a text."""
         both = self._tokens("", True, False)
         if len(both) == 1 and both[0] != self.lib.llama_vocab_bos(self.vocab):
             return [], both

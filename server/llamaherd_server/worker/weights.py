@@ -1,4 +1,4 @@
-"""How a GGUF's weights are loaded: onto which devices, and in which way."""
+"""Loads a GGUF's weights onto the configured devices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOAD_MODES = {
     **{"mmap+mlock": "MMAP_MLOCK", "dio": "DIRECT_IO"},
 }
 _NUMA = {"off": 0, "distribute": 1, "isolate": 2, "numactl": 3}  # ggml_numa_strategy
-# llama.cpp's common.h: the tensors of a layer's experts
+# the tensors of a layer's experts, from llama.cpp's common.h
 _EXPERTS = r"blk\.{}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 
 
@@ -43,10 +43,10 @@ def load_weights(
     weights: bool = True,
     overrides: Iterable[tuple[str, str]] = (),
 ) -> Any:
-    """A llama_model of the GGUF at `path`; without `weights` it computes nothing. Raises ModelError.
+    """Return a llama_model of the GGUF at `path`; without `weights` it computes nothing. Raises ModelError.
 
-    `progress` gets how much has been loaded, 0 to 1. `placement` has numbers; tensors that match a pattern of
-    `overrides` go into the buffer type of its name.
+    `progress` gets the fraction loaded so far, 0 to 1. `placement.gpu_layers` must be a number. `overrides`: pairs of a
+    pattern and the name of the buffer type for tensors that match it.
     """
     if placement.numa != "off":
         lib.llama_numa_init(_NUMA[placement.numa])
@@ -55,7 +55,7 @@ def load_weights(
     params.split_mode = getattr(lib, f"LLAMA_SPLIT_MODE_{placement.split_mode.upper()}")
     params.main_gpu = placement.main_gpu
     params.load_mode = getattr(lib, f"LLAMA_LOAD_MODE_{_LOAD_MODES[placement.load_mode]}")
-    # llama.cpp reads these while it loads: the names keep them
+    # llama.cpp reads these while it loads: the variables keep them alive
     devices = _devices(lib._lib, placement.devices)
     placed = _overrides(lib._lib, [*_experts(placement.cpu_moe_layers), *overrides])
     shares = _shares(placement.tensor_split, lib.LLAMA_MAX_DEVICES)
@@ -76,7 +76,7 @@ def load_weights(
 
 
 def check_magic(path: str) -> None:
-    """Raises ModelError unless `path` is a readable file that begins as a GGUF does."""
+    """Raise ModelError unless `path` is a readable file that begins with GGUF's magic bytes."""
     try:
         with Path(path).open("rb") as file:
             magic = file.read(len(MAGIC))
@@ -87,7 +87,7 @@ def check_magic(path: str) -> None:
 
 
 def _devices(llama: Any, names: list[str]) -> Any:
-    """A list of ggml_backend_dev_t that ends with NULL; None: all devices."""
+    """A NULL-terminated array of ggml_backend_dev_t; None: all devices."""
     if not names:
         return None
     llama.ggml_backend_dev_by_name.restype = llama.ggml_backend_dev_get.restype = ctypes.c_void_p
@@ -101,12 +101,12 @@ def _devices(llama: Any, names: list[str]) -> Any:
 
 
 def _experts(layers: int) -> list[tuple[str, str]]:
-    """Overrides for the experts of so many layers in the CPU's memory."""
+    """Overrides that put the experts of the first `layers` layers into the CPU's memory."""
     return [(_EXPERTS.format(layer), CPU) for layer in range(min(layers, MOST_LAYERS))]
 
 
 def _overrides(llama: Any, overrides: list[tuple[str, str]]) -> Any:
-    """Patterns and buffer types as llama.cpp takes them; None: nothing is overridden."""
+    """The overrides as llama.cpp expects them; None: nothing is overridden."""
     if not overrides:
         return None
     types = _buffer_types(llama)
@@ -115,7 +115,7 @@ def _overrides(llama: Any, overrides: list[tuple[str, str]]) -> Any:
 
 
 def _buffer_types(llama: Any) -> dict[str, int]:
-    """The devices' buffer types by their names; the CPU's is CPU."""
+    """The devices' buffer types by name; the CPU's is CPU."""
     llama.ggml_backend_dev_get.restype = llama.ggml_backend_dev_buffer_type.restype = ctypes.c_void_p
     llama.ggml_backend_buft_name.restype = ctypes.c_char_p
     devices = [ctypes.c_void_p(llama.ggml_backend_dev_get(i)) for i in range(llama.ggml_backend_dev_count())]
@@ -124,7 +124,7 @@ def _buffer_types(llama: Any) -> dict[str, int]:
 
 
 def _shares(tensor_split: list[float], most: int) -> Any:
-    """One share for each device that llama.cpp may have; None: by free memory."""
+    """One share for each device that llama.cpp supports; None: split by free memory."""
     if not tensor_split:
         return None
     if len(tensor_split) > most:
@@ -133,7 +133,7 @@ def _shares(tensor_split: list[float], most: int) -> Any:
 
 
 def _every_step(progress: Callable[[float], None]) -> Callable[[float, Any], bool]:
-    """llama.cpp calls for every tensor: pass on only what is worth a message."""
+    """Limit llama.cpp's callbacks, one per tensor, to one per PROGRESS_STEP."""
     shown = -PROGRESS_STEP
 
     def report(done: float, _user_data: Any) -> bool:
