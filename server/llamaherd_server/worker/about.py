@@ -1,7 +1,7 @@
-"""`python -m llamaherd_server.worker.about CONFIG`: what a model says of itself, its ModelInfo as JSON.
+"""`python -m llamaherd_server.worker.about CONFIG`: print a model's metadata as a ModelInfo in JSON.
 
-CONFIG is a WorkerConfig; no weights are read. Exits with REFUSED and the reason where the file cannot be read. A
-process of its own, for libllama may abort at a bad one.
+CONFIG is a WorkerConfig as JSON. No weights are read. If the file cannot be read, the reason is printed and the
+exit code is REFUSED. This runs in its own process because libllama may abort on a corrupt file.
 """
 
 from __future__ import annotations

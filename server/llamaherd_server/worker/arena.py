@@ -1,8 +1,8 @@
-"""A bounded piece of memory for blobs that outlives the process which writes it: whoever holds `fd` still has them.
+"""A size-limited memory area for blobs. It outlives the process that writes it as long as another one holds `fd`.
 
-Offsets come from an address range far larger than the bound, so that blobs lie in one piece each however many have
-come and gone; what is freed goes back to the system page by page. An index at the front, written in turns to two places
-with a checksum, names the blobs that are complete: a writer that is killed half way leaves the one before it.
+Offsets come from an address range much larger than the limit, so every blob is contiguous in spite of fragmentation.
+Freed pages are returned to the system. An index at the front lists the completed blobs. It is written with a checksum,
+alternately to two places, so a writer that is killed in the middle leaves the previous index intact.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _FRONT = 2 * _HALF
 _HEAD = struct.Struct("<QII")  # turn, blobs, checksum
 _ENTRY = struct.Struct("<QQ")  # offset, bytes
 _MOST_BLOBS = (_HALF - _HEAD.size) // _ENTRY.size
-_ROOM = 16  # address range over bound
-PUNCHES = hasattr(mmap, "MADV_REMOVE")  # whether freed pages go back at once
+_ROOM = 16  # ratio of address range to limit
+PUNCHES = hasattr(mmap, "MADV_REMOVE")  # whether freed pages are returned to the system immediately
 
 
 def create(size: int) -> int:
-    """A file descriptor of memory for an Arena of `size` bytes; none of it is taken before it is used."""
+    """Return a file descriptor of memory for an Arena of `size` bytes. Pages are allocated on first use."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("llamaherd-prompts")
     else:
@@ -37,7 +37,7 @@ def create(size: int) -> int:
 
 
 class Arena:
-    """Not for threads. `size` bytes at most are in use; `blobs` are those that the index names, by offset."""
+    """At most `size` bytes are in use. `blobs` maps the offset of each indexed blob to its size. Not thread-safe."""
 
     def __init__(self, fd: int, size: int) -> None:
         self.size = size
@@ -49,11 +49,11 @@ class Arena:
         self._read_index()
 
     def fits(self, size: int) -> bool:
-        """Whether the bound and the index have room for `size` bytes more."""
+        """Whether the limit and the index leave room for another `size` bytes."""
         return self.used + _padded(size) <= self.size and len(self._taken) < _MOST_BLOBS
 
     def allocate(self, size: int) -> int | None:
-        """The offset of `size` bytes that no blob has; None where they do not fit."""
+        """Reserve `size` bytes and return their offset, or None if they do not fit."""
         if not self.fits(size):
             return None
         size = _padded(size)
@@ -69,12 +69,12 @@ class Arena:
         return start
 
     def commit(self, offset: int, size: int) -> None:
-        """What was allocated at `offset` is complete: its first `size` bytes are a blob from now on."""
+        """Add the first `size` bytes of the allocation at `offset` to the index as a completed blob."""
         self.blobs[offset] = size
         self._write_index()
 
     def free(self, offset: int) -> None:
-        """Give back what was allocated at `offset`, whether it became a blob or not."""
+        """Free the allocation at `offset`, whether or not it was committed."""
         if self.blobs.pop(offset, None) is not None:
             self._write_index()
         taken = self._taken.pop(offset)
@@ -86,7 +86,7 @@ class Arena:
         return memoryview(self._map)[offset : offset + size]
 
     def address(self, offset: int, size: int) -> Any:
-        """For C: an array of `size` bytes at `offset`."""
+        """A ctypes array over the `size` bytes at `offset`, to pass to C."""
         return (ctypes.c_uint8 * size).from_buffer(self._map, offset)
 
     def _read_index(self) -> None:

@@ -1,4 +1,4 @@
-"""How much memory is left."""
+"""Total and available memory of this process, in bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def total_bytes() -> float | None:
-    """All memory that this process may ever have, by the host and its control groups; None where nobody tells."""
+    """Memory that the host and the control groups allow this process in total; None without /proc (macOS)."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None
@@ -17,7 +17,7 @@ def total_bytes() -> float | None:
 
 
 def available_bytes() -> float | None:
-    """Memory that this process may still take, by the host and its control groups; None where nobody tells (macOS)."""
+    """Memory that the host and the control groups still allow this process to use; None without /proc (macOS)."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None
@@ -27,7 +27,7 @@ def available_bytes() -> float | None:
 
 
 def _control_group_bytes() -> float:
-    """What the tightest control group above this process leaves, file cache that can go included."""
+    """Bytes left in the tightest control group of this process; reclaimable file cache counts as available."""
     left = math.inf
     for group, most in _limited_groups():
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -37,7 +37,7 @@ def _control_group_bytes() -> float:
 
 
 def _limited_groups() -> Iterator[tuple[Path, int]]:
-    """Control groups (version 2) of this process that bound its memory, with the bound in bytes."""
+    """The control groups (version 2) that limit the memory of this process, with their limits in bytes."""
     groups = Path("/proc/self/cgroup").read_text().splitlines()
     own = next((line.removeprefix("0::") for line in groups if line.startswith("0::")), "/")
     root = Path("/sys/fs/cgroup")

@@ -1,4 +1,4 @@
-"""What the step loop needs of a context. context.Context is the real one; tests have one that only keeps count."""
+"""What the scheduler needs of a llama_context. context.Context implements it; tests use a fake without a model."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from llamaherd_server.worker.sequence import Drawn, Row, Sequence, Share
 if TYPE_CHECKING:
     from llamaherd_server.worker.speculation import Source
 
-# What llama_decode returns; anything else leaves the context unusable.
+# Return codes of llama_decode; any other leaves the context unusable.
 DONE = 0
-NO_ROOM = 1  # in the KV cache; nothing has changed
-ABORTED = 2  # some of the batch has been computed
-INVALID = -1  # the batch was refused; nothing has changed
+NO_ROOM = 1  # the KV cache is full; nothing has changed
+ABORTED = 2  # part of the batch has been computed
+INVALID = -1  # the batch was rejected; nothing has changed
 
 Part: TypeAlias = tuple[Any, int, int]
-"""A saved state, its bytes, and up to which position it counts."""
+"""A saved state, its size in bytes, and the position up to which it is used."""
 
 Checkpoint: TypeAlias = tuple[int, bytes]
-"""A length, and the partial state there."""
+"""A length in tokens, and the partial state at that length."""
 
 
 class Backend(Protocol):
-    """`size` is its KV cells; a common prefix of fewer than `least_shared` tokens is not worth copying.
+    """`size` is the number of KV cells. A shared prefix of fewer than `least_shared` tokens is not worth copying.
 
-    `cuts`: a slot can be cut back to any length; otherwise to those that it `keeps`, and to its checkpoints. `chains`:
-    a part of a slot can be saved, and loaded after others. `stops`: a step can be aborted. `most_drafted`: how many
-    drafted tokens a batch may have.
+    `cuts`: a slot can be truncated to any length; otherwise only to lengths that `keeps` accepts and to checkpoints.
+    `chains`: part of a slot can be saved, and loaded after other parts. `stops`: a step can be aborted.
+    `most_drafted`: the maximum number of drafted tokens in a batch.
     """
 
     settings: EngineSettings
@@ -43,28 +43,28 @@ class Backend(Protocol):
 
     @property
     def drafts(self) -> Source | None:
-        """Those of a draft model; None: what a text repeats is drafted."""
+        """The draft model's context; None: drafts come from prompt lookup."""
 
     def decode(self, shares: list[Share]) -> int:
-        """Compute the next tokens of each sequence, as many as its share; one of the codes above."""
+        """Compute the given number of tokens of each sequence. Returns one of the codes above."""
 
     def held(self, slot: int) -> int:
-        """How many positions of a slot are intact after a decode that was aborted."""
+        """The number of positions of a slot that are valid after an aborted decode."""
 
     def sample(self, rows: list[Row]) -> list[Drawn]:
-        """The next token of each sequence, which differ, from its row of the last batch; None: it will be `late`."""
+        """The next token of each sequence, all distinct, from its row of the last batch; None: ask `late`."""
 
     def late(self, sequence: Sequence, wait_s: float) -> Drawn:
-        """The token that `sample` could not give; None: nor after `wait_s` seconds more."""
+        """The token for which `sample` returned None; None again if it takes more than another `wait_s` seconds."""
 
     def logprob(self, sequence: Sequence, row: int | None, token: int, top: int) -> TokenLogprob:
-        """The token's log probability and the `top` most likely ones, from row `row` of the last batch.
+        """The log probabilities of the token and of the `top` most likely ones, from row `row` of the last batch.
 
-        Row None: the token was late, and comes from an earlier batch.
+        `row` is None for a late token, whose logits come from an earlier batch.
         """
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        """The token's bytes; a control token has some only when `special`."""
+        """The token's bytes; empty for a control token unless `special`."""
 
     def is_eog(self, token: int) -> bool:
         """Whether the token ends the generation."""
@@ -73,25 +73,25 @@ class Backend(Protocol):
         """Drop a slot's cells from position `start` on."""
 
     def share(self, source: int, target: int, length: int) -> None:
-        """Give the empty slot `target` the first `length` positions of `source`."""
+        """Copy the first `length` positions of slot `source` to the empty slot `target`."""
 
     def save(self, slot: int) -> bytes:
-        """The content of a slot's cells."""
+        """The state of a slot, serialized."""
 
     def restore(self, slot: int, state: bytes) -> bool:
-        """Put saved cells into an empty slot; False, and the slot stays empty, where this context cannot take them."""
+        """Load saved cells into an empty slot. Returns False and leaves it empty if this context rejects them."""
 
     def save_part(self, slot: int, start: int, buffer: Callable[[int], Any]) -> int:
-        """Write a slot's state from position `start` on to the buffer that is given for its bytes; 0: none was."""
+        """Write a slot's state from `start` on to `buffer(size)`. Returns the bytes written; 0 without a buffer."""
 
     def load_parts(self, slot: int, parts: list[Part], back: bytes | None) -> bool:
-        """Put saved parts into an empty slot, then go `back` to a checkpoint; False, and the slot is empty, if not."""
+        """Load saved parts into an empty slot, then the checkpoint `back`, if given. Empties the slot on failure."""
 
     def keeps(self, slot: int, length: int) -> bool:
-        """Whether a slot's first `length` positions can be gone on from without a checkpoint."""
+        """Whether a slot can be continued after its first `length` positions without a checkpoint."""
 
     def checkpoint(self, slot: int) -> bytes:
-        """What of a slot's state could not be cut back to here later."""
+        """The part of a slot's state that truncation could not bring back later."""
 
     def rewind(self, slot: int, length: int, state: bytes) -> bool:
-        """Cut a slot back to the checkpoint `state` at `length`; False, and the slot is empty, where that failed."""
+        """Rewind a slot to the checkpoint `state` at `length`. Empties the slot and returns False on failure."""

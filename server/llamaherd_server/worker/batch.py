@@ -1,4 +1,4 @@
-"""A llama_batch that is filled a sequence at a time, never a token at a time."""
+"""A llama_batch that is filled one sequence at a time, not one token at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class Tokens(Protocol):
-    """The first `computed` of `tokens` are in `slot`, `pending` ones are not; `draft` may come after them."""
+    """The first `computed` of `tokens` are in the cells of `slot`. The `pending` rest, followed by `draft`, is not."""
 
     draft: list[int]
     computed: int
@@ -22,7 +22,7 @@ class Tokens(Protocol):
 
 
 class Batch:
-    """Room for `capacity` tokens, each of one sequence; `native` is what llama_decode takes."""
+    """Holds up to `capacity` tokens, each of one sequence. `native` is the struct that llama_decode takes."""
 
     def __init__(self, lib: Any, capacity: int) -> None:
         self._token: Any = (ctypes.c_int32 * capacity)()
@@ -37,9 +37,9 @@ class Batch:
         self.native = lib.llama_batch(0, self._token, None, self._position, one_each, slots, self._output)
 
     def fill(self, shares: Iterable[tuple[Tokens, int]], *, output_from: int | None = None) -> None:
-        """Put each sequence's next tokens one after the other, then of its draft; its last token gives output.
+        """Add the given number of tokens of each sequence: its pending ones, then those of its draft.
 
-        So does each of the draft, and each one at position `output_from` or later, where that is given.
+        Output rows are its last pending token, all of its draft, and every position from `output_from` on, if given.
         """
         row = 0
         for sequence, count in shares:
@@ -56,6 +56,6 @@ class Batch:
         self.native.n_tokens = row
 
     def fill_one(self, token: int) -> None:
-        """A single token at the beginning of slot 0."""
+        """Fill the batch with a single token, at position 0 of slot 0."""
         self._token[0], self._position[0], self._slot[0], self._output[0] = token, 0, 0, 1
         self.native.n_tokens = 1

@@ -1,6 +1,6 @@
-"""The highest of many logits, which spare a chain that keeps the best few all the others.
+"""Select the highest logits, so that a sampler chain that keeps only a few need not process the whole vocabulary.
 
-Needs numpy, so this is imported only where there are so many logits that it pays.
+Needs numpy, so this is imported only where there are so many logits that it pays off.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 DEPTH_BITS = 5
-DEPTH = 2**DEPTH_BITS  # logits whose highest one stands for them
-COARSE, WIDE = 8, 2  # of those that one stands for, where that leaves so many times as many as are wanted
+DEPTH = 2**DEPTH_BITS  # logits in a column, which its highest one represents
+COARSE, WIDE = 8, 2  # columns in a group, used where that leaves WIDE times as many groups as logits are wanted
 ENTRY = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 
 class Best:
-    """The highest logits of each row, and some more, as llama_token_data."""
+    """The highest logits of each row, and a few more, as llama_token_data."""
 
     def __init__(self, address: int, n_vocab: int, wanted: Sequence[tuple[int, Collection[int]]]) -> None:
-        """Of each row how many, one in DEPTH at most, and which tokens' too. The rows are at `address`, one by one."""
+        """`wanted`: for each row at `address`, how many logits (at most 1 in DEPTH), and tokens to add in any case."""
         rows, width = len(wanted), n_vocab // DEPTH
         logits = _array(address, rows, n_vocab)
-        # As many columns as are wanted have a logit of `least` or more, so there are as many such logits.
+        # At least as many column maxima reach `least` as logits are wanted, so at least as many logits do.
         columns = logits[:, : DEPTH * width].reshape(rows, DEPTH, width)
         highest = columns.max(axis=1)
         least = _ranked(highest, [count for count, _ in wanted])[:, None]
@@ -47,9 +47,9 @@ class Best:
         self._alike = bool((keys[1:] == keys[:-1]).any())
 
     def entries(self, row: int) -> tuple[int, int] | None:
-        """The address of the row's entries, and how many there are; good while this object is.
+        """The address and number of the row's entries; valid as long as this object exists.
 
-        None where logits are alike, and which one goes first depends on all of them; and where they are no numbers.
+        None if two logits are equal, because llama.cpp's order of ties depends on all logits, and None if they are NaN.
         """
         start, end = self._starts[row : row + 2]
         if start == end or (self._alike and len({*self._entries["logit"][start:end].tolist()}) < end - start):
@@ -65,7 +65,7 @@ def _array(address: int, rows: int, columns: int) -> NDArray[np.float32]:
 
 
 def _ranked(highest: NDArray[np.float32], counts: list[int]) -> NDArray[np.float32]:
-    """At most the `counts[row]`-th highest of each row, and not much less; cheaper than sorting all."""
+    """A close lower bound of the `counts[row]`-th highest value of each row; cheaper than a full sort."""
     rows, width = highest.shape
     if width >= COARSE * WIDE * max(counts):
         highest = highest[:, : width // COARSE * COARSE].reshape(rows, COARSE, -1).max(axis=1)

@@ -1,4 +1,4 @@
-"""Whole messages over a stream socket, length-prefixed msgpack: the worker's end, and the framing for both."""
+"""Length-prefixed msgpack messages over a stream socket: the worker's end, and the framing for both ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 class Closed(Exception):
-    """The front end has gone."""
+    """The front end has closed the connection."""
 
 
 def frame(message: Any) -> bytes:
@@ -26,7 +26,7 @@ def frame(message: Any) -> bytes:
 
 
 class Channel:
-    """Any thread may send, which blocks until the front end takes it; one receives. Both raise Closed."""
+    """Any thread may `send`, which blocks while the socket is full; one thread may `receive`. Both raise Closed."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -42,7 +42,7 @@ class Channel:
             raise Closed from error
 
     def receive(self, timeout_s: float | None = None) -> list[ToWorker]:
-        """What has arrived, after waiting for something: at most `timeout_s` seconds, where that is given."""
+        """Wait for data, at most `timeout_s` seconds if given, and return the complete messages received."""
         if not select.select([self._socket], [], [], timeout_s)[0]:
             return []
         try:

@@ -1,4 +1,4 @@
-"""A llama_context over loaded weights: what the step loop computes with, until a retune builds another one."""
+"""A llama_context over loaded weights, used by the scheduler until a reconfiguration builds another one."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from llamaherd_server.worker.weights import ModelError
 
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}  # ggml_type
 FLASH = {"auto": -1, "off": 0, "on": 1}
-# With split KV a shared prefix is copied, with all of its slot's cells: not worth it for a few tokens.
+# With split KV, sharing a prefix copies all cells of the source slot, which is not worth it for a few tokens.
 LEAST_COPIED = 64
 WHOLE, PARTIAL = 0, 1  # llama_state_seq_flags
 MAX_SEQUENCES = 256
 
 
 class Context:
-    """Implements scheduler.Backend. Raises DoesNotFit when the memory does not allow these settings."""
+    """Implements backend.Backend. Raises DoesNotFit if these settings need more memory than is available."""
 
     def __init__(self, model: Model, settings: EngineSettings, interrupt: Interrupt) -> None:
         self._model = model
@@ -43,7 +43,7 @@ class Context:
         check_fits(model, settings)
         self.size = total_cells(settings)
         slots = settings.parallel
-        # A sequence beside the slots', by which a part of one is saved, and put after what another has.
+        # `chains` needs a spare sequence: parts of a slot are saved from it, and loaded into it before they are copied.
         self.chains = settings.kv_unified and not model.window and slots < MAX_SEQUENCES
         self._spare = slots
         sequences = slots + self.chains
@@ -51,10 +51,10 @@ class Context:
         outputs = sequences + self.most_drafted
         self._handle = new_context(model, settings, n_seq_max=sequences, n_outputs_max=outputs)
         self.stops = not model.recurrent
-        if self.stops:  # a recurrent state that was half way through a step is lost
+        if self.stops:  # aborting a step would corrupt a recurrent state
             interrupt.watch(self._handle)
         self._memory = lib.llama_get_memory(self._handle)
-        self.generates = bool(self._memory)  # an encoder, for embeddings only, keeps nothing of a token
+        self.generates = bool(self._memory)  # an embedding-only encoder has no KV cache
         self._batch = Batch(lib, settings.batch)
         slides = self._memory and self._state_size(0, WHOLE) > self._state_size(0, PARTIAL)
         self._window = model.window if slides else 0
@@ -63,7 +63,7 @@ class Context:
         self.least_shared = 1 if settings.kv_unified else LEAST_COPIED
         self.drafts: DraftContext | None = None
         if settings.speculative == "draft" and model.draft and self.cuts:
-            try:  # all its cells are kept, to be cut back
+            try:  # `swa_full` keeps all cells, so that rejected drafts can be cut off
                 own = new_context(model.draft, settings, n_seq_max=slots, n_outputs_max=slots, swa_full=True)
             except DoesNotFit:
                 self.close()
@@ -78,11 +78,11 @@ class Context:
 
     @property
     def memory_bytes(self) -> float:
-        """Memory that closing this context gives back, estimated."""
+        """Estimated memory that closing this context releases."""
         return context_bytes(self._model, self.settings)
 
     def warm_up(self) -> None:
-        """Compute one token, so that ready means that the model answers; raises ModelError."""
+        """Compute one token to prove that the model works; raises ModelError if it does not."""
         self._batch.fill_one(0)
         if self._lib.llama_decode(self._handle, self._batch.native) != 0:
             raise ModelError("the model loads but cannot compute a token")
@@ -123,10 +123,10 @@ class Context:
     def share(self, source: int, target: int, length: int) -> None:
         if self.settings.kv_unified:
             self._lib.llama_memory_seq_cp(self._memory, source, target, 0, length)
-        elif self._window:  # a copy is done with the next step only, and would undo a checkpoint put there
+        elif self._window:  # seq_cp takes effect in the next step, and would overwrite a checkpoint loaded before
             self.restore(target, self.save(source))
             self.forget(target, length)
-        else:  # llama.cpp copies whole sequences only: what is too much goes again
+        else:  # llama.cpp copies only whole sequences here: drop the excess
             self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
             self.forget(target, length)
 
@@ -205,7 +205,7 @@ class Context:
 
 
 def new_context(model: Model | DraftModel, settings: EngineSettings, **more: Any) -> Any:
-    """A llama_context; `more` are further fields of llama_context_params. Raises DoesNotFit."""
+    """Create a llama_context; `more` sets further fields of llama_context_params. Raises DoesNotFit."""
     params = model.lib.llama_context_default_params()
     fields = {
         "n_ctx": total_cells(settings),
@@ -231,7 +231,7 @@ def new_context(model: Model | DraftModel, settings: EngineSettings, **more: Any
 
 
 def resolve_threads(settings: EngineSettings) -> EngineSettings:
-    """Zero threads: as many as this process may run on."""
+    """Replace a thread count of 0 by the number of CPUs this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = settings.threads or cores
     return msgspec.structs.replace(settings, threads=threads, threads_batch=settings.threads_batch or threads)

@@ -1,7 +1,7 @@
-"""What a draft model says after each sequence, by a context of its own that follows what the sequences say.
+"""Drafting with a draft model, in a separate context that follows the tokens of all running sequences.
 
-As llama.cpp's common/speculative.cpp it takes the most likely tokens, and stops where it is unsure; but one batch has
-the next token of all sequences.
+Like llama.cpp's common/speculative.cpp, it drafts the most likely tokens and stops where it is unsure. Unlike
+llama.cpp, it computes the next token of all sequences in one batch.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ if TYPE_CHECKING:
     from llamaherd_server.worker.speculation import Wanted
     from llamaherd_server.worker.vocabulary import Vocabulary
 
-# Tokens that a pass takes in by itself: the one drafted last, and the one that came after it.
+# Pending tokens that a drafting pass computes itself: the last drafted token and the one sampled after it.
 LAG = 2
-# Tokens below which it does not pay to catch up, and those computed before it is known what one takes.
+# Fewest tokens worth a catch-up batch, and the size of the first one, when the time per token is not known yet.
 LEAST_PIECE, FIRST_PIECE = 32, 128
-FADES = 0.98  # what a token takes, at each step that had no time for it: what was too dear once may not be now
+FADES = 0.98  # decay of the time per token at each step without the budget for it, so that it is tried again later
 
 
 @dataclass(eq=False, slots=True)
 class _Followed:
-    """A slot's `tokens`, of which the first `computed` are in its cells; after the first `agreed` they are drafted.
-
-    `arrival`: the sequence's. `most` may be drafted; `chance`: that all that is drafted comes true.
+    """The draft model's state of a slot. The first `computed` of `tokens` are in its cells; those from `agreed` on are
+    drafted, at most `most`, and all of them are accepted with probability `chance`. `arrival` identifies the sequence.
     """
 
     slot: int
@@ -46,7 +45,7 @@ class _Followed:
     agreed: int = 0
     most: int = 0
     chance: float = 1.0
-    draft: list[int] = field(default_factory=list)  # none: a batch takes `tokens` alone
+    draft: list[int] = field(default_factory=list)  # always empty; Batch.fill reads it
 
     @property
     def pending(self) -> int:
@@ -54,7 +53,7 @@ class _Followed:
 
 
 class DraftContext:
-    """Implements speculation.Source over the llama_context `handle` of a draft model; `target` is drafted for."""
+    """Implements speculation.Source with the llama_context `handle` of a draft model; `target` verifies the drafts."""
 
     def __init__(self, model: DraftModel, handle: Any, settings: EngineSettings, target: Vocabulary) -> None:
         self.catch_up_s = self.drafting_s = 0.0
@@ -65,7 +64,7 @@ class DraftContext:
         self._shares_cells = settings.kv_unified
         self._n_vocab, self._eog = min(model.n_vocab, target.n_vocab), target.eog_tokens
         self._narrow = model.n_vocab < target.n_vocab
-        self._piece_s: deque[float] = deque(maxlen=SEEN)  # seconds of a token, of pieces that were caught up
+        self._piece_s: deque[float] = deque(maxlen=SEEN)  # seconds per token of recent catch-up batches
         self._faded = 1.0
 
     def close(self) -> None:
@@ -87,19 +86,19 @@ class DraftContext:
         self.drafting_s = time.perf_counter() - began
 
     def _follow(self, sequence: Sequence, most: int) -> _Followed:
-        """Take over what the sequence says, in place of what did not come true."""
+        """Replace rejected drafted tokens with those that the sequence has now."""
         one = self._slots[sequence.slot]
         if one.arrival != sequence.arrival:
             self._adopt(one, sequence)
         agreed = one.agreed + common(one.tokens[one.agreed :], sequence.tokens[one.agreed :])
         new = sequence.tokens[agreed:]
         one.tokens[agreed:] = [min(token, self._n_vocab - 1) for token in new] if self._narrow else new
-        self._cut(one, min(agreed, len(one.tokens) - 1))  # the last one's logits are wanted
+        self._cut(one, min(agreed, len(one.tokens) - 1))  # the last token's logits are needed
         one.agreed, one.most, one.chance = len(one.tokens), most, 1.0
         return one
 
     def _adopt(self, one: _Followed, sequence: Sequence) -> None:
-        """Give the slot to a sequence, with the longest beginning of it that is there."""
+        """Assign the slot to a new sequence, with the longest prefix of it that is in the cells."""
         others = self._slots if self._shares_cells else [one]
         shared, source = max(
             ((common(other.tokens[: other.computed], sequence.tokens), other) for other in others),
@@ -112,7 +111,7 @@ class DraftContext:
         one.arrival, one.tokens, one.agreed = sequence.arrival, source.tokens[:shared], shared
 
     def _catch_up(self, following: list[_Followed], budget_s: float) -> float:
-        """Compute what was said meanwhile, in the given time, but for each one's last token; the time that takes."""
+        """Compute pending tokens, except each slot's last, within `budget_s`. Returns the estimated seconds spent."""
         behind = [one for one in following if one.pending > LAG]
         token_s = self._faded * quartile(self._piece_s) if self._piece_s else budget_s / FIRST_PIECE
         room = min(int(budget_s / token_s), self._capacity) if token_s else 0
@@ -132,14 +131,14 @@ class DraftContext:
         return computed * quartile(self._piece_s)
 
     def _pass(self, going: list[_Followed], worth: float) -> list[_Followed]:
-        """A token more for each; those that go on."""
+        """Draft one more token for each slot; return those that continue."""
         shares = self._decode([(one, one.pending) for one in going])
         ends = accumulate(count for _, count in shares)
         return [one for (one, _), end in zip(shares, ends, strict=True) if self._take(one, end - 1, worth)]
 
     def _take(self, one: _Followed, row: int, worth: float) -> bool:
-        """Draft the most likely token, where that is likely enough; whether to go on."""
-        import numpy as np  # noqa: PLC0415 (25 MiB that only drafts of a model need)
+        """Draft the most likely token if the draft's chance stays above `worth`; return whether to continue."""
+        import numpy as np  # noqa: PLC0415 (25 MiB, needed only with a draft model)
 
         pointer = self._lib.llama_get_logits_ith(self._handle, row)
         logits = np.ctypeslib.as_array(pointer, shape=(self._model.n_vocab,))[: self._n_vocab]
@@ -151,7 +150,7 @@ class DraftContext:
         return len(one.tokens) - one.agreed < one.most and token not in self._eog
 
     def _decode(self, shares: list[tuple[_Followed, int]]) -> list[tuple[_Followed, int]]:
-        """Compute the shares, as far as there are cells for them; raises DecodeFailed where the context is unusable."""
+        """Compute and return the shares that fit into the KV cells; raises DecodeFailed if the context is unusable."""
         while shares:
             self._batch.fill(shares)
             result = int(self._lib.llama_decode(self._handle, self._batch.native))

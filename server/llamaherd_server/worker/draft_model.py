@@ -1,4 +1,4 @@
-"""A smaller model of the same vocabulary, whose guesses the model confirms or not."""
+"""A smaller model with the same vocabulary, which drafts tokens for the model to verify."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llamaherd_server.worker.lib import Log
 from llamaherd_server.worker.vocabulary import Vocabulary
 from llamaherd_server.worker.weights import ModelError, check_magic, load_weights
 
-# Before it are unknown, BOS and the like, which may differ: SPEC_VOCAB_CHECK_START_TOKEN_ID in llama.cpp
+# Earlier tokens (unknown, BOS and so on) may differ: SPEC_VOCAB_CHECK_START_TOKEN_ID in llama.cpp
 FIRST_COMPARED = 5
 
 
 class DraftModel:
-    """Its weights, on an accelerator whole if the model's are there in part. Raises ModelError."""
+    """The draft model's weights, offloaded entirely if the model is offloaded at all. Raises ModelError."""
 
     def __init__(self, lib: Any, log: Log, path: str, placement: Placement, progress: Callable[[float], None]) -> None:
         check_magic(path)
@@ -38,13 +38,13 @@ class DraftModel:
         self.shape = None
         with suppress(GgufError):
             found = shape(read_header(Path(path)))
-            self.shape = replace(found, slides=[False] * found.n_layers)  # its context keeps all cells, to be cut back
+            self.shape = replace(found, slides=[False] * found.n_layers)  # its context is created with swa_full
 
     def adapt(self, context: Any) -> None:
-        """Nothing: the LoRAs are the model's."""
+        """Does nothing: LoRAs apply to the main model only."""
 
     def check_vocabulary(self, model: Vocabulary) -> None:
-        """Raises ModelError for the first token of another text. engine/draft_model.py has compared the headers."""
+        """Raise ModelError at the first token whose text differs. engine/draft_model.py compared the headers before."""
         text = self.lib.llama_vocab_get_text
         for token in range(FIRST_COMPARED, min(self.n_vocab, model.n_vocab)):
             if (own := text(self.vocab, token)) != (other := text(model.vocab, token)):

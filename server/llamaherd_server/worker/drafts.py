@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed when a sequence's last tokens came before, within the sequence itself, is likely next.
+"""Prompt lookup: drafts the tokens that followed an earlier occurrence of a sequence's last tokens in itself.
 
 Source of the idea: github.com/apoorvumang/prompt-lookup-decoding; llama.cpp's `--spec-type ngram-*`.
 """
@@ -8,42 +8,42 @@ from __future__ import annotations
 import math
 from array import array
 
-# How many tokens a match has: the longer one is looked for first, and below the shorter one nothing is proposed.
+# Lengths of a match, in tokens: LONG is tried first, and nothing shorter than SHORT counts.
 LONG, SHORT = 8, 3
-# Entries of a table, 4 bytes each, and tokens that a call indexes: bounds of memory and of a step's time.
+# Entries of 4 bytes in a table, which limits memory, and tokens that one call indexes, which limits its time.
 MOST_ENTRIES, INDEXED_AT_ONCE = 2**16, 512
 
 
 class Lookup:
-    """An index of one sequence's tokens, which only ever grow; `limit`: how many there may be.
+    """An n-gram index of one sequence's tokens, to which tokens are only ever appended, up to `limit`.
 
-    An entry gives way to a later one of the same hash, so that the latest occurrence is found, mostly.
+    A later entry with the same hash overwrites an earlier one, so usually the latest occurrence is found.
     """
 
     def __init__(self, limit: int) -> None:
         size = min(1 << (2 * limit).bit_length(), MOST_ENTRIES)
         self._mask = size - 1
-        self._after = array("i", bytes(4 * size))  # where an n-gram ended; 0: nowhere
+        self._after = array("i", bytes(4 * size))  # position after an n-gram; 0: none
         self._indexed = SHORT  # n-grams that end here or later have no entry yet
-        self._source = 0  # where the last proposal was taken from
+        self._source = 0  # position that the last proposal starts at
         self._proposed_at = 0
 
     def propose(self, tokens: list[int], most: int) -> list[int]:
-        """At most `most` tokens that may come next; none while the index has not caught up with `tokens`."""
+        """Up to `most` tokens that are likely to come next; none while the index lags behind `tokens`."""
         if not self._catch_up(tokens):
             return []
         source = self._source + len(tokens) - self._proposed_at
-        # A proposal that came true is gone on with: it matches more than any other does.
+        # Continue an accepted proposal: it matches more tokens than a new one would.
         if not (self._source and self._matches(tokens, source, SHORT)):
             source = self._find(tokens, LONG) or self._find(tokens, SHORT)
         self._source, self._proposed_at = source, len(tokens)
         if not source:
             return []
         draft = tokens[source : source + most]
-        return (draft * math.ceil(most / len(draft)))[:most]  # what reaches the end is a period, and goes on as one
+        return (draft * math.ceil(most / len(draft)))[:most]  # reaching the end means the text is periodic
 
     def _catch_up(self, tokens: list[int]) -> bool:
-        """Index the n-grams that something follows; whether all of them are."""
+        """Index the n-grams that have a successor; return whether all of them are indexed now."""
         start, end = self._indexed, min(len(tokens), self._indexed + INDEXED_AT_ONCE)
         for at in range(start, end):
             self._after[self._entry(tokens, at, SHORT)] = at

@@ -1,4 +1,4 @@
-"""What is computed is kept beyond its slot: when to put it into the prompt cache, when to take it, where to mark it."""
+"""Prompt cache policy: when to store computed prompts and to load them, and where to make checkpoints."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from llamaherd_server.worker.pieces import Found
 from llamaherd_server.worker.prompts import LEAST, PromptCache
 from llamaherd_server.worker.sequence import Sequence
 
-# Checkpoints of a slot, the bytes of all slots' together, and tokens between two borders, or two that none asks for.
+# Most checkpoints per slot and bytes of all checkpoints; fewest tokens between borders, and between other checkpoints.
 MOST_CHECKPOINTS, CHECKPOINT_BYTES, BORDERS_APART, APART = 8, 2**29, 64, 256
-# Bytes a second that a state is loaded with, until some have been.
+# Load rate in bytes per second that is assumed until one has been measured.
 LOADED_PER_S = 2e9
-_WEIGHT = 0.3  # of the latest load
+_WEIGHT = 0.3  # of the latest load in the average rate
 
 
 class Keeper:
-    """Of one scheduler. Without `prompts` only marks slots."""
+    """The policy of one scheduler. Without `prompts` it only makes checkpoints."""
 
     def __init__(self, prompts: PromptCache | None) -> None:
         self._prompts = prompts
@@ -33,12 +33,12 @@ class Keeper:
             self._prompts.suit(backend.settings, cuts=backend.cuts)
 
     def begin(self, slot: Slot, sequence: Sequence) -> None:
-        """Mark where a sequence departs from what was there; each border that its prompt stops at costs a step."""
+        """Make a checkpoint where the sequence leaves its cached prefix; space out borders, since each costs a step."""
         sequence.space_borders(BORDERS_APART)
         self.mark(slot, sequence, border=sequence.computed > 0)
 
     def mark(self, slot: Slot, sequence: Sequence, *, border: bool = False) -> None:
-        """Make a checkpoint of a slot that cannot be cut back: at its prompt's borders and end, far from the last."""
+        """If a slot cannot be truncated, make a checkpoint at its prompt's borders and end, or APART after the last."""
         length, checkpoints = sequence.computed, slot.checkpoints
         if self._backend.cuts or length > sequence.n_prompt:
             return
@@ -51,12 +51,12 @@ class Keeper:
             return
         checkpoints.append((length, state))
         while len(checkpoints) > MOST_CHECKPOINTS or sum(len(one) for _, one in checkpoints) > self._checkpoint_bytes:
-            # the first is the system prompt's, mostly, and the last ones are where the next turn begins
+            # the first one usually ends the system prompt, and the next turn starts from one of the last
             gaps = [checkpoints[i + 1][0] - checkpoints[i - 1][0] for i in range(1, len(checkpoints) - 2)]
             del checkpoints[1 + gaps.index(min(gaps)) if gaps else 0]
 
     def keep(self, slot: Slot) -> None:
-        """Put what the slot has computed into the cache, as far as it is not there."""
+        """Store the slot's computed tokens in the prompt cache, unless they are there already."""
         if self._prompts is None or slot.kept >= slot.length:
             return
         slot.kept = slot.length
@@ -67,13 +67,13 @@ class Keeper:
             self._prompts.put(slot.scope, tokens, after, slot.checkpoints, save, texts=slot.texts)
 
     def unkept(self, kv: KvCache) -> Slot | None:
-        """The idle slot that has waited longest to be kept."""
+        """The slot with tokens to store that has been idle longest."""
         if self._prompts is None:
             return None
         return min((one for one in kv.idle if one.kept < one.length), key=lambda slot: slot.used, default=None)
 
     def catch_up(self, kv: KvCache) -> None:
-        """Keep one slot at most: others' next token waits for it."""
+        """Store at most one slot, because running sequences wait meanwhile."""
         if slot := self.unkept(kv):
             self.keep(slot)
 
@@ -82,9 +82,9 @@ class Keeper:
             self.keep(slot)
 
     def better(self, sequence: Sequence, length: int, token_s: float) -> Found | None:
-        """What the cache has beyond the `length` tokens that a slot has, where loading it takes less than computing.
+        """A cached prefix longer than the `length` tokens in a slot, if loading it is faster than computing the rest.
 
-        `token_s`: how long a token of a prompt takes to compute; 0: unknown.
+        `token_s`: seconds to compute a prompt token; 0: unknown.
         """
         if self._prompts is None:
             return None
@@ -95,8 +95,8 @@ class Keeper:
         return None if slower else found
 
     def load(self, kv: KvCache, slot: Slot, found: Found) -> int:
-        """Put what was found into the empty slot; how many tokens it has then."""
-        assert self._prompts is not None  # noqa: S101 (who found it)
+        """Load a cached prefix into the empty slot. Returns its length in tokens, 0 on failure."""
+        assert self._prompts is not None  # noqa: S101 (`found` comes from it)
         began = time.perf_counter()
         fetched = found.fetched
         with self._prompts.held(found) as (parts, back, checkpoints):

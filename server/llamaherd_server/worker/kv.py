@@ -1,4 +1,4 @@
-"""The KV cache's books: which slot holds how many cells, which cells are shared, and how many are free."""
+"""Accounting of KV cells: how many each slot holds, which of them are shared, and how many are free."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ from llamaherd_server.worker.texts import Stretch
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """A sequence id of the context. Its cells hold the beginning of `tokens`, also when its sequence has finished.
+    """A sequence id of the context. Its cells hold a prefix of `tokens`, even after its sequence has finished.
 
-    `checkpoints`, by length, are what it can be cut back to where cells alone are not enough. `kept`: how many of its
-    tokens need no more keeping when it is given up.
+    `checkpoints`, by length, are states to rewind to where truncating the cells is not enough. `kept` tokens are in the
+    prompt cache already or must not go there.
     """
 
     number: int
     sequence: Sequence | None = None
     tokens: list[int] = field(default_factory=list)
     cells: list[int] = field(default_factory=list)
-    scope: str = ""  # whose requests may share the cells
-    used: int = 0  # the step of its last request's end
+    scope: str = ""  # cache scope of the requests that may share the cells
+    used: int = 0  # the step at which its last request ended
     checkpoints: list[Checkpoint] = field(default_factory=list)
     kept: int = 0
-    texts: list[Stretch] = field(default_factory=list)  # whose tokens are among `tokens`
+    texts: list[Stretch] = field(default_factory=list)  # known texts and their positions in `tokens`
 
     @property
     def length(self) -> int:
         return len(self.cells)
 
     def vacate(self, step: int) -> None:
-        """Its sequence leaves; the cells stay for prompts that share the prefix, and are kept if it may be."""
+        """Remove the sequence. Its cells stay for prompts that share the prefix, and may go to the prompt cache."""
         if self.sequence and not self.sequence.request.cache_prompt:
             self.kept = self.length
         self.sequence, self.used = None, step
 
 
 class KvCache:
-    """Every change to the cells goes through here, to the backend and into the books at once.
+    """All changes to cells go through here, so that the backend and the accounting stay in step.
 
-    With unified KV a shared cell counts once, and is free when the last slot lets go of it; with split KV it is copied.
+    With unified KV, a shared cell counts once and is freed by the last slot that holds it. With split KV, it is copied.
     """
 
     def __init__(self, backend: Backend, before_loss: Callable[[Slot], None] = lambda _: None) -> None:
-        """`before_loss` is called with a slot that is about to be emptied for another's sake."""
+        """`before_loss` is called with each slot that is about to be evicted."""
         self._before_loss = before_loss
         self.slots = [Slot(number) for number in range(backend.settings.parallel)]
         self.size = self.free = backend.size
         self._backend = backend
         self._unified = backend.settings.kv_unified
         self._numbers = itertools.count()
-        self._sharers: dict[int, int] = {}  # cell: slots beside the first one
+        self._sharers: dict[int, int] = {}  # cell: how many slots share it, besides the first
 
     @property
     def used(self) -> int:
@@ -65,19 +65,19 @@ class KvCache:
         return [slot for slot in self.slots if slot.sequence is None]
 
     def grow(self, slot: Slot, count: int) -> None:
-        """The backend has put `count` more tokens into the slot."""
+        """Account for `count` tokens that the backend has added to the slot."""
         slot.cells.extend(itertools.islice(self._numbers, count))
         self.free -= count
 
     def usable(self, slot: Slot, length: int) -> int:
-        """How many of the slot's first `length` positions can be gone on from."""
+        """The longest prefix of the slot, up to `length`, from which it can be continued."""
         length = min(length, slot.length)
         if length == 0 or self._backend.keeps(slot.number, length):
             return length
         return max((there for there, _ in slot.checkpoints if there <= length), default=0)
 
     def share(self, source: Slot, target: Slot, length: int) -> int:
-        """Give the empty `target` the first `length` positions of `source`, which are `usable`; how many it got."""
+        """Copy the first `length` positions of `source`, all `usable`, to empty `target`. Returns its new length."""
         kept = self._backend.keeps(source.number, length)
         self._backend.share(source.number, target.number, length)
         target.checkpoints = [one for one in source.checkpoints if one[0] <= length]
@@ -90,7 +90,7 @@ class KvCache:
         return length if kept or self._rewind(target, length) else 0
 
     def cut(self, slot: Slot, length: int = 0) -> int:
-        """Keep the slot's first `length` positions only, as far as they are `usable`; how many those are."""
+        """Truncate the slot to the `usable` part of its first `length` positions. Returns the resulting length."""
         length = self.usable(slot, length)
         slot.checkpoints = [one for one in slot.checkpoints if one[0] <= length]
         slot.kept = min(slot.kept, length)
@@ -103,7 +103,7 @@ class KvCache:
         return length if kept or self._rewind(slot, length) else 0
 
     def load(self, slot: Slot, parts: list[Part], back: bytes | None, checkpoints: list[Checkpoint]) -> bool:
-        """Put saved parts into the empty slot; False, and it stays empty, where the backend cannot."""
+        """Load saved parts into the empty slot. Returns False and leaves it empty if the backend rejects them."""
         if not self._backend.load_parts(slot.number, parts, back):
             return False
         self.grow(slot, parts[-1][2])
@@ -111,7 +111,7 @@ class KvCache:
         return True
 
     def evict(self, *keep: Slot | None) -> bool:
-        """Empty the idle slot that was used least recently; False when there is none but those to `keep`."""
+        """Empty the least recently used idle slot. Returns False if there is none other than those to `keep`."""
         cached = [slot for slot in self.idle if slot.cells and slot not in keep]
         if not cached:
             return False
