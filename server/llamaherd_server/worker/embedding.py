@@ -1,6 +1,6 @@
-"""Embeddings and rerank scores: a context of their own over the same weights, made when one is first asked for.
+"""Embeddings and rerank scores, from a separate context over the same weights that is created on first use.
 
-It is computed in bounded pieces between the steps of the generating context, whose KV cells it never touches.
+Inputs are computed in bounded pieces between the steps of the generating context, whose KV cells stay untouched.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from llamaherd_server.worker.model import MEAN_POOLING, Model
 from llamaherd_server.worker.sequence import NO_SLOT
 from llamaherd_server.worker.side_context import SideContext
 
-# Tokens that are computed at a time: rows of logits that llama.cpp has room for, and, the second, what a stream waits.
+# Tokens per piece: the first limits llama.cpp's buffer for logits, the second how long running streams wait.
 PIECE, PIECE_BESIDE = 128, 64
-MOST_INPUTS = 64  # in one batch
+MOST_INPUTS = 64  # per batch
 
 
 @dataclass(eq=False, slots=True)
 class Input:
-    """One input of a job; `pooled` is what its first `computed` tokens give, not yet normalised."""
+    """One input of a job. `pooled` is the vector of its first `computed` tokens, not yet normalised."""
 
     job: Job
     index: int
@@ -45,7 +45,7 @@ class Input:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One Embed message and its answer so far: a vector for each input, empty while it is not known."""
+    """One Embed message and its answer so far: a vector for each input, empty until it is known."""
 
     request: Embed
     inputs: list[list[int]]
@@ -60,9 +60,9 @@ class Job:
 
 
 class Embedder:
-    """Jobs in, answers out, a piece at each `step`. Like the scheduler it belongs to the thread that computes.
+    """Computes queued jobs, one piece per `step`. Like the scheduler, it is for the step thread only.
 
-    `causal`: no token looks at later ones, so that an input can be computed piece by piece; an encoder's cannot.
+    `causal`: tokens attend only to earlier ones, so an input can be computed in pieces. An encoder's input cannot.
     """
 
     def __init__(self, model: Model, interrupt: Interrupt, *, causal: bool) -> None:
@@ -79,11 +79,11 @@ class Embedder:
 
     @property
     def memory_bytes(self) -> float:
-        """Memory that `close` gives back, estimated."""
+        """Estimated memory that `close` releases."""
         return self._context.memory_bytes
 
     def add(self, job: Job, settings: EngineSettings) -> None:
-        """Raises RequestError where an input is too long for the context, or there is no memory for one."""
+        """Queue a job. Raises RequestError if an input is too long or the context does not fit into memory."""
         self._check_room(job, settings)
         if not self._context.handle:
             self._open(settings)
@@ -95,16 +95,16 @@ class Embedder:
             self._queue.remove(one)
 
     def close(self) -> None:
-        """Free the context. What is queued begins again in the next one."""
+        """Free the context. Queued inputs start over in the next one."""
         for one in self._queue:
             self._forget(one)
         self._context.close()
 
     def step(self, settings: EngineSettings, *, alone: bool) -> Iterator[Embedded | Failed]:
-        """Compute one piece, a smaller one where others wait for it; the jobs that ended with it."""
+        """Compute one piece, a smaller one unless `alone`; yield the answers of the jobs that it finishes."""
         if not self._queue:
             return
-        if not self._context.handle:  # after a retune
+        if not self._context.handle:  # after a reconfiguration
             yield from self._reopen(settings)
             return
         shares = self._plan(self._context.settings.ubatch if alone or not self._causal else PIECE_BESIDE)
@@ -117,7 +117,7 @@ class Embedder:
         for one, count in shares:
             if not computed:
                 if not self._context.forget(one.slot, one.computed):
-                    self._forget(one)  # a recurrent state goes as a whole
+                    self._forget(one)  # a recurrent state can only be dropped as a whole
                 continue
             self._pool(one, count)
             if not one.pending:
@@ -128,7 +128,7 @@ class Embedder:
     # --- the context ---------------------------------------------------------------------------------------------
 
     def _room(self, settings: EngineSettings) -> int:
-        """The tokens that an input may have: a slot's; for an encoder at most those that it was trained with."""
+        """The maximum length of an input: a slot's; for an encoder, at most its training context."""
         room = min(settings.ctx_per_slot, total_cells(settings))
         return room if self._causal else min(room, self._model.n_ctx_train)
 
@@ -139,7 +139,7 @@ class Embedder:
             raise RequestError("context_length_exceeded", "input", message)
 
     def _reopen(self, settings: EngineSettings) -> Iterator[Failed]:
-        """With other settings; fails the jobs that they have no room for."""
+        """Open the context with new settings; fail the jobs that do not fit into it."""
         for job in {one.job for one in self._queue}:
             try:
                 self._check_room(job, settings)
@@ -149,8 +149,8 @@ class Embedder:
                 yield self._fail(job, error)
 
     def _open(self, settings: EngineSettings) -> None:
-        """Raises RequestError where the memory does not suffice."""
-        # An encoder looks at the whole input at once. Otherwise a piece begins where the last one ended.
+        """Open the context. Raises RequestError if it does not fit into memory."""
+        # An encoder needs the whole input in one batch; a causal model continues where the last piece ended.
         room = self._room(settings)
         piece = min(PIECE, settings.ubatch) if self._causal else room
         more = {"embeddings": True, "pooling_type": self._model.pooling, "n_seq_max": MOST_INPUTS}
@@ -159,7 +159,7 @@ class Embedder:
     # --- one piece -----------------------------------------------------------------------------------------------
 
     def _plan(self, room: int) -> list[tuple[Input, int]]:
-        """Inputs in their order, as far as `room` tokens go; only the last one may be cut, and an encoder's never."""
+        """Inputs in queue order, up to `room` tokens. Only the last one may be split, and never an encoder's."""
         room = min(room, self._context.settings.ubatch)
         shares: list[tuple[Input, int]] = []
         for one in itertools.islice(self._queue, MOST_INPUTS):
@@ -173,13 +173,13 @@ class Embedder:
         return shares
 
     def _pool(self, one: Input, count: int) -> None:
-        """Join what llama.cpp pooled over these `count` tokens to what the input's earlier tokens gave."""
+        """Combine llama.cpp's pooled vector of these `count` tokens with that of the input's earlier tokens."""
         values = self._lib.llama_get_embeddings_seq(self._context.handle, one.slot)
         new = array("f", values[: self._model.n_pooled])
         before, one.computed = one.computed, one.computed + count
         if before and self._model.pooling == MEAN_POOLING:
             new = array("f", ((a * before + b * count) / one.computed for a, b in zip(one.pooled, new, strict=True)))
-        one.pooled = new  # the last token's, or a score: nothing of the earlier ones is in it
+        one.pooled = new  # the last token's vector, or a score, replaces the earlier one
 
     def _finish(self, one: Input) -> Iterator[Embedded]:
         job = one.job
@@ -198,6 +198,6 @@ class Embedder:
 
 
 def _normalised(values: array[float]) -> array[float]:
-    """Of length 1 (Euclidean), as llama-server's are; a null vector stays one."""
+    """Scale to Euclidean length 1, as llama-server does; a null vector stays unchanged."""
     norm = math.hypot(*values) or 1.0
     return array("f", (value / norm for value in values))

@@ -1,6 +1,6 @@
-"""Log probabilities of given tokens: a context over the same weights, made for one job and freed at its end.
+"""Log probabilities of given tokens, from a context over the same weights that is freed at the end of each job.
 
-It is computed in bounded pieces between the steps of the generating context, whose KV cells it never touches.
+Inputs are computed in bounded pieces between the steps of the generating context, whose KV cells stay untouched.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from llamaherd_server.worker.memory import total_cells
 from llamaherd_server.worker.model import Model
 from llamaherd_server.worker.side_context import SideContext
 
-# Tokens that are computed at a time; the second, what a stream waits, is small, as each row is looked through here.
+# Tokens per piece, the second beside running streams: few, because each row of logits is processed here.
 PIECE, PIECE_BESIDE = 128, 16
 
 
 @dataclass(eq=False, slots=True)
 class Rows:
-    """What Evaluation holds, as far as it is known."""
+    """The fields of an Evaluation, as far as they are computed."""
 
     logprobs: array[float] = field(default_factory=lambda: array("f"))
     top_tokens: bytearray = field(default_factory=bytearray)
@@ -36,7 +36,7 @@ class Rows:
 
 @dataclass(eq=False, slots=True)
 class EvaluationJob:
-    """One Evaluate message and its answer so far; the first `computed` tokens of the input at hand are in the cells."""
+    """One Evaluate message and its answer so far. The first `computed` tokens of the current input are in the cells."""
 
     request: Evaluate
     slot: int = 0
@@ -65,13 +65,13 @@ class EvaluationJob:
         return max(len(one.tokens) for one in self.request.inputs)
 
     def begin_again(self, *, whole: bool) -> None:
-        """Forget what was computed of the input at hand, or of the `whole` job."""
+        """Discard the results of the current input, or of the `whole` job."""
         self.computed = 0
         self.rows[-1 if not whole else 0 :] = [Rows()]
 
 
 class Evaluator:
-    """Jobs in, answers out, a piece at each `step`. Like the scheduler it belongs to the thread that computes."""
+    """Computes queued jobs, one piece per `step`. Like the scheduler, it is for the step thread only."""
 
     def __init__(self, model: Model, interrupt: Interrupt) -> None:
         self._model = model
@@ -84,7 +84,7 @@ class Evaluator:
 
     @property
     def memory_bytes(self) -> float:
-        """Memory that `close` gives back, estimated."""
+        """Estimated memory that `close` releases."""
         return self._context.memory_bytes
 
     def add(self, job: EvaluationJob) -> None:
@@ -99,13 +99,13 @@ class Evaluator:
                 return
 
     def close(self) -> None:
-        """Free the context. What is queued begins again in the next one: an answer is of one context."""
+        """Free the context. Queued jobs start over, because an answer must not mix two contexts."""
         self._context.close()
         for job in self._queue:
             job.begin_again(whole=True)
 
     def step(self, settings: EngineSettings, *, alone: bool) -> Iterator[Evaluated | Failed]:
-        """Compute one piece, a smaller one where others wait for it; the job that ended with it."""
+        """Compute one piece, a smaller one unless `alone`; yield the answer of the job that it finishes."""
         if not self._queue:
             return
         job = self._queue[0]
@@ -127,7 +127,7 @@ class Evaluator:
                 job.rows.append(Rows())
 
     def _open(self, job: EvaluationJob, settings: EngineSettings) -> None:
-        """Raises RequestError where an input is too long, or the memory does not suffice."""
+        """Open the context. Raises RequestError if an input is too long or the context does not fit into memory."""
         room = min(settings.ctx_per_slot, total_cells(settings))
         if job.longest > room:
             message = f"an input has {job.longest} tokens, a slot holds {room}: shorten it or raise ctx_per_slot"
@@ -137,17 +137,17 @@ class Evaluator:
         self._context.open(replace(settings, **kinds), piece=piece, cells=job.longest + piece, n_seq_max=1)
 
     def _compute(self, job: EvaluationJob, count: int) -> None:
-        """The next `count` tokens of the input at hand; none where the step was stopped. Raises RequestError."""
+        """Compute the next `count` tokens of the current input, none if interrupted. Raises RequestError."""
         if self._context.decode([(job, count)], output_from=job.start - 1, mostly_for=job.id):
             for row in range(max(job.start - 1 - job.computed, 0), count):
                 self._take(job, row)
             job.computed += count
         elif not self._context.forget(job.slot, job.computed):
-            self._context.forget(job.slot)  # a recurrent state goes as a whole
+            self._context.forget(job.slot)  # a recurrent state can only be dropped as a whole
             job.begin_again(whole=False)
 
     def _take(self, job: EvaluationJob, row: int) -> None:
-        from llamaherd_server.worker import logits  # noqa: PLC0415 (numpy, 25 MiB that few need)
+        from llamaherd_server.worker import logits  # noqa: PLC0415 (numpy, 25 MiB, rarely needed)
 
         values = logits.log_softmax(logits.row_of(self._model, self._context.handle, row))
         best = logits.most_likely(values, job.request.top)

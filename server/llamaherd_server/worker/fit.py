@@ -1,4 +1,4 @@
-"""Where llama.cpp itself would put a model, with `gpu_layers: auto`: asked of `llama-fit-params` of the same build."""
+"""Resolves `gpu_layers: auto` to the placement that `llama-fit-params` of the same llama.cpp build computes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from llamaherd_server.wire.engine_settings import EngineSettings, Placement
 from llamaherd_server.worker.weights import ModelError
 
 PROGRAM = "llama-fit-params"
-_TIMEOUT_S = 600.0  # it reads the header, and builds contexts without memory
+_TIMEOUT_S = 600.0  # it reads the header and creates contexts without allocating memory
 _RESULT = re.compile(r'^-c \d+ -ngl (-?\d+)(?: -ts (\S+))?(?: -ot "(.*)")?$', re.MULTILINE)
 _COMPLAINT = re.compile(r"^[\d.]+ [WE] (.*)$", re.MULTILINE)  # a warning or an error
 
 
 class Fit(NamedTuple):
-    """`overrides`: patterns of tensors that go into a buffer type of this name, whatever layer they are in."""
+    """`overrides`: pairs of a tensor name pattern and the buffer type for matching tensors, regardless of layer."""
 
     placement: Placement
     overrides: list[tuple[str, str]]
 
 
 def context_arguments(settings: EngineSettings) -> dict[str, object]:
-    """llama.cpp's flags for what a context takes memory for."""
+    """llama.cpp's flags for the settings that determine a context's memory."""
     context = settings.parallel * settings.ctx_per_slot
     return {
         "--parallel": settings.parallel,
@@ -40,7 +40,7 @@ def context_arguments(settings: EngineSettings) -> dict[str, object]:
 
 
 def fitted(lib: Any, path: str, placement: Placement, settings: EngineSettings) -> Fit:
-    """`placement` with numbers for `auto`: as many layers as the devices' free memory has room for, with 1 GiB left.
+    """`placement` with `auto` replaced by as many layers as fit into the devices' free memory, leaving 1 GiB.
 
     Raises ModelError.
     """

@@ -1,7 +1,7 @@
-"""What a request's texts make llama.cpp do, done in a process that may die: a child forked for that request alone.
+"""Tokenises long texts and runs grammars in child processes, each forked for one request.
 
-Long texts are tokenised there, and a grammar lives there as long as its request: it never enters the process that
-holds the model. A child that takes too much time or memory, or that llama.cpp aborts, fails its own request.
+A grammar stays in its child as long as the request runs; it never enters the process that holds the model. If a child
+exceeds its limits on time or memory, or llama.cpp aborts it, only its own request fails.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from llamaherd_server.process.priority import SLOW_S, Patience
 from llamaherd_server.wire.errors import RequestError, too_long
 from llamaherd_server.worker.channel import LENGTH_BYTES, frame
 
-SHORT_CHARS = 2**13  # so much text is tokenised in 2 ms, and needs no child
-MOST_TOKENS = 2**18  # that a request for the tokens of a text gets
-# Tokens that a grammar is tried with before it is taken: what is costly from the start is refused before the answer is
-# begun.
+SHORT_CHARS = 2**13  # a text of this length is tokenised in 2 ms, and needs no child
+MOST_TOKENS = 2**18  # that a tokenize request may return
+# Tokens generated in the trial of a new grammar, which rejects a grammar that is slow from the start before the answer
+# begins.
 TRIAL_TOKENS = 3
-# How many times the time that the whole vocabulary takes with the simplest grammar one token may take.
+# CPU time limit of a trial token, as a multiple of applying the simplest grammar to the whole vocabulary.
 TRIAL_COST = 25.0
 MEMORY_BYTES = 512 * 2**20
-# And by the clock, where the host has no CPU time to spare for it: longer if it had hardly any.
+# Wall-clock limits, in case the host is busy: the longer one if the child got less than HARDLY_ANY_S of CPU time.
 GRAMMAR_DEADLINE_S, LAST_DEADLINE_S = 3.0, 15.0
 HARDLY_ANY_S = 0.15
 PID_BYTES = 4
 KNOWN_GRAMMARS, KNOWN_CHARS = 256, 2**23
 ALLOWED = b"\1"
-# No device: a child has no use for one, and a driver does not survive a fork. No backtrace: of a child that llama.cpp
-# aborts, ggml would have a debugger write one, for seconds.
+# No devices: children do not need them, and GPU drivers do not survive a fork. No backtrace: ggml would attach a
+# debugger to an aborting child, which takes seconds.
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "HIP_VISIBLE_DEVICES": "",
@@ -47,10 +47,10 @@ _ENVIRONMENT = {
 
 
 class Job(msgspec.Struct, frozen=True):
-    """Texts to tokenise, and a grammar to compile and to keep to for `trial` tokens, none above `trial_cost`.
+    """Texts to tokenise, and a grammar to compile and try for `trial` tokens of at most `trial_cost` each.
 
-    Texts that a slot of `room` tokens has no room for, with `beside` others, are refused, and so are more tokens than
-    `most`; with `counted` their number is the answer.
+    The tokens of the texts and `beside` others must fit into a slot of `room` tokens, or be at most `most`. With
+    `counted`, only their number is returned.
     """
 
     texts: list[str] = []
@@ -66,7 +66,7 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Prepared(msgspec.Struct):
-    """The tokens of each text and the number of all, or of too many the number, `at_least`; or the grammar's fault."""
+    """The tokens of each text and their `count`, a lower bound if `at_least`; or why the grammar was rejected."""
 
     tokens: list[list[int]] = []
     count: int = 0
@@ -78,17 +78,17 @@ _prepared = msgspec.msgpack.Decoder(Prepared)
 
 
 class Forkserver:
-    """Starts the process when it is first needed, and again when it has gone. Any thread may `open` a child."""
+    """Starts the process on first use, and again if it has died. Any thread may `open` a child."""
 
     def __init__(self, model_path: str) -> None:
         self._model_path = model_path
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._known: OrderedDict[str, RequestError | None] = OrderedDict()  # grammars; None: it passed its trial
+        self._known: OrderedDict[str, RequestError | None] = OrderedDict()  # by grammar; None: it passed its trial
 
     def open(self, job: Job) -> Child:
-        """A child at work on the job; raises RequestError for a grammar that has been refused before."""
+        """Start a child for the job. Raises RequestError for a grammar that was rejected before."""
         with self._lock:
             if job.grammar is not None and job.grammar in self._known:
                 if refusal := self._known[job.grammar]:
@@ -104,12 +104,12 @@ class Forkserver:
         return Child(self, job, ours)
 
     def has_passed(self, grammar: str) -> bool:
-        """Whether a trial of the grammar has shown nothing against it."""
+        """Whether the grammar has passed its trial."""
         with self._lock:
             return self._known.get(grammar, self) is None
 
     def remember(self, grammar: str, refusal: RequestError | None) -> None:
-        """Refuse the grammar at once when it comes again, or take it without a trial."""
+        """Record the result of a grammar's trial, so that it is rejected or accepted without one next time."""
         with self._lock:
             self._known[grammar] = refusal
             self._known.move_to_end(grammar)
@@ -148,7 +148,7 @@ class Forkserver:
 
 
 class Child:
-    """A child at work. One thread at a time may wait for it; any may `close` it, which fails the wait."""
+    """A running child. One thread at a time may wait for it; any thread may `close` it, which fails the wait."""
 
     def __init__(self, server: Forkserver, job: Job, sock: socket.socket) -> None:
         self._server = server
@@ -159,9 +159,9 @@ class Child:
         self._patience: Patience | None = None
 
     def prepared(self) -> Prepared:
-        """What the job makes, once that is there and its grammar compiles; raises RequestError."""
+        """Wait for the job's result. Raises RequestError, also if the grammar does not compile."""
         try:
-            with suppress(BrokenPipeError, ConnectionResetError):  # it has died; reading says so
+            with suppress(BrokenPipeError, ConnectionResetError):  # it has died, which the next read notices
                 self._socket.sendall(frame(self._job))
             pid = int.from_bytes(self._socket.recv(PID_BYTES), "little")
             if not pid:
@@ -189,13 +189,13 @@ class Child:
         return done
 
     def ask(self, token: int) -> None:
-        """Have the grammar accept `token`, if it allows it; `answer` says whether it did."""
+        """Send `token` to the grammar, which accepts it if it is allowed; `answer` returns the result."""
         if self._patience:
             self._patience.again()
         self._tell(token)
 
     def answer(self, n_vocab: int, wait_s: float) -> bytes | None:
-        """ALLOWED, or a byte for each token of the vocabulary, 0 where the grammar allows it; None: not yet.
+        """ALLOWED, or a byte for each token of the vocabulary, 0 if allowed; None after `wait_s` without an answer.
 
         Raises RequestError.
         """
@@ -213,14 +213,14 @@ class Child:
         return ALLOWED if whole[:1] == ALLOWED else whole[1:]
 
     def accept(self, token: int) -> None:
-        """Go on with a token that the last answer allowed."""
+        """Continue with a token that the last answer allowed."""
         self._tell(token)
 
     def close(self) -> None:
-        """End the child."""
+        """End the child and fail a pending wait."""
         self._closed = True
         with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the waiting thread
         self._socket.close()
 
     def _readable(self, wait_s: float) -> bool:
@@ -233,7 +233,7 @@ class Child:
         return ready
 
     def _tell(self, token: int) -> None:
-        with suppress(OSError):  # it has died; its missing answer says so
+        with suppress(OSError):  # it has died, which `answer` notices
             self._socket.sendall(token.to_bytes(4, "little"))
 
     def _read(self, size: int) -> bytes:

@@ -1,6 +1,6 @@
-"""`python -m llamaherd_server.worker.forkserver_child FD MODEL`: forks a child for each socket that comes over FD.
+"""`python -m llamaherd_server.worker.forkserver_child FD MODEL`: forks a child for each socket received over FD.
 
-It holds the vocabulary and nothing else of the model, so that a fork takes a millisecond. See forkserver.py.
+It holds only the model's vocabulary, so a fork takes a millisecond. See forkserver.py.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from llamaherd_server.worker.forkserver import (
 from llamaherd_server.worker.lib import load
 from llamaherd_server.worker.vocabulary import Vocabulary
 
-# CPU time, in times that the whole vocabulary takes with the simplest grammar: for a grammar's compilation, for each
-# token of its trial, and for those of an answer: at once, and for each one more. A pattern of e-mail addresses takes 5.
+# CPU time limits, as multiples of applying the simplest grammar to the whole vocabulary: for compilation, per trial
+# token, and the budget for an answer: its size, and its refill per token. A pattern for e-mail addresses takes 5.
 COMPILE_COST, TRIED_COST, START_COST, NEXT_COST = 40.0, 8.0, 60.0, 6.0
-LEAST_COST_S = 0.005  # a small vocabulary takes next to no time
-# For texts, and for each MiB of them.
+LEAST_COST_S = 0.005  # for small vocabularies
+# CPU time limit for tokenising: a base, and an addition per MiB of text.
 TEXTS_S, TEXTS_S_PER_MIB = 1.0, 4.0
 REASON_CHARS = 200
 PARSE_ERROR = b"error parsing grammar: "
 LITERALS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#.*')
-# Bytes of a llama_token_data, of which the last of the logit's is 0xff once a sampler has made 0 to minus infinity.
+# Size of a llama_token_data, and offset of its logit's last byte, which is 0 for 0.0 and 0xff for minus infinity.
 CANDIDATE_BYTES, LOGIT_END = 12, 7
 _job = msgspec.msgpack.Decoder(Job)
 
@@ -58,7 +58,7 @@ def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     with ThreadPoolExecutor(1, initializer=lower) as beside:
         grammars = beside.submit(loaded, sys.argv[2]).result()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a child
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
     gc.freeze()
     while True:
         try:
@@ -67,7 +67,7 @@ def main() -> None:
             return
         if not ends:
             return
-        with suppress(OSError):  # no memory for a child: its end is closed, and that is seen
+        with suppress(OSError):  # out of memory: the client sees its socket close
             if os.fork() == 0:
                 control.close()
                 be_child(grammars, socket.socket(fileno=ends[0]))
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def loaded(path: str) -> Grammars:
-    """The vocabulary of the GGUF at `path`, and what all grammars need of it."""
+    """Load the vocabulary of the GGUF at `path`, and precompute what every grammar needs."""
     lib = load()
     said = bytearray()
 
@@ -95,7 +95,7 @@ def loaded(path: str) -> Grammars:
 
 
 def be_child(grammars: Grammars, end: socket.socket) -> NoReturn:
-    """Do the job, and be the grammar until the other end closes."""
+    """Do the job, then answer for its grammar, if any, until the other end closes."""
     try:
         end.send(os.getpid().to_bytes(PID_BYTES, "little"))
         job = _job.decode(_read(end, int.from_bytes(_read(end, LENGTH_BYTES), "big")))
@@ -113,7 +113,7 @@ def be_child(grammars: Grammars, end: socket.socket) -> NoReturn:
 
 
 def be_grammar(grammars: Grammars, end: socket.socket) -> NoReturn:
-    """Answer for each token that comes, within the CPU time for so many; raises EOFError."""
+    """Answer each received token within the CPU time budget; raises EOFError when the other end closes."""
     left_s = START_COST * grammars.cost_s
     while True:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -127,7 +127,7 @@ def be_grammar(grammars: Grammars, end: socket.socket) -> NoReturn:
 
 
 def limit(cpu_s: float) -> None:
-    """Bound this process's CPU time and memory; beyond them it ends."""
+    """Limit CPU time, beyond which SIGPROF ends the process, and memory, beyond which allocations fail."""
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError, ValueError):  # not on macOS
@@ -136,17 +136,17 @@ def limit(cpu_s: float) -> None:
 
 
 def end_with(end: socket.socket, on: bool) -> None:
-    """Have the kernel end this process when the other end closes, in the middle of a call into llama.cpp too."""
+    """Set whether SIGIO ends this process when the other end closes, even in the middle of a llama.cpp call."""
     flags = fcntl.fcntl(end, fcntl.F_GETFL)
     fcntl.fcntl(end, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(end, fcntl.F_SETFL, flags | os.O_ASYNC if on else flags & ~os.O_ASYNC)
 
 
 class Grammars:
-    """Compiles one grammar, after the fork, and keeps to it; what it needs of the vocabulary is made before."""
+    """Compiles and applies one grammar after the fork; tables of the vocabulary are built before the fork."""
 
     def __init__(self, vocabulary: Vocabulary, said: bytearray, writer: Any) -> None:
-        """`said` has llama.cpp's last error, by way of `writer`, which it must not outlive."""
+        """`said` holds llama.cpp's last error. The callback `writer` fills it, and must stay referenced."""
         self._lib = lib = vocabulary.lib
         self._writer = writer
         self._vocabulary = vocabulary
@@ -155,12 +155,12 @@ class Grammars:
         self._records = [bytes(lib.llama_token_data(token, 0.0, 0.0)) for token in range(vocabulary.n_vocab)]
         self._everything = b"".join(self._records)
         self._sampler: Any = None
-        self._names_tokens = False  # of which their beginnings say nothing
-        self._chosen = False  # whether the next token is one of those that the last answer allowed
+        self._names_tokens = False  # whether the grammar names tokens, about which prefixes say nothing
+        self._chosen = False  # whether the next token comes from the mask of the last answer
         self.cost_s = self._measured_s()
 
     def _measured_s(self) -> float:
-        """What the whole vocabulary takes with a grammar that allows any text."""
+        """CPU time of applying a grammar that allows any text to the whole vocabulary."""
         self._compile("root ::= .*")
         times = []
         for _ in range(3):
@@ -171,7 +171,7 @@ class Grammars:
         return max(LEAST_COST_S, min(times))
 
     def budget_s(self, job: Job) -> float:
-        """The CPU time that the job's preparation may take."""
+        """The CPU time limit of the job."""
         texts_s = TEXTS_S + TEXTS_S_PER_MIB * sum(map(len, job.texts)) / 2**20 if job.texts else 0.0
         return texts_s + (COMPILE_COST + TRIED_COST * job.trial) * self.cost_s * (job.grammar is not None)
 
@@ -205,7 +205,7 @@ class Grammars:
         return Prepared(tokens if listed else [], count)
 
     def answer(self, token: int) -> bytes | None:
-        """ALLOWED where the grammar accepts `token`; else what it allows, and nothing for the token that follows."""
+        """ALLOWED if the grammar accepts `token`; else a mask, and None for the next `token`, chosen from the mask."""
         if self._chosen:
             self._chosen = False
             self._accept(token)
@@ -217,7 +217,7 @@ class Grammars:
         return b"\0" + self._allowed()
 
     def _compile(self, grammar: str) -> None:
-        """Raises Refused with llama.cpp's reason, which it prints with the grammar after it."""
+        """Compile the grammar. Raises Refused with the reason, which llama.cpp prints to stderr before the grammar."""
         self._names_tokens = any(mark in LITERALS.sub("", grammar) for mark in "<!")
         with printed_file() as file:
             os.dup2(file.fileno(), 2)
@@ -234,7 +234,7 @@ class Grammars:
         raise Refused(line if len(line) <= REASON_CHARS else f"{line[:REASON_CHARS]}…")
 
     def _try(self, tokens: int, token_s: float) -> None:
-        """Keep to the grammar for so many tokens, any that it allows; raises Refused where one takes too long."""
+        """Accept random allowed tokens; raises Refused if one takes more than `token_s` seconds of CPU time."""
         rng = random.Random(0)  # noqa: S311 (any walk will do)
         for _ in range(tokens):
             began = time.process_time()
@@ -249,7 +249,7 @@ class Grammars:
         return self._apply(self._records[token]) == b"\0"
 
     def _allowed(self) -> bytes:
-        """A byte for each token, 0 where the grammar allows it."""
+        """A byte for each token, 0 if the grammar allows it."""
         if self._names_tokens:
             return self._apply(self._everything)
         forbidden = bytearray(b"\xff" * self._vocabulary.n_vocab)
@@ -257,7 +257,7 @@ class Grammars:
         while tokens:
             answers = self._apply(b"".join(map(self._records.__getitem__, tokens)))
             if tokens is self._longer[None] and 4 * answers.count(0) > len(tokens):
-                return self._apply(self._everything)  # most are looked at anyway
+                return self._apply(self._everything)  # the tree would save little
             allowed = [token for token, no in zip(tokens, answers, strict=True) if not no]
             for token in allowed:
                 forbidden[token] = 0
@@ -265,7 +265,7 @@ class Grammars:
         return bytes(forbidden)
 
     def _apply(self, records: bytes) -> bytes:
-        """For each llama_token_data, whether the grammar forbids it: a byte that is 0 where it does not."""
+        """A byte for each llama_token_data in `records`, 0 if the grammar allows it."""
         data = bytearray(records)
         count = len(data) // CANDIDATE_BYTES
         first = (self._lib.llama_token_data * count).from_buffer(data)
@@ -278,17 +278,17 @@ class Grammars:
 
 
 def printed_file() -> BinaryIO:
-    """A file in memory where there is such a thing: a busy disk would take seconds."""
+    """A temporary file, in memory where the system supports it: a busy disk would take seconds."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("printed"), "r+b")
     return tempfile.TemporaryFile()
 
 
 def longer_tokens(vocabulary: Vocabulary) -> dict[int | None, list[int]]:
-    """For each token those whose longest beginning that is a token it is; for None, those that have no such beginning.
+    """A prefix tree: maps each token to the tokens whose longest proper prefix it is, and None to those without one.
 
-    A grammar that forbids a text forbids all that begin with it. That is not so of parts of characters, nor of tokens
-    that end the output.
+    A grammar that forbids a text forbids every text that starts with it. This does not hold for parts of characters,
+    which are never prefixes here, nor for end-of-generation tokens, which neither have nor are prefixes.
     """
     pieces = vocabulary.pieces
     whole = {

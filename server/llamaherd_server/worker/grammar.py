@@ -1,6 +1,6 @@
-"""Keeps a sampler to a grammar as llama-server does: a token that it forbids is sampled again from those it allows.
+"""Grammar-constrained sampling as in llama-server: a forbidden token is sampled again from the allowed ones.
 
-The grammar is in a process of its own (forkserver.py), whose answer may come some steps later. Needs numpy, so this is
+The grammar runs in its own process (forkserver.py), whose answer may arrive some steps later. Needs numpy, so this is
 imported only for a request with a grammar.
 """
 
@@ -21,7 +21,7 @@ from llamaherd_server.worker.sampling import NativeSampler
 
 
 class GrammarSampler:
-    """Implements sequence.Sampler by `chain` and the grammar of `child`."""
+    """Implements sequence.Sampler with `chain` and the grammar in `child`."""
 
     logits: NDArray[np.float32]  # of the token that is being sampled
     can_be_late = True
@@ -43,7 +43,7 @@ class GrammarSampler:
         return self._chain.changed
 
     def sample(self, draw: Draw) -> int | None:
-        """None: the grammar is asked, and `late` has the token."""
+        """Send the chain's choice to the grammar. Always None: `late` returns the token."""
         if self._asked is None:
             self.logits = row_of(self._model, draw.context, draw.row).copy()
             if self._forced is not None:
@@ -57,7 +57,7 @@ class GrammarSampler:
         return None
 
     def force(self, token: int) -> None:
-        """Let the next `sample` be this token, if the grammar allows it."""
+        """Make the next `sample` choose this token, if the grammar allows it."""
         self._forced = token
 
     def late(self, wait_s: float) -> int | None:

@@ -1,4 +1,4 @@
-"""A name for all that decides what a model computes: of its prompts, only those of the same name are taken."""
+"""A fingerprint of everything that affects a model's results; cached prompts with a different one are ignored."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from llamaherd_server.gguf import part_paths
 from llamaherd_server.wire.protocol import WorkerConfig
 from llamaherd_server.worker.fit import Fit
 
-# Of a file of many gigabytes the size, its beginning, and pieces all over it.
+# A model file has gigabytes, so only its size, its first bytes, and evenly spaced pieces are hashed.
 _BEGINNING, _PIECE, _PIECES = 1 << 20, 1 << 14, 64
 
 
 def identity(lib: Any, config: WorkerConfig, fit: Fit) -> str:
-    """Of model, LoRAs, llama.cpp's libraries, what is on which device, and what the processor can do."""
+    """Hash the model, LoRAs, llama.cpp's libraries, the placement on devices, and the processor's features."""
     digest = hashlib.blake2b(digest_size=16)
     libraries = Path(lib._lib._name).resolve().parent
     files = [*part_paths(Path(config.path)), *(Path(one.path) for one in config.lora)]

@@ -1,4 +1,4 @@
-"""What the front end asks for, made ready beside the steps: on a thread that reads, and on lanes for what is slow."""
+"""Receives and prepares requests while steps are computed: on a reader thread, and on lanes if they are slow."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ SHORT_TOKENS = 2**13
 
 
 class Intake:
-    """Answers what needs the vocabulary only, and hands the rest to the step thread, in the order that it came.
+    """Answers requests that need only the vocabulary, and hands the others to the step thread in order of arrival.
 
-    What may be slow goes by the lanes, and others pass it. A retune stops the step that is being computed, and so does
-    cancelling the request that has most of its batch. A request that comes just after others stops their first step, to
-    be in it: they arrived together. One that is not preemptible stops a step of prompts of those that are.
+    Requests that may be slow to prepare go to the lanes, where others overtake them. The current step is interrupted by
+    a reconfiguration, by the cancellation of the request with most of its batch, by a request within the batch window
+    of a group's first step, and, if it computes mostly preemptible prompts, by a request that is not preemptible.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Intake:
         room: Callable[[], int] = lambda: sys.maxsize,
         prompts: PromptCache | None = None,
     ) -> None:
-        """`room`: how many tokens a slot holds now. What `prompts` has on disk is brought to memory beforehand."""
+        """`room` returns the tokens that a slot holds. Prompts that `prompts` has on disk are loaded in advance."""
         self._room = room
         self._prompts = prompts
         self._channel = channel
@@ -71,12 +71,12 @@ class Intake:
         self._interrupt = interrupt
         self._ready: SimpleQueue[Work | Exception] = SimpleQueue()
         self._lanes = Lanes()
-        self._handing_over = threading.Lock()  # no cancel comes between a look for it and the step thread's queue
+        self._handing_over = threading.Lock()  # so that no cancel slips in between check and queue
         threading.Thread(target=self._read, daemon=True).start()
 
     def take(self, wait_s: float) -> Iterator[Work]:
-        """All that is ready, after waiting at most `wait_s` seconds for something. Raises Closed."""
-        # Before looking: whatever comes later than that look stops the next step.
+        """Yield all prepared work, after waiting up to `wait_s` seconds for the first. Raises Closed."""
+        # Before reading the queue, so that whatever arrives after that interrupts the next step.
         self._interrupt.clear()
         try:
             while True:
@@ -90,11 +90,11 @@ class Intake:
 
     def _read(self) -> None:
         try:
-            self._model.parts("", 0, parse_special=True)  # what is made once
+            self._model.parts("", 0, parse_special=True)  # build the cached pattern
             while True:
                 for message in self._channel.receive():
                     self._take_in(message)
-        except Exception as error:  # Closed, or a bug: the step thread ends with it
+        except Exception as error:  # Closed, or a bug: the step thread raises it
             self._ready.put(error)
 
     def _take_in(self, message: ToWorker) -> None:
@@ -169,7 +169,7 @@ class Intake:
 
 
 def is_slow(message: Owned) -> bool:
-    """Whether making it ready may take long enough that others should pass: on a lane, then."""
+    """Whether preparing the request may take so long that it belongs on a lane, where others overtake it."""
     if isinstance(message, Detokenize):
         return len(message.tokens) > SHORT_TOKENS
     if isinstance(message, Tokenize):
@@ -181,7 +181,7 @@ def is_slow(message: Owned) -> bool:
 
 
 def slot_tokens(settings: EngineSettings) -> int:
-    """The tokens that one sequence may have, prompt and output."""
+    """The maximum length of a sequence in tokens, prompt and output."""
     return min(settings.ctx_per_slot, total_cells(settings))
 
 
@@ -192,9 +192,9 @@ def sequence_of(
     room: int = sys.maxsize,
     texts: Texts | None = None,
 ) -> Sequence:
-    """Raises RequestError before anything is computed; of a prompt far beyond `room` a beginning is tokenised.
+    """Prepare a sequence; raises RequestError. If a prompt is far longer than `room`, only its start is tokenised.
 
-    What `texts` knows of a long prompt is not tokenised again.
+    Parts of a long prompt that are in `texts` are not tokenised again.
     """
     if request.max_tokens is not None and request.max_tokens < 1:
         raise RequestError("invalid_value", "max_tokens", f"max_tokens {request.max_tokens} must be at least 1")
@@ -216,7 +216,7 @@ def sequence_of(
 def _read(
     model: Model, request: Generate, grammar: str | None, task: Task | None, *, room: int, texts: Texts | None
 ) -> Iterator[tuple[list[int], list[Stretch], Child | None]]:
-    """The prompt's tokens, where those of its texts are, and the grammar's process as by `_prepared`."""
+    """The prompt's tokens, the position of each text among them, and the grammar's process as in `_prepared`."""
     prompt, add, parse = request.prompt, request.add_special, request.parse_special
     parts = None
     if texts and isinstance(prompt, str) and len(prompt) > SHORT_CHARS:
@@ -234,14 +234,14 @@ def _read(
 
 
 def _with_grammar(model: Model, chain: NativeSampler, child: Child) -> Sampler:
-    from llamaherd_server.worker.grammar import GrammarSampler  # noqa: PLC0415 (numpy, 25 MiB that few need)
+    from llamaherd_server.worker.grammar import GrammarSampler  # noqa: PLC0415 (numpy, 25 MiB, rarely needed)
 
     return GrammarSampler(model, chain, child)
 
 
 @contextmanager
 def _prepared(model: Model, job: Job, task: Task | None = None) -> Iterator[tuple[Prepared, Child | None]]:
-    """The tokens of the job's texts, and its grammar's process, if any, which an error in the block ends."""
+    """The tokens of the job's texts, and its grammar's process, if any, which ends if the block raises."""
     if job.grammar is None and sum(map(len, job.texts)) <= SHORT_CHARS:
         add, parse = job.add_special, job.parse_special
         tokens = [model.tokenize(text, add_special=add, parse_special=parse) for text in job.texts]
@@ -260,7 +260,7 @@ def _prepared(model: Model, job: Job, task: Task | None = None) -> Iterator[tupl
 
 
 def fit(sequence: Sequence, room: int) -> None:
-    """Set what the sequence may grow to in a slot of `room` tokens; raises RequestError where it has no room at all."""
+    """Set the sequence's limit in a slot of `room` tokens; raises RequestError if its prompt does not fit."""
     if sequence.n_prompt >= room:
         raise too_long(sequence.n_prompt, room)
     new = sequence.request.max_tokens
@@ -268,7 +268,7 @@ def fit(sequence: Sequence, room: int) -> None:
 
 
 def job_of(model: Model, request: Embed, task: Task | None = None) -> EmbeddingJob:
-    """Raises RequestError where an input has no tokens, or unknown ones."""
+    """Tokenise the inputs. Raises RequestError if one is empty or has unknown tokens, or the model is unsuitable."""
     if (request.query is None) == model.ranks:
         message = "this model ranks documents: use /v1/rerank" if model.ranks else "this model does not rank documents"
         raise RequestError("unsupported", None, message)
@@ -282,14 +282,14 @@ def job_of(model: Model, request: Embed, task: Task | None = None) -> EmbeddingJ
 
 
 def evaluation_of(model: Model, request: Evaluate) -> EvaluationJob:
-    """Raises RequestError where an input has no tokens, or unknown ones."""
+    """Raises RequestError if an input is empty or has unknown tokens."""
     for one in request.inputs:
         _known(model, one.tokens, "input")
     return EvaluationJob(request)
 
 
 def _pairs(model: Model, query: str, documents: list[str], task: Task | None = None) -> list[list[int]]:
-    """What a ranking model reads, as llama-server makes it: by the GGUF's template, or both with marks between."""
+    """A reranker's inputs as llama-server builds them: by the GGUF's template, or joined with special tokens."""
     lib, vocab = model.lib, model.vocab
     if template := lib.llama_model_chat_template(model.handle, b"rerank"):
         texts = [
@@ -322,7 +322,7 @@ def _with_vocabulary(model: Model, message: Tokenize | Detokenize, task: Task | 
 
 
 def _known(model: Model, tokens: list[int], param: str) -> list[int]:
-    """The tokens of the field `param`; raises RequestError where there are none or unknown ones."""
+    """Return the tokens of the field `param`; raises RequestError if they are empty or not in the vocabulary."""
     if not tokens:
         raise RequestError("invalid_value", param, f"the {param} is empty")
     unknown = model.unknown(tokens)

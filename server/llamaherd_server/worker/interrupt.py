@@ -1,4 +1,4 @@
-"""Stopping a step half way, from another thread than the one that computes it."""
+"""Interrupts a step in the middle, from another thread than the one that computes it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 from llamaherd_server.worker.lib import Log
 
-# How long those who arrive together may take to do so: less than a step, and than what a ubatch computed is worth.
+# Batch window: shorter than a step, and than computing the ubatch that an interruption may discard.
 GATHER_S = 0.05
 
 
 class Interrupt:
-    """llama.cpp asks after each node of its graph whether to stop, on the CPU and on Metal; elsewhere a step runs on.
+    """llama.cpp calls back after each node of its graph, on the CPU and on Metal; other backends finish the step.
 
-    What it calls for that is libc's strlen, on a flag of no or one character: a Python function would have its threads
-    wait for the interpreter's lock a thousand times a step.
+    The callback is libc's strlen on a flag of zero or one characters, because a Python function would make its threads
+    wait for the GIL a thousand times per step.
     """
 
     def __init__(self, lib: Any, log: Log) -> None:
-        self.mostly_for: int | None = None  # the request that has most of the batch being computed
-        self.preemptible = False  # whether most of it is prompts of preemptible requests
+        self.mostly_for: int | None = None  # the request with most of the tokens in the current batch
+        self.preemptible = False  # whether most of them are prompts of preemptible requests
         self._began: float | None = None
         self._log = log
         self._flag = ctypes.create_string_buffer(2)
@@ -29,11 +29,11 @@ class Interrupt:
         self._lib = lib
 
     def watch(self, context: Any) -> None:
-        """Have llama.cpp ask while it computes in `context`."""
+        """Make computation in `context` interruptible."""
         self._lib.llama_set_abort_callback(context, self._ask, ctypes.cast(self._flag, ctypes.c_void_p))
 
     def set(self) -> None:
-        """Stop what is being computed, or is begun before `clear`. llama.cpp reports that as an error: not logged."""
+        """Interrupt all computation until `clear`. llama.cpp logs that as an error, so its log is muted."""
         self._log.muted = True
         self._flag[0] = b"\1"
 
@@ -42,9 +42,9 @@ class Interrupt:
         self._log.muted = False
 
     def gather(self, beginning: bool) -> None:
-        """The next step is the first of those that begin together, or one of theirs, or not `beginning` at all."""
+        """Before each step: open the batch window, or leave it open, while `beginning`; else close it."""
         self._began = (self._began or time.monotonic()) if beginning else None
 
     def joins(self) -> bool:
-        """Whether a request that arrives now should begin with those whose first step is being computed."""
+        """Whether the batch window is open, so that a new request should join the step being computed."""
         return self._began is not None and time.monotonic() - self._began < GATHER_S
