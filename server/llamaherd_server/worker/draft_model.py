@@ -30,9 +30,7 @@ class DraftModel:
         placement = msgspec.structs.replace(placement, gpu_layers=layers, cpu_moe_layers=0)
         self.handle = load_weights(lib, log, path, placement, progress)
         if lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle):
-            raise ModelError(
-                f"draft {path} has a recurrent state, which cannot be cut back to what came true: take another"
-            )
+            raise ModelError(f"draft {path} is recurrent and cannot drop rejected tokens: choose another draft model")
         self.vocab = lib.llama_model_get_vocab(self.handle)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
         self.shape = None
@@ -49,4 +47,6 @@ class DraftModel:
         for token in range(FIRST_COMPARED, min(self.n_vocab, model.n_vocab)):
             if (own := text(self.vocab, token)) != (other := text(model.vocab, token)):
                 differing = f"token {token} is {own!r}, not {other!r}"
-                raise ModelError(f"draft {self.path} has another vocabulary than the model ({differing}): take another")
+                raise ModelError(
+                    f"draft {self.path} has a different vocabulary ({differing}): choose another draft model"
+                )

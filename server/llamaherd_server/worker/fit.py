@@ -65,11 +65,11 @@ def fitted(lib: Any, path: str, placement: Placement, settings: EngineSettings) 
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
-        raise ModelError(f"gpu_layers auto: {PROGRAM} took more than {_TIMEOUT_S:.0f} s; set gpu_layers") from None
+        raise ModelError(f"gpu_layers auto: {PROGRAM} took over {_TIMEOUT_S:.0f} s: set it to a number") from None
     found = _RESULT.search(ended.stdout)
     if ended.returncode or not found:
         why = [*_COMPLAINT.findall(ended.stderr), *ended.stderr.splitlines(), f"exit code {ended.returncode}"]
-        raise ModelError(f"gpu_layers auto: {PROGRAM} found no place for {path}: {why[0]}")
+        raise ModelError(f"gpu_layers auto: {PROGRAM} found no placement for {path}: {why[0]}")
     layers, shares, patterns = found.groups(default="")
     overrides = [one.rsplit("=", 1) for one in patterns.split(",") if one]
     placed = replace(placement, gpu_layers=int(layers), tensor_split=[float(one) for one in shares.split(",") if one])

@@ -69,7 +69,7 @@ class GrammarSampler:
             forbidden = np.frombuffer(answer, np.uint8) != 0
             token, logit = self._choose(np.where(forbidden, np.float32(-math.inf), self.logits))
             if answer[token] or not math.isfinite(logit):
-                message = "the grammar allows no token here that the request does"
+                message = "no token satisfies both the grammar and the request's logit_bias and ignore_eos"
                 raise RequestError("invalid_grammar", "grammar", message)
             self._child.accept(token)
         self._chain.accept(token)

@@ -63,10 +63,10 @@ def test_without_an_accelerator_no_layer_is_on_it(tmp_path: Path) -> None:
     ("script", "expected"),
     [
         (None, r"gpu_layers auto needs .*/llama-fit-params, which this build lacks: add llama-fit-params to"),
-        ("echo said; echo '0.33.219 W failed to fit' >&2; exit 1", "found no place for m.gguf: failed to fit"),
-        ("echo aborted >&2; exit 134", "found no place for m.gguf: aborted"),
-        ("exit 3", "found no place for m.gguf: exit code 3"),
-        ("echo something else", "found no place for m.gguf: exit code 0"),
+        ("echo said; echo '0.33.219 W failed to fit' >&2; exit 1", "found no placement for m.gguf: failed to fit"),
+        ("echo aborted >&2; exit 134", "found no placement for m.gguf: aborted"),
+        ("exit 3", "found no placement for m.gguf: exit code 3"),
+        ("echo something else", "found no placement for m.gguf: exit code 0"),
     ],
 )
 def test_a_failure_is_one_line(tmp_path: Path, script: str | None, expected: str) -> None:
