@@ -17,12 +17,12 @@ from typing import Any
 
 _PAGE = 1 << 16
 _HALF = 1 << 20
-_FRONT = 2 * _HALF
+_INDEX_BYTES = 2 * _HALF
 _HEAD = struct.Struct("<QII")  # turn, blobs, checksum
 _ENTRY = struct.Struct("<QQ")  # offset, bytes
-_MOST_BLOBS = (_HALF - _HEAD.size) // _ENTRY.size
-_ROOM = 16  # ratio of address range to limit
-PUNCHES = hasattr(mmap, "MADV_REMOVE")  # whether freed pages are returned to the system immediately
+_MAX_BLOBS = (_HALF - _HEAD.size) // _ENTRY.size
+_RANGE_RATIO = 16  # ratio of address range to limit
+CAN_PUNCH = hasattr(mmap, "MADV_REMOVE")  # whether freed pages are returned to the system immediately
 
 
 def create(size: int) -> int:
@@ -32,7 +32,7 @@ def create(size: int) -> int:
     else:
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
-    os.ftruncate(fd, _FRONT + _ROOM * max(size, _PAGE))
+    os.ftruncate(fd, _INDEX_BYTES + _RANGE_RATIO * max(size, _PAGE))
     return fd
 
 
@@ -44,27 +44,27 @@ class Arena:
         self.used = 0
         self.blobs: dict[int, int] = {}
         self._map = mmap.mmap(fd, os.fstat(fd).st_size)
-        self._taken: dict[int, int] = {}
+        self._allocated: dict[int, int] = {}
         self._turn = 0
         self._read_index()
 
     def fits(self, size: int) -> bool:
         """Whether the limit and the index leave room for another `size` bytes."""
-        return self.used + _padded(size) <= self.size and len(self._taken) < _MOST_BLOBS
+        return self.used + _padded(size) <= self.size and len(self._allocated) < _MAX_BLOBS
 
     def allocate(self, size: int) -> int | None:
         """Reserve `size` bytes and return their offset, or None if they do not fit."""
         if not self.fits(size):
             return None
         size = _padded(size)
-        start = _FRONT
-        for offset, taken in sorted(self._taken.items()):
+        start = _INDEX_BYTES
+        for offset, allocated in sorted(self._allocated.items()):
             if offset - start >= size:
                 break
-            start = offset + taken
+            start = offset + allocated
         if start + size > len(self._map):
             return None
-        self._taken[start] = size
+        self._allocated[start] = size
         self.used += size
         return start
 
@@ -77,10 +77,10 @@ class Arena:
         """Free the allocation at `offset`, whether or not it was committed."""
         if self.blobs.pop(offset, None) is not None:
             self._write_index()
-        taken = self._taken.pop(offset)
-        self.used -= taken
-        if PUNCHES:
-            self._map.madvise(mmap.MADV_REMOVE, offset, taken)
+        allocated = self._allocated.pop(offset)
+        self.used -= allocated
+        if CAN_PUNCH:
+            self._map.madvise(mmap.MADV_REMOVE, offset, allocated)
 
     def view(self, offset: int, size: int) -> memoryview:
         return memoryview(self._map)[offset : offset + size]
@@ -93,14 +93,14 @@ class Arena:
         found: list[tuple[int, list[tuple[int, int]]]] = []
         for half in (0, _HALF):
             turn, count, checksum = _HEAD.unpack_from(self._map, half)
-            body = bytes(self._map[half + _HEAD.size : half + _HEAD.size + min(count, _MOST_BLOBS) * _ENTRY.size])
+            body = bytes(self._map[half + _HEAD.size : half + _HEAD.size + min(count, _MAX_BLOBS) * _ENTRY.size])
             if turn and zlib.crc32(body) == checksum:
                 found.append((turn, list(_ENTRY.iter_unpack(body))))
         if found:
             self._turn, entries = max(found)
             self.blobs = dict(entries)
-            self._taken = {offset: _padded(size) for offset, size in entries}
-            self.used = sum(self._taken.values())
+            self._allocated = {offset: _padded(size) for offset, size in entries}
+            self.used = sum(self._allocated.values())
 
     def _write_index(self) -> None:
         self._turn += 1

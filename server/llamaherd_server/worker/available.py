@@ -28,12 +28,12 @@ def available_bytes() -> float | None:
 
 def _control_group_bytes() -> float:
     """Bytes left in the tightest control group of this process; reclaimable file cache counts as available."""
-    left = math.inf
-    for group, most in _limited_groups():
+    available = math.inf
+    for group, limit in _limited_groups():
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
-        left = min(left, most - used)
-    return left
+        available = min(available, limit - used)
+    return available
 
 
 def _limited_groups() -> Iterator[tuple[Path, int]]:

@@ -48,10 +48,10 @@ class Batch:
             self._token[row:end] = [*sequence.tokens[start : start + known], *sequence.draft[: count - known]]
             self._position[row:end] = range(start, start + count)
             self._slot[row:end] = [sequence.slot] * count
-            quiet = min(sequence.pending - 1, count)
+            without_output = min(sequence.pending - 1, count)
             if output_from is not None:
-                quiet = min(quiet, max(output_from - start, 0))
-            self._output[row:end] = [0] * quiet + [1] * (count - quiet)
+                without_output = min(without_output, max(output_from - start, 0))
+            self._output[row:end] = [0] * without_output + [1] * (count - without_output)
             row = end
         self.native.n_tokens = row
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 DEPTH_BITS = 5
 DEPTH = 2**DEPTH_BITS  # logits in a column, which its highest one represents
-COARSE, WIDE = 8, 2  # columns in a group, used where that leaves WIDE times as many groups as logits are wanted
+GROUP_COLUMNS, MIN_GROUP_RATIO = 8, 2  # columns per group, and fewest groups per wanted logit for grouping
 ENTRY = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 
@@ -24,17 +24,17 @@ class Best:
         """`wanted`: for each row at `address`, how many logits (at most 1 in DEPTH), and tokens to add in any case."""
         rows, width = len(wanted), n_vocab // DEPTH
         logits = _array(address, rows, n_vocab)
-        # At least as many column maxima reach `least` as logits are wanted, so at least as many logits do.
+        # At least as many column maxima reach `threshold` as logits are wanted, so at least as many logits do.
         columns = logits[:, : DEPTH * width].reshape(rows, DEPTH, width)
         highest = columns.max(axis=1)
-        least = _ranked(highest, [count for count, _ in wanted])[:, None]
-        row, column = divmod(np.flatnonzero(highest >= least), width)
-        found = np.flatnonzero(columns[row, :, column] >= least[row])
+        threshold = _thresholds(highest, [count for count, _ in wanted])[:, None]
+        row, column = divmod(np.flatnonzero(highest >= threshold), width)
+        found = np.flatnonzero(columns[row, :, column] >= threshold[row])
         at, depth = found >> DEPTH_BITS, found & (DEPTH - 1)
         place = row[at] * n_vocab + depth * width + column[at]
         others = [number * n_vocab + token for number, (_, tokens) in enumerate(wanted) for token in tokens]
         if others or DEPTH * width < n_vocab:
-            row, beyond = np.nonzero(logits[:, DEPTH * width :] >= least)
+            row, beyond = np.nonzero(logits[:, DEPTH * width :] >= threshold)
             beyond += row * n_vocab + DEPTH * width
             place = np.unique(np.concatenate([place, beyond, np.array(others, np.int64)]))
         row, token = divmod(place, n_vocab)
@@ -44,7 +44,7 @@ class Best:
         self._starts = np.searchsorted(row, np.arange(rows + 1)).tolist()
         keys = (row << 32) + (self._entries["logit"] + np.float32(0)).view(np.uint32)
         keys.sort()
-        self._alike = bool((keys[1:] == keys[:-1]).any())
+        self._has_ties = bool((keys[1:] == keys[:-1]).any())
 
     def entries(self, row: int) -> tuple[int, int] | None:
         """The address and number of the row's entries; valid as long as this object exists.
@@ -52,7 +52,7 @@ class Best:
         None if two logits are equal, because llama.cpp's order of ties depends on all logits, and None if they are NaN.
         """
         start, end = self._starts[row : row + 2]
-        if start == end or (self._alike and len({*self._entries["logit"][start:end].tolist()}) < end - start):
+        if start == end or (self._has_ties and len({*self._entries["logit"][start:end].tolist()}) < end - start):
             return None
         return self._address + start * ENTRY.itemsize, end - start
 
@@ -64,10 +64,10 @@ def _array(address: int, rows: int, columns: int) -> NDArray[np.float32]:
     return array
 
 
-def _ranked(highest: NDArray[np.float32], counts: list[int]) -> NDArray[np.float32]:
+def _thresholds(highest: NDArray[np.float32], counts: list[int]) -> NDArray[np.float32]:
     """A close lower bound of the `counts[row]`-th highest value of each row; cheaper than a full sort."""
     rows, width = highest.shape
-    if width >= COARSE * WIDE * max(counts):
-        highest = highest[:, : width // COARSE * COARSE].reshape(rows, COARSE, -1).max(axis=1)
+    if width >= GROUP_COLUMNS * MIN_GROUP_RATIO * max(counts):
+        highest = highest[:, : width // GROUP_COLUMNS * GROUP_COLUMNS].reshape(rows, GROUP_COLUMNS, -1).max(axis=1)
     ordered = np.sort(highest, axis=1)
     return ordered[np.arange(rows), np.negative(counts)]

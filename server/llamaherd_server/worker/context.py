@@ -27,7 +27,7 @@ from llamaherd_server.worker.weights import ModelError
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}  # ggml_type
 FLASH = {"auto": -1, "off": 0, "on": 1}
 # With split KV, sharing a prefix copies all cells of the source slot, which is not worth it for a few tokens.
-LEAST_COPIED = 64
+MIN_COPIED_TOKENS = 64
 WHOLE, PARTIAL = 0, 1  # llama_state_seq_flags
 MAX_SEQUENCES = 256
 
@@ -60,7 +60,7 @@ class Context:
         self._window = model.window if slides else 0
         self.cuts = not (model.recurrent or self._window)
         self._samplers = Samplers(model, self._handle, slots)
-        self.least_shared = 1 if settings.kv_unified else LEAST_COPIED
+        self.least_shared = 1 if settings.kv_unified else MIN_COPIED_TOKENS
         self.drafts: DraftContext | None = None
         if settings.speculative == "draft" and model.draft and self.cuts:
             try:  # `swa_full` keeps all cells, so that rejected drafts can be cut off
@@ -131,10 +131,10 @@ class Context:
             self.forget(target, length)
 
     def save(self, slot: int) -> bytes:
-        return self._saved(slot, WHOLE)
+        return self._save_state(slot, WHOLE)
 
     def restore(self, slot: int, state: bytes) -> bool:
-        return self._restored(slot, state, WHOLE) or self._lost(slot)
+        return self._load_state(slot, state, WHOLE) or self._discard(slot)
 
     def save_part(self, slot: int, start: int, buffer: Callable[[int], Any]) -> int:
         if not start:
@@ -148,21 +148,21 @@ class Context:
     def load_parts(self, slot: int, parts: list[Part], back: bytes | None) -> bool:
         start = 0
         for state, size, end in parts:
-            there = self._spare if self.chains else slot
-            if not self._lib.llama_state_seq_set_data_ext(self._handle, state, size, there, WHOLE):
-                self.forget(there)
-                return self._lost(slot)
+            target = self._spare if self.chains else slot
+            if not self._lib.llama_state_seq_set_data_ext(self._handle, state, size, target, WHOLE):
+                self.forget(target)
+                return self._discard(slot)
             if self.chains:
                 self._lib.llama_memory_seq_cp(self._memory, self._spare, slot, start, end)
                 self.forget(self._spare)
             start = end
-        return self.rewind(slot, start, back) if back else self._cut(slot, start)
+        return self.rewind(slot, start, back) if back else self._truncate(slot, start)
 
     def checkpoint(self, slot: int) -> bytes:
-        return self._saved(slot, PARTIAL)
+        return self._save_state(slot, PARTIAL)
 
     def rewind(self, slot: int, length: int, state: bytes) -> bool:
-        return (self._restored(slot, state, PARTIAL) and self._cut(slot, length)) or self._lost(slot)
+        return (self._load_state(slot, state, PARTIAL) and self._truncate(slot, length)) or self._discard(slot)
 
     def keeps(self, slot: int, length: int) -> bool:
         if self.cuts:
@@ -172,22 +172,22 @@ class Context:
         oldest = int(self._lib.llama_memory_seq_pos_min(self._memory, slot))
         return oldest <= max(0, length - self._window)
 
-    def _cut(self, slot: int, length: int) -> bool:
+    def _truncate(self, slot: int, length: int) -> bool:
         return bool(self._lib.llama_memory_seq_rm(self._memory, slot, length, -1))
 
-    def _lost(self, slot: int) -> bool:
+    def _discard(self, slot: int) -> bool:
         self.forget(slot)
         return False
 
-    def _saved(self, slot: int, flags: int) -> bytes:
-        made = []
+    def _save_state(self, slot: int, flags: int) -> bytes:
+        buffers = []
 
         def buffer(size: int) -> Any:
-            made.append((ctypes.c_uint8 * size)())
-            return made[0]
+            buffers.append((ctypes.c_uint8 * size)())
+            return buffers[0]
 
         written = self._write(slot, flags, buffer)
-        return bytes(memoryview(made[0])[:written])
+        return bytes(memoryview(buffers[0])[:written])
 
     def _write(self, slot: int, flags: int, buffer: Callable[[int], Any]) -> int:
         size = self._state_size(slot, flags)
@@ -199,7 +199,7 @@ class Context:
     def _state_size(self, slot: int, flags: int) -> int:
         return int(self._lib.llama_state_seq_get_size_ext(self._handle, slot, flags))
 
-    def _restored(self, slot: int, state: bytes, flags: int) -> bool:
+    def _load_state(self, slot: int, state: bytes, flags: int) -> bool:
         data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         return bool(self._lib.llama_state_seq_set_data_ext(self._handle, data, len(state), slot, flags))
 

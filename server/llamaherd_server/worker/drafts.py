@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from array import array
 
-# Lengths of a match, in tokens: LONG is tried first, and nothing shorter than SHORT counts.
-LONG, SHORT = 8, 3
+# Lengths of a match, in tokens: LONG_MATCH is tried first, and nothing shorter than SHORT_MATCH counts.
+LONG_MATCH, SHORT_MATCH = 8, 3
 # Entries of 4 bytes in a table, which limits memory, and tokens that one call indexes, which limits its time.
-MOST_ENTRIES, INDEXED_AT_ONCE = 2**16, 512
+MAX_ENTRIES, MAX_INDEXED_PER_CALL = 2**16, 512
 
 
 class Lookup:
@@ -21,10 +21,10 @@ class Lookup:
     """
 
     def __init__(self, limit: int) -> None:
-        size = min(1 << (2 * limit).bit_length(), MOST_ENTRIES)
+        size = min(1 << (2 * limit).bit_length(), MAX_ENTRIES)
         self._mask = size - 1
         self._after = array("i", bytes(4 * size))  # position after an n-gram; 0: none
-        self._indexed = SHORT  # n-grams that end here or later have no entry yet
+        self._indexed = SHORT_MATCH  # n-grams that end here or later have no entry yet
         self._source = 0  # position that the last proposal starts at
         self._proposed_at = 0
 
@@ -34,8 +34,8 @@ class Lookup:
             return []
         source = self._source + len(tokens) - self._proposed_at
         # Continue an accepted proposal: it matches more tokens than a new one would.
-        if not (self._source and self._matches(tokens, source, SHORT)):
-            source = self._find(tokens, LONG) or self._find(tokens, SHORT)
+        if not (self._source and self._matches(tokens, source, SHORT_MATCH)):
+            source = self._find(tokens, LONG_MATCH) or self._find(tokens, SHORT_MATCH)
         self._source, self._proposed_at = source, len(tokens)
         if not source:
             return []
@@ -44,11 +44,11 @@ class Lookup:
 
     def _catch_up(self, tokens: list[int]) -> bool:
         """Index the n-grams that have a successor; return whether all of them are indexed now."""
-        start, end = self._indexed, min(len(tokens), self._indexed + INDEXED_AT_ONCE)
+        start, end = self._indexed, min(len(tokens), self._indexed + MAX_INDEXED_PER_CALL)
         for at in range(start, end):
-            self._after[self._entry(tokens, at, SHORT)] = at
-            if at >= LONG:
-                self._after[self._entry(tokens, at, LONG)] = at
+            self._after[self._entry(tokens, at, SHORT_MATCH)] = at
+            if at >= LONG_MATCH:
+                self._after[self._entry(tokens, at, LONG_MATCH)] = at
         self._indexed = max(start, end)
         return end == len(tokens)
 

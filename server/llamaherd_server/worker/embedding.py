@@ -22,8 +22,8 @@ from llamaherd_server.worker.sequence import NO_SLOT
 from llamaherd_server.worker.side_context import SideContext
 
 # Tokens per piece: the first limits llama.cpp's buffer for logits, the second how long running streams wait.
-PIECE, PIECE_BESIDE = 128, 64
-MOST_INPUTS = 64  # per batch
+PIECE_TOKENS, BUSY_PIECE_TOKENS = 128, 64
+MAX_INPUTS = 64  # per batch
 
 
 @dataclass(eq=False, slots=True)
@@ -71,7 +71,7 @@ class Embedder:
         self._lib = model.lib
         self._context = SideContext(model, interrupt, "embeddings")
         self._queue: deque[Input] = deque()
-        self._slots = itertools.cycle(range(MOST_INPUTS))
+        self._slots = itertools.cycle(range(MAX_INPUTS))
 
     @property
     def idle(self) -> bool:
@@ -90,14 +90,14 @@ class Embedder:
         self._queue.extend(Input(job, index, tokens) for index, tokens in enumerate(job.inputs))
 
     def cancel(self, request_id: int) -> None:
-        for one in [one for one in self._queue if one.job.id == request_id]:
-            self._forget(one)
-            self._queue.remove(one)
+        for item in [item for item in self._queue if item.job.id == request_id]:
+            self._forget(item)
+            self._queue.remove(item)
 
     def close(self) -> None:
         """Free the context. Queued inputs start over in the next one."""
-        for one in self._queue:
-            self._forget(one)
+        for item in self._queue:
+            self._forget(item)
         self._context.close()
 
     def step(self, settings: EngineSettings, *, alone: bool) -> Iterator[Embedded | Failed]:
@@ -107,23 +107,23 @@ class Embedder:
         if not self._context.handle:  # after a reconfiguration
             yield from self._reopen(settings)
             return
-        shares = self._plan(self._context.settings.ubatch if alone or not self._causal else PIECE_BESIDE)
+        shares = self._plan(self._context.settings.ubatch if alone or not self._causal else BUSY_PIECE_TOKENS)
         try:
             computed = self._context.decode(shares, output_from=0, mostly_for=None)
         except RequestError as error:
-            for job in {one.job for one, _ in shares}:
+            for job in {item.job for item, _ in shares}:
                 yield self._fail(job, error)
             return
-        for one, count in shares:
+        for item, count in shares:
             if not computed:
-                if not self._context.forget(one.slot, one.computed):
-                    self._forget(one)  # a recurrent state can only be dropped as a whole
+                if not self._context.forget(item.slot, item.computed):
+                    self._forget(item)  # a recurrent state can only be dropped as a whole
                 continue
-            self._pool(one, count)
-            if not one.pending:
-                self._forget(one)
-                self._queue.remove(one)
-                yield from self._finish(one)
+            self._pool(item, count)
+            if not item.pending:
+                self._forget(item)
+                self._queue.remove(item)
+                yield from self._finish(item)
 
     # --- the context ---------------------------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ class Embedder:
 
     def _reopen(self, settings: EngineSettings) -> Iterator[Failed]:
         """Open the context with new settings; fail the jobs that do not fit into it."""
-        for job in {one.job for one in self._queue}:
+        for job in {item.job for item in self._queue}:
             try:
                 self._check_room(job, settings)
                 if not self._context.handle:
@@ -152,8 +152,8 @@ class Embedder:
         """Open the context. Raises RequestError if it does not fit into memory."""
         # An encoder needs the whole input in one batch; a causal model continues where the last piece ended.
         room = self._room(settings)
-        piece = min(PIECE, settings.ubatch) if self._causal else room
-        more = {"embeddings": True, "pooling_type": self._model.pooling, "n_seq_max": MOST_INPUTS}
+        piece = min(PIECE_TOKENS, settings.ubatch) if self._causal else room
+        more = {"embeddings": True, "pooling_type": self._model.pooling, "n_seq_max": MAX_INPUTS}
         self._context.open(settings, piece=piece, cells=room + piece, **more)
 
     # --- one piece -----------------------------------------------------------------------------------------------
@@ -162,35 +162,35 @@ class Embedder:
         """Inputs in queue order, up to `room` tokens. Only the last one may be split, and never an encoder's."""
         room = min(room, self._context.settings.ubatch)
         shares: list[tuple[Input, int]] = []
-        for one in itertools.islice(self._queue, MOST_INPUTS):
-            count = min(one.pending, room)
-            if count == 0 or (count < one.pending and not self._causal):
+        for item in itertools.islice(self._queue, MAX_INPUTS):
+            count = min(item.pending, room)
+            if count == 0 or (count < item.pending and not self._causal):
                 break
-            if one.slot == NO_SLOT:
-                one.slot = next(self._slots)
-            shares.append((one, count))
+            if item.slot == NO_SLOT:
+                item.slot = next(self._slots)
+            shares.append((item, count))
             room -= count
         return shares
 
-    def _pool(self, one: Input, count: int) -> None:
+    def _pool(self, item: Input, count: int) -> None:
         """Combine llama.cpp's pooled vector of these `count` tokens with that of the input's earlier tokens."""
-        values = self._lib.llama_get_embeddings_seq(self._context.handle, one.slot)
+        values = self._lib.llama_get_embeddings_seq(self._context.handle, item.slot)
         new = array("f", values[: self._model.n_pooled])
-        before, one.computed = one.computed, one.computed + count
+        before, item.computed = item.computed, item.computed + count
         if before and self._model.pooling == MEAN_POOLING:
-            new = array("f", ((a * before + b * count) / one.computed for a, b in zip(one.pooled, new, strict=True)))
-        one.pooled = new  # the last token's vector, or a score, replaces the earlier one
+            new = array("f", ((a * before + b * count) / item.computed for a, b in zip(item.pooled, new, strict=True)))
+        item.pooled = new  # the last token's vector, or a score, replaces the earlier one
 
-    def _finish(self, one: Input) -> Iterator[Embedded]:
-        job = one.job
-        job.vectors[one.index] = (one.pooled if self._model.ranks else _normalised(one.pooled)).tobytes()
+    def _finish(self, item: Input) -> Iterator[Embedded]:
+        job = item.job
+        job.vectors[item.index] = (item.pooled if self._model.ranks else _normalised(item.pooled)).tobytes()
         if all(job.vectors):
             yield Embedded(job.id, job.vectors, sum(map(len, job.inputs)))
 
-    def _forget(self, one: Input) -> None:
-        if one.slot != NO_SLOT:
-            self._context.forget(one.slot)
-        one.slot, one.computed = NO_SLOT, 0
+    def _forget(self, item: Input) -> None:
+        if item.slot != NO_SLOT:
+            self._context.forget(item.slot)
+        item.slot, item.computed = NO_SLOT, 0
 
     def _fail(self, job: Job, error: RequestError) -> Failed:
         self.cancel(job.id)

@@ -22,7 +22,7 @@ from llamaherd_server.worker.model import Model
 from llamaherd_server.worker.side_context import SideContext
 
 # Tokens per piece, the second beside running streams: few, because each row of logits is processed here.
-PIECE, PIECE_BESIDE = 128, 16
+PIECE_TOKENS, BUSY_PIECE_TOKENS = 128, 16
 
 
 @dataclass(eq=False, slots=True)
@@ -64,7 +64,7 @@ class EvaluationJob:
     def longest(self) -> int:
         return max(len(one.tokens) for one in self.request.inputs)
 
-    def begin_again(self, *, whole: bool) -> None:
+    def restart(self, *, whole: bool) -> None:
         """Discard the results of the current input, or of the `whole` job."""
         self.computed = 0
         self.rows[-1 if not whole else 0 :] = [Rows()]
@@ -91,10 +91,10 @@ class Evaluator:
         self._queue.append(job)
 
     def cancel(self, request_id: int) -> None:
-        for place, job in enumerate(self._queue):
+        for index, job in enumerate(self._queue):
             if job.id == request_id:
-                del self._queue[place]
-                if place == 0:
+                del self._queue[index]
+                if index == 0:
                     self._context.close()
                 return
 
@@ -102,7 +102,7 @@ class Evaluator:
         """Free the context. Queued jobs start over, because an answer must not mix two contexts."""
         self._context.close()
         for job in self._queue:
-            job.begin_again(whole=True)
+            job.restart(whole=True)
 
     def step(self, settings: EngineSettings, *, alone: bool) -> Iterator[Evaluated | Failed]:
         """Compute one piece, a smaller one unless `alone`; yield the answer of the job that it finishes."""
@@ -112,7 +112,7 @@ class Evaluator:
         try:
             if not self._context.handle:
                 self._open(job, settings)
-            self._compute(job, min(job.pending, self._context.settings.ubatch if alone else PIECE_BESIDE))
+            self._compute(job, min(job.pending, self._context.settings.ubatch if alone else BUSY_PIECE_TOKENS))
         except RequestError as error:
             self._end()
             yield Failed(job.id, error.code, error.message, error.param)
@@ -132,7 +132,7 @@ class Evaluator:
         if job.longest > room:
             message = f"an input has {job.longest} tokens, a slot holds {room}: shorten it or raise ctx_per_slot"
             raise RequestError("context_length_exceeded", "inputs", message)
-        piece = min(PIECE, settings.ubatch)
+        piece = min(PIECE_TOKENS, settings.ubatch)
         kinds = dict(zip(("kv_type_k", "kv_type_v"), job.request.kv_types or (), strict=False))
         self._context.open(replace(settings, **kinds), piece=piece, cells=job.longest + piece, n_seq_max=1)
 
@@ -144,7 +144,7 @@ class Evaluator:
             job.computed += count
         elif not self._context.forget(job.slot, job.computed):
             self._context.forget(job.slot)  # a recurrent state can only be dropped as a whole
-            job.begin_again(whole=False)
+            job.restart(whole=False)
 
     def _take(self, job: EvaluationJob, row: int) -> None:
         from llamaherd_server.worker import logits  # noqa: PLC0415 (numpy, 25 MiB, rarely needed)

@@ -30,11 +30,11 @@ TRIAL_TOKENS = 3
 # CPU time limit of a trial token, as a multiple of applying the simplest grammar to the whole vocabulary.
 TRIAL_COST = 25.0
 MEMORY_BYTES = 512 * 2**20
-# Wall-clock limits, in case the host is busy: the longer one if the child got less than HARDLY_ANY_S of CPU time.
-GRAMMAR_DEADLINE_S, LAST_DEADLINE_S = 3.0, 15.0
-HARDLY_ANY_S = 0.15
+# Wall-clock limits, in case the host is busy: the longer one if the child got less than STARVED_CPU_S of CPU time.
+GRAMMAR_DEADLINE_S, STARVED_DEADLINE_S = 3.0, 15.0
+STARVED_CPU_S = 0.15
 PID_BYTES = 4
-KNOWN_GRAMMARS, KNOWN_CHARS = 256, 2**23
+MAX_KNOWN_GRAMMARS, MAX_KNOWN_CHARS = 256, 2**23
 ALLOWED = b"\1"
 # No devices: children do not need them, and GPU drivers do not survive a fork. No backtrace: ggml would attach a
 # debugger to an aborting child, which takes seconds.
@@ -113,7 +113,7 @@ class Forkserver:
         with self._lock:
             self._known[grammar] = refusal
             self._known.move_to_end(grammar)
-            while len(self._known) > KNOWN_GRAMMARS or sum(map(len, self._known)) > KNOWN_CHARS:
+            while len(self._known) > MAX_KNOWN_GRAMMARS or sum(map(len, self._known)) > MAX_KNOWN_CHARS:
                 self._known.popitem(last=False)
 
     def close(self) -> None:
@@ -165,11 +165,11 @@ class Child:
                 self._socket.sendall(frame(self._job))
             pid = int.from_bytes(self._socket.recv(PID_BYTES), "little")
             if not pid:
-                raise RequestError("internal", None, "no process could be started for this request's texts")
+                raise RequestError("internal", None, "cannot start a process for this request's texts or grammar")
             self._patience = Patience(pid)
             began = time.monotonic()
             while not self._readable(SLOW_S):
-                deadline_s = GRAMMAR_DEADLINE_S if self._patience.used_s > HARDLY_ANY_S else LAST_DEADLINE_S
+                deadline_s = GRAMMAR_DEADLINE_S if self._patience.used_s > STARVED_CPU_S else STARVED_DEADLINE_S
                 if self._job.grammar is not None and time.monotonic() - began > deadline_s:
                     raise RequestError("invalid_grammar", "grammar", f"the grammar does not compile: {_OVER_LIMITS}")
             size = int.from_bytes(self._read(LENGTH_BYTES), "big")
@@ -192,7 +192,7 @@ class Child:
         """Send `token` to the grammar, which accepts it if it is allowed; `answer` returns the result."""
         if self._patience:
             self._patience.again()
-        self._tell(token)
+        self._send(token)
 
     def answer(self, n_vocab: int, wait_s: float) -> bytes | None:
         """ALLOWED, or a byte for each token of the vocabulary, 0 if allowed; None after `wait_s` without an answer.
@@ -214,7 +214,7 @@ class Child:
 
     def accept(self, token: int) -> None:
         """Continue with a token that the last answer allowed."""
-        self._tell(token)
+        self._send(token)
 
     def close(self) -> None:
         """End the child and fail a pending wait."""
@@ -232,7 +232,7 @@ class Child:
             self._patience.look()
         return ready
 
-    def _tell(self, token: int) -> None:
+    def _send(self, token: int) -> None:
         with suppress(OSError):  # it has died, which `answer` notices
             self._socket.sendall(token.to_bytes(4, "little"))
 

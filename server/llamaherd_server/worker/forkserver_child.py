@@ -38,8 +38,8 @@ from llamaherd_server.worker.vocabulary import Vocabulary
 
 # CPU time limits, as multiples of applying the simplest grammar to the whole vocabulary: for compilation, per trial
 # token, and the budget for an answer: its size, and its refill per token. A pattern for e-mail addresses takes 5.
-COMPILE_COST, TRIED_COST, START_COST, NEXT_COST = 40.0, 8.0, 60.0, 6.0
-LEAST_COST_S = 0.005  # for small vocabularies
+COMPILE_COST, TRIAL_TOKEN_COST, ANSWER_COST, ANSWER_TOKEN_COST = 40.0, 8.0, 60.0, 6.0
+MIN_COST_S = 0.005  # for small vocabularies
 # CPU time limit for tokenising: a base, and an addition per MiB of text.
 TEXTS_S, TEXTS_S_PER_MIB = 1.0, 4.0
 REASON_CHARS = 200
@@ -56,8 +56,8 @@ class Refused(Exception):
 
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
-    with ThreadPoolExecutor(1, initializer=lower) as beside:
-        grammars = beside.submit(loaded, sys.argv[2]).result()
+    with ThreadPoolExecutor(1, initializer=lower) as executor:
+        grammars = executor.submit(load_grammars, sys.argv[2]).result()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
     gc.freeze()
     while True:
@@ -70,17 +70,17 @@ def main() -> None:
         with suppress(OSError):  # out of memory: the client sees its socket close
             if os.fork() == 0:
                 control.close()
-                be_child(grammars, socket.socket(fileno=ends[0]))
+                run_child(grammars, socket.socket(fileno=ends[0]))
         os.close(ends[0])
 
 
-def loaded(path: str) -> Grammars:
+def load_grammars(path: str) -> Grammars:
     """Load the vocabulary of the GGUF at `path`, and precompute what every grammar needs."""
     lib = load()
-    said = bytearray()
+    last_error = bytearray()
 
     def write(level: int, text: bytes, _user_data: Any) -> None:
-        said[:] = text if level == 4 else said
+        last_error[:] = text if level == 4 else last_error
 
     callback = lib.llama_log_callback(write)
     lib.llama_log_set(callback, None)
@@ -88,45 +88,45 @@ def loaded(path: str) -> Grammars:
     params.vocab_only, params.n_gpu_layers = True, 0
     handle = lib.llama_model_load_from_file(path.encode(), params)
     if not handle:
-        sys.exit(f"{path}: the vocabulary cannot be loaded: {said.decode(errors='replace')}")
+        sys.exit(f"{path}: the vocabulary cannot be loaded: {last_error.decode(errors='replace')}")
     vocabulary = Vocabulary(lib, handle)
     vocabulary.warm_up()
-    return Grammars(vocabulary, said, callback)
+    return Grammars(vocabulary, last_error, callback)
 
 
-def be_child(grammars: Grammars, end: socket.socket) -> NoReturn:
+def run_child(grammars: Grammars, end: socket.socket) -> NoReturn:
     """Do the job, then answer for its grammar, if any, until the other end closes."""
     try:
         end.send(os.getpid().to_bytes(PID_BYTES, "little"))
         job = _job.decode(_read(end, int.from_bytes(_read(end, LENGTH_BYTES), "big")))
-        limit(grammars.budget_s(job))
-        end_with(end, True)
+        limit_resources(grammars.budget_s(job))
+        end_when_closed(end, True)
         prepared = grammars.prepare(job)
-        end_with(end, False)
+        end_when_closed(end, False)
         end.sendall(frame(prepared))
         if job.grammar is not None and prepared.refusal is None:
-            be_grammar(grammars, end)
+            serve_grammar(grammars, end)
     except (EOFError, OSError):
         pass
     finally:
         os._exit(0)
 
 
-def be_grammar(grammars: Grammars, end: socket.socket) -> NoReturn:
+def serve_grammar(grammars: Grammars, end: socket.socket) -> NoReturn:
     """Answer each received token within the CPU time budget; raises EOFError when the other end closes."""
-    left_s = START_COST * grammars.cost_s
+    left_s = ANSWER_COST * grammars.cost_s
     while True:
         signal.setitimer(signal.ITIMER_PROF, 0)
         token = int.from_bytes(_read(end, 4), "little")
-        left_s += NEXT_COST * grammars.cost_s
+        left_s += ANSWER_TOKEN_COST * grammars.cost_s
         began = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, max(left_s, 1e-6))
         if answer := grammars.answer(token):
             end.sendall(answer)
-        left_s = min(left_s - (time.process_time() - began), START_COST * grammars.cost_s)
+        left_s = min(left_s - (time.process_time() - began), ANSWER_COST * grammars.cost_s)
 
 
-def limit(cpu_s: float) -> None:
+def limit_resources(cpu_s: float) -> None:
     """Limit CPU time, beyond which SIGPROF ends the process, and memory, beyond which allocations fail."""
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -135,7 +135,7 @@ def limit(cpu_s: float) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
-def end_with(end: socket.socket, on: bool) -> None:
+def end_when_closed(end: socket.socket, on: bool) -> None:
     """Set whether SIGIO ends this process when the other end closes, even in the middle of a llama.cpp call."""
     flags = fcntl.fcntl(end, fcntl.F_GETFL)
     fcntl.fcntl(end, fcntl.F_SETOWN, os.getpid())
@@ -145,21 +145,21 @@ def end_with(end: socket.socket, on: bool) -> None:
 class Grammars:
     """Compiles and applies one grammar after the fork; tables of the vocabulary are built before the fork."""
 
-    def __init__(self, vocabulary: Vocabulary, said: bytearray, writer: Any) -> None:
-        """`said` holds llama.cpp's last error. The callback `writer` fills it, and must stay referenced."""
+    def __init__(self, vocabulary: Vocabulary, last_error: bytearray, writer: Any) -> None:
+        """`last_error` holds llama.cpp's last error. The callback `writer` fills it, and must stay referenced."""
         self._lib = lib = vocabulary.lib
         self._writer = writer
         self._vocabulary = vocabulary
-        self._said = said
-        self._longer = longer_tokens(vocabulary)
+        self._last_error = last_error
+        self._tree = prefix_tree(vocabulary)
         self._records = [bytes(lib.llama_token_data(token, 0.0, 0.0)) for token in range(vocabulary.n_vocab)]
         self._everything = b"".join(self._records)
         self._sampler: Any = None
         self._names_tokens = False  # whether the grammar names tokens, about which prefixes say nothing
-        self._chosen = False  # whether the next token comes from the mask of the last answer
-        self.cost_s = self._measured_s()
+        self._masked = False  # whether the next token comes from the mask of the last answer
+        self.cost_s = self._measure_cost_s()
 
-    def _measured_s(self) -> float:
+    def _measure_cost_s(self) -> float:
         """CPU time of applying a grammar that allows any text to the whole vocabulary."""
         self._compile("root ::= .*")
         times = []
@@ -168,12 +168,12 @@ class Grammars:
             self._apply(self._everything)
             times.append(time.process_time() - began)
         self._lib.llama_sampler_free(self._sampler)
-        return max(LEAST_COST_S, min(times))
+        return max(MIN_COST_S, min(times))
 
     def budget_s(self, job: Job) -> float:
         """The CPU time limit of the job."""
         texts_s = TEXTS_S + TEXTS_S_PER_MIB * sum(map(len, job.texts)) / 2**20 if job.texts else 0.0
-        return texts_s + (COMPILE_COST + TRIED_COST * job.trial) * self.cost_s * (job.grammar is not None)
+        return texts_s + (COMPILE_COST + TRIAL_TOKEN_COST * job.trial) * self.cost_s * (job.grammar is not None)
 
     def prepare(self, job: Job) -> Prepared:
         prepared = self._tokenize(job)
@@ -181,7 +181,7 @@ class Grammars:
             if job.grammar is not None:
                 self._compile(job.grammar)
                 if job.trial:
-                    self._try(job.trial, job.trial_cost * self.cost_s)
+                    self._run_trial(job.trial, job.trial_cost * self.cost_s)
                     self._lib.llama_sampler_free(self._sampler)
                     self._compile(job.grammar)
         except Refused as refused:
@@ -206,20 +206,20 @@ class Grammars:
 
     def answer(self, token: int) -> bytes | None:
         """ALLOWED if the grammar accepts `token`; else a mask, and None for the next `token`, chosen from the mask."""
-        if self._chosen:
-            self._chosen = False
+        if self._masked:
+            self._masked = False
             self._accept(token)
             return None
         if self._allows(token):
             self._accept(token)
             return ALLOWED
-        self._chosen = True
+        self._masked = True
         return b"\0" + self._allowed()
 
     def _compile(self, grammar: str) -> None:
         """Compile the grammar. Raises Refused with the reason, which llama.cpp prints to stderr before the grammar."""
         self._names_tokens = any(mark in LITERALS.sub("", grammar) for mark in "<!")
-        with printed_file() as file:
+        with temporary_file() as file:
             os.dup2(file.fileno(), 2)
             self._sampler = self._lib.llama_sampler_init_grammar(
                 self._vocabulary.vocab, grammar.encode(errors="replace"), b"root"
@@ -229,16 +229,16 @@ class Grammars:
             file.seek(0)
             printed = file.read(4096)
         _, found, reason = printed.partition(PARSE_ERROR)
-        text = (reason if found else bytes(self._said)).decode(errors="replace").partition("\n\n")[0]
+        text = (reason if found else bytes(self._last_error)).decode(errors="replace").partition("\n\n")[0]
         line = " ".join(text.split())
         raise Refused(line if len(line) <= REASON_CHARS else f"{line[:REASON_CHARS]}…")
 
-    def _try(self, tokens: int, token_s: float) -> None:
+    def _run_trial(self, tokens: int, token_s: float) -> None:
         """Accept random allowed tokens; raises Refused if one takes more than `token_s` seconds of CPU time."""
         rng = random.Random(0)  # noqa: S311 (any walk will do)
         for _ in range(tokens):
             began = time.process_time()
-            allowed = [token for token, no in enumerate(self._allowed()) if not no]
+            allowed = [token for token, denied in enumerate(self._allowed()) if not denied]
             if not allowed or (token := rng.choice(allowed)) in self._vocabulary.eog_tokens:
                 return
             self._accept(token)
@@ -253,15 +253,15 @@ class Grammars:
         if self._names_tokens:
             return self._apply(self._everything)
         forbidden = bytearray(b"\xff" * self._vocabulary.n_vocab)
-        tokens = self._longer[None]
+        tokens = self._tree[None]
         while tokens:
             answers = self._apply(b"".join(map(self._records.__getitem__, tokens)))
-            if tokens is self._longer[None] and 4 * answers.count(0) > len(tokens):
+            if tokens is self._tree[None] and 4 * answers.count(0) > len(tokens):
                 return self._apply(self._everything)  # the tree would save little
-            allowed = [token for token, no in zip(tokens, answers, strict=True) if not no]
+            allowed = [token for token, denied in zip(tokens, answers, strict=True) if not denied]
             for token in allowed:
                 forbidden[token] = 0
-            tokens = [one for token in allowed for one in self._longer.get(token, ())]
+            tokens = [one for token in allowed for one in self._tree.get(token, ())]
         return bytes(forbidden)
 
     def _apply(self, records: bytes) -> bytes:
@@ -277,14 +277,14 @@ class Grammars:
         self._lib.llama_sampler_accept(self._sampler, token)
 
 
-def printed_file() -> BinaryIO:
+def temporary_file() -> BinaryIO:
     """A temporary file, in memory where the system supports it: a busy disk would take seconds."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("printed"), "r+b")
     return tempfile.TemporaryFile()
 
 
-def longer_tokens(vocabulary: Vocabulary) -> dict[int | None, list[int]]:
+def prefix_tree(vocabulary: Vocabulary) -> dict[int | None, list[int]]:
     """A prefix tree: maps each token to the tokens whose longest proper prefix it is, and None to those without one.
 
     A grammar that forbids a text forbids every text that starts with it. This does not hold for parts of characters,

@@ -12,7 +12,7 @@ from llamaherd_server.wire.protocol import WorkerConfig
 from llamaherd_server.worker.fit import Fit
 
 # A model file has gigabytes, so only its size, its first bytes, and evenly spaced pieces are hashed.
-_BEGINNING, _PIECE, _PIECES = 1 << 20, 1 << 14, 64
+_HEAD_BYTES, _PIECE_BYTES, _PIECES = 1 << 20, 1 << 14, 64
 
 
 def identity(lib: Any, config: WorkerConfig, fit: Fit) -> str:
@@ -32,7 +32,7 @@ def identity(lib: Any, config: WorkerConfig, fit: Fit) -> str:
 def _add(digest: Any, path: Path) -> None:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        digest.update(size.to_bytes(8, "big") + file.read(_BEGINNING))
+        digest.update(size.to_bytes(8, "big") + file.read(_HEAD_BYTES))
         for number in range(_PIECES):
             file.seek(size * number // _PIECES)
-            digest.update(file.read(_PIECE))
+            digest.update(file.read(_PIECE_BYTES))

@@ -93,11 +93,11 @@ class Intake:
             self._model.parts("", 0, parse_special=True)  # build the cached pattern
             while True:
                 for message in self._channel.receive():
-                    self._take_in(message)
+                    self._dispatch(message)
         except Exception as error:  # Closed, or a bug: the step thread raises it
             self._ready.put(error)
 
-    def _take_in(self, message: ToWorker) -> None:
+    def _dispatch(self, message: ToWorker) -> None:
         if isinstance(message, Cancel):
             with self._handing_over:
                 self._lanes.cancel(message.id)
@@ -107,20 +107,20 @@ class Intake:
         elif not isinstance(message, Evaluate) and is_slow(message):
             self._lanes.add(Task(message.id, message.owner, partial(self._on_lane, message)))
         else:
-            self._make_ready(message)
+            self._prepare(message)
         if isinstance(message, Retune) or (isinstance(message, Cancel) and message.id == self._interrupt.mostly_for):
             self._interrupt.set()
 
     def _on_lane(self, message: Owned, task: Task) -> None:
         try:
-            self._make_ready(message, task)
+            self._prepare(message, task)
         except Exception as error:  # as in `_read`
             self._ready.put(error)
 
-    def _make_ready(self, message: Owned | Evaluate, task: Task | None = None) -> None:
+    def _prepare(self, message: Owned | Evaluate, task: Task | None = None) -> None:
         try:
             if isinstance(message, Tokenize | Detokenize):
-                self._channel.send(_with_vocabulary(self._model, message, task))
+                self._channel.send(_vocabulary_answer(self._model, message, task))
                 return
             work: Sequence | EmbeddingJob | EvaluationJob
             if isinstance(message, Embed):
@@ -146,10 +146,10 @@ class Intake:
                 self._ready.put(work)
             elif isinstance(work, Sequence):
                 work.sampler.close()
-        if isinstance(work, Sequence) and (self._interrupt.joins() or self._comes_first(work)):
+        if isinstance(work, Sequence) and (self._interrupt.in_batch_window() or self._takes_precedence(work)):
             self._interrupt.set()
 
-    def _comes_first(self, sequence: Sequence) -> bool:
+    def _takes_precedence(self, sequence: Sequence) -> bool:
         return self._interrupt.preemptible and not sequence.request.preemptible
 
     def _is_on_disk(self, sequence: Sequence) -> bool:
@@ -230,7 +230,7 @@ def _read(
             tokens, stretches = parts.whole(texts, prepared.tokens)
         else:
             tokens, stretches = prompt if isinstance(prompt, list) else prepared.tokens[0], []
-        yield _known(model, tokens, "prompt"), stretches, child
+        yield _checked_tokens(model, tokens, "prompt"), stretches, child
 
 
 def _with_grammar(model: Model, chain: NativeSampler, child: Child) -> Sampler:
@@ -278,13 +278,13 @@ def job_of(model: Model, request: Embed, task: Task | None = None) -> EmbeddingJ
     with _prepared(model, Job(texts, add_special=True), task) as (prepared, _):
         rest = iter(prepared.tokens)
         lists = [next(rest) if isinstance(one, str) else one for one in request.inputs]
-        return EmbeddingJob(request, [_known(model, one, "input") for one in lists])
+        return EmbeddingJob(request, [_checked_tokens(model, one, "input") for one in lists])
 
 
 def evaluation_of(model: Model, request: Evaluate) -> EvaluationJob:
     """Raises RequestError if an input is empty or has unknown tokens."""
     for one in request.inputs:
-        _known(model, one.tokens, "input")
+        _checked_tokens(model, one.tokens, "input")
     return EvaluationJob(request)
 
 
@@ -307,7 +307,7 @@ def _pairs(model: Model, query: str, documents: list[str], task: Task | None = N
         return [[*begin, *first, *between, *document, *end] for document in rest]
 
 
-def _with_vocabulary(model: Model, message: Tokenize | Detokenize, task: Task | None = None) -> Tokens | Text:
+def _vocabulary_answer(model: Model, message: Tokenize | Detokenize, task: Task | None = None) -> Tokens | Text:
     if isinstance(message, Tokenize):
         most = None if message.counted else MOST_TOKENS
         job = Job([message.text], message.add_special, message.parse_special, most=most, counted=message.counted)
@@ -321,7 +321,7 @@ def _with_vocabulary(model: Model, message: Tokenize | Detokenize, task: Task | 
     return Text(message.id, model.detokenize(message.tokens))
 
 
-def _known(model: Model, tokens: list[int], param: str) -> list[int]:
+def _checked_tokens(model: Model, tokens: list[int], param: str) -> list[int]:
     """Return the tokens of the field `param`; raises RequestError if they are empty or not in the vocabulary."""
     if not tokens:
         raise RequestError("invalid_value", param, f"the {param} is empty")

@@ -9,7 +9,7 @@ from typing import Any
 from llamaherd_server.worker.lib import Log
 
 # Batch window: shorter than a step, and than computing the ubatch that an interruption may discard.
-GATHER_S = 0.05
+BATCH_WINDOW_S = 0.05
 
 
 class Interrupt:
@@ -22,15 +22,15 @@ class Interrupt:
     def __init__(self, lib: Any, log: Log) -> None:
         self.mostly_for: int | None = None  # the request with most of the tokens in the current batch
         self.preemptible = False  # whether most of them are prompts of preemptible requests
-        self._began: float | None = None
+        self._window_start: float | None = None
         self._log = log
         self._flag = ctypes.create_string_buffer(2)
-        self._ask = lib.ggml_abort_callback(ctypes.cast(ctypes.CDLL(None).strlen, ctypes.c_void_p).value)
+        self._callback = lib.ggml_abort_callback(ctypes.cast(ctypes.CDLL(None).strlen, ctypes.c_void_p).value)
         self._lib = lib
 
     def watch(self, context: Any) -> None:
         """Make computation in `context` interruptible."""
-        self._lib.llama_set_abort_callback(context, self._ask, ctypes.cast(self._flag, ctypes.c_void_p))
+        self._lib.llama_set_abort_callback(context, self._callback, ctypes.cast(self._flag, ctypes.c_void_p))
 
     def set(self) -> None:
         """Interrupt all computation until `clear`. llama.cpp logs that as an error, so its log is muted."""
@@ -41,10 +41,10 @@ class Interrupt:
         self._flag[0] = b"\0"
         self._log.muted = False
 
-    def gather(self, beginning: bool) -> None:
-        """Before each step: open the batch window, or leave it open, while `beginning`; else close it."""
-        self._began = (self._began or time.monotonic()) if beginning else None
+    def update_batch_window(self, is_open: bool) -> None:
+        """Before each step, open the batch window (or leave it open) if `is_open`, else close it."""
+        self._window_start = (self._window_start or time.monotonic()) if is_open else None
 
-    def joins(self) -> bool:
+    def in_batch_window(self) -> bool:
         """Whether the batch window is open, so that a new request should join the step being computed."""
-        return self._began is not None and time.monotonic() - self._began < GATHER_S
+        return self._window_start is not None and time.monotonic() - self._window_start < BATCH_WINDOW_S

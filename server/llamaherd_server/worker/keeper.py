@@ -12,9 +12,9 @@ from llamaherd_server.worker.prompts import LEAST, PromptCache
 from llamaherd_server.worker.sequence import Sequence
 
 # Most checkpoints per slot and bytes of all checkpoints; fewest tokens between borders, and between other checkpoints.
-MOST_CHECKPOINTS, CHECKPOINT_BYTES, BORDERS_APART, APART = 8, 2**29, 64, 256
+MAX_CHECKPOINTS, MAX_CHECKPOINT_BYTES, MIN_BORDER_GAP, MIN_CHECKPOINT_GAP = 8, 2**29, 64, 256
 # Load rate in bytes per second that is assumed until one has been measured.
-LOADED_PER_S = 2e9
+INITIAL_BYTES_PER_S = 2e9
 _WEIGHT = 0.3  # of the latest load in the average rate
 
 
@@ -23,34 +23,34 @@ class Keeper:
 
     def __init__(self, prompts: PromptCache | None) -> None:
         self._prompts = prompts
-        self._bytes_per_s = LOADED_PER_S
+        self._bytes_per_s = INITIAL_BYTES_PER_S
         self._memory_tokens = self._disk_tokens = 0
 
     def attach(self, backend: Backend) -> None:
         self._backend = backend
-        self._checkpoint_bytes = CHECKPOINT_BYTES // backend.settings.parallel
+        self._checkpoint_bytes = MAX_CHECKPOINT_BYTES // backend.settings.parallel
         if self._prompts:
             self._prompts.suit(backend.settings, cuts=backend.cuts)
 
     def begin(self, slot: Slot, sequence: Sequence) -> None:
         """Make a checkpoint where the sequence leaves its cached prefix; space out borders, since each costs a step."""
-        sequence.space_borders(BORDERS_APART)
+        sequence.space_borders(MIN_BORDER_GAP)
         self.mark(slot, sequence, border=sequence.computed > 0)
 
     def mark(self, slot: Slot, sequence: Sequence, *, border: bool = False) -> None:
-        """If a slot cannot be truncated, make a checkpoint at its prompt's borders and end, or APART after the last."""
+        """If a slot cannot be truncated, make a checkpoint at its prompt's borders and end, or far from the last."""
         length, checkpoints = sequence.computed, slot.checkpoints
         if self._backend.cuts or length > sequence.n_prompt:
             return
         last = checkpoints[-1][0] if checkpoints else 0
         border = border or length in sequence.borders or length == sequence.n_prompt
-        if length <= last or (not border and length - last < APART):
+        if length <= last or (not border and length - last < MIN_CHECKPOINT_GAP):
             return
         state = self._backend.checkpoint(slot.number)
         if len(state) > self._checkpoint_bytes:
             return
         checkpoints.append((length, state))
-        while len(checkpoints) > MOST_CHECKPOINTS or sum(len(one) for _, one in checkpoints) > self._checkpoint_bytes:
+        while len(checkpoints) > MAX_CHECKPOINTS or sum(len(one) for _, one in checkpoints) > self._checkpoint_bytes:
             # the first one usually ends the system prompt, and the next turn starts from one of the last
             gaps = [checkpoints[i + 1][0] - checkpoints[i - 1][0] for i in range(1, len(checkpoints) - 2)]
             del checkpoints[1 + gaps.index(min(gaps)) if gaps else 0]

@@ -74,7 +74,7 @@ class KvCache:
         length = min(length, slot.length)
         if length == 0 or self._backend.keeps(slot.number, length):
             return length
-        return max((there for there, _ in slot.checkpoints if there <= length), default=0)
+        return max((position for position, _ in slot.checkpoints if position <= length), default=0)
 
     def share(self, source: Slot, target: Slot, length: int) -> int:
         """Copy the first `length` positions of `source`, all `usable`, to empty `target`. Returns its new length."""
@@ -99,7 +99,7 @@ class KvCache:
         kept = length == 0 or self._backend.keeps(slot.number, length)
         if kept:
             self._backend.forget(slot.number, length)
-        self._let_go(slot, length)
+        self._release(slot, length)
         return length if kept or self._rewind(slot, length) else 0
 
     def load(self, slot: Slot, parts: list[Part], back: bytes | None, checkpoints: list[Checkpoint]) -> bool:
@@ -121,17 +121,17 @@ class KvCache:
         return True
 
     def _rewind(self, slot: Slot, length: int) -> bool:
-        state = next(state for there, state in slot.checkpoints if there == length)
+        state = next(state for position, state in slot.checkpoints if position == length)
         if self._backend.rewind(slot.number, length, state):
             return True
         slot.checkpoints, slot.kept = [], 0
-        self._let_go(slot, 0)
+        self._release(slot, 0)
         return False
 
-    def _let_go(self, slot: Slot, length: int) -> None:
-        gone = slot.cells[length:]
+    def _release(self, slot: Slot, length: int) -> None:
+        released = slot.cells[length:]
         del slot.cells[length:]
-        for cell in gone:
+        for cell in released:
             others = self._sharers.pop(cell, 0)
             if others > 1:
                 self._sharers[cell] = others - 1

@@ -60,7 +60,7 @@ class Service:
             idle = self._scheduler.settled and all(one.idle for one in self._beside)
             for work in intake.take(HEARTBEAT_S if idle else 0):
                 self._handle(work)
-            self._interrupt.gather(self._scheduler.beginning)
+            self._interrupt.update_batch_window(self._scheduler.beginning)
             self._channel.send(self._scheduler.step())
             for one in self._beside:
                 for answer in one.step(self._context.settings, alone=self._scheduler.idle):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamaherd_server.wire.engine_settings import EngineSettings, Speculative
-from llamaherd_server.worker.drafts import INDEXED_AT_ONCE, MOST_ENTRIES, SHORT, Lookup
+from llamaherd_server.worker.drafts import MAX_ENTRIES, MAX_INDEXED_PER_CALL, SHORT_MATCH, Lookup
 from llamaherd_server.worker.scheduler import Scheduler
 from llamaherd_server.worker.sequence import Sequence
 from llamaherd_server.worker.speculation import (
@@ -53,22 +53,22 @@ def test_whatever_is_proposed_followed_the_same_tokens_before(tokens: list[int],
         draft = lookup.propose(there, most)
         assert len(draft) in (0, most)
         seen = any(
-            there[at - SHORT : at] == there[-SHORT:] and draft[: end - at] == there[at : at + most]
-            for at in range(SHORT, end)
+            there[at - SHORT_MATCH : at] == there[-SHORT_MATCH:] and draft[: end - at] == there[at : at + most]
+            for at in range(SHORT_MATCH, end)
         )
         assert seen or not draft
 
 
 def test_a_long_prompt_is_indexed_by_and_by_and_takes_bounded_memory() -> None:
     lookup = Lookup(10**6)
-    tokens = [*PHRASE, *range(1000, 1000 + 20 * INDEXED_AT_ONCE), *PHRASE[:20]]
+    tokens = [*PHRASE, *range(1000, 1000 + 20 * MAX_INDEXED_PER_CALL), *PHRASE[:20]]
     calls = 0
     while not (draft := lookup.propose(tokens, 4)):
         calls += 1
         assert calls < 25
     assert calls >= 19
     assert draft == PHRASE[20:24]
-    assert len(lookup._after) <= MOST_ENTRIES
+    assert len(lookup._after) <= MAX_ENTRIES
 
 
 class Reader:

@@ -13,7 +13,7 @@ from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.wire.protocol import Cancel, Detokenize, Embed, Failed, FromWorker, Generate, Retune, Text
 from llamaherd_server.worker.channel import LENGTH_BYTES, Channel, Closed, frame
 from llamaherd_server.worker.intake import Intake
-from llamaherd_server.worker.interrupt import GATHER_S, Interrupt
+from llamaherd_server.worker.interrupt import BATCH_WINDOW_S, Interrupt
 from llamaherd_server.worker.model import Model
 
 SOON_S = 20
@@ -104,16 +104,16 @@ def test_only_who_comes_just_after_the_first_stops_the_first_step(
         return front.interrupt.stops
 
     assert stops_after_arrival() == 0  # nothing runs
-    front.interrupt.gather(True)
+    front.interrupt.update_batch_window(True)
     assert stops_after_arrival() == 1
-    now += GATHER_S * 0.9
-    front.interrupt.gather(True)  # the step that was stopped, once more
+    now += BATCH_WINDOW_S * 0.9
+    front.interrupt.update_batch_window(True)  # the step that was stopped, once more
     assert stops_after_arrival() == 2
-    now += GATHER_S * 0.2
-    front.interrupt.gather(True)
+    now += BATCH_WINDOW_S * 0.2
+    front.interrupt.update_batch_window(True)
     assert stops_after_arrival() == 2
-    front.interrupt.gather(False)
-    front.interrupt.gather(True)
+    front.interrupt.update_batch_window(False)
+    front.interrupt.update_batch_window(True)
     assert stops_after_arrival() == 3
 
 
