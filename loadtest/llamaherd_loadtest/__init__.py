@@ -1,1 +1,1 @@
-"""Load tests for OpenAI-compatible LLM servers, and the tuner that picks a host's settings by them."""
+"""Load tests for OpenAI-compatible LLM servers, and the tuner that uses them to choose a host's settings."""

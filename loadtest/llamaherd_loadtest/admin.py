@@ -1,4 +1,4 @@
-"""A server's /admin routes: one session with the admin key, and what goes wrong there as one line."""
+"""A client of a server's /admin routes, with the admin key and one-line errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaherd_loadtest.sse import Chunk, ErrorBody
 
 
 class Admin:
-    """`base` is the server's address, without /v1."""
+    """`base` is the server's address without /v1."""
 
     def __init__(self, url: str, key: str = "", ca: Path | None = None) -> None:
         self.base = url.rstrip("/").removesuffix("/v1")
@@ -22,7 +22,7 @@ class Admin:
             self.session.headers["Authorization"] = f"Bearer {key}"
 
     def request(self, method: str, path: str, *, timeout_s: float, body: bytes | None = None) -> requests.Response:
-        """The answer, whatever its status. Raises ServerUnusable with the cause."""
+        """Return the response, whatever its status. Raises ServerUnusable with the cause."""
         url, headers = self.base + path, {"Content-Type": "application/json"}
         try:
             return self.session.request(method, url, data=body, headers=headers, timeout=timeout_s)
@@ -33,7 +33,7 @@ class Admin:
 
 
 def error_message(response: requests.Response) -> str:
-    """What the server says went wrong, in 300 characters at most."""
+    """Return the server's error message, at most 300 characters of it."""
     try:
         message = msgspec.json.decode(response.content, type=Chunk).error_message
     except msgspec.MsgspecError:
@@ -42,7 +42,7 @@ def error_message(response: requests.Response) -> str:
 
 
 def error_code(response: requests.Response) -> str | int | None:
-    """The code of the error object in the answer, where there is one."""
+    """Return the code of the response's error object, or None."""
     try:
         error = msgspec.json.decode(response.content, type=Chunk).error
     except msgspec.MsgspecError:
@@ -51,5 +51,5 @@ def error_code(response: requests.Response) -> str | int | None:
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """What the system said, without the libraries' wrappings."""
+    """Return the system's error from within the libraries' wrappers."""
     return _innermost(error.__context__) if error.__context__ else error

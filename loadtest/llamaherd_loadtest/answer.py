@@ -1,6 +1,6 @@
-"""An HTTP answer that the event loop reads by itself: a piece is stamped when it arrives and parsed later.
+"""An HTTP response that the event loop reads itself. Chunks are timestamped on arrival and parsed later, in batches.
 
-Its greenlet sleeps until the end: to wake it for each event would cost as much as all else that an event needs.
+The requesting greenlet sleeps until the end: waking it for each event would double the client's cost per event.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from gevent.event import Event
 from geventhttpclient.response import HTTPConnectionClosed, HTTPResponse
 
 _READABLE = 1
-_BLOCK = 16384  # as much as a TLS record holds: no rest stays in the TLS library, where the loop does not see it
-# Pieces that may wait: few, so that parsing them holds up nobody, and not the same number for each answer,
-# since servers send the tokens of all their slots at once.
+_BLOCK = 16384  # the size of a TLS record: nothing stays in the TLS library's buffer, which the loop does not see
+# How many chunks may wait before they are parsed: few, so that parsing delays no other response, and a different number
+# for each response, because servers send the tokens of all their slots at once.
 _batches = itertools.cycle(range(8, 16))
 
 Pieces = list[tuple[float, bytearray]]
 
 
 class Answer(HTTPResponse):
-    """The answer on `sock`. `take` gets the body of a 200: its pieces, each with its arrival, many at a time."""
+    """The response on `sock`. `take` receives the body of a 200 as chunks with arrival times, several at a time."""
 
     def __init__(self, sock: gevent.socket.socket, take: Callable[[Pieces], None] | None = None) -> None:
         super().__init__("POST")
         self._sock, self._take, self._loop = sock, take, gevent.get_hub().loop
-        self._arrivals: list[float] = []  # of what was received and not parsed yet
+        self._arrivals: list[float] = []  # for chunks received but not parsed yet
         self._received: list[bytes] = []
         self._pieces: Pieces = []
         self._arrival = 0.0
@@ -38,9 +38,9 @@ class Answer(HTTPResponse):
         self._ended, self._failure = Event(), list[Exception]()
 
     def wait(self) -> None:
-        """Sleep until the answer is there. Raises OSError, HTTPParseError, and what `take` raises.
+        """Sleep until the response is complete. Raises OSError, HTTPParseError, and whatever `take` raises.
 
-        HTTPConnectionClosed where the connection ended before the answer began.
+        Raises HTTPConnectionClosed if the connection ended before the response began.
         """
         self._watcher = self._loop.io(self._sock.fileno(), _READABLE)
         self._watcher.start(self._read)
@@ -48,7 +48,7 @@ class Answer(HTTPResponse):
         try:
             self._ended.wait()
         except BaseException:
-            self._parse()  # what came until then counts
+            self._parse()  # keep what arrived before the interruption
             raise
         finally:
             self._watcher.close()
@@ -56,7 +56,7 @@ class Answer(HTTPResponse):
             raise failure
 
     def body(self) -> bytes:
-        """What `take` did not get."""
+        """Return the part of the body that `take` did not receive."""
         return b"".join(piece for _, piece in self._pieces)
 
     def _read(self) -> None:
@@ -70,10 +70,10 @@ class Answer(HTTPResponse):
             return
         self._arrivals.append(perf_counter())
         self._received.append(data)
-        # A chunked body ends with an empty line: what does not end so is not its end. Errors are told at once.
+        # Only an empty line can end a chunked body. Errors are parsed without delay.
         ends = len(data) < 4 or data.endswith(b"\r\n\r\n")
         if ends or not self._may_wait or len(self._received) >= self._batch or b"error" in data:
-            self._loop.run_callback(self._parse)  # when all that has arrived is stamped
+            self._loop.run_callback(self._parse)  # after everything that has arrived is timestamped
 
     def _parse(self) -> None:
         arrivals, received, self._arrivals, self._received = self._arrivals, self._received, [], []
@@ -85,7 +85,7 @@ class Answer(HTTPResponse):
             if self._take is not None and self.status_code == 200:
                 pieces, self._pieces = self._pieces, []
                 self._take(pieces)
-        except Exception as failure:  # this runs in the loop, it belongs to the greenlet
+        except Exception as failure:  # this runs in the event loop; the greenlet raises it
             self._end(failure)
 
     def _end(self, *failure: Exception) -> None:
@@ -103,5 +103,5 @@ class Answer(HTTPResponse):
 
     def _on_message_complete(self) -> None:
         super()._on_message_complete()
-        if self.status_code >= 200:  # not an interim answer
+        if self.status_code >= 200:  # not a 1xx response
             self._end()

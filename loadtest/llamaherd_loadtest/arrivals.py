@@ -1,4 +1,4 @@
-"""When requests of an open loop are sent: times fixed before the run, whatever the server does."""
+"""When an open loop sends its requests: at times fixed before the run, whatever the server does."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ PROCESSES: tuple[str, ...] = get_args(Process)
 
 
 class Arrivals(Struct, frozen=True):
-    """`rate` requests a second; the same for the same seed.
+    """`rate` requests per second, reproducible from the seed.
 
-    They are evenly spaced, or a Poisson process, or `burst` at once at the times of a Poisson process.
+    They are evenly spaced, a Poisson process, or bursts of `burst` requests at the times of a Poisson process.
     """
 
     process: Process
@@ -31,7 +31,7 @@ class Arrivals(Struct, frozen=True):
             raise ValueError(f"burst {self.burst} is not possible: give the requests that come at once, at least 1")
 
     def offsets(self) -> Iterator[float]:
-        """Seconds from the start of the run, without end."""
+        """Yield seconds from the start of the run, without end."""
         rng, at = seeded(self.seed, "arrivals"), 0.0
         at_once = self.burst if self.process == "bursts" else 1
         while True:

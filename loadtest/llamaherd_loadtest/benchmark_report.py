@@ -1,7 +1,7 @@
-"""A summary in llm-d's Benchmark Report format, version 0.2.1, so that tools made for it can read our runs.
+"""Writes a summary in llm-d's Benchmark Report format, version 0.2.1, so that its tools can read our runs.
 
-The format is that of github.com/llm-d/llm-d-benchmark, package llmd-benchmark-report. It has no place for intervals;
-a quantile that our sample does not resolve is left out.
+The format is that of github.com/llm-d/llm-d-benchmark, package llmd-benchmark-report. It has no place for intervals, so
+quantiles that our sample does not resolve are left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ARGS = (
 
 
 def to_benchmark_report(summary: Summary, options: Any, parallelism: int, seed: int) -> str:
-    """The report as YAML. `options` are Locust's with ours, `parallelism` the processes that sent the load."""
+    """Return the report as YAML. `options` are Locust's with ours, `parallelism` the number of sending processes."""
     native = {name: value for name in _ARGS if (value := getattr(options, name, None))} | {"seed": seed}
     end = datetime.now(UTC)
     report = {

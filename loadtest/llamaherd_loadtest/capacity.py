@@ -1,13 +1,13 @@
-"""How many hosts serve N users within the limits: a discrete-event simulation, fed with one host's measured profile.
+"""Computes how many hosts serve N users within the limits: a discrete-event simulation from one host's profile.
 
     python -m llamaherd_loadtest.capacity --profile profile.json --users 200 --think 20 --limit ttft_p95=2s
 
-With --hosts in place of --users it says how many users so many hosts serve. llamaherd_loadtest.profile measures a host.
+With --hosts instead of --users it prints how many users they serve. llamaherd_loadtest.profile makes the profile.
 
-A host is `parallel` slots before a queue, first come first served. Its requests share it as they did when it was
-measured: with n slots busy each makes a token every TPOT(n) seconds; prompts are read one at a time. The edge gives a
-request to the host with the fewest (least_conn). Users ask, read, think for an exponentially distributed time and ask
-again: the machine-repairman model (Kleinrock, Queueing Systems I, 3.8), with service times that depend on the load.
+A host has `parallel` slots and a first-come, first-served queue. Requests share the host as they did when it was
+measured: with n busy slots each generates a token every TPOT(n) seconds, and prompts are computed one at a time. The
+edge picks the host with the fewest requests (least_conn). Users send, read, think for an exponentially distributed time
+and repeat: the machine-repairman model (Kleinrock, Queueing Systems I, 3.8) with load-dependent service times.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from llamaherd_loadtest.samples import Sample
 from llamaherd_loadtest.workload import Workload, load_workload
 
 Work = Callable[[random.Random], tuple[float, float]]  # prompt and output tokens of the next request
-_INSTANT_S = 1e-7  # less than this before its end, work has ended: clocks of any length resolve it
+_INSTANT_S = 1e-7  # work with less than this left counts as done; a float clock resolves it however long the run
 
 
 class Profile(Struct, frozen=True, forbid_unknown_fields=True):
-    """A host as measured on the workload in question: `tpot_s` maps busy slots to seconds per output token."""
+    """A host measured on one workload. `tpot_s` maps the number of busy slots to seconds per output token."""
 
     parallel: int
     prompt_tokens_per_s: float
@@ -48,7 +48,7 @@ class Profile(Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("a profile needs parallel >= 1 and positive prompt_tokens_per_s and tpot_s")
 
     def tpot(self, busy: int) -> float:
-        """Seconds per token with `busy` slots: between the measured points linear, beyond them the nearest."""
+        """Seconds per token with `busy` slots, interpolated linearly; outside the measured range, the nearest point."""
         points = sorted(self.tpot_s.items())
         for (low, at_low), (high, at_high) in itertools.pairwise(points):
             if low <= busy <= high:
@@ -57,12 +57,12 @@ class Profile(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Host:
-    """One host between two events; `at` is the time up to which it has worked."""
+    """The state of one host between two events; `at` is the simulated time up to which it has advanced."""
 
     def __init__(self, profile: Profile) -> None:
         self.profile, self.at = profile, 0.0
         self.queue: deque[_Request] = deque()
-        self.prompts: deque[_Request] = deque()  # with a slot; the first is being read
+        self.prompts: deque[_Request] = deque()  # requests that have a slot; the first one's prompt is being computed
         self.decoding: list[_Request] = []
 
     @property
@@ -74,14 +74,14 @@ class _Host:
         return len(self.prompts) + len(self.decoding)
 
     def next_event(self) -> float:
-        """When a prompt has been read or an answer is whole, if nothing comes in between."""
+        """Return the time at which the next prompt or answer completes, if no request arrives earlier."""
         waits = [request.left * self.profile.tpot(self.busy) for request in self.decoding]
         if self.prompts:
             waits.append(self.prompts[0].prompt / self.profile.prompt_tokens_per_s)
         return self.at + max(0.0, min(waits)) if waits else math.inf
 
     def work(self, until: float) -> list[_Request]:
-        """Go on to `until`, at most the next event; the requests that have ended then."""
+        """Advance to `until`, at most the next event, and return the requests that completed."""
         spent, self.at = until - self.at, until
         tpot = self.profile.tpot(self.busy)
         for request in self.decoding:
@@ -106,14 +106,14 @@ class _Host:
 class _Request(Struct, eq=False):
     user: int
     sample: Sample
-    prompt: float  # tokens still to read
-    left: float  # and to make, the first apart
+    prompt: float  # tokens left to compute
+    left: float  # tokens left to generate, without the first
 
 
 def simulate(profile: Profile, hosts: int, users: int, think_s: float, work: Work, *, requests: int) -> list[Sample]:
-    """The first `requests` answers of `users` that think `think_s` seconds on average, in the order of their ends.
+    """Return the first `requests` answers to `users` who think `think_s` seconds on average, by completion time.
 
-    Users begin evenly spread over their first pause. The first fifth is marked as warm-up.
+    Every user starts with a think pause. The first fifth of the answers is marked as warm-up.
     """
     rng, fleet, ended = seeded("capacity", hosts, users), [_Host(profile) for _ in range(hosts)], list[Sample]()
     wakes = [(rng.expovariate(1 / think_s), user) for user in range(users)]
@@ -137,7 +137,7 @@ def simulate(profile: Profile, hosts: int, users: int, think_s: float, work: Wor
 
 
 def hosts_needed(profile: Profile, users: int, think_s: float, work: Work, limits: list[Limit]) -> int:
-    """The fewest hosts with which all limits hold. Raises ValueError where a host for each user is not enough."""
+    """Return the fewest hosts that keep all limits. Raises ValueError if one host per user is not enough."""
 
     def enough(hosts: int) -> bool:
         return within(limits, simulate(profile, hosts, users, think_s, work, requests=_requests(users)))
@@ -151,7 +151,7 @@ def hosts_needed(profile: Profile, users: int, think_s: float, work: Work, limit
 
 
 def users_served(profile: Profile, hosts: int, think_s: float, work: Work, limits: list[Limit]) -> int:
-    """The most users with whom all limits hold. Raises ValueError where a lone one misses them."""
+    """Return the most users for whom all limits hold. Raises ValueError if a single user misses them."""
 
     def too_many(users: int) -> bool:
         return not within(limits, simulate(profile, hosts, users, think_s, work, requests=_requests(users)))
@@ -165,7 +165,7 @@ def users_served(profile: Profile, hosts: int, think_s: float, work: Work, limit
 
 
 def within(limits: list[Limit], samples: list[Sample]) -> bool:
-    """Whether these requests, less those marked as warm-up, keep all limits."""
+    """Return whether these requests keep all limits, not counting those marked as warm-up."""
     seen = [(limit, observe(limit, [s for s in samples if not s.warmup])) for limit in limits]
     return all(value is not None and value <= limit.ms for limit, value in seen)
 
@@ -175,7 +175,7 @@ def _requests(users: int) -> int:
 
 
 def of_workload(workload: Workload) -> Work:
-    """Lengths as `workload` has them."""
+    """Return a function that draws prompt and output lengths from the distributions of `workload`."""
     return lambda rng: (
         workload.prompt.at(rng.uniform(0.001, 0.999)),
         workload.output.at(rng.uniform(0.001, 0.999)),
@@ -183,7 +183,7 @@ def of_workload(workload: Workload) -> Work:
 
 
 def main() -> None:
-    """Print the number of hosts, or of users; exits with one line on stderr for input that makes no sense."""
+    """Print the number of hosts or users; on invalid input, exit with one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m llamaherd_loadtest.capacity", description=__doc__)
     add = parser.add_argument
     add("--profile", type=Path, required=True, help="JSON: parallel, prompt_tokens_per_s, tpot_s {busy slots: seconds}")

@@ -1,7 +1,7 @@
-"""A streaming chat client on gevent that tells when each event arrived.
+"""A streaming chat client on gevent that records when each event arrived.
 
-It stands on the parser and the pool of geventhttpclient, the library under Locust's FastHttpUser, and reads answers
-itself (see `answer`): `FastHttpSession.iter_lines` waits for 1024-byte blocks, which shows up as late first tokens.
+It uses the parser and the pool of geventhttpclient, the library under Locust's FastHttpUser, but reads responses itself
+(see `answer`): `FastHttpSession.iter_lines` waits for 1024-byte blocks, which shows up as late first tokens.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from llamaherd_loadtest.samples import CLIENT, Sample
 from llamaherd_loadtest.sse import END, Chunk, parse_line
 
 clock = time.perf_counter
-# A pool smaller than the load would queue requests in the client without a trace.
+# A pool smaller than the load would silently queue requests in the client.
 POOL = 65536
-# What the kernel says when this machine, not the server, cannot open one more connection.
+# Errors of the kernel when this machine, not the server, cannot open another connection.
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM}
 PATH = "/v1/chat/completions"
-_UNFINISHED = ("abort", "cancelled", "error")  # finish reasons of answers that are not whole
+_UNFINISHED = ("abort", "cancelled", "error")  # finish reasons of incomplete answers
 
 
 class Target(Struct, frozen=True, kw_only=True):
-    """Where the load goes: `url` is the API's root, with or without its /v1.
+    """Where the load goes: `url` is the API's root, with or without /v1.
 
-    `ca` is the only authority trusted, the system's where None; `timeout_s` is per request.
+    `ca` is the only trusted authority (None: the system's); `timeout_s` is per request.
     """
 
     url: str
@@ -47,10 +47,10 @@ class Target(Struct, frozen=True, kw_only=True):
 
 
 class ChatClient:
-    """Streams chat completions over kept-alive connections; one client serves all greenlets of a process."""
+    """Streams chat completions over kept-alive connections; all greenlets of a process share one client."""
 
     def __init__(self, target: Target) -> None:
-        """Raises ValueError for a URL, a key or a CA file that cannot be used."""
+        """Raises ValueError if the URL, the key or the CA file is unusable."""
         self._timeout_s = target.timeout_s
         if not (target.key.isascii() and target.key.isprintable()):
             raise ValueError("the API key has characters that no header can carry: it is one line of printable ASCII")
@@ -64,7 +64,7 @@ class ChatClient:
             raise ValueError(f"cannot use CA file {target.ca}: {error}") from error
 
     def call(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-        """(status, body) of a GET of `path`, or of a POST where `body` is given. Raises OSError where there is none."""
+        """Send a GET of `path`, or a POST of `body`, and return (status, body). Raises OSError without a response."""
         late = TimeoutError(f"no answer to {path} after {self._timeout_s:g} s")
         try:
             with gevent.Timeout(self._timeout_s, late):
@@ -78,9 +78,9 @@ class ChatClient:
         self._pool.close()
 
     def stream(self, body: bytes, sample: Sample, text: list[str] | None = None) -> None:
-        """Send `body` and fill `sample` as the answer arrives; failures become its `outcome`, never exceptions.
+        """Send `body` and fill `sample` as the answer arrives; failures are recorded in `outcome` and never raised.
 
-        The answer's text is put into `text` where that is given.
+        If `text` is given, the answer's text is appended to it.
         """
         sample.sent = clock()
         noted = _Noted(sample, text)
@@ -93,7 +93,7 @@ class ChatClient:
         except (gevent.Timeout, TimeoutError):
             sample.outcome, sample.detail = "timeout", f"no end after {self._timeout_s:g} s"
         except (msgspec.MsgspecError, HTTPParseError) as error:
-            # geventhttpclient reports a peer that went away as a parse error too.
+            # geventhttpclient reports a closed connection as a parse error too.
             gone = any(word in str(error) for word in ("closed", "Incomplete"))
             sample.outcome, sample.detail = "connection" if gone else "protocol", str(error)
         except OSError as error:
@@ -104,10 +104,10 @@ class ChatClient:
     def _ask(self, method: str, path: str, body: bytes, take: Callable[[Pieces], None] | None = None) -> Answer:
         head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._head}\r\nContent-Length: {len(body)}\r\n\r\n"
         connection = self._pool.get_socket()
-        connection.settimeout(None)  # requests have a deadline as a whole, not for each read
+        connection.settimeout(None)  # the deadline is per request, not per read
         answer = Answer(connection, take)
         try:
-            with suppress(BrokenPipeError, ConnectionResetError):  # who does not read to the end may have answered
+            with suppress(BrokenPipeError, ConnectionResetError):  # a server that stops reading may have responded
                 connection.sendall(head.encode() + body)
             answer.wait()
         finally:
@@ -128,22 +128,22 @@ def _pool(target: Target) -> ConnectionPool:
 
 
 class _StreamError(Exception):
-    """The server told of an error within the stream."""
+    """The server reported an error within the stream."""
 
 
 class _Noted:
-    """Notes into a sample what the events of its answer say."""
+    """Records the events of an answer in a sample."""
 
     def __init__(self, sample: Sample, text: list[str] | None) -> None:
         self._sample, self._text = sample, text
         self._rest = bytearray()
         self._last: Chunk | None = None
         self._finish_reason = ""
-        self._size = self._first_size = 0  # characters, of all events and of the first
+        self._size = self._first_size = 0  # characters of all events and of the first
         self._reasons = False
 
     def take(self, pieces: Pieces) -> None:
-        """Raises _StreamError, and msgspec.DecodeError where an event is not a chunk's JSON."""
+        """Raises _StreamError, and msgspec.DecodeError if an event is not the JSON of a chunk."""
         for arrival, piece in pieces:
             lines = (self._rest + piece).split(b"\n")
             self._rest = lines.pop()
@@ -152,13 +152,13 @@ class _Noted:
                     self._note(chunk, arrival)
 
     def finish(self, answer: Answer) -> None:
-        """The answer is over: was it whole?"""
+        """Set the sample's outcome at the end of the answer."""
         sample = self._sample
         sample.first_share = self._first_size / max(self._size, 1)
         if answer.status_code != 200:
             sample.outcome, sample.detail = f"http {answer.status_code}", _error_text(answer.body())
             return
-        self.take([(clock(), bytearray(b"\n"))])  # a last line may lack its end
+        self.take([(clock(), bytearray(b"\n"))])  # the last line may lack its newline
         if self._last is None or not (self._last is END or self._finish_reason):
             sample.outcome, sample.detail = "truncated", "the stream ended without a finish reason"
         elif self._finish_reason in _UNFINISHED:

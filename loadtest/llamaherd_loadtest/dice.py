@@ -1,4 +1,4 @@
-"""Reproducible randomness: prompts, arrivals and search order are functions of a seed. Nothing secret comes of it."""
+"""Reproducible randomness: prompts, arrivals and search order are functions of a seed. Not for secrets."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import secrets
 
 
 def fresh_seed() -> int:
-    """A seed that no earlier run had: a server that has seen a prompt answers it from its cache."""
+    """Return a seed that no earlier run used, so that the server's prompt cache holds none of its prompts."""
     return secrets.randbits(32)
 
 
 def seeded(*parts: int | str) -> random.Random:
-    """A generator that gives the same for the same parts."""
+    """Return a generator that yields the same sequence for the same parts."""
     return random.Random("/".join(map(str, parts)))  # noqa: S311 (no secret)

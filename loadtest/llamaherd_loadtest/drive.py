@@ -1,4 +1,4 @@
-"""One measurement in a closed or an open loop, driven in this process. Importing this module patches for gevent."""
+"""Runs one closed-loop or open-loop measurement in this process. Importing this module applies gevent's patches."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from llamaherd_loadtest.samples import CUT_OFF, Sample
 from llamaherd_loadtest.session import LoadSession, Share, Source
 from llamaherd_loadtest.users import ClosedLoopUser
 
-WARM_UP_S = 20.0  # that a closed loop waits for another user to be warm, beside two windows
-_LONGEST_WINDOW = 4  # times the window asked for
-_STEP = 0.25  # of that window, by which it is made longer
+WARM_UP_S = 20.0  # timeout for the next user's warm-up, on top of two windows
+_LONGEST_WINDOW = 4  # times the requested window
+_STEP = 0.25  # of the requested window: the step by which a window is extended
 
 logging.getLogger("locust").setLevel(logging.WARNING)
 
 
 class Run(Struct, frozen=True):
-    """What a run left: its samples, the full-load window on the client's clock, and the client's health."""
+    """The result of a run: samples, the full-load window on the client's clock, and the client's health."""
 
     samples: list[Sample]
     start: float
@@ -33,11 +33,11 @@ class Run(Struct, frozen=True):
 
 
 class RunFailed(Exception):
-    """There was no full-load window; the message says why."""
+    """The run had no full-load window; the message says why."""
 
 
 class NotWarmedUp(RunFailed):
-    """The load was not full in time: the server may only be slow. `waited_s` is how long it had."""
+    """The load was not full in time, perhaps only because the server is slow. `waited_s` is how long it had."""
 
     def __init__(self, warmed: int, users: int, waited_s: float) -> None:
         super().__init__(f"only {warmed} of {users} users had warmed up after {waited_s:.0f} s")
@@ -54,12 +54,12 @@ def closed_loop(
     warm_up_s: float,
     rounds: int = 2,
 ) -> Run:
-    """Keep `concurrency` requests in flight: warm up, then measure for `window_s` seconds, or on a slow host for up
-    to four times as long, until there are `rounds` requests for each user.
+    """Keep `concurrency` requests in flight, warm up, then measure for `window_s` seconds. On a slow host the window
+    extends to up to four times that, until it holds `rounds` requests per user.
 
-    The window opens when each user has ended its warm-up request and handed its slot over, without a pause between, so
-    the load is full from the first moment on. Raises NotWarmedUp where none does so for `warm_up_s` seconds, and
-    RunFailed where requests only fail.
+    The window opens when every user has finished its warm-up request. Users send their next request without a pause, so
+    the load is full from the start. Raises NotWarmedUp if no further user warms up within `warm_up_s` seconds, and
+    RunFailed if requests only fail.
     """
     environment = Environment(host=target.url)
     session = LoadSession(client, source, environment.events.request.fire)
@@ -81,7 +81,7 @@ def closed_loop(
 
 
 def at_once(client: ChatClient, source: Source, *, concurrency: int, within_s: float) -> list[Sample]:
-    """Send `concurrency` requests together; what is not answered `within_s` seconds later is cut off."""
+    """Send `concurrency` requests at the same time and cut off those not answered within `within_s` seconds."""
     session = LoadSession(client, source, lambda **_: None, Share(total=concurrency))
     dispatcher = gevent.spawn(session.dispatch, clock(), itertools.repeat(0.0))
     dispatcher.join(within_s)
@@ -98,11 +98,11 @@ def open_loop(
     warm_up_s: float = 0.0,
     drain_s: float | None = None,
 ) -> Run:
-    """Send `total` requests at `offsets`, seconds from now, however slow the answers are, and wait for all of them.
+    """Send `total` requests at `offsets` (seconds from now), however slow the answers are, and wait for all of them.
 
-    Requests of the first `warm_up_s` seconds are not counted; the window opens after them. Raises RunFailed where
-    requests only fail, or where some are not answered `drain_s` seconds after the last was sent: what came back by
-    then is only the fast part.
+    Requests of the first `warm_up_s` seconds are not counted; the window opens after them. Raises RunFailed if requests
+    only fail, or if some are unanswered `drain_s` seconds after the last one was sent: the answers received by then
+    would be only the fast ones.
     """
     session = LoadSession(client, source, lambda **_: None, Share(total=total))
     monitor, start = HealthMonitor(), clock()
@@ -124,7 +124,7 @@ def _wait_for_full_load(session: LoadSession, concurrency: int, timeout_s: float
     while session.warmed < concurrency:
         if session.hopeless.is_set():
             raise RunFailed(_last_error(session))
-        if session.warmed > warmed:  # a server that gets on is only slow
+        if session.warmed > warmed:  # a server that makes progress is only slow
             warmed, deadline = session.warmed, clock() + timeout_s
         if clock() > deadline:
             raise NotWarmedUp(warmed, concurrency, clock() - started)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: a full disk leaves the former one, not half of a new one."""
+"""Atomic file writes: if the disk is full, the previous file remains, not half of a new one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write `content` to `path`. Raises OSError, which names it."""
+    """Write `content` to `path`. Raises an OSError that names it."""
     new = path.with_name(path.name + ".new")
     try:
         new.write_bytes(content.encode() if isinstance(content, str) else content)

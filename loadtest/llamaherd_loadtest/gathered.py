@@ -1,4 +1,4 @@
-"""What the processes of one run measured, brought together on one clock."""
+"""Merges what the processes of one run measured onto one clock."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from llamaherd_loadtest.summary import Summary, summarise
 
 
 class Part(Struct, frozen=True, kw_only=True):
-    """One process's part. Times are of its own clock, which `epoch` (time.time() - clock) sets against others'.
+    """What one process measured. Times are of its own clock; `epoch` (time.time() - clock) relates it to others.
 
-    [start, end] is its full-load window; `users` of which `warmed` had warmed up (both 0 in an open loop, whose
-    requests come `at_once`).
+    [start, end] is its full-load window. `warmed` of its `users` had warmed up; both are 0 in an open loop, where
+    `at_once` requests arrive together.
     """
 
     samples: list[Sample]
@@ -39,10 +39,10 @@ class Gathered(Struct, frozen=True):
 
 
 def gather(parts: Sequence[Part], missing: int, limits: Sequence[Limit]) -> Gathered:
-    """Bring parts together: the load was full while it was full in all of them.
+    """Merge the parts: the load was full while it was full in all of them.
 
-    The client's worst process decides whether it was healthy. Where `missing` processes did not report, or the load
-    was never full, the summary's `fault` says so.
+    The health of the worst client process counts. If `missing` processes did not report, or the load was never full,
+    the summary's `fault` says so.
     """
     epoch = parts[0].epoch
     shifted = [_shift(part, part.epoch - epoch) for part in parts]

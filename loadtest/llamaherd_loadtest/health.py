@@ -1,4 +1,4 @@
-"""Was the client itself the bottleneck? CPU of its process and lag of its event loop during a run."""
+"""Detects a client that was the bottleneck, from its process's CPU use and the lag of its event loop."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from llamaherd_loadtest.quantiles import quantile
 
 _TICK_S = 0.02
 MAX_CPU = 0.85
-_LAG_S = 0.025  # what a client on a shared machine may be late
-_LAG_SHARE = 0.1  # of the median TTFT: on a slow host a late client matters less
+_LAG_S = 0.025  # a client on a shared machine may be this late
+_LAG_SHARE = 0.1  # of the median TTFT: on a slow host lateness matters less
 MIN_CONCURRENCY = 0.9
 
 
 def max_lag_s(ttft_s: float, itl_s: float = math.inf) -> float:
-    """How late a client may be where the median TTFT and the median gap between tokens are these: a gap at most."""
+    """Return how late a client may be: a share of the median TTFT, up to the median gap; at least _LAG_S."""
     return max(_LAG_S, min(_LAG_SHARE * ttft_s, itl_s))
 
 
 class Health(Struct, frozen=True, kw_only=True):
-    """The client during the measured window. `cpu` is the share of one core; `lag_p95_s` how late timers fired.
+    """The client during the measured window. `cpu` is the share of one core, `lag_p95_s` how late timers fired.
 
-    `concurrency` is requests in flight on average, over those asked for (1.0 in an open loop).
+    `concurrency` is the mean number of requests in flight over the requested one (1.0 in an open loop).
     """
 
     cpu: float
@@ -34,7 +34,7 @@ class Health(Struct, frozen=True, kw_only=True):
     concurrency: float = 1.0
 
     def fault(self, ttft_s: float = 0.0, itl_s: float = math.inf) -> str:
-        """Why a run is invalid whose median TTFT and median gap were these; empty where it is valid."""
+        """Return why a run with this median TTFT and median gap is invalid; empty if it is valid."""
         if self.cpu > MAX_CPU:
             return f"CPU: the client used {self.cpu:.0%} of its core (limit {MAX_CPU:.0%}): use more load generators"
         limit_s = max_lag_s(ttft_s, itl_s or math.inf)
@@ -50,11 +50,11 @@ class HealthMonitor:
     """Watches this process until `stop`."""
 
     def __init__(self) -> None:
-        self._ticks = [(clock(), time.process_time(), 0.0)]  # when, CPU seconds so far, how late
+        self._ticks = [(clock(), time.process_time(), 0.0)]  # time, CPU seconds so far, lag
         self._watcher = gevent.spawn(self._watch)
 
     def stop(self, start: float = 0.0, end: float = math.inf) -> tuple[float, float]:
-        """End it: (share of one core used, p95 of the timers' lag in seconds), both between `start` and `end`."""
+        """Stop; return the share of one core used and the p95 of timer lag (s) between `start` and `end`."""
         self._watcher.kill()
         self._ticks.append((clock(), time.process_time(), 0.0))
         inside = [tick for tick in self._ticks if start <= tick[0] <= end] or self._ticks[-1:]

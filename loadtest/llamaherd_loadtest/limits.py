@@ -14,7 +14,7 @@ from llamaherd_loadtest.samples import OK, Sample
 QUALITY = ("same_top", "kld", "valid")
 METRICS = ("ttft", "tpot", "itl", "gap", "e2e")
 MAX_ERROR_SHARE = 0.01
-_DOUBT = 0.05  # the chance of so many errors, or more, by which a server that has no more than that share is doubted
+_DOUBT = 0.05  # significance level of the test for a share of errors above MAX_ERROR_SHARE
 _FORM = re.compile(
     rf"(?P<name>(?P<metric>{'|'.join(METRICS)})_(p(?P<p>\d\d?)|max))=(?P<value>\d+(\.\d+)?)(?P<unit>ms|s)"
 )
@@ -23,7 +23,7 @@ _QUALITY_FORM = re.compile(rf"(?P<name>{'|'.join(QUALITY)})=(?P<value>\d*\.?\d+)
 
 
 class Limit(Struct, frozen=True):
-    """`metric`'s quantile `p` (1.0: the maximum) may be at most `ms` milliseconds."""
+    """At most `ms` milliseconds for the quantile `p` of `metric` (1.0: the maximum)."""
 
     name: str
     metric: str
@@ -32,16 +32,16 @@ class Limit(Struct, frozen=True):
 
 
 class QualityLimit(Struct, frozen=True):
-    """How far answers may change: `same_top`, the least share of the same most likely tokens; `kld`, the largest mean
-    KL divergence in nats; `valid`, of the tool calls and JSON answers that were valid the least share that still is."""
+    """How far answers may change: `same_top` is the lowest share of positions with the same most likely token, `kld`
+    the highest mean KL divergence in nats, `valid` the lowest share of valid tool calls and JSON that remains valid."""
 
     name: str
     value: float
 
 
 class Judged(Struct, frozen=True):
-    """A limit held against requests: `over` of `of` values are above it, those of requests in flight that are past it
-    included; the judgement is sure to 95 %."""
+    """A limit applied to requests: `over` of `of` values exceed it, including those of requests in flight that are
+    already past it. The judgement has 95 % confidence."""
 
     limit: Limit
     over: int
@@ -50,14 +50,14 @@ class Judged(Struct, frozen=True):
 
 
 def divide_limits(texts: Sequence[str]) -> tuple[list[Limit], list[QualityLimit]]:
-    """Read limits of latencies and of answers. Raises ValueError with the remedy."""
+    """Parse limits and split them into latency and answer limits. Raises ValueError with the remedy."""
     quality = [text for text in texts if text.strip().partition("=")[0] in QUALITY]
     latency = [limit for text in texts if text not in quality for limit in parse_limits(text)]
     return latency, [*map(parse_quality_limit, quality)]
 
 
 def parse_quality_limit(text: str) -> QualityLimit:
-    """Read `same_top=share`, `valid=share` or `kld=nats`. Raises ValueError with the remedy."""
+    """Parse `same_top=share`, `valid=share` or `kld=nats`. Raises ValueError with the remedy."""
     match = _QUALITY_FORM.fullmatch(text.strip())
     most = {"same_top": 0.9999, "valid": 1.0}
     if match is None or not 0 < float(match["value"]) <= most.get(match["name"], math.inf):
@@ -67,7 +67,7 @@ def parse_quality_limit(text: str) -> QualityLimit:
 
 
 def parse_limit(text: str) -> Limit:
-    """Read `metric_pNN=value` or `metric_max=value`, the value in ms or s. Raises ValueError with the remedy."""
+    """Parse `metric_pNN=value` or `metric_max=value` with the value in ms or s. Raises ValueError with the remedy."""
     match = _FORM.fullmatch(text.strip())
     if match is None:
         raise ValueError(
@@ -78,8 +78,8 @@ def parse_limit(text: str) -> Limit:
     return Limit(match["name"], match["metric"], p, float(match["value"]) * (1000 if match["unit"] == "s" else 1))
 
 
-# p99 of TTFT and TPOT in ms, of MLPerf Inference's server ("conversational") and interactive scenarios: the rules'
-# table of datacenter benchmarks, github.com/mlcommons/inference_policies, inference_rules.adoc (2026-08, ff7edba).
+# p99 of TTFT and TPOT in ms for MLPerf Inference's server ("conversational") and interactive scenarios, from the rules'
+# table of datacenter benchmarks: github.com/mlcommons/inference_policies, inference_rules.adoc (2026-08, ff7edba).
 _MLPERF = {
     "mlperf-llama3.1-8b": (2000, 100),
     "mlperf-llama3.1-8b-interactive": (500, 30),
@@ -96,7 +96,7 @@ _MLPERF = {
 
 
 def parse_limits(text: str) -> list[Limit]:
-    """Read one limit, or the two that a name of MLPerf's stands for. Raises ValueError with the remedy."""
+    """Parse one limit, or the name of an MLPerf pair of limits. Raises ValueError with the remedy."""
     if not text.startswith("mlperf-"):
         return [parse_limit(text)]
     if text not in _MLPERF:
@@ -106,7 +106,7 @@ def parse_limits(text: str) -> list[Limit]:
 
 
 def meets(limits: Sequence[Limit], sample: Sample) -> bool:
-    """Whether one request keeps all limits; of its gaps the limit's own quantile counts. An error never does."""
+    """Return whether a request keeps all limits; its gaps count by the limit's own quantile. An error never does."""
     return sample.outcome == OK and all(
         quantile(values, limit.p) * 1000 <= limit.ms
         for limit in limits
@@ -115,7 +115,7 @@ def meets(limits: Sequence[Limit], sample: Sample) -> bool:
 
 
 def missed_already(limit: Limit, sample: Sample, at: float) -> bool:
-    """Whether a request that is in flight `at` that time of the client's clock is past the limit."""
+    """Return whether a request in flight at time `at` of the client's clock already exceeds the limit."""
     waits = sample.first is None or sample.first > at
     if limit.metric == "gap" and sample.last is not None and sample.last <= at:
         return 1000 * (min(at, sample.end) - sample.last) > limit.ms
@@ -123,7 +123,7 @@ def missed_already(limit: Limit, sample: Sample, at: float) -> bool:
 
 
 def judge(limit: Limit, ended: Sequence[Sample], waiting: Sequence[Sample], at: float) -> Judged:
-    """Hold a limit against requests that `ended`, and against those still `waiting` `at` the end of the window."""
+    """Apply a limit to requests that `ended`, and to those still `waiting` at the end of the window, `at`."""
     values = [value for s in ended if s.outcome == OK for value in _values(limit.metric, s)]
     late = sum(missed_already(limit, s, at) for s in waiting)
     over, of = late + sum(1000 * value > limit.ms for value in values), late + len(values)
@@ -131,7 +131,7 @@ def judge(limit: Limit, ended: Sequence[Sample], waiting: Sequence[Sample], at: 
 
 
 def judge_errors(errors: int, total: int) -> Judgement:
-    """Whether at most 1 % of requests fail: one failed request of 81 does not say, nor do two."""
+    """Judge whether at most 1 % of requests fail. One or two failures among 81 requests do not decide it."""
     if errors <= MAX_ERROR_SHARE * total:
         return Judgement.PASSES
     judgement = judge_share(errors, total, MAX_ERROR_SHARE, _DOUBT)
@@ -139,9 +139,9 @@ def judge_errors(errors: int, total: int) -> Judgement:
 
 
 def observe(limit: Limit, samples: list[Sample], *, unbiased: bool = False) -> float | None:
-    """The limited figure of these requests, milliseconds; None where no request has it.
+    """The figure that `limit` bounds, in milliseconds over these requests; None if no request has it.
 
-    `unbiased`: not the requests' own quantile, but what they say of the quantile of all that could be sent.
+    `unbiased` estimates the quantile of all requests that could be sent, instead of taking that of the sample.
     """
     values = sorted(v * 1000 for s in samples if s.outcome == OK for v in _values(limit.metric, s))
     figure = unbiased_quantile if unbiased else quantile

@@ -8,14 +8,14 @@ from typing import Any
 from llamaherd_loadtest.arrivals import PROCESSES
 
 FILES = ("ca", "key_file", "workload", "samples", "summary", "benchmark_report", "trace")
-"""The options that name files; only the command line sets them, a worker's own before the master's."""
+"""Options that name files. Only the command line sets them; a worker's own win over the master's."""
 DEFAULT_WORKLOAD = "chat"
 
 
 def add_options(parser: Any, *, open_loop: bool = False) -> None:
-    """Add them to Locust's parser; where the server is can also be said by environment variables.
+    """Add our options to Locust's parser; environment variables can also name the server.
 
-    Locust's page shows all but FILES: who reaches it shall not write, or send, any file of this host.
+    Locust's web page shows all but FILES, so that nobody who reaches it can write or send files of this host.
     """
     add, file = parser.add_argument, partial(parser.add_argument, include_in_web_ui=False, default="")
     add("--model", env_var="LLAMAHERD_MODEL", default="", help="a name of /v1/models; the first of them if not given")

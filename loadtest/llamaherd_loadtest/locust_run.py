@@ -1,7 +1,7 @@
-"""Ties a locustfile's user to a load session in each process that sends, and sums up what all of them measured.
+"""Connects a locustfile's user to a load session in each process that sends, and merges what all processes measured.
 
-A master looks at the server once and gives each worker its share of the requests (every n-th); when the test stops,
-the workers send it their samples. So the requests of a run are the same for the same seed, whoever sends them.
+A master probes the server once and gives each worker its share of the requests (every n-th). When the test stops, the
+workers send it their samples. A seed therefore yields the same requests however many workers send them.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from llamaherd_loadtest.summary import in_words
 
 _PLAN, _STOP, _PART, _DONE = "llamaherd_plan", "llamaherd_stop", "llamaherd_part", "llamaherd_done"
 _GATHER_S = 60.0
-_LEAD_S = 2.0  # from the plan to an open loop's start, so that all workers have it
+_LEAD_S = 2.0  # from the plan to the start of an open loop, so that every worker has it in time
 
 log = logging.getLogger("llamaherd")
 
 
 class Plan(Struct, frozen=True):
-    """What one process is to send; an open loop starts at `start`, seconds since the epoch."""
+    """What one process is to send; an open loop starts at `start`, in seconds since the epoch."""
 
     share: Share
     seed: int
@@ -54,7 +54,7 @@ _measured: list[type[User]] = []
 
 
 def measure(user: type[User], *, open_loop: bool = False) -> None:
-    """Let `user`'s tests be measured: call it once, at the end of a locustfile. Exits where another one has."""
+    """Measure the tests of `user`. Call this once, at the end of a locustfile; exits if another one already did."""
     _measured.append(user)
     if len(_measured) > 1:
         names = " and ".join(one.__name__ for one in _measured)
@@ -70,7 +70,7 @@ def measure(user: type[User], *, open_loop: bool = False) -> None:
 
 
 class LocustRun:
-    """The tests of one Locust process, one after the other; its methods are listeners of Locust's events."""
+    """The tests of one Locust process, one after another; its methods are listeners of Locust's events."""
 
     def __init__(self, user: type[User], *, open_loop: bool) -> None:
         self._user, self._open_loop = user, open_loop
@@ -81,13 +81,13 @@ class LocustRun:
         self._written = False
 
     def connect(self, environment: Any, runner: Any, **_: Any) -> None:
-        """Listen to the other processes."""
+        """Register handlers for messages from the other processes."""
         self._environment, self._runner, self._host = environment, runner, environment.host
         options = vars(environment.parsed_options)
-        # On another host files lie elsewhere; what a worker was not told, the master tells.
+        # Paths differ between hosts: a worker's own options win, the master's fill the gaps.
         untold = ("", DEFAULT_WORKLOAD) if isinstance(runner, WorkerRunner) else ()
         self._files = {name: options.get(name, "") for name in FILES if options.get(name, "") not in untold}
-        # Timers count from the loop's last look at the clock: before the imports, seconds ago. --run-time is one.
+        # gevent timers (--run-time's too) start at the loop's cached time, from before the imports, seconds ago.
         gevent.get_hub().loop.update_now()
         if isinstance(runner, WorkerRunner):
             runner.register_message(_PLAN, self._take_plan)
@@ -97,9 +97,9 @@ class LocustRun:
             runner.register_message(_DONE, self._take_done, concurrent=True)
 
     def start(self, environment: Any, **_: Any) -> None:
-        """A test starts. A server or an option that cannot be used ends it with one clear line."""
+        """Start a test. An unusable server or option ends it with one clear line."""
         try:
-            vars(environment.parsed_options).update(self._files)  # a form sent to Locust's page could have set them
+            vars(environment.parsed_options).update(self._files)  # a form on Locust's page could have set them
             plan = self._take() if isinstance(self._runner, WorkerRunner) else None
             self._seed = plan.seed if plan else environment.parsed_options.seed or fresh_seed()
             self._opening = Opening(environment.parsed_options, self._checked(environment.host or ""), self._seed)
@@ -109,23 +109,23 @@ class LocustRun:
                 self._begin(plan or self._plans(self._opening.probe(), 1)[0])
         except (ServerUnusable, ValueError, OSError) as error:
             environment.process_exit_code = 2
-            if isinstance(self._runner, MasterRunner):  # whose StopTest Locust does not heed
+            if isinstance(self._runner, MasterRunner):  # Locust ignores StopTest there
                 log.error(error)
                 gevent.spawn(self._finish)
             raise StopTest(str(error)) from None
 
     def spawned(self, **_: Any) -> None:
-        """All users were started: the load is full when they have warmed up."""
+        """Note when all users were started: the load is full once they have warmed up."""
         self._full_at = clock()
 
     def stopping(self, **_: Any) -> None:
-        """The test stops; from here on the load is not full."""
+        """Note when the test stops: from then on the load is not full."""
         self._stopped_at = self._stopped_at or clock()
 
     def stop(self, environment: Any, **_: Any) -> None:
-        """The test is over: gather what was measured, and write it."""
+        """Collect what was measured after the test, and write it."""
         if isinstance(self._runner, WorkerRunner):
-            return  # the master asks for its part
+            return  # the master requests its part
         if isinstance(self._runner, MasterRunner):
             self._runner.send_message(_STOP)
             self._gathered.wait(_GATHER_S + (environment.stop_timeout or 0))
@@ -135,7 +135,7 @@ class LocustRun:
             self._report(gather(self._parts, self._workers - len(self._parts), self._opening.limits))
 
     def quit(self, environment: Any, **_: Any) -> None:
-        """Locust ends: a run of the command line that was never begun is no good one."""
+        """Fail a headless run that ended before its load began."""
         if not self._written and environment.parsed_options.headless and not isinstance(self._runner, WorkerRunner):
             if environment.process_exit_code is None:
                 log.error("this run is invalid: it ended before the server had answered a first request")
@@ -182,7 +182,7 @@ class LocustRun:
             self._dispatcher = gevent.spawn(self._session.dispatch, start, self._opening.offsets(), warm_up_s)
 
     def _show(self, name: str, seconds: float) -> None:
-        """In a row of its own, which Locust's totals leave out: requests a second and their times are of requests."""
+        """Log a figure in a row of its own, which Locust's totals leave out: they count requests only."""
         self._environment.stats.get(name, "SSE").log(seconds * 1000, 0)
 
     def _watch(self, session: LoadSession) -> None:
@@ -212,9 +212,9 @@ class LocustRun:
         warmed = session.warmed if self._full_at else 0
         if self._open_loop:
             users, warmed, start = 0, 0, self._opens_at
-        elif self._environment.parsed_options.think or session.total:  # not all users have a request in flight
+        elif self._environment.parsed_options.think or session.total:  # not every user has a request in flight
             users, warmed = 0, 0
-        elif self._environment.shape_class is not None:  # the load is meant to change: all of it counts
+        elif self._environment.shape_class is not None:  # the load changes on purpose, so all of it counts
             users, warmed, start = 0, 0, min((s.sent for s in session.samples), default=self._stopped_at)
         cpu, lag = self._monitor.stop(start, self._stopped_at)
         return Part(
@@ -241,8 +241,8 @@ class LocustRun:
             self._gathered.set()
 
     def _report(self, gathered: Gathered) -> None:
-        """Say and write what was measured. The exit status is 0, also with a few errors, 3 for an invalid run, and 2
-        where a file cannot be written."""
+        """Log and write what was measured. The exit status is 0, also with a few errors, 3 for an invalid run, and 2 if
+        a file cannot be written."""
         self._written = True
         fault = gathered.summary.fault
         self._environment.process_exit_code = 3 if fault else 0

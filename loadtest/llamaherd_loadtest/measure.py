@@ -1,7 +1,6 @@
-"""One short measurement of a server as it is, printed as JSON: `python -m llamaherd_loadtest.measure --url …`.
+"""Measures a server once, briefly, and prints the result as JSON: `python -m llamaherd_loadtest.measure --url …`.
 
-A window that is invalid is measured again, and a slow server gets more time to warm up; the exit status is 1 where no
-window was valid.
+An invalid window is repeated, and a slow server gets more time to warm up. The exit status is 1 if no window was valid.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from llamaherd_loadtest.summary import Summary, summarise
 from llamaherd_loadtest.workload import Prompts, load_workload, workload_names
 
 _TRIES = 3
-_PATIENCE = 4  # by which a try waits longer for a server that was not warm in time
+_PATIENCE = 4  # factor by which a server too slow to warm up gets more time
 
 
 def main() -> None:
-    """Print a Summary; exits with one line on stderr where there is nothing to sum up."""
+    """Print a Summary; if there is none, exit with one line on stderr."""
     parser = options("llamaherd_loadtest.measure", __doc__)
     parser.add_argument("--concurrency", type=int, required=True, help="requests in flight, best the server's parallel")
     tell(parser, lambda args: measure(target(args), args.workload, args.concurrency, args.window, args.seed))
 
 
 def tell(parser: argparse.ArgumentParser, measured: Callable[[argparse.Namespace], msgspec.Struct]) -> None:
-    """Print what `measured` returns for the command line as JSON, or exit with one line on stderr."""
+    """Print the result of `measured` for the command line as JSON, or exit with one line on stderr."""
     args = parser.parse_args()
     try:
         found = measured(args)
@@ -43,7 +42,7 @@ def tell(parser: argparse.ArgumentParser, measured: Callable[[argparse.Namespace
 
 
 def options(module: str, description: str | None) -> argparse.ArgumentParser:
-    """The options of every program that measures: where the server is, what it is asked, and for how long."""
+    """Return the common options of programs that measure: the server, the workload and the duration."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     add = parser.add_argument
     add("--url", required=True, help="where to send the load")
@@ -57,14 +56,14 @@ def options(module: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def target(args: argparse.Namespace) -> Target:
-    """Where those options say that the server is."""
+    """Return the server that those options name."""
     key = args.key_file.read_text(encoding="utf-8").strip() if args.key_file else ""
     return Target(url=args.url, model=args.model, key=key, ca=args.ca)
 
 
 def measure(server: Target, workload: str, concurrency: int, window_s: float, seed: int | None = None) -> Summary:
-    """A closed loop of `concurrency` for `window_s` seconds, with prompts that the server has not seen unless `seed`
-    says otherwise. Raises ServerUnusable, ValueError, and RunFailed where no try was valid."""
+    """Measure a closed loop of `concurrency` for `window_s` seconds, with prompts new to the server unless `seed` is
+    given. Raises ServerUnusable, ValueError, and RunFailed if no window was valid."""
     client, seed = ChatClient(server), fresh_seed() if seed is None else seed
     try:
         calibration, fault, warm_up_s = calibrate(client, server, seed), "", WARM_UP_S + 2 * window_s

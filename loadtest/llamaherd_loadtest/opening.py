@@ -1,4 +1,4 @@
-"""From options to a load: the target, what the server says of itself, and where requests come from."""
+"""Turns options into a load: the target, what the server reports about itself, and the source of requests."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from llamaherd_loadtest.workload import Calibration, Prompts, Workload, load_wor
 
 
 class Probed(Struct, frozen=True):
-    """What was found out about the server before the load; all processes of a run go by the same."""
+    """What the probe found before the load; all processes of a run use the same."""
 
     facts: ServerFacts
     calibration: Calibration
 
 
 class Opening:
-    """One test, as its options say (see `locust_options`), with the prompts and arrivals of `seed`.
+    """One test as given by its options (see `locust_options`), with the prompts and arrivals of `seed`.
 
-    Raises ValueError or OSError where an option makes no sense.
+    Raises ValueError or OSError for an invalid option.
     """
 
     def __init__(self, options: Any, host: str, seed: int) -> None:
@@ -43,11 +43,11 @@ class Opening:
             timeout_s=options.request_timeout,
         )
         self.client = ChatClient(self._target)
-        self.limits = divide_limits([text for text in options.limits.split(",") if text])[0]  # answers are the tuner's
+        self.limits = divide_limits([text for text in options.limits.split(",") if text])[0]  # answer limits: tuner's
         self._material = self._read()
 
     def probe(self) -> Probed:
-        """Look at the server. Raises ServerUnusable, and ValueError where the load does not fit into its context."""
+        """Probe the server. Raises ServerUnusable, and ValueError if the load does not fit into its context."""
         facts = ask(self.client, self._target.model)
         target, material = replace(self._target, model=facts.model), self._material
         extra = material.extra if isinstance(material, Workload) else {}
@@ -57,11 +57,11 @@ class Opening:
 
     @property
     def name(self) -> str:
-        """What is sent, in a word."""
+        """The name of the workload or trace."""
         return Path(self._options.trace).name if self._is_trace else self._options.workload
 
     def source(self, probed: Probed) -> Source:
-        """Where the requests come from."""
+        """Return the source of requests."""
         model, calibration, seed = probed.facts.model, probed.calibration, self._seed
         match self._material:
             case Trace() as trace:
@@ -72,7 +72,7 @@ class Opening:
                 return Prompts(workload, model=model, seed=seed, calibration=calibration)
 
     def offsets(self) -> Iterator[float]:
-        """When the requests of an open loop are sent, seconds from its start."""
+        """Yield when an open loop sends its requests, in seconds from its start."""
         if isinstance(self._material, Trace):
             return self._material.offsets()
         options = self._options
@@ -80,7 +80,7 @@ class Opening:
 
     @property
     def at_once(self) -> int:
-        """Requests of an open loop that come together."""
+        """The number of requests of an open loop that arrive together."""
         return int(self._options.burst) if self._options.arrivals == "bursts" and not self._is_trace else 1
 
     @property

@@ -1,4 +1,4 @@
-"""A look at the server before the load: does it answer, what does it hold, how does its tokenizer count our words?"""
+"""Probes the server before the load: whether it answers, its context size, and how its tokenizer counts our words."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from llamaherd_loadtest.dice import seeded
 from llamaherd_loadtest.samples import OK, Sample
 from llamaherd_loadtest.workload import Calibration, streaming_body, text
 
-_SHORT, _LONG = 16, 144  # words of requests
+_SHORT, _LONG = 16, 144  # words per calibration request
 _T = TypeVar("_T")
-_TOKENIZED = 1000  # words where no answer has to be made
+_TOKENIZED = 1000  # words to tokenize, which costs no generation
 
 
 class ServerUnusable(Exception):
-    """The server cannot be loaded; the message names the cause and the remedy."""
+    """The server cannot be measured; the message gives the cause and the remedy."""
 
 
 class ServerFacts(Struct, frozen=True):
-    """What a server says of itself: its first model, the context of a slot in tokens (None: it does not say)."""
+    """What a server reports: its first model, and the context of a slot in tokens (None if it reports none)."""
 
     model: str = ""
     context: int | None = None
@@ -31,14 +31,14 @@ class ServerFacts(Struct, frozen=True):
 
 
 class _Meta(Struct):
-    n_ctx: int | None = None  # llama-server's and ours
+    n_ctx: int | None = None  # llama-server and llamaherd
 
 
 class _Model(Struct):
     id: str
     owned_by: str = ""
     meta: _Meta | None = None
-    max_model_len: int | None = None  # vLLM's
+    max_model_len: int | None = None  # vLLM
 
 
 class _Models(Struct):
@@ -50,7 +50,7 @@ class _Tokens(Struct):
 
 
 def ask(client: ChatClient, name: str = "") -> ServerFacts:
-    """What the server says of model `name`, or of its first; nothing where it does not answer."""
+    """Return what the server reports about model `name` or its first model; nothing if it does not answer."""
     listed = _decoded(client, "/v1/models", None, _Models)
     for model in listed.data if listed else []:
         if name in ("", model.id):
@@ -60,7 +60,7 @@ def ask(client: ChatClient, name: str = "") -> ServerFacts:
 
 
 def count_tokens(client: ChatClient, content: str) -> int | None:
-    """Tokens of `content` by POST /tokenize, as llama-server and ours have it; None where there is none."""
+    """Return the tokens of `content` by POST /tokenize (llama-server and llamaherd); None without that route."""
     answer = _decoded(client, "/tokenize", msgspec.json.encode({"content": content}), _Tokens)
     return len(answer.tokens) if answer else None
 
@@ -68,10 +68,9 @@ def count_tokens(client: ChatClient, content: str) -> int | None:
 def calibrate(
     client: ChatClient, target: Target, seed: int, extra: Mapping[str, Any] | None = None, *, timings: bool = False
 ) -> Calibration:
-    """How the server counts our words: a small request, and its tokenizer or, without /tokenize, a longer request.
+    """Find out how the server counts our words, from a short request and /tokenize or else a longer request.
 
-    `extra` are the fields that the workload's requests have besides messages and lengths.
-    Raises ServerUnusable where a request is not answered or has no usage.
+    `extra` holds the fields of requests besides messages and lengths. Raises ServerUnusable without answer or usage.
     """
     short = _prompt_tokens(client, target, seed, _SHORT, extra or {})
     counted = count_tokens(client, text(seeded(seed, "tokenizer"), _TOKENIZED))
@@ -86,7 +85,7 @@ def calibrate(
 
 
 def check_fits(name: str, longest: int, facts: ServerFacts) -> None:
-    """Raises ValueError where requests of `longest` tokens are more than a slot holds."""
+    """Raise ValueError if requests of `longest` tokens do not fit into a slot."""
     if facts.context is not None and longest > facts.context:
         raise ValueError(
             f"workload {name} sends requests of up to {longest} tokens, answers included, and a slot of {facts.model} "

@@ -1,4 +1,4 @@
-"""Measures one host for the capacity simulation: `python -m llamaherd_loadtest.profile --url … --parallel 8`."""
+"""Measures a host for the capacity simulation: `python -m llamaherd_loadtest.profile --url … --parallel 8`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from llamaherd_loadtest.measure import measure, options, target, tell
 
 
 def main() -> None:
-    """Print a Profile; exits with one line on stderr where there is nothing to make it of."""
+    """Print a Profile; if none can be measured, exit with one line on stderr."""
     parser = options("llamaherd_loadtest.profile", __doc__)
     parser.add_argument("--parallel", type=int, required=True, help="the host's slots")
     tell(parser, lambda args: measured(target(args), args.workload, args.parallel, args.window, args.seed))
 
 
 def measured(server: Target, workload: str, parallel: int, window_s: float, seed: int | None = None) -> Profile:
-    """Closed loops of 1, 2, 4 … and `parallel` requests. A request alone waits for its prompt and nothing else.
+    """Run closed loops of 1, 2, 4 … and `parallel` requests. The TTFT of a single request is the time for its prompt.
 
     Raises ServerUnusable, RunFailed, ValueError.
     """

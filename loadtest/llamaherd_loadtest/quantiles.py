@@ -1,7 +1,7 @@
-"""Quantiles and shares with a 95 % interval, and the word "unresolved" where the sample is too small.
+"""Quantiles and shares with 95 % intervals, or "unresolved" where the sample is too small.
 
-No distribution of values is assumed: the interval of the p-quantile runs between the order statistics whose ranks bound
-a Binomial(n, p) at 2.5 % on each side. p95 has one from 72 values on, p99 from 368.
+Intervals of quantiles assume no distribution: that of the p-quantile runs between the order statistics whose ranks
+bound a Binomial(n, p) at 2.5 % on each side. p95 has one from 72 values on, p99 from 368.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from statistics import NormalDist, stdev
 
 from msgspec import Struct
 
-ERROR = 0.05  # the chance that what is judged to keep (or to miss) a limit does not, where it lies exactly on it
+ERROR = 0.05  # probability of a wrong "passes" (or "misses") for a value exactly at the limit
 _TAIL = 0.025
 
 
 class Quantile(Struct, frozen=True):
-    """A quantile and its interval, in the unit of the values; `low` and `high` are None where unresolved."""
+    """A quantile and its interval, in the unit of the values; `low` and `high` are None if unresolved."""
 
     p: float
     value: float
@@ -31,7 +31,7 @@ class Quantile(Struct, frozen=True):
 
 
 class Judgement(StrEnum):
-    """Is a limit kept? UNRESOLVED: too close to it for the noise, or too few values to tell."""
+    """Whether a limit is kept. UNRESOLVED: too close to it for the noise, or too few values to decide."""
 
     PASSES = "passes"
     UNRESOLVED = "unresolved"
@@ -39,7 +39,7 @@ class Judgement(StrEnum):
 
 
 class Share(Struct, frozen=True):
-    """A share of requests and its interval (Wilson's), all between 0 and 1."""
+    """A share of requests and its Wilson interval, all between 0 and 1."""
 
     value: float
     low: float
@@ -47,7 +47,7 @@ class Share(Struct, frozen=True):
 
 
 def share(count: int, of: int) -> Share | None:
-    """`count` of `of` as a share; None of nothing."""
+    """Return `count` of `of` as a share; None if `of` is 0."""
     if not of:
         return None
     z, value = NormalDist().inv_cdf(1 - _TAIL), count / of
@@ -57,8 +57,8 @@ def share(count: int, of: int) -> Share | None:
 
 
 def judge_share(count: int, of: int, allowed: float, tail: float = _TAIL) -> Judgement:
-    """Is the share of which `count` of `of` are a sample at most `allowed`? Sure where chance explains it in fewer than
-    `tail` of cases. A quantile p keeps its limit exactly where the share of values above it is at most 1 - p."""
+    """Judge by a sample (`count` of `of`) whether the true share is at most `allowed`, with an error of at most `tail`
+    on either side. A quantile p keeps its limit exactly if the share of values above it is at most 1 - p."""
     if allowed <= 0:
         return Judgement.MISSES if count else Judgement.PASSES if of else Judgement.UNRESOLVED
     if not of:
@@ -71,10 +71,10 @@ def judge_share(count: int, of: int, allowed: float, tail: float = _TAIL) -> Jud
 
 
 def unbiased_quantile(ordered: Sequence[float], p: float) -> float:
-    """The p-quantile of what sorted values are a sample of, where `quantile` of a few reads too little.
+    """Estimate the p-quantile of the distribution that sorted values are sampled from; `quantile` of a few is too low.
 
-    The p95 of 8 values lies on average at the 89th percentile. What is missing is added in standard deviations, as
-    many as there are between those two of a normal distribution (Blom's approximation of its order statistics).
+    The p95 of 8 values lies on average at the 89th percentile. The distance between the two percentiles of a normal
+    distribution, in standard deviations, is added (Blom's approximation of its order statistics).
     """
     found, n = quantile(ordered, p), len(ordered)
     if not 0 < p < 1 or n < 2:
@@ -87,7 +87,7 @@ def unbiased_quantile(ordered: Sequence[float], p: float) -> float:
 
 
 def quantile(ordered: Sequence[float], p: float) -> float:
-    """The p-quantile of sorted values, linear between neighbours (Hyndman and Fan's type 7)."""
+    """The p-quantile of sorted values, interpolated linearly (Hyndman and Fan's type 7)."""
     at = p * (len(ordered) - 1)
     below = math.floor(at)
     above = min(below + 1, len(ordered) - 1)
@@ -102,14 +102,14 @@ def estimate(ordered: Sequence[float], p: float) -> Quantile:
 
 
 def _interval_ranks(n: int, p: float) -> tuple[int, int] | None:
-    """Ranks (from 1) of the interval's ends; None where the sample holds no such value."""
+    """Ranks (from 1) of the interval's ends; None if the sample is too small to contain them."""
     spread = math.sqrt(n * p * (1 - p))
     if spread > 30:
         reach = NormalDist().inv_cdf(1 - _TAIL) * spread
         return math.floor(n * p - reach), math.ceil(n * p + reach) + 1
     low = high = 0
     mass = 0.0
-    for k in range(n):  # mass: P(fewer than or exactly k values lie below the quantile)
+    for k in range(n):  # mass: P(at most k values lie below the quantile)
         mass += math.exp(_log_binomial(n, k, p))
         if mass <= _TAIL:
             low = k + 1

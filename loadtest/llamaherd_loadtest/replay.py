@@ -1,4 +1,4 @@
-"""Workloads made of recorded requests: a JSON-lines log of OpenAI request bodies, or ShareGPT's conversations."""
+"""Workloads of recorded requests: a JSON-lines log of OpenAI request bodies, or ShareGPT conversations."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ CountTokens = Callable[[str], int | None]
 
 
 class Turn(Struct, frozen=True):
-    """One request of a conversation: what it adds to the messages before it, and its other fields."""
+    """One request of a conversation: the messages it adds to the previous ones, and its other fields."""
 
     messages: list[dict[str, Any]]
     fields: dict[str, Any]
 
 
 class Replay:
-    """The conversations of a file, in an order that the seed gives; from the top again when all were sent."""
+    """The conversations of a file in a seeded order; starts over at the end."""
 
     def __init__(self, conversations: Sequence[list[Turn]], count: CountTokens) -> None:
         self._conversations, self._count = conversations, count
@@ -37,12 +37,12 @@ class Replay:
 
     @property
     def needs_answers(self) -> bool:
-        """Whether a conversation's next request repeats the answer to the one before."""
+        """Whether later requests of a conversation contain the answers to earlier ones."""
         return self._needs_answers
 
     @property
     def longest(self) -> int:
-        """Context of the longest conversation by the server's tokenizer, its template not counted; 0: unknown."""
+        """Context of the longest conversation in the server's tokens, without its template; 0 if unknown."""
         longest = max(self._conversations, key=lambda turns: sum(len(str(turn.messages)) for turn in turns))
         texts = [str(message.get("content") or "") for turn in longest for message in turn.messages]
         answers = sum(int(turn.fields.get("max_tokens") or 0) for turn in longest)
@@ -50,12 +50,12 @@ class Replay:
         return 0 if tokens is None else tokens + answers
 
     def use(self, model: str, calibration: Calibration) -> Replay:
-        """Send requests to `model`, and ask for timings where the server wants that."""
+        """Send requests to `model`, and request timings if the server needs that."""
         self._model, self._timings = model, calibration.timings
         return self
 
     def conversation(self, index: int, output_share: float = 1.0) -> Conversation:
-        """The requests of conversation `index`; `output_share` shortens the answers (a warm-up request)."""
+        """Yield the requests of conversation `index`; `output_share` shortens the answers (a warm-up request)."""
         messages: list[dict[str, Any]] = []
         for turn in self._conversations[index % len(self._conversations)]:
             messages = messages + turn.messages
@@ -67,10 +67,10 @@ class Replay:
 
 
 def read_replay(path: Path, seed: int, max_tokens: int, count: CountTokens) -> Replay:
-    """Read `.jsonl` (request bodies, also as OpenAI's batch files wrap them) or `.json` (ShareGPT).
+    """Read `.jsonl` (request bodies, also wrapped as in OpenAI's batch files) or `.json` (ShareGPT).
 
-    `max_tokens` above 0 replaces the lengths of answers. ShareGPT's answers are as long as the recorded ones by the
-    server's tokenizer `count`. Raises ValueError where the file is not understood, OSError where it cannot be read.
+    `max_tokens` above 0 replaces the lengths of answers. ShareGPT's answers are otherwise as long as the recorded ones
+    by `count`, the server's tokenizer. Raises ValueError if the file is malformed, OSError if it is unreadable.
     """
     rng = seeded(seed, "replay")
     if path.suffix == ".json":

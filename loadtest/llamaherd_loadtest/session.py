@@ -1,4 +1,4 @@
-"""One load session: sends a workload's requests for Locust's users and keeps their samples."""
+"""A load session: sends a workload's requests for Locust's users and keeps their samples."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _HOPELESS = 8
 
 
 class Source(Protocol):
-    """Where requests come from: `Prompts`, also of a trace, or a `Replay`."""
+    """The source of requests: `Prompts`, also of a trace, or a `Replay`."""
 
     @property
     def needs_answers(self) -> bool:
-        """Whether a conversation's next request repeats the answer to the one before."""
+        """Whether later requests of a conversation contain the answers to earlier ones."""
 
     def conversation(self, index: int, output_share: float = 1.0) -> Conversation:
-        """The requests of conversation `index`."""
+        """Yield the requests of conversation `index`."""
 
 
 class Share(Struct, frozen=True):
@@ -43,7 +43,7 @@ class Share(Struct, frozen=True):
 
     @property
     def size(self) -> int:
-        """Conversations in it; 0: without end."""
+        """Number of conversations; 0: without end."""
         return len(self._numbers)
 
     @property
@@ -52,13 +52,13 @@ class Share(Struct, frozen=True):
 
 
 class RequestFailed(Exception):
-    """What Locust's statistics show for a failed request: its kind and the server's words."""
+    """What Locust's statistics show for a failed request: the kind of failure and the server's message."""
 
 
 class LoadSession:
     """Shared by all users of a process. `on_request` is Locust's request event (`environment.events.request.fire`).
 
-    `on_figure` gets each TTFT and TPOT, by name, in seconds: they are no requests.
+    `on_figure` receives each TTFT and TPOT by name, in seconds: they are not requests.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class LoadSession:
         self.warmed = 0
         self.warmed_at = 0.0  # when the last user had warmed up, on the client's clock
         self.drain_s = 0.0
-        self.completed = 0  # counted requests that went well
-        self.hopeless = gevent.event.Event()  # set when requests only fail: nothing is left to measure
-        self.done = gevent.event.Event()  # set when all of the share is sent and answered
+        self.completed = 0  # successful requests, without warm-ups
+        self.hopeless = gevent.event.Event()  # set when requests only fail and measuring is pointless
+        self.done = gevent.event.Event()  # set when the whole share is sent and answered
         self.on_figure: Callable[[str, float], None] = lambda *_: None
         self._client, self._source, self._on_request, self._share = client, source, on_request, share
         self._indices = share.indices()
@@ -81,9 +81,9 @@ class LoadSession:
         self._failures = 0
 
     def warm_up(self) -> None:
-        """A new user's first request, not counted; the user hands its slot over to its first counted one.
+        """Send a new user's first request, which is not counted; the user's next one takes over its slot.
 
-        Answers are cut to shares 1/2, 1/4, 3/4, 1/8 …, so that slots do not run in step when counting starts.
+        Answers are cut to shares 1/2, 1/4, 3/4, 1/8 …, so that slots are out of step when counting starts.
         """
         user = next(self._warm_ups)
         body = next(self._source.conversation(-1 - user, _van_der_corput(user + 1)))
@@ -91,7 +91,7 @@ class LoadSession:
         self.warmed, self.warmed_at = self.warmed + 1, clock()
 
     def send(self) -> None:
-        """Hold the next conversation, each request as soon as the one before is answered; wait where none is left."""
+        """Hold the next conversation, each request right after the previous answer; wait if none is left."""
         index = next(self._indices, None)
         if index is None:
             gevent.sleep(1.0)
@@ -102,15 +102,15 @@ class LoadSession:
     def dispatch(self, start: float, offsets: Iterator[float], warm_up_s: float = 0.0) -> None:
         """Send this process's share of conversations, each at `start` + its offset on the client's clock.
 
-        Latencies count from there. Those of the first `warm_up_s` seconds are warm-ups. Returns when all are answered;
-        killed, it gives those in flight `drain_s` seconds and cuts off the rest.
+        Latencies count from that time. Requests of the first `warm_up_s` seconds are warm-ups. Returns when all are
+        answered. If killed, it gives requests in flight `drain_s` seconds and cuts off the rest.
         """
         in_flight = gevent.pool.Group()
         mine = itertools.islice(enumerate(offsets), self._share.index, self._share.total or None, self._share.count)
         try:
             for index, offset in mine:
                 conversation, scheduled = self._source.conversation(index), start + offset
-                body = next(conversation)  # made before its time has come
+                body = next(conversation)  # built before it is due
                 gevent.sleep(max(0.0, scheduled - clock()))
                 in_flight.start(gevent.Greenlet(self._talk, index, conversation, body, scheduled, offset < warm_up_s))
             in_flight.join()
@@ -164,10 +164,10 @@ class LoadSession:
         self._failures += 1
         if self._failures >= _HOPELESS:
             self.hopeless.set()
-        gevent.sleep(_RETRY_PAUSE_S)  # a closed loop that fails at once must not hammer the server
+        gevent.sleep(_RETRY_PAUSE_S)  # a closed loop that fails at once must not flood the server
 
     def _report(self, sample: Sample) -> None:
-        """Into Locust's statistics: the request, in milliseconds, and its TTFT and TPOT."""
+        """Report a request in milliseconds, and its TTFT and TPOT, to Locust's statistics."""
         failure = None if sample.outcome == OK else RequestFailed(f"{sample.outcome}: {sample.detail}".rstrip(": "))
         self._on_request(
             request_type="POST",

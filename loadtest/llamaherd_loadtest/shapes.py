@@ -1,4 +1,4 @@
-"""What the load shapes share: users as a share of --users, by how much of --run-time has passed."""
+"""Common base of the load shapes: users as a share of --users, by the elapsed part of --run-time."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from locust.exception import StopTest
 
 
 class Shape(LoadTestShape):  # type: ignore[misc]  # Locust is untyped
-    """A shape over --run-time that reaches --users."""
+    """A shape over --run-time that peaks at --users."""
 
     abstract = True
     use_common_options = True
 
     @abstractmethod
     def share(self, progress: float) -> float:
-        """Share of --users, 0 to 1, when `progress` (0 to 1) of --run-time has passed."""
+        """Return the share of --users, 0 to 1, when `progress` (0 to 1) of --run-time has passed."""
 
     def tick(self) -> tuple[int, float] | None:
-        """Locust asks once a second: (users, users to start a second), None at the end."""
+        """Return (users, users to start per second), and None at the end. Locust calls this once a second."""
         options = self.runner.environment.parsed_options
         if not options.run_time or not options.num_users:
             raise StopTest("a shape needs to know its peak and its length: give --users and --run-time")

@@ -1,6 +1,6 @@
-"""The events of an OpenAI-compatible chat stream: one line of server-sent events in, one typed chunk out.
+"""The events of an OpenAI-compatible chat stream: parses a line of server-sent events into a typed chunk.
 
-Only the fields that a measurement needs are decoded; all others are skipped by the decoder.
+Only the fields that a measurement needs are decoded; the decoder skips all others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class CompletionDetails(Struct, gc=False):
 
 
 class Usage(Struct, gc=False):
-    """Token counts as the server's own tokenizer gives them."""
+    """Token counts by the server's own tokenizer."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -27,13 +27,13 @@ class Usage(Struct, gc=False):
 
 
 class Timings(Struct, gc=False):
-    """llama-server's account of one request, in its last chunk."""
+    """llama-server's timings of one request, in its last chunk."""
 
     prompt_ms: float | None = None
 
 
 class Part(Struct, gc=False):
-    """One part of a content that is a list."""
+    """One part of a list-valued content."""
 
     text: str | None = None
 
@@ -47,7 +47,7 @@ class Delta(Struct, gc=False):
 
 class Choice(Struct, gc=False):
     delta: Delta | None = None
-    text: str | None = None  # instead of a delta, in legacy completions
+    text: str | None = None  # in legacy completions, which have no delta
     finish_reason: str | None = None
 
 
@@ -69,9 +69,9 @@ class Chunk(Struct, gc=False):
 
     @property
     def size(self) -> int:
-        """How much output the event brings, in characters of content, reasoning and tool calls."""
+        """The event's output in characters of content, reasoning and tool calls."""
         size = 0
-        for choice in self.choices or ():  # looked at for each event: sum() over a generator costs twice as much
+        for choice in self.choices or ():  # runs for every event: sum() over a generator costs twice as much
             delta = choice.delta
             if delta is not None:
                 content = delta.content if isinstance(delta.content, str) else _joined(delta.content)
@@ -87,18 +87,18 @@ class Chunk(Struct, gc=False):
 
     @property
     def finish_reason(self) -> str:
-        """Why the answer ended; empty where it goes on."""
+        """Why the answer ended; empty while it continues."""
         return next((choice.finish_reason for choice in self.choices or () if choice.finish_reason), "")
 
     @property
     def text(self) -> str:
-        """The content that the event brings."""
+        """The event's content."""
         contents = (choice.delta.content if choice.delta else choice.text for choice in self.choices or ())
         return "".join(content if isinstance(content, str) else _joined(content) for content in contents)
 
     @property
     def error_message(self) -> str:
-        """The text of an error event, also in vLLM's older form (object "error"); empty where there is none."""
+        """The text of an error event, also in vLLM's older form (object "error"); empty if the event is not one."""
         if self.object == "error":
             return self.message or "error without a message"
         return (self.error.message if isinstance(self.error, ErrorBody) else self.error) or ""
@@ -114,7 +114,7 @@ def _joined(parts: list[Part] | None) -> str:
 
 
 END = Chunk()
-"""What `parse_line` gives for `data: [DONE]`; compare by identity."""
+"""The result of `parse_line` for `data: [DONE]`; compare by identity."""
 
 _chunks = msgspec.json.Decoder(Chunk)
 _errors = msgspec.json.Decoder(ErrorBody)
@@ -123,7 +123,7 @@ _errors = msgspec.json.Decoder(ErrorBody)
 def parse_line(line: bytes | bytearray) -> Chunk | None:
     """Decode one line of the stream; None for comments, event names and the blank lines between events.
 
-    Raises `msgspec.DecodeError` where the payload is not the JSON of a chunk.
+    Raises `msgspec.DecodeError` if the payload is not the JSON of a chunk.
     """
     if line.startswith(b"data:"):
         payload = line[5:]

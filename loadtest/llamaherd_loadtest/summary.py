@@ -1,6 +1,6 @@
-"""What a run's samples add up to. Only the full-load window counts; see `summarise`.
+"""Summarises a run's samples. Only the full-load window counts; see `summarise`.
 
-`python -m llamaherd_loadtest.summary` prints the JSON schema of a summary, as summary.schema.json has it.
+`python -m llamaherd_loadtest.summary` prints the JSON schema of a summary, the content of summary.schema.json.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from llamaherd_loadtest.quantiles import Judgement, Quantile, Share, estimate, s
 from llamaherd_loadtest.samples import CLIENT, CUT_OFF, OK, Sample
 
 SCHEMA = "llamaherd.summary/2"
-_GROWTH = 2.0  # standard deviations of chance by which a queue that grows is no chance
-_WEDGED, _SILENCE_S = 3, 2.0  # a server is wedged when it is silent for so many of its longest silences, and seconds
+_GROWTH = 2.0  # growth of a queue, in standard deviations, that chance does not explain
+_WEDGED, _SILENCE_S = 3, 2.0  # stuck: silent for over 3 times its longest silence before, and over 2 s
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
 
 class Distribution(Struct, frozen=True):
-    """Quantiles in milliseconds, over `count` values."""
+    """Quantiles in milliseconds over `count` values."""
 
     count: int
     mean: float
@@ -35,10 +35,10 @@ class Distribution(Struct, frozen=True):
 
 
 class Goodput(Struct, frozen=True):
-    """Requests that kept all limits. Errors are misses, and so are requests that were in flight at the window's end and
-    past a limit by then; all others in flight are in neither figure.
+    """Requests that kept all limits. Errors are misses, and so are requests in flight at the end of the window that
+    were past a limit by then; all other requests in flight count in neither figure.
 
-    `attainment` is the share of those that kept them, between 0 and 1, `low` to `high` its 95 % interval.
+    `attainment` is the share of requests that kept them, between 0 and 1; `low` to `high` is its 95 % interval.
     """
 
     limits: list[Limit]
@@ -49,14 +49,14 @@ class Goodput(Struct, frozen=True):
 
 
 class Summary(Struct, frozen=True, kw_only=True):
-    """One run. Rates are per second of the window, latencies milliseconds.
+    """One run. Rates are per second of the window, latencies in milliseconds.
 
-    `inter_chunk` is set where events carry more than one token on average (events / tokens < 0.8): `itl` then holds
-    gaps between chunks, not tokens. `prefill` and `queue` split the TTFT where the server tells its prefill time, and
+    `inter_chunk` is set if events carry more than one token on average (events / tokens < 0.8): `itl` then holds gaps
+    between chunks, not tokens. `prefill` and `queue` split the TTFT if the server reports its prefill time;
     `queue_share` is the queue's part of all TTFT. A quantile without `low` and `high` is unresolved: too few values for
-    a 95 % interval. `error_share` are failed requests of all that ended. `waited_s` is the longest that a request in
-    flight at the end had waited for its first token. `judged` holds each limit against its own figure, errors apart.
-    `fault` says why the run is invalid, where it is, and names the resource that was short.
+    a 95 % interval. `error_share` is the share of failed requests among all that ended. `waited_s` is the longest time
+    that a request in flight at the end had waited for its first token. `judged` holds each limit's own judgement,
+    without errors. `fault` says why the run is invalid and names the exhausted resource; it is empty for a valid run.
     """
 
     schema: str = SCHEMA
@@ -88,18 +88,18 @@ class Summary(Struct, frozen=True, kw_only=True):
 
     @property
     def cached_share(self) -> float:
-        """Of the prompt tokens, those that the server had computed before."""
+        """Share of the prompt tokens that came from the server's cache."""
         tokens = self.prompt_tokens
         return self.cached_tokens / (tokens.mean * tokens.count) if tokens else 0.0
 
 
 def counted(samples: Iterable[Sample], start: float, end: float) -> list[Sample]:
-    """The requests a figure may rest on: not warming up, over within the window, not cut off."""
+    """Return the requests that figures may use: no warm-ups, ended within the window, not cut off."""
     return [s for s in samples if not s.warmup and s.outcome != CUT_OFF and start <= s.end <= end]
 
 
 def distribution(values: Iterable[float | None], scale: float = 1000.0) -> Distribution | None:
-    """Summarise values (seconds, unless `scale` says otherwise), leaving out None; None where nothing is left."""
+    """Summarise values (in seconds, unless `scale` differs) without the None; None if no value is left."""
     ordered = sorted(v * scale for v in values if v is not None)
     if not ordered:
         return None
@@ -119,9 +119,9 @@ def summarise(
 ) -> Summary:
     """Summarise the window [start, end] of the client's clock.
 
-    Tokens count by the time they arrived, those of requests that began before the window or were cut off after it
-    included: the server made them in the window. Latencies are of requests that ended in it. `at_once` are the requests
-    that came together in an open loop, 0 in a closed one.
+    Tokens count by arrival time, including those of requests that began before the window or were cut off after it: the
+    server generated them in the window. Latencies are of requests that ended in it. `at_once` is the number of requests
+    that arrive together in an open loop, 0 in a closed one.
     """
     inside = counted(samples, start, end)
     ok = [s for s in inside if s.outcome == OK]
@@ -179,13 +179,13 @@ def _goodput(
 
 
 def _waits(sample: Sample, at: float) -> bool:
-    """Whether a request that was sent waits for its first token `at` that time."""
+    """Return whether a sent request waits for its first token at time `at`."""
     return sample.first is None or sample.first > at
 
 
 def _over_saturated(samples: Sequence[Sample], start: float, end: float, at_once: int) -> str:
-    """Whether arrivals outran the server: the requests that wait for a first token became more in the second half of
-    the arrivals, by more than chance makes of arrivals that the server can just keep up with."""
+    """Return a fault if requests arrive faster than the server answers: if in the second half of the arrivals the
+    number of requests waiting for a first token grew by more than chance explains on a server that just keeps up."""
     arrivals = [s.scheduled for s in samples if not s.warmup and s.turn == 0 and start <= s.scheduled <= end]
     last = max(arrivals, default=start)
     middle = (start + last) / 2
@@ -213,7 +213,7 @@ def _median(values: Distribution | None) -> float:
 
 
 def _failures(inside: Sequence[Sample], health: Health) -> str:
-    """More requests failed than chance explains, or they left the load short of what was asked for."""
+    """Return a fault if more requests failed than chance explains, or if failures left the load too low."""
     failed = Counter(f"{s.outcome}: {s.detail}".rstrip(": ") for s in inside if s.outcome != OK)
     short = failed and health.concurrency < MIN_CONCURRENCY
     if not short and judge_errors(failed.total(), len(inside)) is not Judgement.MISSES:
@@ -222,7 +222,7 @@ def _failures(inside: Sequence[Sample], health: Health) -> str:
 
 
 def _unanswered(samples: Sequence[Sample], inside: Sequence[Sample], start: float, end: float) -> str:
-    """Why there are no answers, or none to the end of the window."""
+    """Return a fault if no request ended in the window, or if the server stopped answering before its end."""
     if not samples:
         return ""
     waiting = sum(s.sent < end and (s.outcome == CUT_OFF or s.end > end) for s in samples)
@@ -247,7 +247,7 @@ def _out_of_sockets(samples: Iterable[Sample]) -> str:
 
 
 def in_words(summary: Summary) -> list[str]:
-    """A few lines for a log."""
+    """Return a few lines for a log."""
     errors = ", ".join(f"{count} {kind}" for kind, count in summary.errors.items()) or "no errors"
     lines = [
         f"{summary.window_s:.1f} s measured: {summary.requests} requests, {errors}, {summary.cut_off} cut off, "
@@ -284,13 +284,13 @@ def _in_words(quantile: Quantile) -> str:
 
 
 def json_schema() -> bytes:
-    """The JSON schema of a summary's file."""
+    """Return the JSON schema of a summary file."""
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": SCHEMA,
         **msgspec.json.schema(Summary),
     }
-    for one in schema["$defs"].values():  # Python 3.13 takes the indentation away by itself
+    for one in schema["$defs"].values():  # Python 3.13 removes the indentation itself
         if "description" in one:
             one["description"] = cleandoc(one["description"])
     return msgspec.json.format(msgspec.json.encode(schema)) + b"\n"

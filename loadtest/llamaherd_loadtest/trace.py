@@ -1,9 +1,9 @@
-"""Replay of a recorded trace: when each request came and how long its prompt and answer were.
+"""Replays a recorded trace: when each request arrived and how long its prompt and answer were.
 
-Read are the formats that guidellm and aiperf read: Mooncake's JSON lines (timestamp in ms, input_length,
-output_length, hash_ids: ids of blocks that prompts share, of block_size tokens, 512 if not given), and the CSV files of
-Azure's LLM inference traces (TIMESTAMP, ContextTokens, GeneratedTokens) and of BurstGPT (Timestamp in s, Request
-tokens, Response tokens).
+It reads the formats of guidellm and aiperf: Mooncake's JSON lines (timestamp in ms, input_length, output_length,
+hash_ids: ids of blocks that prompts share, of block_size tokens, 512 by default), and the CSV files of Azure's LLM
+inference traces (TIMESTAMP, ContextTokens, GeneratedTokens) and of BurstGPT (Timestamp in s, Request tokens, Response
+tokens).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from llamaherd_loadtest.workload import Calibration, Lengths, Prompts, Workload,
 
 
 class TraceRequest(Struct, frozen=True):
-    """One request: seconds from the trace's first, lengths in tokens, ids of the blocks at the prompt's head, each of
-    `block_tokens`."""
+    """One request: seconds since the trace's first, lengths in tokens, and the ids of the blocks that its prompt starts
+    with, of `block_tokens` each."""
 
     at: float
     prompt_tokens: int
@@ -40,23 +40,23 @@ class _Mooncake(Struct):
 
 
 class Trace(Struct, frozen=True):
-    """Requests in the order in which they came; `speed` 2 replays them in half the time."""
+    """Requests by arrival; `speed` 2 replays them in half the time."""
 
     requests: Sequence[TraceRequest]
     speed: float = 1.0
 
     def offsets(self) -> Iterator[float]:
-        """Seconds from the start of the run."""
+        """Yield seconds from the start of the run."""
         return (request.at / self.speed for request in self.requests)
 
     @property
     def longest(self) -> int:
-        """Context of the longest request, tokens."""
+        """Context of the longest request, in tokens."""
         return max(request.prompt_tokens + request.output_tokens for request in self.requests)
 
 
 class TracePrompts(Prompts):
-    """Fresh prompts of a trace's lengths; blocks that its requests share are shared here."""
+    """Fresh prompts with the lengths of a trace; its requests' shared blocks are shared here too."""
 
     def __init__(self, trace: Trace, *, model: str, seed: int, calibration: Calibration) -> None:
         lengths = Lengths(1)  # never drawn from
@@ -70,14 +70,14 @@ class TracePrompts(Prompts):
         words = self._calibration.words(request.prompt_tokens)
         block_words = round(request.block_tokens / self._calibration.per_word)
         parts = []
-        for block in request.blocks if index >= 0 else ():  # a warm-up shares nothing
+        for block in request.blocks if index >= 0 else ():  # warm-up requests share nothing
             parts.append(text(seeded(self._seed, "block", block), min(block_words, words)))
             words -= min(block_words, words)
         return " ".join(filter(None, [*parts, text(rng, words)])), request.output_tokens
 
 
 def read_trace(path: Path, speed: float = 1.0) -> Trace:
-    """Read a trace. Raises ValueError where a line is not understood, OSError where the file cannot be read."""
+    """Read a trace. Raises ValueError for a malformed line, OSError if the file cannot be read."""
     if speed <= 0:
         raise ValueError(f"trace speed {speed:g} is not possible: give a factor above 0")
     requests = list(_mooncake(path) if path.suffix == ".jsonl" else _csv(path))

@@ -1,8 +1,8 @@
-"""A workload out of what a server logged: `python -m llamaherd_loadtest.usage LOG --out FOLDER`.
+"""Derives a workload from a server's log: `python -m llamaherd_loadtest.usage LOG --out FOLDER`.
 
-LOG has the server's log lines (JSON), one a request; no text is in them. FOLDER gets trace.jsonl, which replays them
-when they came (Mooncake's format), and workload.yml, whose lengths are distributed as theirs, for load tests and the
-tuner.
+LOG holds the server's log lines (JSON), one per request and without text. FOLDER receives trace.jsonl, which replays
+the requests with their original timing (Mooncake's format), and workload.yml, which has the same distributions of
+lengths, for load tests and the tuner.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from msgspec import Struct
 
 from llamaherd_loadtest.files import write_whole
 
-BLOCK_CHARS = 256  # of a prefix's hash, as the server logs them
-_LEAST_REQUESTS = 20  # fewer say nothing of how lengths are distributed
-_TURNS_SHARE = 0.2  # of the requests that go on from an earlier one, from which a workload has turns
+BLOCK_CHARS = 256  # per prefix hash in the server's log
+_LEAST_REQUESTS = 20  # fewer do not show how lengths are distributed
+_TURNS_SHARE = 0.2  # a workload gets turns if at least this share of requests continues an earlier one
 
 
 class Request(Struct):
-    """A line of the log: times in ISO format (the request's end) and ms, lengths in tokens."""
+    """One log line. `timestamp` is the request's end (ISO format), `ms` its duration; lengths are in tokens."""
 
     timestamp: datetime
     event: str = ""
@@ -42,17 +42,17 @@ class Request(Struct):
 
     @property
     def arrived(self) -> float:
-        """Unix time, seconds."""
+        """Unix time in seconds."""
         return self.timestamp.timestamp() - self.ms / 1000
 
 
 def read_requests(path: Path) -> list[Request]:
-    """The requests that were answered, by arrival. Raises ValueError where there are too few, OSError."""
+    """Return the answered requests by arrival time. Raises OSError, and ValueError if there are too few."""
     found = []
     for line in path.read_bytes().splitlines():
         try:
             one = msgspec.json.decode(line, type=Request)
-        except msgspec.MsgspecError:  # whatever else is in a journal
+        except msgspec.MsgspecError:  # other lines of a journal
             continue
         if one.event == "request" and one.status == 200 and one.prompt_tokens and one.completion_tokens:
             found.append(one)
@@ -62,7 +62,7 @@ def read_requests(path: Path) -> list[Request]:
 
 
 def trace_lines(requests: Sequence[Request]) -> Iterable[dict[str, Any]]:
-    """Mooncake's lines. Blocks that only one request has are left out."""
+    """Yield lines in Mooncake's format. Blocks that only one request has are left out."""
     count = Counter(one for request in requests for one in request.prefixes)
     size = _block_tokens(requests)
     for request in requests:
@@ -75,7 +75,7 @@ def trace_lines(requests: Sequence[Request]) -> Iterable[dict[str, Any]]:
 
 
 def workload(requests: Sequence[Request], name: str) -> dict[str, Any]:
-    """A workload's fields. Requests that repeat an earlier prompt and go on from it are turns of a conversation."""
+    """Return a workload's fields. Requests that repeat and extend an earlier prompt become turns of a conversation."""
     size, chats = _block_tokens(requests), conversations(requests)
     firsts = [chat[0] for chat in chats]
     first_blocks = Counter(block for one in firsts for block in one.prefixes)
@@ -98,8 +98,8 @@ def workload(requests: Sequence[Request], name: str) -> dict[str, Any]:
 
 
 def conversations(requests: Sequence[Request]) -> list[list[Request]]:
-    """Requests by conversation. One has a block that no other requests have, each of which goes on from the one before;
-    a system prompt's blocks are had by requests that do not."""
+    """Group requests by conversation. A conversation has a block that no other requests have, and each of its requests
+    continues the one before; requests that share a system prompt's blocks do not continue each other."""
     having: dict[int, list[Request]] = {}
     for request in requests:
         for block in request.prefixes:
@@ -113,27 +113,27 @@ def conversations(requests: Sequence[Request]) -> list[list[Request]]:
 
 
 def _goes_on(one: Request, other: Request) -> bool:
-    """Whether the other's prompt repeats all whole blocks of this one's, and has more."""
+    """Return whether the prompt of `other` repeats all whole blocks of `one` and has more."""
     length = len(one.prefixes)
     return len(other.prefixes) > length and other.prefixes[length - 1] == one.prefixes[-1]
 
 
 def _block_tokens(requests: Sequence[Request]) -> int:
-    """Tokens of a block, by what prompts have on average."""
+    """Tokens per block, from the average characters per token of the prompts."""
     chars = sum(one.prompt_chars for one in requests)
     tokens = sum(one.prompt_tokens for one in requests if one.prompt_chars)
     return max(1, round(BLOCK_CHARS * tokens / chars)) if chars else BLOCK_CHARS // 4
 
 
 def _lengths(values: Sequence[int]) -> dict[str, Any]:
-    """A log-normal distribution of the same median, spread and range."""
+    """Return a log-normal distribution with the same median, spread and range."""
     logs = [math.log(value) for value in values]
     middle = round(median(values))
     return {"median": middle, "sigma": round(pstdev(logs, fmean(logs)), 3), "min": min(values), "max": max(values)}
 
 
 def main() -> int:
-    """Write both files and print the workload; exit status 2 with one line where that cannot be done."""
+    """Write both files and print the workload; on failure, return exit status 2 and print one line."""
     parser = argparse.ArgumentParser(prog="python -m llamaherd_loadtest.usage", description=__doc__)
     parser.add_argument("log", type=Path, help="file with the server's log lines")
     parser.add_argument("--name", default="live", help="the workload's name (default: %(default)s)")

@@ -9,7 +9,7 @@ from llamaherd_loadtest.session import LoadSession
 
 
 class ClosedLoopUser(User):  # type: ignore[misc]  # Locust is untyped
-    """Asks, reads the answer to its end, asks again: as many requests in flight as there are users."""
+    """Sends a request, reads the answer to its end, and repeats. Requests in flight equal the number of users."""
 
     abstract = True
     session: LoadSession
@@ -23,9 +23,9 @@ class ClosedLoopUser(User):  # type: ignore[misc]  # Locust is untyped
 
 
 class OpenLoopUser(User):  # type: ignore[misc]  # Locust is untyped
-    """Stands for the dispatcher of an open loop in Locust's count of users; the session sends, at precomputed times.
+    """Represents the dispatcher of an open loop in Locust's user count. The session sends, at precomputed times.
 
-    A wait between tasks would not do: it starts after the answer, so a slow server is asked less (a closed loop).
+    Locust's wait between tasks starts after the answer, so a slow server would get fewer requests (a closed loop).
     """
 
     abstract = True

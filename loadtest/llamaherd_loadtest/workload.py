@@ -1,4 +1,4 @@
-"""Workloads: files that say how long prompts and answers are, and the fresh prompts made from them."""
+"""Workloads: files that give the lengths of prompts and answers, and fresh prompts of those lengths."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from msgspec import Struct
 from llamaherd_loadtest.dice import seeded
 
 _FILES = resources.files("llamaherd_loadtest") / "workloads"
-_SHORTEST, _LONGEST = 0.001, 0.999  # the quantiles that lengths are drawn between
+_SHORTEST, _LONGEST = 0.001, 0.999  # lengths are drawn between these quantiles
 
 Conversation = Generator[bytes, str, None]
-"""The bodies of a conversation's requests, each after the first made when it is sent the answer to the one before."""
+"""The request bodies of a conversation. To get the next one, send the generator the answer to the one before."""
 
 TOOLS = [
     {
@@ -37,13 +37,13 @@ TOOLS = [
         ("run", "command", "Run a shell command and return its output."),
     )
 ]
-"""Tools of an agent's requests, in OpenAI's form."""
+"""The tools in an agent's requests, in OpenAI's form."""
 
 
 class Lengths(Struct, frozen=True, forbid_unknown_fields=True):
-    """A distribution of lengths in tokens, cut to [min, max]; `sigma` 0 makes every one the median.
+    """A distribution of lengths in tokens, clamped to [min, max]; with `sigma` 0 all are the median.
 
-    `sigma` is of the logarithm where `distribution` is lognormal, in tokens where it is normal; uniform lengths lie
+    `sigma` is that of the logarithm if `distribution` is lognormal, and in tokens if it is normal. Uniform lengths lie
     between `min` and `max`.
     """
 
@@ -58,7 +58,7 @@ class Lengths(Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"lengths need 1 <= min <= median <= max and sigma >= 0, not {self}")
 
     def at(self, p: float) -> int:
-        """The p-quantile, tokens."""
+        """The p-quantile in tokens."""
         if self.distribution == "uniform":
             return round(self.min + p * (self.max - self.min))
         spread = self.sigma * NormalDist().inv_cdf(p)
@@ -67,15 +67,15 @@ class Lengths(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def mean(self) -> float:
-        """Tokens."""
+        """The mean in tokens."""
         return fmean(self.at((n + 0.5) / 100) for n in range(100))
 
 
 class Turns(Struct, frozen=True, forbid_unknown_fields=True):
-    """How a conversation goes on: each of its `count` requests repeats all before it, the real answers included.
+    """How a conversation continues: each of its `count` requests repeats everything before it, with the actual answers.
 
-    `added` is what each brings anew. With `tools` requests carry definitions of tools, and what is added is a tool's
-    result; without, it is a user's message.
+    `added` is the length of what each request adds. With `tools`, requests carry tool definitions and the addition is a
+    tool's result; without, it is a user's message.
     """
 
     count: Lengths
@@ -84,10 +84,10 @@ class Turns(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Workload(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What clients ask for. Prompt lengths are as the server counts them, chat template included.
+    """What clients request. Prompt lengths are as the server counts them, chat template included.
 
-    `shared_prefix` tokens at the head of each prompt are the same in one run (a system prompt); the rest is fresh.
-    `instruction` ends each prompt: at its head it would be a prefix that every prompt shares.
+    The first `shared_prefix` tokens of each prompt are the same throughout a run (a system prompt); the rest is fresh.
+    `instruction` ends each prompt: at its start it would be another shared prefix.
     """
 
     name: str
@@ -96,17 +96,17 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     output: Lengths
     shared_prefix: int = 0
     instruction: str = ""
-    ignore_eos: bool = True  # answers as long as asked for, so that settings are compared on equal work
+    ignore_eos: bool = True  # answers of the requested length, so that settings are compared on equal work
     turns: Turns | None = None
 
     @property
     def need(self) -> int:
-        """Context that a request needs at the 99th percentile, tokens."""
+        """Context that a request needs at the 99th percentile, in tokens."""
         return self._context(0.99)
 
     @property
     def longest(self) -> int:
-        """Context of the longest request that is ever sent, tokens."""
+        """Context of the longest possible request, in tokens."""
         return self._context(_LONGEST)
 
     def _context(self, p: float) -> int:
@@ -116,29 +116,29 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def mean_tokens(self) -> dict[str, int]:
-        """Of all requests' prompts and answers; a conversation's prompts grow with its turns."""
+        """Mean tokens of the prompts and answers of all requests; the prompts of a conversation grow with its turns."""
         more = (self.turns.count.mean - 1) / 2 * (self.turns.added.mean + self.output.mean) if self.turns else 0
         return {"prompt": round(self.prompt.mean + more), "output": round(self.output.mean)}
 
     @property
     def extra(self) -> dict[str, Any]:
-        """Fields that its requests have besides messages and lengths."""
+        """Fields of its requests besides messages and lengths."""
         tools = {"tools": TOOLS} if self.turns and self.turns.tools else {}
         return tools | ({"ignore_eos": True} if self.ignore_eos else {})
 
     def with_output(self, max_tokens: int) -> Workload:
-        """The same with answers of `max_tokens`; 0 leaves them."""
+        """Return a copy with answers of `max_tokens`; 0 changes nothing."""
         return msgspec.structs.replace(self, output=Lengths(max_tokens)) if max_tokens else self
 
     def with_prompt(self, tokens: int) -> Workload:
-        """The same with prompts of `tokens`; 0 leaves them."""
+        """Return a copy with prompts of `tokens`; 0 changes nothing."""
         return msgspec.structs.replace(self, prompt=Lengths(tokens)) if tokens else self
 
 
 class Calibration(Struct, frozen=True):
-    """How the server counts our words, by its own tokenizer: tokens = overhead + per_word * words.
+    """How many tokens the server's tokenizer makes of our words: tokens = overhead + per_word * words.
 
-    `timings`: it must be asked to tell its timings. llama-server tells them unasked, other servers know no such field.
+    `timings`: requests must ask for timings. llama-server always sends them; other servers do not know the field.
     """
 
     per_word: float
@@ -146,12 +146,12 @@ class Calibration(Struct, frozen=True):
     timings: bool = False
 
     def words(self, tokens: int) -> int:
-        """Words that make a prompt of about `tokens` tokens."""
+        """Return how many words make a prompt of about `tokens` tokens."""
         return max(1, round((tokens - self.overhead) / self.per_word))
 
 
 class Prompts:
-    """The requests of one run: fresh for each seed and index, the same for the same two."""
+    """The requests of one run, a function of seed and index: fresh for a fresh seed."""
 
     def __init__(self, workload: Workload, *, model: str, seed: int, calibration: Calibration) -> None:
         self._workload, self._model, self._seed, self._calibration = workload, model, seed, calibration
@@ -162,15 +162,15 @@ class Prompts:
 
     @property
     def needs_answers(self) -> bool:
-        """Whether a conversation's next request repeats the answer to the one before."""
+        """Whether later requests of a conversation contain the answers to earlier ones."""
         return self._workload.turns is not None
 
     def request(self, index: int, output_share: float = 1.0) -> bytes:
-        """The body of conversation `index`'s first request; `output_share` shortens its answer (a warm-up request)."""
+        """Return the body of conversation `index`'s first request; `output_share` shortens its answer (for warm-up)."""
         return next(self.conversation(index, output_share))
 
     def conversation(self, index: int, output_share: float = 1.0) -> Conversation:
-        """The requests of conversation `index`: one, unless the workload has turns."""
+        """Yield the requests of conversation `index`: one, unless the workload has turns."""
         content, output_tokens = self._first(index)
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         answer = yield self._body(messages, max(1, math.ceil(output_tokens * output_share)))
@@ -183,7 +183,7 @@ class Prompts:
             answer = yield self._body(messages, self._draw(rng, self._workload.output))
 
     def _first(self, index: int) -> tuple[str, int]:
-        """The first message of conversation `index`, and the length of its answer in tokens."""
+        """Return the first message of conversation `index` and the length of its answer in tokens."""
         rng, workload = seeded(self._seed, index), self._workload
         prompt_tokens, output_tokens = self._draw(rng, workload.prompt), self._draw(rng, workload.output)
         words = self._calibration.words(prompt_tokens - workload.shared_prefix) - len(workload.instruction.split())
@@ -198,7 +198,7 @@ class Prompts:
 
 
 def _go_on(turn: int, answer: str, added: str, *, tools: bool) -> list[dict[str, Any]]:
-    """The messages that follow an answer. The call that a tool's result answers is ours: small models make none."""
+    """Return the messages that follow an answer. The tool call is ours, because small models make none."""
     if not tools:
         return [{"role": "assistant", "content": answer}, {"role": "user", "content": added}]
     function = {"name": "search", "arguments": '{"query": "the next step"}'}
@@ -210,25 +210,25 @@ def _go_on(turn: int, answer: str, added: str, *, tools: bool) -> list[dict[str,
 
 
 def chat_body(model: str, content: str, max_tokens: int, *, ignore_eos: bool) -> bytes:
-    """A streaming chat request of one message."""
+    """Return a streaming chat request with one message."""
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
     return streaming_body(body | {"ignore_eos": True} if ignore_eos else body, model)
 
 
 def streaming_body(body: dict[str, Any], model: str) -> bytes:
-    """`body` as a request of `model` that streams and asks for usage."""
+    """Return `body` as a streaming request to `model` that asks for usage."""
     return msgspec.json.encode(body | {"model": model, "stream": True, "stream_options": {"include_usage": True}})
 
 
 def text(rng: random.Random, words: int) -> str:
-    """Common English words in random order."""
+    """Return common English words in random order."""
     return " ".join(rng.choices(_vocabulary(), k=words))
 
 
 def load_workload(name: str) -> Workload:
-    """Read a workload by name (those that come with the package) or by the path of a YAML file.
+    """Load a bundled workload by name, or one from a YAML file by its path.
 
-    Raises ValueError for an unknown name and for a file that does not describe a workload.
+    Raises ValueError for an unknown name, or a file that does not describe a workload.
     """
     path = Path(name)
     if path.suffix in (".yml", ".yaml"):
@@ -246,7 +246,7 @@ def load_workload(name: str) -> Workload:
 
 
 def workload_names() -> list[str]:
-    """The workloads that come with the package."""
+    """Return the names of the bundled workloads."""
     return sorted(f.name.removesuffix(".yml") for f in _FILES.iterdir() if f.name.endswith(".yml"))
 
 

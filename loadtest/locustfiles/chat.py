@@ -1,9 +1,9 @@
-"""Chat load in a closed loop, with Locust's own commands and web page:
+"""Closed-loop chat load, with Locust's own commands and web page:
 
     locust -f loadtest/locustfiles/chat.py --host https://host --ca ca.crt --key-file key
 
-TTFT and TPOT are entries of their own in Locust's statistics; `--samples` keeps every request, `--summary` sums them
-up. A shape can be put beside it: -f loadtest/locustfiles/chat.py,loadtest/locustfiles/shapes/ramp.py
+TTFT and TPOT are separate entries in Locust's statistics; `--samples` writes every request, `--summary` a summary. A
+shape can be added: -f loadtest/locustfiles/chat.py,loadtest/locustfiles/shapes/ramp.py
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llamaherd_loadtest.users import ClosedLoopUser
 
 
 class ChatUser(ClosedLoopUser):
-    """One client that reads each answer to its end, and thinks, before it asks again."""
+    """A client that reads each answer to its end and thinks before its next request."""
 
     def wait_time(self) -> float:
         think_s: float = self.environment.parsed_options.think

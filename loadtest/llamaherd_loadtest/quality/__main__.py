@@ -1,7 +1,7 @@
-"""Whether a model still answers as it did: `python -m llamaherd_loadtest.quality --reference FILE …`.
+"""Checks whether a model still answers as before: `python -m llamaherd_loadtest.quality --reference FILE …`.
 
-Where FILE does not exist, it is written: answers to the prompts of a suite, and how probable the model finds them.
-Where it does, the model is held against it; exit status 0 where all limits are kept, 3 where they are not, 2 where the
+If FILE does not exist, it is created with answers to a suite's prompts and the probabilities that the model assigns to
+them. If it exists, the model is compared with it; the exit status is 0 if all limits are kept, 3 if not, and 2 if the
 two cannot be compared.
 """
 
@@ -26,11 +26,11 @@ from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.tune.judge import judge_quality
 from llamaherd_loadtest.workload import Calibration
 
-_WORDS = Calibration(per_word=1.3, overhead=20)  # about, as English is cut: a suite's lengths need be no more exact
+_WORDS = Calibration(per_word=1.3, overhead=20)  # roughly English: a suite's lengths need no more precision
 
 
 class Reference(Struct, frozen=True):
-    """What a model answered, how it found that, and which checks it passed."""
+    """A model's answers, the probabilities it assigned to them, and the checks it passed."""
 
     written: list[Written]
     rows: list[list[Row]]
@@ -38,7 +38,7 @@ class Reference(Struct, frozen=True):
 
 
 def record(model: Model, suite: str, limits: Sequence[QualityLimit]) -> Reference:
-    """What is needed to hold `limits` later. Raises ServerUnusable and ValueError."""
+    """Record what is needed to check `limits` later. Raises ServerUnusable and ValueError."""
     shares, answers = _divided(limits)
     passed = [check for check in load_checks(suite) if model.passes(check)] if shares else []
     chats = [*load_suite(suite, _WORDS)] if answers or not shares else []
@@ -47,14 +47,14 @@ def record(model: Model, suite: str, limits: Sequence[QualityLimit]) -> Referenc
 
 
 def compare(reference: Reference, model: Model, limits: Sequence[QualityLimit]) -> tuple[bool, str]:
-    """Whether the model keeps the limits, and a sentence. Raises Incomparable and ServerUnusable."""
+    """Return whether the model keeps the limits, and a sentence. Raises Incomparable and ServerUnusable."""
     shares, answers = _divided(limits)
     sentences = []
     for limit in shares:
         kept, of = sum(map(model.passes, reference.passed)), len(reference.passed)
         still = f"{kept} of the {of} tool calls and JSON answers that were valid still are"
         sentences.append(still if of else "no tool call or JSON answer was valid before")
-        if kept < limit.value * of:  # of greedy answers to the same questions, and no sample: the share is what it is
+        if kept < limit.value * of:  # greedy answers to the same questions are not a sample: the share is exact
             return False, f"limit valid={limit.value:g} misses: {sentences[0]}"
     if answers:
         quality = compared(reference.rows, model.evaluate(reference.written))
@@ -67,7 +67,7 @@ def compare(reference: Reference, model: Model, limits: Sequence[QualityLimit]) 
 
 
 def _divided(limits: Sequence[QualityLimit]) -> tuple[list[QualityLimit], list[QualityLimit]]:
-    """Those of checks, and those of distributions."""
+    """Split limits into those of checks and those of distributions."""
     return [one for one in limits if one.name == "valid"], [one for one in limits if one.name != "valid"]
 
 
@@ -105,7 +105,7 @@ def main() -> int:
 
 
 def _write(path: Path, reference: Reference) -> None:
-    """For this user alone: prompts may be somebody's."""
+    """Write a file that only this user can read, since prompts may be private."""
     os.umask(0o077)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, msgspec.json.encode(reference))

@@ -1,4 +1,4 @@
-"""Answers of a server, and how probable it finds given ones."""
+"""Gets a server's answers, and the probabilities that it assigns to given answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llamaherd_loadtest.quality.validity import is_valid
 TOP = 16
 ANSWER_TOKENS = 32
 CHECK_TOKENS = 256
-_AT_ONCE = 4  # answers in one request
+_AT_ONCE = 4  # answers per request
 _TIMEOUT_S = 600.0
 
 KvTypes = tuple[str, str]
@@ -43,18 +43,18 @@ class _Evaluated(Struct):
 
 
 class Model:
-    """One model of a server, reached with an admin key where /admin/logprobs is."""
+    """One model of a server, accessed with an admin key for /admin/logprobs."""
 
     def __init__(self, url: str, model: str, key: str = "", ca: Path | None = None) -> None:
         self._admin, self._model = Admin(url, key, ca), model
 
     def write(self, chat: Chat, seed: int) -> Written:
-        """Have the model answer, sampled as the server does by default. Raises ServerUnusable."""
+        """Have the model answer, sampled by the server's defaults. Raises ServerUnusable."""
         body = {"prompt": self._prompt(chat), "max_tokens": ANSWER_TOKENS, "seed": seed}
         return Written(chat, self._post("/v1/completions", body)["choices"][0]["text"])
 
     def evaluate(self, written: Sequence[Written], kv_types: KvTypes | None = None) -> list[list[Row]]:
-        """The distributions at each position of the answers. Raises ServerUnusable."""
+        """Return the distributions at each position of the answers. Raises ServerUnusable."""
         types = dict(zip(("kv_type_k", "kv_type_v"), kv_types, strict=True)) if kv_types else {}
         rows: list[list[Row]] = []
         for first in range(0, len(written), _AT_ONCE):
@@ -67,7 +67,7 @@ class Model:
         return rows
 
     def passes(self, check: Chat) -> bool:
-        """Whether its most likely answer has the form that the check asks for. Raises ServerUnusable."""
+        """Return whether its most likely answer has the form that the check requires. Raises ServerUnusable."""
         body = {"messages": check.messages, "temperature": 0, "max_tokens": CHECK_TOKENS}
         body |= {"tools": check.tools} if check.tools else {}
         return is_valid(check, self._post("/v1/chat/completions", body)["choices"][0]["message"])
@@ -88,7 +88,7 @@ class Model:
 
 
 def _rows(item: _Item, pieces: dict[int, str | list[int]]) -> list[Row]:
-    """By the tokens' texts; bytes that are no text stand as hexadecimal numbers, which no token's text is."""
+    """Key by the tokens' texts; bytes that are not text become hexadecimal numbers, which are no token's text."""
     texts = {token: piece if isinstance(piece, str) else "\0" + bytes(piece).hex() for token, piece in pieces.items()}
     rows = []
     for place, top in enumerate(item.top):

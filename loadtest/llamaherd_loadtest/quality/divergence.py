@@ -1,10 +1,10 @@
-"""How far two next-token distributions lie apart, where each is known by its most likely tokens alone.
+"""How far apart two next-token distributions are if only the most likely tokens of each are known.
 
-Tokens are compared by their texts. The KL divergence D(P || Q) is estimated from below: tokens that both sides list
-are classes of their own; those that only P lists are one, whose probability under Q is at most what Q's list leaves
-room for; all else is one. Merging outcomes never raises a divergence (the log sum inequality: Cover and Thomas,
-Elements of Information Theory, 2nd ed., theorem 2.7.1), so the estimate is never too high; with 16 tokens it is the
-less too low the sharper the distributions are.
+Tokens are compared by their texts. The estimate of the KL divergence D(P || Q) is a lower bound: tokens that both sides
+list are separate classes; tokens that only P lists form one class, whose probability under Q is at most what Q's list
+leaves; all others form one class. Merging outcomes never raises a divergence (the log sum inequality: Cover and Thomas,
+Elements of Information Theory, 2nd ed., theorem 2.7.1), so the estimate is never too high. With 16 tokens, it is the
+closer the sharper the distributions are.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from msgspec import Struct
 from llamaherd_loadtest.quantiles import ERROR, Share, share
 from llamaherd_loadtest.tune.evidence import student_t
 
-_LEAST_FREEDOM = 4  # that student_t is good for
-_LEAST_MASS = 1e-5  # log probabilities come with five decimals
+_LEAST_FREEDOM = 4  # student_t is accurate from here on
+_LEAST_MASS = 1e-5  # log probabilities have five decimals
 
 
 class Incomparable(Exception):
-    """Two releases cut the same answer into different tokens; the message says where."""
+    """Two releases tokenize the same answer differently; the message says where."""
 
 
 class Row(Struct, frozen=True):
-    """The distribution at one position: log probabilities by text. `floor` is the one that no token beyond these
-    exceeds; `own` is the answer's own token there, which is among them; after the last there is none."""
+    """The distribution at one position: log probabilities by text. No unlisted token exceeds `floor`. `own` is the
+    answer's own token there, which is always listed; it is None after the last token."""
 
     logprobs: dict[str, float]
     floor: float
@@ -39,7 +39,7 @@ class Row(Struct, frozen=True):
 
 
 class Difference(Struct, frozen=True):
-    """Of one answer: how many positions, the sum of their divergences in nats, and how many have the same top token."""
+    """One answer: its positions, the sum of their divergences in nats, and how many have the same top token."""
 
     positions: int
     divergence: float
@@ -47,10 +47,10 @@ class Difference(Struct, frozen=True):
 
 
 class Quality(Struct, frozen=True):
-    """Over all answers: mean KL divergence in nats, and the share of positions with the same top token.
+    """All answers: mean KL divergence in nats, and the share of positions with the same top token.
 
-    Their intervals err on either side with a probability of about ERROR; they are over answers, as the positions of one
-    are not independent.
+    Their intervals have an error probability of about ERROR on either side. They are over answers, because the
+    positions of one answer are not independent.
     """
 
     answers: int
@@ -68,7 +68,7 @@ class Quality(Struct, frozen=True):
 
 
 def difference(before: Sequence[Row], after: Sequence[Row]) -> Difference:
-    """Of one answer under two models. Raises Incomparable where they cut it into different tokens."""
+    """Compare one answer under two models. Raises Incomparable if they tokenize it differently."""
     owns = [[row.own for row in rows] for rows in (before, after)]
     if owns[0] != owns[1]:
         place = next((i for i, (a, b) in enumerate(zip(*owns, strict=False)) if a != b), min(map(len, owns)))
@@ -79,14 +79,14 @@ def difference(before: Sequence[Row], after: Sequence[Row]) -> Difference:
 
 
 def divergence(p: Row, q: Row) -> float:
-    """D(P || Q) in nats, from below."""
+    """Return a lower bound of D(P || Q) in nats."""
     both = p.logprobs.keys() & q.logprobs.keys()
     exact = sum(math.exp(p.logprobs[token]) * (p.logprobs[token] - q.logprobs[token]) for token in both)
     only = p.logprobs.keys() - both
     p_only = sum(math.exp(p.logprobs[token]) for token in only)
     p_rest = max(1 - sum(map(math.exp, p.logprobs.values())), _LEAST_MASS)
     q_left = max(1 - sum(math.exp(q.logprobs[token]) for token in both), 2 * _LEAST_MASS)
-    # What Q may give to the tokens that it does not list; of that, what is most favourable to it.
+    # The most that Q may assign to the tokens it does not list; of that, the amount that minimises the divergence.
     q_unlisted = max(1 - sum(map(math.exp, q.logprobs.values())), _LEAST_MASS)
     most = min(len(only) * math.exp(q.floor), q_unlisted)
     q_only = min(q_left * p_only / (p_only + p_rest), most)
@@ -96,12 +96,12 @@ def divergence(p: Row, q: Row) -> float:
 
 
 def compared(before: Sequence[Sequence[Row]], after: Sequence[Sequence[Row]]) -> Quality:
-    """Of the same answers under two models. Raises Incomparable, and ValueError where there are none."""
+    """Compare the same answers under two models. Raises Incomparable, and ValueError without answers."""
     return summed_up([difference(*pair) for pair in zip(before, after, strict=True)])
 
 
 def summed_up(differences: Sequence[Difference]) -> Quality:
-    """Raises ValueError of none."""
+    """Raises ValueError if `differences` is empty."""
     if not differences:
         raise ValueError("there are no answers to compare")
     positions = [one.positions for one in differences]
@@ -114,8 +114,8 @@ def summed_up(differences: Sequence[Difference]) -> Quality:
 
 
 def _mean(sums: Sequence[float], positions: Sequence[int]) -> Share:
-    """Per position, with its interval: Student's t over answers, of the logarithm by the delta method, for what is
-    summed is skewed to the right."""
+    """Return the mean per position with its interval: Student's t over answers, applied to the logarithm by the delta
+    method because the sums are skewed to the right."""
     count, of = len(sums), sum(positions)
     mean = sum(sums) / of
     if mean <= 0 or count < 2:

@@ -1,4 +1,4 @@
-"""What a model is asked: the prompts of a suite, or of a workload."""
+"""The prompts that a model is evaluated on: those of a suite, or of a workload."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Chat(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Suite(Struct, forbid_unknown_fields=True):
-    """`checks`: chats whose answer has a form, a call of one of their tools or else JSON."""
+    """`checks` are chats whose answer has a required form: a call of one of their tools, otherwise JSON."""
 
     prompts: list[str | Chat] = []
     checks: list[str | Chat] = []
 
 
 def load_suite(name: str, calibration: Calibration) -> Iterator[Chat]:
-    """The chats of a suite's file, of the one that comes with the package, or of a workload.
+    """Yield the chats of a suite file, of the bundled suite, or of a workload.
 
     Raises ValueError for a file that is neither.
     """
@@ -55,7 +55,7 @@ def load_suite(name: str, calibration: Calibration) -> Iterator[Chat]:
 
 
 def load_checks(name: str) -> list[Chat]:
-    """The checks of a suite's file, or of the one that is there. Raises ValueError where it has none."""
+    """Return the checks of a suite file or of the bundled suite. Raises ValueError if it has none."""
     try:
         checks = [] if name in workload_names() else _read(name).checks
     except msgspec.MsgspecError as error:
@@ -78,7 +78,7 @@ def _chat(one: str | Chat) -> Chat:
 
 
 def of_workload(workload: Workload, calibration: Calibration) -> Iterator[Chat]:
-    """Its first requests, of fresh prompts."""
+    """Yield the first requests of the workload, with fresh prompts."""
     prompts = Prompts(workload, model="", seed=fresh_seed(), calibration=calibration)
     for index in range(_MOST_PROMPTS):
         body = msgspec.json.decode(prompts.request(index))

@@ -1,4 +1,4 @@
-"""Whether an answer has the form that it was asked for."""
+"""Whether an answer has the required form."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _FENCED = re.compile(r"```(?:json)?\n(.*?)\n?```", re.DOTALL)
 
 
 def is_valid(check: Chat, message: dict[str, Any]) -> bool:
-    """`message`: an assistant's, as /v1/chat/completions has it. With tools: calls of them, with all that they require;
-    without: a text that is JSON, in a code fence or not."""
+    """Check an assistant `message` of /v1/chat/completions. With tools, it must call some of them with all required
+    arguments; without, its text must be JSON, in a code fence or not."""
     if check.tools:
         calls = message.get("tool_calls") or []
         return bool(calls) and all(_is_call(check.tools, call["function"]) for call in calls)
@@ -33,7 +33,7 @@ def _is_call(tools: list[dict[str, Any]], call: dict[str, Any]) -> bool:
 
 
 def _decoded(text: str) -> Any:
-    """None for what is no JSON."""
+    """Return None if `text` is not JSON."""
     try:
         return json.loads(text)
     except ValueError:

@@ -1,1 +1,1 @@
-"""The tuning report: one HTML file that needs nothing else, made from verdict.json and journal.jsonl."""
+"""The tuning report: one self-contained HTML file, made from verdict.json and journal.jsonl."""

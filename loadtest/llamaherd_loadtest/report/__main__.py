@@ -1,4 +1,4 @@
-"""`python -m llamaherd_loadtest.report FOLDER PAGE`: make the report from the folder of a tuning job or a load test."""
+"""`python -m llamaherd_loadtest.report FOLDER PAGE`: renders the report of a tuning job's or load test's folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaherd_loadtest.report.write import write_report
 
 
 def main() -> int:
-    """Write the page that the command line asks for."""
+    """Write the report given on the command line."""
     parser = argparse.ArgumentParser(prog="python -m llamaherd_loadtest.report", description=__doc__)
     add = parser.add_argument
     add("folder", type=Path, help="the tuner's --out, or a folder with a load test's summary.json and samples.jsonl")

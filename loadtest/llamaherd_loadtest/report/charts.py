@@ -1,4 +1,4 @@
-"""The report's charts: the verdict's table or the search's steps to SVG, empty where there is nothing to draw."""
+"""The report's charts: renders the verdict's table or the search's steps as SVG, empty if there is nothing to draw."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamaherd_loadtest.tune.verdict import Row, Verdict
 
 
 def draw(verdict: Verdict, steps: Sequence[Step]) -> list[tuple[str, str]]:
-    """All charts, each with its title."""
+    """Return all charts with their titles."""
     with mpl.rc_context(STYLE):
         return [
             ("Throughput against time to first token", _trade_off(verdict)),
@@ -31,7 +31,7 @@ def draw(verdict: Verdict, steps: Sequence[Step]) -> list[tuple[str, str]]:
 
 
 def _trade_off(verdict: Verdict) -> str:
-    """Throughput against TTFT p95, a point for each setting, with the limit drawn."""
+    """Throughput against TTFT p95, one point per setting, with the limit."""
     rows = [r for r in verdict.table if r.output_tokens_per_s is not None and r.ttft_p95_ms is not None]
     if not rows:
         return ""
@@ -53,7 +53,7 @@ def _trade_off(verdict: Verdict) -> str:
 
 
 def _latencies(verdict: Verdict, steps: Sequence[Step]) -> str:
-    """Distributions of TTFT and TPOT over the confirming windows: current settings and the best others."""
+    """Distributions of TTFT and TPOT over the confirming windows: the current settings and the best others."""
     confirmed = [step for step in steps if step.phase == "confirm" and not step.measurement.fault]
     if not confirmed:
         return ""
@@ -80,7 +80,7 @@ def _latencies(verdict: Verdict, steps: Sequence[Step]) -> str:
 
 
 def _course(verdict: Verdict, steps: Sequence[Step]) -> str:
-    """The search as it went: each window's throughput in order, faults at the foot."""
+    """The course of the search: the throughput of each window in order, with faults at the bottom."""
     if not steps:
         return ""
     drawn, (axes,) = figure()
@@ -106,7 +106,7 @@ def _course(verdict: Verdict, steps: Sequence[Step]) -> str:
 
 
 def _client_health(steps: Sequence[Step]) -> str:
-    """CPU and timer lag of the load generator in each window."""
+    """CPU use and timer lag of the load generator in each window."""
     good = [s for s in steps if not s.measurement.fault]
     if not good:
         return ""
@@ -134,7 +134,7 @@ _MARKS: dict[str, dict[str, Any]] = {
 
 
 def _numbers(verdict: Verdict) -> dict[str, int]:
-    """How the page's table numbers the settings."""
+    """Return the numbers that the page's table gives the settings."""
     return {key(row.settings): number for number, row in enumerate(verdict.table, start=1)}
 
 
@@ -151,7 +151,7 @@ def _role(row: Row, verdict: Verdict) -> str:
 
 
 def cumulative(axes: Any, values: Sequence[float], role: str, label: str) -> None:
-    """The share of `values` up to each."""
+    """Plot the cumulative distribution of `values`."""
     ordered = sorted(values)
     if ordered:
         shares = [i / 100 for i in range(101)]

@@ -1,4 +1,4 @@
-"""Matplotlib figures as inline SVG whose colours are the page's CSS variables, so that they follow light and dark."""
+"""Renders Matplotlib figures as inline SVG in the page's CSS variables, so that they follow light and dark mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-# Stand-ins that no default palette uses; each becomes var(--name).
+# Placeholders that no default palette uses; each becomes var(--name).
 INK = {
     "fg": "#010203",
     "muted": "#010204",
@@ -20,9 +20,9 @@ INK = {
     "miss": "#010208",
 }
 
-# In force while charts are drawn: `with mpl.rc_context(STYLE)`.
+# Used while charts are drawn: `with mpl.rc_context(STYLE)`.
 STYLE = {
-    "svg.fonttype": "none",  # text stays text: selectable, and in the page's font
+    "svg.fonttype": "none",  # keeps text selectable and in the page's font
     "svg.hashsalt": "llamaherd",
     "font.size": 11,
     "axes.edgecolor": INK["muted"],
@@ -46,15 +46,15 @@ STYLE = {
 
 
 def figure(panels: int = 1, height: float = 3.0) -> tuple[Any, list[Any]]:
-    """A figure and its panels, one above another; five inches wide, so that its text is legible on a phone."""
+    """Return a figure and its panels, stacked; five inches wide, so that its text is legible on a phone."""
     drawn = Figure(figsize=(5, height * panels), layout="constrained")
     return drawn, list(drawn.subplots(panels, 1, squeeze=False)[:, 0])
 
 
 def in_ms(axes: Any, side: Literal["x", "y"], label: str, values: Sequence[float]) -> None:
-    """A logarithmic axis, on which `values` and a limit ten times as far are both told apart."""
+    """Make an axis logarithmic, so that `values` and a limit ten times as high can both be read."""
     low, high = min(values) / 1.3, max(values) * 1.3
-    middle = math.sqrt(low * high)  # at least two ticks: of 1, 2, 5 and their tenfold, any span of 6.25 holds two
+    middle = math.sqrt(low * high)  # at least two ticks: of 1, 2, 5 times powers of ten, any span of 6.25 holds two
     ends = (min(low, middle / 2.5), max(high, middle * 2.5))
     axes.set(**{f"{side}scale": "log", f"{side}label": f"{label}, ms", f"{side}lim": ends})
     axis = axes.xaxis if side == "x" else axes.yaxis
@@ -64,12 +64,12 @@ def in_ms(axes: Any, side: Literal["x", "y"], label: str, values: Sequence[float
 
 
 def key_above(axes: Any, columns: int) -> None:
-    """The legend above the panel, where it hides nothing."""
+    """Place the legend above the panel, where it hides nothing."""
     axes.legend(loc="lower left", bbox_to_anchor=(-0.12, 1.0), ncols=columns)
 
 
 def to_svg(drawn: Any, description: str) -> str:
-    """The figure as an `svg` element that scales with the page; `description` is for screen readers."""
+    """Return the figure as an `svg` element that scales with the page; `description` is for screen readers."""
     buffer = io.StringIO()
     drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()

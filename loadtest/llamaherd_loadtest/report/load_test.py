@@ -1,4 +1,4 @@
-"""The report of one load test, from the files that it left: what `playbooks/loadtest.yml` shows of a host as it is."""
+"""The report of one load test, from its files: what `playbooks/loadtest.yml` shows of a host as configured."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _P95 = QUANTILES.index(0.95)
 
 
 def context(folder: Path, about: Mapping[str, str]) -> dict[str, object]:
-    """What load.html.j2 shows of `summary.json` and `samples.jsonl`. Raises ValueError where they cannot be read."""
+    """Return load.html.j2's context from `summary.json` and `samples.jsonl`. Raises ValueError if unreadable."""
     try:
         summary = msgspec.json.decode((folder / "summary.json").read_bytes(), type=Summary)
         samples = [s for s in read_samples(folder / "samples.jsonl") if not s.warmup]
@@ -43,7 +43,7 @@ def context(folder: Path, about: Mapping[str, str]) -> dict[str, object]:
 
 
 def sentence(summary: Summary) -> str:
-    """The headline: what the host did, or why that is not known."""
+    """Return the headline: what the host did, or why that is unknown."""
     if summary.fault:
         return f"This run is invalid: {summary.fault}."
     speed = f"{summary.output_tokens_per_s:.3g} output tokens/s"
@@ -79,7 +79,7 @@ def _latencies(summary: Summary, samples: Sequence[Sample]) -> str:
 
 
 def _course(samples: Sequence[Sample]) -> str:
-    """Requests in flight, and of them those that wait for a first token, over the test."""
+    """Requests in flight, and those of them that wait for a first token, over the test."""
     start = min((s.scheduled for s in samples), default=0.0)
     drawn, (axes,) = figure()
     for label, role, until in (("in flight", "muted", False), ("waiting for a first token", "chosen", True)):

@@ -1,4 +1,4 @@
-"""Charts of what a server does under load: latencies by load, stalls and the engine's slots and KV cache over time."""
+"""Charts of a server under load: latencies by load, and stalls, slots and KV cache over time."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Loads = dict[int, list[Measurement]]
 def latencies_by_load(verdict: Verdict, steps: Sequence[Step]) -> str:
     """TTFT and TPOT p95 by requests in flight, with 95 % intervals.
 
-    Of the chosen settings where their capacity was measured, otherwise a line for all settings that differ in nothing
-    but the slots.
+    For the chosen settings if their capacity was measured, otherwise one line per group of settings that differ only in
+    their slots.
     """
     lines = _lines(verdict, steps)
     if not lines:
@@ -45,7 +45,7 @@ def latencies_by_load(verdict: Verdict, steps: Sequence[Step]) -> str:
 
 
 def _lines(verdict: Verdict, steps: Sequence[Step]) -> list[tuple[str, str, Loads]]:
-    """Each line's name, colour and windows by load; of other settings than the current and the chosen at most two."""
+    """Return each line's name, colour and windows by load; at most two besides the current and the chosen settings."""
     climb = [s for s in steps if s.phase == "load"]
     groups: dict[str, Loads] = defaultdict(lambda: defaultdict(list))
     of: dict[str, Settings] = {}
@@ -82,7 +82,7 @@ def _line(axes: Any, metric: str, name: str, role: str, loads: Loads) -> list[fl
 
 
 def stalls(verdict: Verdict, steps: Sequence[Step]) -> str:
-    """The largest gap of each request over the confirming windows' time, one window after another."""
+    """The largest gap of each request over the time of the confirming windows, one after another."""
     drawn, (axes,) = figure()
     lines = [(verdict.current, "current")]
     if verdict.chosen != verdict.current:
@@ -101,7 +101,7 @@ def stalls(verdict: Verdict, steps: Sequence[Step]) -> str:
 
 
 def engine(verdict: Verdict, steps: Sequence[Step]) -> str:
-    """Slots with a request and the share of the KV cache in use, over the windows of the chosen settings."""
+    """Busy slots and the used share of the KV cache over the windows of the chosen settings."""
     seen: list[tuple[float, int, float]] = []
     offset = 0.0
     for step in steps:

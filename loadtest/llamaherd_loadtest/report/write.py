@@ -1,4 +1,4 @@
-"""Write report.html from the folder of a tuning job or of a load test."""
+"""Writes report.html from the folder of a tuning job or a load test."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _pages = Environment(
 
 def write_report(folder: Path, page: Path, about: Mapping[str, str] | None = None) -> None:
     """Read what a tuning job (`verdict.json`, `journal.jsonl`) or a load test (`summary.json`, `samples.jsonl`) left in
-    `folder`, write the HTML file `page`. `about` is what a load test cannot know of the host.
+    `folder` and write the HTML file `page`. `about` holds facts about the host that a load test cannot know.
 
-    Raises ValueError where the folder does not hold a finished or interrupted tuning job, or a load test.
+    Raises ValueError if the folder holds neither a finished or interrupted tuning job nor a load test.
     """
     if (folder / "summary.json").exists():
         template, context = "load.html.j2", load_test.context(folder, about or {})

@@ -1,5 +1,5 @@
-"""The tuner: which settings give this host the highest throughput within the limits, and is the gain real?
+"""The tuner: finds the settings with the highest throughput within the limits, and whether the gain is real.
 
-Pure: settings, space, evidence, halving, decide. With the outside world: applier, live, journal, __main__.
-`search` joins them behind two small protocols, so that a simulated server can stand in for a real one.
+Pure: settings, space, objective, evidence, physics, estimates, pace, judge, decide, capacity. The others do I/O, except
+`search`, which measures through a small protocol, so that a simulated server can replace a real one.
 """

@@ -1,13 +1,13 @@
 """`python -m llamaherd_loadtest.tune`.
 
-Exit status: 0 with a choice, 2 for what makes a search impossible, 4 for a budget that is too small (budget.json in
---out then names one that would do), 5 where no window of the current settings was valid. With --in-service 0 for
-settings that are better than those before them, and 3 for others.
+Exit status: 0 with a choice, 2 if a search is impossible, 4 if the budget is too small (budget.json in --out then names
+a sufficient one), 5 if no window of the current settings was valid. With --in-service, 0 if the settings are better
+than the previous ones, and 3 if not.
 """
 
 from __future__ import annotations
 
-# Locust patches the standard library for gevent; that has to come before anything imports it.
+# Locust applies gevent's patches to the standard library, which must happen before any other import.
 import locust  # noqa: F401 (for its patches)  # isort: skip
 
 import sys
@@ -25,7 +25,7 @@ from llamaherd_loadtest.tune.signals import Interrupted
 
 
 def main() -> int:
-    """Run one job from the command line."""
+    """Run one job from the command line and return its exit status."""
     try:
         options = parse(sys.argv[1:])
         with _reported(options.out):
@@ -52,7 +52,7 @@ def main() -> int:
 
 @contextmanager
 def _reported(out: Path) -> Iterator[None]:
-    """Write the report where the block wrote a verdict, however it ended."""
+    """Write the report if the block wrote a verdict, however it ended."""
     before = _written(out / "verdict.json")
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which KV types may be searched: those that keep the limits on answers beside f16 cells, on the workload's prompts."""
+"""Selects the KV types to search: those whose answers to the workload's prompts keep the limits, compared with f16."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class KvAnswers(Struct, frozen=True):
 
 
 class Answers(Struct, frozen=True, tag="answers"):
-    """All types that were compared, and the seconds that it took."""
+    """All types that were compared, and the seconds it took."""
 
     compared: list[KvAnswers]
     took_s: float = 0.0
 
     def permit(self, settings: Settings) -> bool:
-        """Whether settings may be searched as far as their answers go."""
+        """Return whether the KV types of `settings` allow searching them."""
         types = kv_types(settings)
         return types == REFERENCE or any(
             one.kv_types == types and one.judgement is Judgement.PASSES for one in self.compared
@@ -52,9 +52,9 @@ def kv_types(settings: Settings) -> KvTypes:
 def compare_kv_types(
     model: Model, chats: Iterable[Chat], types: Sequence[KvTypes], limits: Sequence[QualityLimit], budget_s: float
 ) -> Answers:
-    """As many of the chats as the budget allows are answered once, and the answers evaluated with each of the types.
+    """Generate answers to as many chats as the budget allows, once, and evaluate them with each of the types.
 
-    Raises ServerUnusable, also where the server's engine returns no log probabilities of given texts.
+    Raises ServerUnusable, also if the server's engine cannot return log probabilities of given texts.
     """
     started = clock()
     written, reference = list[Written](), list[list[Row]]()

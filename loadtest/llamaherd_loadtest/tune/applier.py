@@ -1,4 +1,4 @@
-"""Puts settings in force on a running server, through /admin/engine."""
+"""Applies settings to a running server through /admin/engine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from llamaherd_loadtest.tune.watch import EngineWatch
 
 _ROUTE = "/admin/engine"
 _APPLY_TIMEOUT_S = 180.0
-_SWITCH_TIMEOUT_S = 960.0  # another engine loads the weights again
+_SWITCH_TIMEOUT_S = 960.0  # switching the engine reloads the weights
 _RECOVERY_S = 90.0
-_AUTOMATIC: Value = 0  # thread counts of 0 are resolved by the server, and come back as what it chose
+_AUTOMATIC: Value = 0  # the server resolves thread counts of 0 and reports the counts it chose
 
 
 class ModelInfo(Struct):
@@ -28,9 +28,9 @@ class ModelInfo(Struct):
 
 
 class EngineState(Struct):
-    """What GET /admin/engine says; `build` is None while it has no model.
+    """The response of GET /admin/engine; `build` is None while no model is loaded.
 
-    Its engine is one of the settings too: PUT takes them together.
+    The engine is also one of the settings, because PUT takes it among them.
     """
 
     engine: str
@@ -45,7 +45,7 @@ class EngineState(Struct):
 
 
 class Refused(Exception):
-    """Settings did not come into force; the message is the server's. `does_not_fit`: for want of memory."""
+    """The server did not apply settings; the message is the server's. `does_not_fit`: it lacked the memory."""
 
     def __init__(self, message: str, *, does_not_fit: bool = False) -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class Refused(Exception):
 
 
 class Applier(Protocol):
-    """How a tuner reaches a server's settings."""
+    """A tuner's access to a server's settings."""
 
     def state(self) -> EngineState: ...
 
@@ -67,14 +67,14 @@ class Applier(Protocol):
 
 
 class AdminApplier:
-    """Retunes a server alive through GET and PUT {url}/admin/engine."""
+    """Reconfigures a running server through GET and PUT {url}/admin/engine."""
 
     def __init__(self, url: str, key: str = "", ca: Path | None = None) -> None:
         self._admin = Admin(url, key, ca)
         self._url = self._admin.base + _ROUTE
 
     def state(self) -> EngineState:
-        """The engine's state. Raises ServerUnusable with the cause."""
+        """Return the engine's state. Raises ServerUnusable with the cause."""
         response = self._admin.request("GET", _ROUTE, timeout_s=10.0)
         if response.status_code in (401, 403):
             raise ServerUnusable(
@@ -88,7 +88,7 @@ class AdminApplier:
             raise ServerUnusable(f"{self._url} is not a llamaherd server: {error}") from error
 
     def apply(self, settings: Settings) -> None:
-        """Put settings in force and check that they are. Raises Refused; the server then keeps its old ones."""
+        """Apply settings and check that the server uses them. Raises Refused; the server then keeps its old ones."""
         timeout_s = _SWITCH_TIMEOUT_S if "engine" in settings else _APPLY_TIMEOUT_S
         try:
             response = self._admin.request("PUT", _ROUTE, timeout_s=timeout_s, body=msgspec.json.encode(dict(settings)))
@@ -101,7 +101,7 @@ class AdminApplier:
             raise Refused(f"the server did not take {difference(other, {name: settings[name] for name in other})}")
 
     def check(self, settings: Settings) -> None:
-        """Raises ServerUnusable where other settings are in force than these, which were applied before."""
+        """Check that the settings applied before are still current. Raises ServerUnusable if not."""
         if other := _other(settings, self.state().settings):
             raise ServerUnusable(
                 f"{self._url} no longer has the settings that were being measured ({difference(settings, other)}): end "
@@ -109,7 +109,7 @@ class AdminApplier:
             )
 
     def wait_ready(self) -> None:
-        """Wait for a server that died and is being restarted. Raises ServerUnusable if it does not come back."""
+        """Wait for a server that crashed and is restarting. Raises ServerUnusable if it does not come back."""
         deadline = time.monotonic() + _RECOVERY_S
         while True:
             try:
@@ -123,11 +123,11 @@ class AdminApplier:
             time.sleep(0.5)
 
     def watch(self) -> EngineWatch:
-        """Sample the server's /metrics from now on."""
+        """Start sampling the server's /metrics."""
         return EngineWatch(self._admin.session, self._admin.base + "/metrics")
 
 
 def _other(wanted: Settings, found: Settings) -> Settings:
-    """Of `found`, what is not as `wanted`."""
+    """Return those of the settings `found` that differ from `wanted`."""
     names = [name for name, value in wanted.items() if value != _AUTOMATIC and found.get(name) != value]
     return {name: found.get(name, "none") for name in names}

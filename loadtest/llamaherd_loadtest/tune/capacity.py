@@ -1,4 +1,4 @@
-"""How much load the chosen settings carry within the limits: doubling, then bisection of the requests in flight."""
+"""Finds the load that the chosen settings can carry within the limits: doubles the requests in flight, then bisects."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.tune.evidence import Measurement
 
 _TRIES = 3  # windows for a load that one window leaves unresolved
-_FAR = 4  # times the slots: beyond it requests only wait
+_FAR = 4  # times the slots: beyond it, requests only wait
 
 
 class Capacity(Struct, frozen=True):
     """The highest load that kept the limits and the lowest that did not, in requests in flight.
 
-    0 and None where there is no such load among those tried. `arrivals` judges `rate` requests a second that arrive at
-    random (an open loop), most of what the highest load answered; None where there was no time for it.
+    They are 0 and None if no tested load did so. `arrivals` judges `rate` requests per second that arrive at random (an
+    open loop), most of what the highest load answered; it is None if there was no time for it.
     """
 
     keeps: int
@@ -39,7 +39,7 @@ class Capacity(Struct, frozen=True):
 def find_capacity(measure: Callable[[int], Judgement | None], slots: int) -> Capacity | None:
     """Double the load from 1 to four times the `slots`, then bisect between what passed and what did not.
 
-    `measure` gives None when its time is up: what is known by then is the answer, None where that is nothing.
+    `measure` returns None when time is up; the result is then what is known so far, or None if nothing is.
     """
     keeps, misses, load = 0, None, 1
     while (judgement := measure(load)) is not None:
@@ -58,7 +58,7 @@ def find_capacity(measure: Callable[[int], Judgement | None], slots: int) -> Cap
 def settle(
     measure: Callable[[], Measurement | None], decide: Callable[[list[Measurement]], Judgement]
 ) -> Judgement | None:
-    """Measure one load until it is decided, three windows at most; None where the time is up before the first."""
+    """Measure one load until it is decided, three windows at most; None if the time is up before the first."""
     windows: list[Measurement] = []
     for _ in range(_TRIES):
         window = measure()

@@ -1,4 +1,4 @@
-"""The choice: only a confirmed gain that stands out of the noise, within all limits, replaces the current settings."""
+"""The choice: only a confirmed gain beyond the noise, within all limits, replaces the current settings."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from llamaherd_loadtest.tune.objective import TOKENS, Objective
 from llamaherd_loadtest.tune.settings import LLAMA_CPP_DEFAULTS, key
 
 MIN_GAIN = math.log(1.02)  # smaller gains are not worth a change
-_TIE = math.log(1.003)  # a wider one gives speed away on top of what the noise takes
-_CONFIDENCE = 0.98  # and that its confirming windows alone are no chance
-_RISK_COST = 1.0  # as a logarithm of the score: settings that may miss a limit have to be that much faster
-_ERROR = 0.025  # the chance of a change for nothing, shared by all finalists
+_TIE = math.log(1.003)  # gains this close are equal; a wider tie would give away speed on top of the noise
+_CONFIDENCE = 0.98  # confidence in the gain of the confirming windows alone
+_RISK_COST = 1.0  # log score that a risk of 1 of missing a limit costs: risky settings must be that much faster
+_ERROR = 0.025  # probability of a change without a gain, shared by all finalists
 
 
 class Contender(Struct, frozen=True):
-    """A setting that was confirmed: its record, whether it keeps the limits, and its estimated gain over the current
-    ones, a logarithm, with its standard deviation; `risk` is the chance that it misses a limit."""
+    """A confirmed setting: its record, whether it keeps the limits, the mean and standard deviation of its estimated
+    gain over the current ones (a logarithm), and `risk`, the probability that it misses a limit."""
 
     record: Record
     judgement: Judgement
@@ -32,14 +32,14 @@ class Contender(Struct, frozen=True):
 
     @property
     def worth(self) -> float:
-        """The gain, less what the chance of missing a limit costs."""
+        """The gain less the cost of possibly missing a limit."""
         return self.gain - _RISK_COST * self.risk
 
 
 class Choice(Struct, frozen=True, kw_only=True):
-    """What to run, and why. `gain` over the current settings, and its half interval `margin`, are shares.
+    """The settings to run, and the reason. `gain` over the current settings and its half interval `margin` are shares.
 
-    `measured` is false where each window of the current settings was spoiled, so that nothing was compared.
+    `measured` is false if every window of the current settings was invalid, so that nothing was compared.
     """
 
     record: Record
@@ -53,11 +53,11 @@ class Choice(Struct, frozen=True, kw_only=True):
 def choose(
     current: Contender, finalists: Sequence[Contender], noise: Noise, objective: Objective = TOKENS, drift: float = 0.0
 ) -> Choice:
-    """Choose among the confirmed finalists and the current settings, on a host whose score has `noise` and a `drift`.
+    """Choose among the confirmed finalists and the current settings, for a host with this score `noise` and `drift`.
 
-    A finalist must keep every limit beyond the noise and beat the current settings beyond it, and the windows that
-    confirm it must show a gain by themselves: they were not what it was picked for. Where the current settings miss a
-    limit, keeping them is enough. Ties go to the larger context per slot, then to the fewer non-default settings.
+    A finalist must keep every limit beyond the noise and beat the current settings beyond it, and its confirming
+    windows must show a gain by themselves, since they did not help to select it. If the current settings miss a limit,
+    keeping all limits is enough. Ties go to the larger context per slot, then to fewer non-default settings.
     """
     rescue = current.judgement is Judgement.MISSES
     passing = [f for f in finalists if f.judgement is Judgement.PASSES]
@@ -81,7 +81,7 @@ def choose(
 
 
 def _confirmed(record: Record, current: Record, noise: Noise, drift: float) -> bool:
-    """Whether the confirming windows alone show a gain."""
+    """Return whether the confirming windows alone show a gain."""
     gain = record.log_score(drift) - current.log_score(drift)
     return gain - noise.margin(_CONFIDENCE, 1 / len(record.windows) + 1 / len(current.windows)) > MIN_GAIN
 

@@ -1,14 +1,14 @@
-"""What all windows together say of each setting, measured or not.
+"""Estimates every setting, measured or not, from all windows together.
 
-Figures are logarithms: of the score, and of each limited latency over its limit. A setting's true one is
+Figures are logarithms: of the score, and of each limited latency over its limit. The true figure of a setting is
 
     physics(theta) + misfit of each knob's value + misfit of the setting itself
 
-with theta linear about its most probable value (Laplace's approximation), and misfits Gaussian processes: numbers are
-alike where they are near on a logarithmic scale, by an exponential kernel, which allows cliffs. A window adds noise,
-and a drift of the host that is linear in time and common to speed and latencies. How large misfits and noise are is
-what makes the windows most probable. Everything is then linear and Gaussian: Rasmussen and Williams, Gaussian Processes
-for Machine Learning, 2.2 and 2.7.
+The physics is linearised about the most probable theta (Laplace's approximation). Misfits are Gaussian processes: an
+exponential kernel, which allows cliffs, correlates numbers that are close on a logarithmic scale. A window adds noise,
+and a drift of the host that is linear in time and common to speed and latencies. The sizes of misfits and noise are
+those that make the windows most probable. Everything is then linear and Gaussian: Rasmussen and Williams, Gaussian
+Processes for Machine Learning, 2.2 and 2.7.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ _OWN_SD = 0.03
 _LEVEL_SD = 0.5
 _DRIFT_SD = 0.15  # over the budget
 _OCTAVES = 3.0  # length scale of numeric knobs
-_MISFITS = np.array([0.1, 0.2, 0.35, 0.6, 1.0, 1.6])  # times those above
+_MISFITS = np.array([0.1, 0.2, 0.35, 0.6, 1.0, 1.6])  # factors of the deviations above
 _NOISES = np.array([0.005, 0.01, 0.02, 0.03, 0.045, 0.065, 0.09, 0.13, 0.19, 0.27])
 _USUAL_NOISE, _NOISE_SPREAD, _MISFIT_SPREAD = 0.06, 0.9, 1.5
 _CANDIDATES = 64
 _DRAWS = 64
-_MISS = 0.45  # what missing a limit costs, as a logarithm of the score
-_PENALTY = 4.0  # and, for each such logarithm of the miss, on top: near misses stay above far ones
+_MISS = 0.45  # cost of missing a limit, as a logarithm of the score
+_PENALTY = 4.0  # additional cost per unit of log excess, so that near misses rank above far ones
 _NOTHING = np.empty(0)
-CLEAR = 1.2  # deviations from a limit at which a few more windows are likely to say that it is kept
-_NEAR = 0.04  # so near a limit, as a logarithm, no few windows say that it is kept
+CLEAR = 1.2  # deviations below a limit at which a few more windows are likely to show that it is kept
+_NEAR = 0.04  # log distance from a limit at which a few windows cannot show that it is kept
 _METRICS = {"ttft": "ttft", "tpot": "tpot", "itl": "tpot", "gap": "tpot", "e2e": "e2e"}
 
 
 class Model:
-    """Gathers windows, and estimates from them."""
+    """Collects windows and estimates from them."""
 
     def __init__(
         self, settings: Sequence[Settings], limits: Sequence[Limit], objective: Objective, shape: Shape
@@ -65,7 +65,7 @@ class Model:
         self.space(settings)
 
     def space(self, settings: Sequence[Settings]) -> None:
-        """Take these in place of those before, whose rows stay what they were."""
+        """Replace the settings; the rows of the previous ones must stay the same."""
         self._physics = Physics(settings, self._shape)
         columns = [np.full((len(settings), 1), _LEVEL_SD)]
         for knob in settings[0]:
@@ -78,7 +78,7 @@ class Model:
         self._features = np.hstack(columns)
 
     def add(self, row: int, window: Measurement, at: float) -> None:
-        """A window without a fault, that began at this share of the budget."""
+        """Add a window without a fault that began at this share of the budget."""
         figures = [window.score, *(window.observed.get(limit.name, 0.0) / limit.ms for limit in self._limits)]
         logs = np.array([math.log(figure) if figure > 0 else math.nan for figure in figures])
         sampling = np.array([0.0, *(_sampling(limit, window) for limit in self._limits)])
@@ -86,10 +86,10 @@ class Model:
         self._windows.append((at, logs, sampling, float(max(window.requests, 1))))
 
     def estimates(self, ruled_out: Iterable[int]) -> Estimates:
-        """What the windows so far say of the settings that were measured, and of the most promising others."""
+        """Estimate the measured settings and the most promising others from the windows so far."""
         at, logs, sampling, requests = (np.array(part) for part in zip(*self._windows, strict=True))
         seen = _Seen(np.array(self._rows), at, logs.T, sampling.T)
-        seen.share = 0.5 + 0.5 * np.median(requests) / requests  # of the noise: part of it is the requests' own
+        seen.share = 0.5 + 0.5 * np.median(requests) / requests  # of the noise, part of which is the requests' own
         jacobian = self._fit(seen)
         self._learn(seen, jacobian)
         inverse = self._inverse(seen, jacobian)
@@ -106,17 +106,17 @@ class Model:
 
     @property
     def noise(self) -> float:
-        """Standard deviation of the logarithm of a usual window's score."""
+        """Standard deviation of the logarithm of a typical window's score."""
         return float(_NOISES[self._noise[0]])
 
     def _figures(self, rows: Any = slice(None), moved: float = 0.0) -> Array:
-        """The physics' own logarithms: figure x guess x row, of theta and, `moved` that far, along each parameter."""
+        """The physics' logarithms (figure x guess x row) at theta and `moved` prior deviations along each parameter."""
         thetas = self._theta + np.vstack([np.zeros(len(SD)), *([np.diag(moved * SD)] if moved else [])])
         figures: Array = self._signs * self._physics.predict(thetas, self._metrics, rows) + self._offsets
         return figures
 
     def _promising(self, seen: _Seen, alpha: Array, ruled_out: Iterable[int]) -> Array:
-        """The rows that were measured, and those of the highest means that are not ruled out."""
+        """Return the measured rows, and those with the highest means that are not ruled out."""
         flat = np.zeros(seen.known.shape)
         flat[seen.known] = alpha
         every = flat.reshape(seen.logs.shape)
@@ -131,7 +131,7 @@ class Model:
         return rows
 
     def _jacobian(self, rows: Any) -> Array:
-        """Of the figures at theta, in the prior's deviations: figure x row x parameter."""
+        """Of the figures at theta, per standard deviation of the prior: figure x row x parameter."""
         found = self._figures(rows, 1e-4)
         jacobian: Array = (found[:, 1:] - found[:, :1]).transpose(0, 2, 1) / 1e-4
         return jacobian
@@ -142,7 +142,7 @@ class Model:
         return residual
 
     def _parts(self, one: _Seen, jacobian: Array, other: _Seen, jacobian_other: Array) -> tuple[Array, Array]:
-        """The covariance between two sets' figures: by theta and drift, and by misfits of the usual size."""
+        """Return the covariance between two sets of figures from theta and drift, and from misfits of unit size."""
         flat, flat_other = (j.reshape(-1, len(SD)) for j in (jacobian, jacobian_other))
         drift, drift_other = (_DRIFT_SD * np.outer(self._drifts, s.at).ravel() for s in (one, other))
         alike = self._features[one.rows] @ self._features[other.rows].T
@@ -159,13 +159,13 @@ class Model:
         return (np.outer(_NOISES[[*noise]] ** 2, seen.share) + seen.sampling).ravel()[seen.known]
 
     def _inverse(self, seen: _Seen, jacobian: Array) -> Array:
-        """Of the covariance of all that was measured."""
+        """Return the inverse covariance of all measured figures."""
         cov = self._covariance(seen, jacobian, seen, jacobian)[np.ix_(seen.known, seen.known)]
         inverse: Array = np.linalg.inv(cov + np.diag(self._noise_variance(seen, self._noise)))
         return inverse
 
     def _fit(self, seen: _Seen) -> Array:
-        """Gauss and Newton's iteration to the most probable theta; the jacobian there."""
+        """Move theta to its most probable value by Gauss-Newton iteration; return the jacobian there."""
         for _ in range(6):
             jacobian = self._jacobian(seen.rows)
             alpha = self._inverse(seen, jacobian) @ self._residual(seen, jacobian)
@@ -177,7 +177,7 @@ class Model:
         return self._jacobian(seen.rows)
 
     def _learn(self, seen: _Seen, jacobian: Array) -> None:
-        """Climb to the most probable size of misfits and noise, one step of a grid at a time."""
+        """Climb to the most probable sizes of misfits and noise, one grid step at a time."""
         known = seen.known
         theta, misfits = (part[np.ix_(known, known)] for part in self._parts(seen, jacobian, seen, jacobian))
         residual, many = self._residual(seen, jacobian), len(self._metrics)
@@ -205,7 +205,7 @@ class Model:
 
 
 class _Seen:
-    """Rows of the space at times of the budget; of windows, their figures (figure x window) and their noise."""
+    """Rows of the space at times of the budget; for windows, also their figures (figure x window) and noise."""
 
     def __init__(self, rows: Array, at: Array, logs: Array = _NOTHING, sampling: Array = _NOTHING) -> None:
         self.rows, self.at, self.logs, self.sampling, self.share = rows, at, logs, sampling, at * 0
@@ -214,9 +214,9 @@ class _Seen:
 
 
 class Estimates:
-    """The log score and, for each limit, the logarithm of its figure over the limit, of some `rows` of the space.
+    """The log score and, for each limit, the logarithm of its figure over the limit, for some `rows` of the space.
 
-    `drift` is how much faster the host's score is at the end of the budget, as a logarithm; `noise` a window's.
+    `drift` is the logarithm of the host's speed-up over the budget, `noise` that of a window.
     """
 
     def __init__(
@@ -227,30 +227,30 @@ class Estimates:
         self._sd = np.sqrt(np.maximum(np.diag(cov), 0.0)).reshape(mean.shape)
 
     def score(self, row: int) -> float | None:
-        """Of a promising or measured row."""
+        """The score of a promising or measured row."""
         place = self._place.get(row)
         return None if place is None else math.exp(float(self._mean[0, place]))
 
     def gain(self, row: int) -> tuple[float, float]:
-        """Mean and standard deviation of a measured row's log score less that of the first, the current settings."""
+        """Mean and standard deviation of a measured row's log score minus that of row 0, the current settings."""
         one, other = self._place[row], self._place[0]
         variance = self._cov[one, one] + self._cov[other, other] - 2 * self._cov[one, other]
         return float(self._mean[0, one] - self._mean[0, other]), math.sqrt(max(variance, 0.0))
 
     def risk(self, row: int) -> float:
-        """The chance that a measured row misses a limit."""
+        """The probability that a measured row misses a limit."""
         return 1 - math.prod(NormalDist().cdf(-mean / max(sd, 1e-9)) for _, mean, sd in self.excess(row))
 
     def excess(self, row: int) -> list[tuple[Limit, float, float]]:
-        """Each limit with the mean and the standard deviation of a measured row's logarithm over it."""
+        """Each limit with the mean and the standard deviation of a measured row's log figure over it."""
         at = self._place[row]
         return [(lim, float(self._mean[i, at]), float(self._sd[i, at])) for i, lim in enumerate(self._limits, 1)]
 
     def next(self, ruled_out: Iterable[int], rng: np.random.Generator) -> int | None:
-        """What to measure next: of the best and a rival, by two draws of what may be true, the less well known.
+        """Return the row to measure next: of the best rows in two posterior draws, the less well known.
 
-        Top-two Thompson sampling (Russo, "Simple Bayesian Algorithms for Best-Arm Identification", 2016): looking
-        twice at a setting that is sure to be good tells less than looking once at what may beat it.
+        Top-two Thompson sampling (Russo, "Simple Bayesian Algorithms for Best-Arm Identification", 2016): a second look
+        at a setting that is surely good is worth less than a first look at one that may beat it.
         """
         worth, rows = self._worth(ruled_out, rng)
         if not rows:
@@ -260,19 +260,19 @@ class Estimates:
         return rows[int(max((bests[0], *rivals[:1]), key=lambda place: worth[:, place].std()))]
 
     def regret(self, chosen: int, ruled_out: Iterable[int], rng: np.random.Generator) -> float:
-        """What that setting loses on the best one, as a logarithm of the score: the mean of the draws."""
+        """Return the expected loss of `chosen` against the best row, in log score, averaged over the draws."""
         worth, rows = self._worth(ruled_out, rng)
         return float((worth.max(axis=1) - worth[:, rows.index(chosen)]).mean())
 
     def best(self, count: int, ruled_out: Iterable[int], doubt: float = 0.5) -> list[int]:
-        """The `count` rows that look best; one that comes within `doubt` deviations of a limit is marked down."""
+        """Return the `count` best rows; those over a limit or within `doubt` deviations of it are penalised."""
         score = self._mean[0] - _PENALTY * np.maximum(0.0, self._mean[1:] + doubt * self._sd[1:]).sum(axis=0)
         out = {*ruled_out}
         rows = sorted((row for row in self._place if row not in out), key=lambda row: -score[self._place[row]])
         return rows[:count]
 
     def _worth(self, ruled_out: Iterable[int], rng: np.random.Generator) -> tuple[Array, list[int]]:
-        """Draws of what each row may be worth, a draw a row; one that misses a limit sinks below the rest."""
+        """Return draws of each row's value (draw x row) and the rows; misses and near misses are penalised."""
         out = {*ruled_out}
         rows = [row for row in self._place if row not in out]
         places = [self._place[row] for row in rows]
@@ -287,7 +287,7 @@ class Estimates:
 
 
 def _sampling(limit: Limit, window: Measurement) -> float:
-    """Variance of the logarithm of a quantile of so few requests, where their latencies are known and log-normal."""
+    """Variance of the logarithm of a quantile of so few requests, if their latencies are known and log-normal."""
     values = {"ttft": window.ttft_ms, "tpot": window.tpot_ms}.get(limit.metric, [])
     if len(values) < 2 or not 0 < limit.p < 1:
         return 0.0

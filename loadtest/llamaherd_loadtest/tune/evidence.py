@@ -1,7 +1,7 @@
-"""What has been measured so far, and how far it can be trusted. All pure; noise is worked on in logarithms.
+"""What has been measured so far, and how far it can be trusted. All pure; noise is computed on logarithms.
 
-Windows of the same settings differ by a noise that all settings share, so it is pooled over them. A prior worth a few
-windows keeps two lucky windows from looking exact, and fades as soon as there are more: quiet hosts are seen as such.
+The noise between windows of equal settings is the same for all settings, so it is pooled. A prior worth a few windows
+keeps two windows that happen to agree from looking exact. It fades with more windows, so quiet hosts are recognised.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _PRIOR_WINDOWS = 4
 _PRIOR_SCORE_NOISE = 0.10
 _PRIOR_LATENCY_NOISE = 0.15
 _MAX_SPOILED = 3
-_WELL_SINCE = 2  # windows
-_MAX_FAILED = 3  # where nothing else was valid in between, one cause may be behind them
+_WELL_SINCE = 2  # valid windows after which a single failure is disregarded
+_MAX_FAILED = 3  # failures without a valid window in between, as they may have one cause
 
 
 class Load(Struct, frozen=True):
-    """How a window is loaded: by `rate` arrivals a second (Poisson, an open loop) where that is given, otherwise by a
-    closed loop of `concurrency` requests in flight, at 0 as many as there are slots."""
+    """The load of a window: `rate` arrivals per second (Poisson, an open loop) if given, otherwise a closed loop with
+    `concurrency` requests in flight; 0 means one per slot."""
 
     concurrency: int = 0
     rate: float = 0.0
@@ -47,7 +47,7 @@ SLOTS = Load()
 
 
 class EngineSample(Struct, frozen=True):
-    """What /metrics said `at_s` seconds into the window's load: slots with a request, KV cells in use and in all."""
+    """/metrics, `at_s` seconds into the window's load: busy slots, KV cells in use and in total."""
 
     at_s: float
     slots_busy: int
@@ -56,17 +56,17 @@ class EngineSample(Struct, frozen=True):
 
 
 class Measurement(Struct, kw_only=True):
-    """One window with one setting: throughputs, each limit's observed figure in ms, raw latencies in ms.
+    """One window of one setting: throughputs, the observed figure of each limit in ms, raw latencies in ms.
 
-    `score` is what the search makes as large as it can: see Objective.
+    The search maximises `score`: see Objective.
 
-    `fault` says why its figures do not count: "not launched: …" and "failed: …" are the settings' own, "invalid: …" is
-    missing data, as where the client was too slow; `does_not_fit` that the server had not the memory. `took_s` is all
-    the time that it cost, the change of settings and the warm-up included; `request_s` what a request took, also in a
-    window that is invalid. `stalls` are, for each request, the second of the window at which it ended and its largest
-    gap in ms. `over` counts, for each limit, the requests above it and those that have the figure; `observed` corrects
-    for what a quantile of few requests reads too little. `valid_before` are the search's valid windows until then, `at`
-    is the share of its budget that was spent.
+    `fault` says why the figures do not count. "not launched: …" and "failed: …" are caused by the settings; "invalid:
+    …" is missing data, for example because the client was too slow. `does_not_fit`: the server lacked the memory.
+    `took_s` is the total time spent, including the change of settings and the warm-up; `request_s` is the duration of a
+    request, also in an invalid window. `stalls` holds for each request the second of the window at which it ended and
+    its largest gap in ms. `over` counts, for each limit, the requests above it and those that have the figure;
+    `observed` is corrected for the low bias of quantiles of few requests. `valid_before` is the number of valid windows
+    in the search before this one, `at` the share of its budget that was spent.
     """
 
     took_s: float
@@ -92,18 +92,18 @@ class Measurement(Struct, kw_only=True):
 
     @property
     def invalid(self) -> bool:
-        """Whether it says nothing about the settings."""
+        """Whether the window says nothing about the settings."""
         return self.fault.startswith("invalid")
 
     @property
     def failed(self) -> bool:
-        """Whether it says that the settings do not work."""
+        """Whether the window shows that the settings do not work."""
         return bool(self.fault) and not self.invalid
 
 
 class Record(Struct):
-    """All windows of one setting, by phase; `ruled_out` says why it needs none, `predicted` is the score that was
-    expected of it before the first."""
+    """All windows of one setting, by phase. `ruled_out` says why it needs none; `predicted` is the score expected
+    before its first window."""
 
     settings: Settings
     screening: list[Measurement] = field(default_factory=list)
@@ -113,9 +113,9 @@ class Record(Struct):
 
     @property
     def fault(self) -> str:
-        """Why the settings do not work, if so: they want memory, or failed again after others had worked.
+        """Why the settings do not work, if so: they lack memory, or failed again after other windows were valid.
 
-        One failure may have a cause of its own, such as a server that somebody restarts. Missing data are no failure.
+        One failure may have another cause, such as a restart by an operator. Missing data is not a failure.
         """
         failed = [m for m in self.all_windows if m.failed]
         repeated = len({m.valid_before for m in failed}) > 1 or len(failed) >= _MAX_FAILED
@@ -123,24 +123,24 @@ class Record(Struct):
 
     @property
     def failed_once(self) -> bool:
-        """Whether they failed, and it is not known yet whether they would again: two windows since went well."""
+        """Whether they failed and may fail again; two valid windows since then clear them."""
         since = itertools.takewhile(lambda m: not m.failed, reversed(self.all_windows))
         failed = any(m.failed for m in self.all_windows)
         return failed and not self.fault and len(_valid(since)) < _WELL_SINCE
 
     @property
     def failed_after(self) -> int:
-        """The search's valid windows before the last failure; -1 where there was none."""
+        """The search's valid windows before the last failure; -1 without failures."""
         return max((m.valid_before for m in self.all_windows if m.failed), default=-1)
 
     @property
     def spoiled(self) -> str:
-        """Why the last window without figures has none; empty where all have them."""
+        """Why the last window without figures has none; empty if all have them."""
         return next((m.fault for m in reversed(self.all_windows) if m.fault), "")
 
     @property
     def hopeless(self) -> bool:
-        """Whether windows were spoiled so often that trying again is a waste."""
+        """Whether so many windows were invalid that another attempt is a waste of time."""
         return not self.figures and sum(m.invalid for m in self.all_windows) >= _MAX_SPOILED
 
     @property
@@ -149,17 +149,17 @@ class Record(Struct):
 
     @property
     def figures(self) -> bool:
-        """Whether anything was measured."""
+        """Whether any window has figures."""
         return any(not m.fault for m in self.all_windows)
 
     @property
     def windows(self) -> list[Measurement]:
-        """What figures rest on: the confirming windows only, once there are any (a search's best is a lucky one)."""
+        """The windows that figures use: the confirming ones if there are any (a search's best one is partly lucky)."""
         return _valid(self.confirming) or _valid(self.screening)
 
     @property
     def confirmed(self) -> bool:
-        """Whether its figures rest on confirming windows."""
+        """Whether the figures use confirming windows."""
         return bool(_valid(self.confirming))
 
     def log_score(self, drift: float = 0.0) -> float:
@@ -168,14 +168,14 @@ class Record(Struct):
 
 
 def judge_errors(windows: Sequence[Measurement]) -> Judgement:
-    """Whether at most 1 % of the requests of all windows fail."""
+    """Judge whether at most 1 % of the requests of all windows fail."""
     errors = sum(m.errors for m in windows)
     return limits.judge_errors(errors, errors + sum(m.requests for m in windows))
 
 
 def judge_over(windows: Iterable[Measurement], limit: Limit) -> Judgement:
-    """Whether the requests of all windows together keep a limit: UNRESOLVED where more are above it than may be, though
-    chance explains it. Without requests it is not doubted."""
+    """Judge whether the requests of all windows together keep a limit. UNRESOLVED if more exceed it than allowed but
+    chance explains it; PASSES if there are no requests."""
     over, of = (sum(counts) for counts in zip((0, 0), *(m.over.get(limit.name, (0, 0)) for m in windows), strict=True))
     if over <= (1 - limit.p) * of:
         return Judgement.PASSES
@@ -184,7 +184,7 @@ def judge_over(windows: Iterable[Measurement], limit: Limit) -> Judgement:
 
 
 class Noise(Struct, frozen=True):
-    """Standard deviation of one window's logarithm, and the degrees of freedom behind it."""
+    """Standard deviation of one window's logarithm, and its degrees of freedom."""
 
     sigma: float
     freedom: float
@@ -195,12 +195,12 @@ class Noise(Struct, frozen=True):
 
 
 def score_noise(records: Iterable[Record], drift: float = 0.0, guess: float = _PRIOR_SCORE_NOISE) -> Noise:
-    """The noise of the score, beside a `drift` over the budget."""
+    """The noise of the score, apart from a `drift` over the budget."""
     return _pooled(records, lambda m: m.score * math.exp(-drift * m.at), guess)
 
 
 def limit_noise(records: Iterable[Record], limit: Limit) -> Noise:
-    """The noise of a limited figure."""
+    """The noise of the figure that `limit` bounds."""
     return _pooled(records, lambda m: m.observed.get(limit.name, 0.0), _PRIOR_LATENCY_NOISE)
 
 

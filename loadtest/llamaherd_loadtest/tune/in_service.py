@@ -1,4 +1,4 @@
-"""Once more, in service: do the settings that a search chose do better, as deployed, than those before them did?"""
+"""The check in service: whether the deployed settings that a search chose perform better than the previous ones."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from llamaherd_loadtest.tune.settings import Settings, difference, label
 from llamaherd_loadtest.tune.verdict import Row, Verdict, read_verdict, write_verdict
 
 _WINDOWS = 3
-_TRIES = 6  # where some are invalid
-_WINDOW_S = 10.0  # where the search's were shorter
+_TRIES = 6  # at most, including invalid windows
+_WINDOW_S = 10.0  # at least, if the search's windows were shorter
 _CONFIDENCE = 0.95
 
 
 class _InForce(AdminApplier):
-    """Changes nothing: what is measured is what was deployed."""
+    """Changes nothing, so that the deployed settings are measured."""
 
     def apply(self, settings: Settings) -> None:
-        """Raises ValueError where other settings are in force."""
+        """Raises ValueError if the server has other settings."""
         in_force = self.state().settings
         if other := difference({name: in_force.get(name, "none") for name in settings}, settings):
             raise ValueError(f"what is in force is not what was chosen: {other}")
 
 
 def measure_again(options: Options) -> tuple[bool, str]:
-    """Whether the settings in force are better than those that the verdict of `options.out` replaced, and a sentence.
+    """Measure the current settings; return whether they beat those that the verdict replaced, and a sentence.
 
-    Where those missed a limit it is enough to keep all. Writes the sentence into the verdict's provenance;
-    the verdict on settings that are not better becomes to keep those before them. Raises ValueError where other
-    settings are in force than the verdict chose, and ServerUnusable.
+    If the previous ones missed a limit, keeping all is enough. Writes the sentence into the verdict's provenance; if
+    they are not better, changes the verdict to keep the previous ones. Raises ServerUnusable, and ValueError if the
+    server has other settings than the verdict chose.
     """
     path = options.out / "verdict.json"
     verdict, applier = read_verdict(path), _InForce(options.admin_url, options.admin_key, options.target.ca)

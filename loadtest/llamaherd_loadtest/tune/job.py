@@ -1,4 +1,4 @@
-"""One tuning job, from the first look at the server to the written verdict. Importing this patches for gevent."""
+"""One tuning job, from the probe of the server to the written verdict. Importing this applies gevent's patches."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from llamaherd_loadtest.tune.signals import interruptible
 from llamaherd_loadtest.tune.space import Pruned, candidates, default_space, parse_space, prune
 from llamaherd_loadtest.tune.verdict import KvRow, Verdict, make_verdict, read_verdict, write_verdict
 
-_CALIBRATION_SHARE = 0.5  # of the time budget: where one request takes longer, there is no time for more
+_CALIBRATION_SHARE = 0.5  # of the time budget: if one request takes longer, there is no time for more
 _ANSWERS_SHARE = 0.1  # of the time budget
 _CAPACITY_SHARE = 0.2  # of the time budget
-_CAPACITY_FROM_S = 300.0  # below, all of it goes into the choice
+_CAPACITY_FROM_S = 300.0  # below this, the whole budget goes into the choice
 
 
 class BudgetTooSmall(Exception):
-    """No choice can be made within the budget; the message names one that would do, and budget.json holds both."""
+    """The budget is too small for a choice; the message names a sufficient one, and budget.json holds both."""
 
 
 @contextmanager
 def _alone(subject: str) -> Iterator[None]:
-    """Raises ServerUnusable where another tuner of this machine and user is measuring `subject`."""
+    """Hold a lock. Raises ServerUnusable if another tuner of this machine and user is measuring `subject`."""
     name = f"llamaherd-tune-{os.getuid()}-{hashlib.sha256(subject.encode()).hexdigest()[:16]}.lock"
     path = Path(tempfile.gettempdir()) / name
     with path.open("w", encoding="utf-8") as file:
@@ -60,10 +60,10 @@ def _alone(subject: str) -> Iterator[None]:
 
 
 def tune(options: Options) -> Verdict:
-    """Search, put back the settings found at the start, write the verdict.
+    """Search, restore the settings found at the start, write the verdict.
 
-    Raises ServerUnusable, BudgetTooSmall and ValueError for what makes a search impossible, and Interrupted; whatever
-    ends the search early, the settings are put back and what was measured is written.
+    Raises ServerUnusable, BudgetTooSmall and ValueError if a search is impossible, and Interrupted. However the search
+    ends, the settings are restored and what was measured is written.
     """
     with _alone(options.subject):
         return _tune(options)
@@ -72,11 +72,11 @@ def tune(options: Options) -> Verdict:
 def _tune(options: Options) -> Verdict:
     applier = AdminApplier(options.admin_url, options.admin_key, options.target.ca)
     found = applier.state()
-    if found.state not in ("ready", "unloaded"):  # the latter is loaded for the first request
+    if found.state not in ("ready", "unloaded"):  # an unloaded model is loaded for the first request
         raise ServerUnusable(
             f"{options.admin_url} is {found.state}: wait until its /readyz answers 200, or read its log"
         )
-    _divide(options, found.settings)  # what cannot be searched leaves the journal alone
+    _divide(options, found.settings)  # an invalid search fails here, before the journal is overwritten
     options.out.mkdir(parents=True, exist_ok=True)
     seed = secrets.randbits(24) if options.seed is None else options.seed
     journal = Journal(options.out / "journal.jsonl", _fingerprint(options, found), seed, found.settings)
@@ -144,9 +144,9 @@ def _tune(options: Options) -> Verdict:
 
 
 def _calibrated(options: Options, bench: LiveBench, journal: Journal, launch: Sequence[Settings]) -> Calibrated:
-    """What a request takes under the load of the search.
+    """Return how long a request takes under the load of the search.
 
-    Raises BudgetTooSmall, and ServerUnusable where no request is answered.
+    Raises BudgetTooSmall, and ServerUnusable if no request is answered.
     """
     (options.out / "budget.json").unlink(missing_ok=True)
     found = journal.calibrated or bench.calibrated(
@@ -157,7 +157,7 @@ def _calibrated(options: Options, bench: LiveBench, journal: Journal, launch: Se
     if len(launch) > 1 and needed > options.budget_s:
         budget = {"needed_s": needed, "budget_s": options.budget_s}
         (options.out / "budget.json").write_bytes(msgspec.json.encode(budget) + b"\n")
-        journal.close()  # a host that is less busy next time is measured anew
+        journal.close()  # so that the next run calibrates again: the host may be less busy then
         raise BudgetTooSmall(
             f"a budget of {options.budget_s:g} s is too small to compare settings: one request takes "
             f"{found.request_s:.1f} s with {found.concurrency} in flight; give --budget {needed:.0f}s "
@@ -167,7 +167,7 @@ def _calibrated(options: Options, bench: LiveBench, journal: Journal, launch: Se
 
 
 def _answers(options: Options, bench: LiveBench, journal: Journal, launch: Sequence[Settings]) -> Answers:
-    """How answers change with the KV types of the settings to launch. Raises ServerUnusable."""
+    """Compare answers with the KV types of the settings to launch. Raises ServerUnusable."""
     types = sorted({kv_types(settings) for settings in launch} - {REFERENCE}) if options.answer_limits else []
     if not types:
         return Answers([])
@@ -184,9 +184,9 @@ def _answers(options: Options, bench: LiveBench, journal: Journal, launch: Seque
 
 
 def _divide(options: Options, found: Settings) -> tuple[int, list[Settings], list[Pruned]]:
-    """How many settings are always measured; those to launch, the current first; those ruled out.
+    """Return how many settings are always measured, those to launch (the current first), and those ruled out.
 
-    The engine is among them where it is searched or proposed; otherwise it stays what the operator says.
+    The engine is among the settings if it is searched or proposed; otherwise the operator's stays.
     """
     quality = bool(options.answer_limits)
     named = parse_space(options.space, found, quality=options.quality or quality)
@@ -203,21 +203,21 @@ def _divide(options: Options, found: Settings) -> tuple[int, list[Settings], lis
 
 
 def _shape(options: Options) -> Shape:
-    """What requests look like to the prior. A turn repeats those before it, which the server has in its cache."""
+    """What requests look like to the prior. A turn repeats earlier ones, which the server's cache holds."""
     workload = options.workload
     fresh = workload.turns.added.median if workload.turns else workload.prompt.median - workload.shared_prefix
     return Shape(max(float(fresh), 1.0), float(workload.output.median), options.load.concurrency)
 
 
 def _larger(options: Options) -> Callable[[Settings], bool]:
-    """Whether settings with more slots than the space has may be tried: not where the operator named the space."""
+    """Return whether given settings with more slots than the space may be tried: not if the operator named it."""
     named = bool(options.space) or options.proposal is not None
     return lambda settings: not named and bool(prune([settings], options.workload.need)[0])
 
 
 @contextmanager
 def room(out: Path) -> Iterator[None]:
-    """Raises ValueError where the block cannot write to `out`."""
+    """Raises ValueError if the block cannot write to `out`."""
     try:
         yield
     except OSError as error:
@@ -234,7 +234,7 @@ def _restore(applier: Applier, settings: Settings) -> None:
 
 
 def _fingerprint(options: Options, found: EngineState) -> str:
-    """Equal for searches that may resume each other."""
+    """Return a string that is equal for searches that may resume each other."""
     return json.dumps(
         [
             options.subject,

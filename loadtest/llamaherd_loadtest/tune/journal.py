@@ -1,4 +1,4 @@
-"""The search's log: every step as it is measured, one JSON object a line; what an interrupted search resumes from."""
+"""The search's log: one JSON object per line for every step. An interrupted search resumes from it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from llamaherd_loadtest.tune.settings import Settings
 
 
 class Header(Struct, tag="search", frozen=True):
-    """The first line. A search resumes only under the same `fingerprint`, with the seed it began with, and from the
-    settings that it `found` in force."""
+    """The first line. A search resumes only with the same `fingerprint`, and with its original seed and the settings
+    that it `found` at its start."""
 
     fingerprint: str
     seed: int
@@ -25,7 +25,7 @@ class Header(Struct, tag="search", frozen=True):
 
 
 class Trying(Struct, tag="trying", frozen=True):
-    """Before settings are put in force: what a search that was killed may have left in force."""
+    """Written before settings are applied: a killed search may have left them on the server."""
 
     settings: Settings
 
@@ -35,7 +35,7 @@ class StepLine(Struct, tag="step", frozen=True):
 
 
 class Done(Struct, tag="done", frozen=True):
-    """The last line of a search that came to its end."""
+    """The last line of a completed search."""
 
 
 Line = Header | Calibrated | Answers | Trying | StepLine | Done
@@ -43,15 +43,15 @@ _decoder = msgspec.json.Decoder(Line)
 
 
 class Journal:
-    """Appends to one file, and knows the steps of an unfinished search that it found there.
+    """Appends to one file, and holds the steps of an unfinished search found in it.
 
-    `current` are the settings that the search is to improve: those in force, `found`, or what the unfinished search
-    found before it was killed with others in force. `calibrated` is None until a search has found out how slow the host
+    `current` are the settings to improve: those that the server has now, `found`, or, if an unfinished search was
+    killed with others applied, those that it found. `calibrated` is None until a search has measured how slow the host
     is, `answers` until it has compared those of KV types.
     """
 
     def __init__(self, path: Path, fingerprint: str, seed: int, found: Settings) -> None:
-        """Raises OSError where the file cannot be written."""
+        """Raises OSError if the file cannot be written."""
         self._path = path
         lines = _read(path)
         self.resumed: list[Step] = []
@@ -69,7 +69,7 @@ class Journal:
         self._append(Header(fingerprint, self.seed, self.current))
 
     def note(self, found: Calibrated | Answers) -> None:
-        """Note what the search's windows are fitted to, or which KV types it may try."""
+        """Record the calibration that sizes the windows, or which KV types may be tried."""
         self._append(found)
 
     def trying(self, settings: Settings) -> None:
@@ -88,14 +88,14 @@ class Journal:
 
 
 def read_steps(path: Path) -> list[Step]:
-    """The steps that a journal holds."""
+    """Return the steps in a journal."""
     return [line.step for line in _read(path) if isinstance(line, StepLine)]
 
 
 class ReplayBench:
-    """Gives the resumed steps again, then measures: a search is a function of what was measured, so it goes on.
+    """Replays the resumed steps, then measures. A search depends only on measurements, so it continues.
 
-    `trying` is told of settings before they are measured.
+    `trying` is called with settings before they are measured.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class ReplayBench:
 
 
 def _read(path: Path) -> list[Line]:
-    """All whole lines: a crash may have cut the last one off."""
+    """Return all whole lines; a crash may have truncated the last one."""
     if not path.is_file():
         return []
     lines: list[Line] = []

@@ -1,4 +1,4 @@
-"""Does a setting keep its limits? One answer for the search, the climb, the check in service and the report."""
+"""Whether a setting keeps its limits: one rule for the search, the climb, the check in service and the report."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from llamaherd_loadtest.quality.divergence import Quality
 from llamaherd_loadtest.quantiles import ERROR, Judgement, judge_share
 from llamaherd_loadtest.tune.evidence import Record, judge_errors, judge_over, limit_noise
 
-_LEAST_ANSWERS = 8  # the spread of fewer is hardly known
+_LEAST_ANSWERS = 8  # the spread of fewer is too uncertain
 _MARGIN = NormalDist().inv_cdf(1 - ERROR)  # standard deviations
 
 Excess = tuple[Limit, float, float]  # mean and standard deviation of the logarithm of a figure over its limit
 
 
 def judge(record: Record, excesses: Iterable[Excess]) -> tuple[Judgement, str]:
-    """The worst judgement, and the limit's name (or "error_rate", "failure"); UNRESOLVED where the noise is too large.
+    """Return the worst judgement and its limit (or "error_rate", "failure"); UNRESOLVED if the noise is too large.
 
-    What the requests of all windows together show of each limit counts too.
+    Each limit is also judged by the requests of all windows together.
     """
     errors = judge_errors(record.windows)
     worst = (errors, "" if errors is Judgement.PASSES else "error_rate")
@@ -38,7 +38,7 @@ def judge(record: Record, excesses: Iterable[Excess]) -> tuple[Judgement, str]:
 
 
 def judge_alone(record: Record, limits: Sequence[Limit], others: Iterable[Record] = ()) -> Judgement:
-    """By its own windows, whose noise is that of these and of `others`."""
+    """Judge a record by its own windows; their noise is pooled with that of `others`."""
     if not record.figures:
         return Judgement.UNRESOLVED
     excesses = list[Excess]()
@@ -50,10 +50,10 @@ def judge_alone(record: Record, limits: Sequence[Limit], others: Iterable[Record
 
 
 def judge_quality(quality: Quality, limits: Iterable[QualityLimit]) -> tuple[Judgement, str]:
-    """The worst judgement, and the limit's name.
+    """Return the worst judgement and the limit's name.
 
-    A share of positions with the same top token is also held against what as many independent ones would show: where
-    nearly all are the same, answers hardly differ.
+    `same_top` is also judged as if positions were independent: where nearly all have the same top token, answers hardly
+    differ from each other, and the interval over answers is too narrow.
     """
     worst = (Judgement.PASSES, "")
     for limit in limits:

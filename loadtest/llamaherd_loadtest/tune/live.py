@@ -1,4 +1,4 @@
-"""Measures settings on a real server: apply them, load it with Locust, sum up. Importing this patches for gevent."""
+"""Measures settings on a real server: applies them, loads it, summarises. Importing this applies gevent's patches."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ _LEAST_ARRIVALS = 8
 
 
 class LiveBench:
-    """Windows on a server. Where no load is given, each slot has one client, so that no request waits for a slot."""
+    """Measures windows on a server. By default each slot has one client, so that no request waits for a slot."""
 
     def __init__(self, options: Options, applier: Applier, seed: int) -> None:
-        """Raises ServerUnusable where requests are not answered."""
+        """Raises ServerUnusable if requests are not answered."""
         self._target, self._client, self._applier = options.target, ChatClient(options.target), applier
         self._workload, self._limits, self._objective = options.workload, options.limits, options.objective
-        # A search that is resumed, or repeated with its seed, must not find its prompts in the server's cache.
+        # If a search is resumed, or repeated with its seed, the server's cache must not hold its prompts.
         self._fresh = fresh_seed() << 64
         self.calibration = calibrate(self._client, options.target, self._fresh + seed)
         self._samples_dir = options.out / "samples"
         self._samples_dir.mkdir(parents=True, exist_ok=True)
 
     def calibrated(self, concurrency: int, seed: int, within_s: float) -> Calibrated:
-        """Find out what a request takes with so many in flight: after `within_s` seconds, from what arrived by then.
+        """Measure how long a request takes with `concurrency` in flight, from what arrives within `within_s` seconds.
 
-        Raises ServerUnusable where requests fail.
+        Raises ServerUnusable if requests fail.
         """
         started = clock()
         samples = at_once(self._client, self._prompts(seed), concurrency=concurrency, within_s=within_s)
@@ -56,7 +56,7 @@ class LiveBench:
         return Calibrated(concurrency, fmean(times), clock() - started)
 
     def _whole_s(self, sample: Sample) -> float:
-        """What the whole request takes; where it was cut off, as its answer went on until then."""
+        """Return the duration of a whole request; one that was cut off is extrapolated from its progress."""
         if sample.outcome == OK:
             return sample.e2e
         tokens = self._workload.output.median
@@ -65,9 +65,9 @@ class LiveBench:
         return sample.e2e * tokens
 
     def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement:
-        """One window. Settings that are refused, or that kill the server, are a fault of theirs.
+        """Measure one window. If the server refuses the settings, or crashes with them, that is their fault.
 
-        Raises ServerUnusable where the server does not come back, or somebody else has changed its settings.
+        Raises ServerUnusable if the server does not come back, or if its settings were changed meanwhile.
         """
         started = clock()
         try:
@@ -115,7 +115,7 @@ class LiveBench:
         return Prompts(self._workload, model=self._target.model, seed=self._fresh + seed, calibration=self.calibration)
 
     def _arrivals(self, rate: float, prompts: Prompts, window_s: float, seed: int) -> Run:
-        """An open loop: a fifth of the window warms up, and what is in flight after it has as long as it was to end."""
+        """Run an open loop: warm-up is a fifth of the window; requests in flight at its end get one more window."""
         warm_up_s = window_s * _WARM_UP
         total = max(_LEAST_ARRIVALS, round(rate * (window_s + warm_up_s)))
         offsets = Arrivals("poisson", rate, seed).offsets()
@@ -125,8 +125,8 @@ class LiveBench:
         inside = counted(run.samples, run.start, run.end)
         ok = [s for s in inside if s.outcome == OK]
         errors = len(inside) - len(ok)
-        # Requests that fail say something about the settings, also where they leave the load short of what was asked
-        # for: how many are too many is judged over all windows.
+        # Failed requests say something about the settings, even if they leave the load too low: whether they are too
+        # many is judged over all windows.
         health = replace(run.health, concurrency=1.0) if errors else run.health
         summary = summarise(run.samples, run.start, run.end, health, self._limits)
         too_many = judge_errors(errors, len(inside)) is Judgement.MISSES

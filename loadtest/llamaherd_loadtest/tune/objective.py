@@ -1,4 +1,4 @@
-"""What a search makes better: throughput at full slots, or a latency at a given load."""
+"""What a search improves: throughput with full slots, or a latency at a given load."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _THROUGHPUTS = {"tokens": "output tokens/s", "requests": "requests/s"}
 
 
 class Objective(Struct, frozen=True):
-    """A throughput, the higher the better; or the latency of `limit`, the lower the better."""
+    """A throughput to maximise, or the latency of `limit` to minimise."""
 
     name: str = "tokens"
     limit: Limit | None = None
 
     def score(self, tokens_per_s: float, requests_per_s: float, latency_ms: float | None) -> float:
-        """More is better: a throughput, or 1000 over a latency in ms (0 where no request had one)."""
+        """Return the score, higher is better: the throughput, or 1000 / latency in ms (0 if no request had one)."""
         if self.limit is not None:
             return 1000 / latency_ms if latency_ms else 0.0
         return requests_per_s if self.name == "requests" else tokens_per_s
 
     def in_words(self, gain: float, margin: float) -> str:
-        """A gain of the score and its half interval, both shares: "+12% ± 3% output tokens/s", "ttft_p95 -11% ± 3%"."""
+        """Format a gain of the score ± half its interval, as "+12% ± 3% output tokens/s" or "ttft_p95 -11% ± 3%"."""
         if self.limit is None:
             return f"{gain:+.0%} ± {margin:.0%} {_THROUGHPUTS[self.name]}"
         return f"{self.name} {1 / (1 + gain) - 1:+.0%} ± {margin / (1 + gain):.0%}"
@@ -35,7 +35,7 @@ TOKENS = Objective()
 
 
 def parse_objective(name: str, load: Load) -> Objective:
-    """Read `tokens`, `requests` or a latency such as `ttft_p95`. Raises ValueError, also where `load` cannot be."""
+    """Parse `tokens`, `requests` or a latency such as `ttft_p95`. Raises ValueError, also for a wrong `load`."""
     if name in _THROUGHPUTS:
         if load.rate:
             raise ValueError(
@@ -55,7 +55,7 @@ def parse_objective(name: str, load: Load) -> Objective:
 
 
 def parse_load(text: str) -> Load:
-    """Read requests in flight (`4`) or arrivals (`2/s`); as many as there are slots where empty. Raises ValueError."""
+    """Parse requests in flight (`4`) or arrivals (`2/s`); empty means one request per slot. Raises ValueError."""
     if not text:
         return SLOTS
     match = re.fullmatch(r"(\d+(?:\.\d+)?)/s|(\d+)", text.strip())

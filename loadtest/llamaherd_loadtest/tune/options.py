@@ -43,7 +43,7 @@ class Options(Struct, frozen=True, kw_only=True):
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """Read the command line. Raises ValueError where a value makes no sense, SystemExit as argparse does."""
+    """Parse the command line. Raises ValueError for an invalid value, SystemExit as argparse does."""
     args = _parser().parse_args(arguments)
     load = parse_load(args.load)
     limits, answer_limits = divide_limits(args.limit)

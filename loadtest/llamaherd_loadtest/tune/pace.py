@@ -1,4 +1,4 @@
-"""How long windows are on this host, and how many its time budget pays for. All pure."""
+"""How long windows last on this host, and how many of them the time budget allows. All pure."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from statistics import fmean
 import numpy as np
 from msgspec import Struct
 
-_KEPT = 3  # measurements of one load: a busy host changes
-_MAX_WINDOW_S = 30.0  # where requests are short
-_OVERHEAD = 0.4  # of such a window, for changing settings and warming up; corrected by what measurements take
-_LEAST_WINDOWS = 4  # for a choice: the current settings and another, screened and confirmed once each
+_KEPT = 3  # measurements per load: the load of a busy host changes
+_MAX_WINDOW_S = 30.0  # if requests are short
+_OVERHEAD = 0.4  # of such a window, for changing settings and warming up; corrected by the time measurements take
+_LEAST_WINDOWS = 4  # for a choice: the current settings and another, each screened and confirmed once
 _GOOD_WINDOWS = 6  # confirmed as A B B A
-_RESERVE = 1.2  # by which windows may take longer than planned before a budget is too small
-_MARGIN = 1.8  # and for a budget that is asked for: the host may be busier next time
+_RESERVE = 1.2  # factor by which windows may overrun before a budget is too small
+_MARGIN = 1.8  # the same factor for a suggested budget: the host may be busier next time
 _STEP_S = 10.0
 _GROWTH = 0.5
 
 
 class Calibrated(Struct, tag="calibrated", frozen=True):
-    """What requests under the search's load took before it began: `request_s` each, `took_s` in all."""
+    """The calibration under the search's load: `request_s` is a request's duration, `took_s` its own."""
 
     concurrency: int
     request_s: float
@@ -30,22 +30,22 @@ class Calibrated(Struct, tag="calibrated", frozen=True):
 
 
 class Pace:
-    """Seconds from a request's send to its end, by the requests in flight."""
+    """Seconds from a request's send to its end, by the number of requests in flight."""
 
     def __init__(self) -> None:
         self._seen: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
 
     def observe(self, concurrency: int, request_s: float) -> None:
-        """Note what requests took; 0 where none was seen to its end."""
+        """Record the duration of requests; 0 if none completed."""
         if request_s > 0:
             self._seen[concurrency].append(request_s)
 
     def request_s(self, concurrency: int, growth: float) -> float:
-        """What a request takes; 0 where nothing is known.
+        """Return the duration of a request; 0 if nothing is known.
 
-        Beyond the most requests in flight that were measured it grows as it did before, at most in proportion to them,
-        as on a host that is full; where it was measured at one load only, with the power `growth` of the load. Below
-        the fewest it stays.
+        Above the highest measured load it extrapolates the growth between the last two loads, at most in proportion to
+        the load, as on a saturated host. If only one load was measured, it grows with the load to the power `growth`.
+        Below the lowest it stays constant.
         """
         if not self._seen:
             return 0.0
@@ -59,11 +59,11 @@ class Pace:
 
 
 class Plan:
-    """The windows that `budget_s` pays for.
+    """The windows that `budget_s` allows.
 
-    Where requests are short, a larger budget buys both more windows and longer ones: 150 s make 14 of 7 s, 15 minutes
-    36 of 18 s. Where they are long, a window lasts two requests, or `least_rounds` where the budget is short. `pair`:
-    the requests in flight under the current settings and under the cheapest others.
+    If requests are short, a larger budget buys both more and longer windows: 14 of 7 s in 150 s, 36 of 18 s in 15
+    minutes. If they are long, a window lasts two requests, or `least_rounds` if the budget is short. `pair` holds the
+    requests in flight under the current settings and under the cheapest others.
     """
 
     def __init__(self, budget_s: float, pace: Pace, pair: tuple[int, int], least_rounds: int = 1) -> None:
@@ -71,25 +71,25 @@ class Plan:
         self.short_s = min(0.6 * math.sqrt(budget_s), _MAX_WINDOW_S, budget_s / _GOOD_WINDOWS / (1 + _OVERHEAD))
         self._pair, self._rounds, self._growth = pair, 2, _GROWTH
         if self.least_s(_GOOD_WINDOWS) > budget_s:
-            self._rounds, self._growth = least_rounds, 1.0  # a window that takes longer than planned would be the last
+            self._rounds, self._growth = least_rounds, 1.0  # an overrunning window would leave no time for another
 
     def window_s(self, concurrency: int, part: float = 1.0) -> float:
-        """How long a window with so many requests in flight is to last; where requests are short, that `part` of it."""
+        """Seconds that a window with `concurrency` requests should last; `part` of that if requests are short."""
         return max(part * self.short_s, self._rounds * self.pace.request_s(concurrency, self._growth))
 
     def cost_s(self, concurrency: int, part: float = 1.0) -> float:
-        """What such a window takes, the change of settings and the warm-up included."""
+        """Seconds that such a window takes, including the change of settings and the warm-up."""
         return self.window_s(concurrency, part) + max(
             _OVERHEAD * part * self.short_s, self.pace.request_s(concurrency, self._growth)
         )
 
     def least_s(self, windows: int = _LEAST_WINDOWS) -> float:
-        """What `windows` take, half of them of each of the pair."""
+        """Seconds that `windows` take, half of them under each load of the pair."""
         return windows / 2 * sum(map(self.cost_s, self._pair))
 
 
 def needed_s(calibrated: Calibrated, pair: tuple[int, int], budget_s: float, least_rounds: int = 1) -> float:
-    """The budget that makes a choice: `budget_s` where that does, otherwise one with a margin, in steps of 10 s."""
+    """Return a budget for a choice: `budget_s` if it is enough, otherwise one with a margin, in steps of 10 s."""
 
     def enough(budget: float, margin: float) -> bool:
         pace, left = Pace(), budget - calibrated.took_s

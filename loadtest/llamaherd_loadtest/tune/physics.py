@@ -1,13 +1,13 @@
-"""What a small model of an engine's step predicts of every setting: the prior that measurement then corrects.
+"""A small model of an engine's step that predicts every setting: the prior that measurements then correct.
 
 A step reads the weights once and computes one token of each of n sequences: a + b n seconds. A prompt of P tokens takes
-P (e + s / ubatch). In a closed loop each of n requests sees, while it makes its O tokens, the others' n - 1 prompts:
+P (e + s / ubatch). In a closed loop, n - 1 other prompts interrupt a request while it generates its O tokens:
 
     cycle = O (a + b n) + n P (e + s / ubatch)    tokens/s = n O / cycle
     TPOT = a + b n + h (n - 1) P (...) / O        TTFT = P (...) (1 + q (n - 1)) + a + b n
 
-Threads speed a and b, or the prompt, up by a power of their number; a unified KV cache multiplies b. All nine are
-unknown, and wide: what is known beforehand is the shape. See estimates for what the shape leaves out.
+Threads speed up a and b, or the prompt, by a power of their number; a unified KV cache multiplies b. All nine have wide
+priors: only the shape is known beforehand. See estimates for what the shape leaves out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 
 
 class Shape(Struct, frozen=True):
-    """Tokens of a request, at the median, and the requests in flight where the load says so (0: one a slot)."""
+    """Tokens of a request, at the median, and the requests in flight if the load fixes them (0: one per slot)."""
 
     prompt: float = 300.0
     output: float = 100.0
@@ -34,7 +34,7 @@ class Shape(Struct, frozen=True):
 
 
 SHAPE = Shape()
-# Logarithms, of the median guess and of how far from it a standard deviation is.
+# Logarithms: the median guess and its standard deviation.
 _PRIOR = {
     "a": (math.log(0.02), 3.0),  # seconds
     "b/a": (math.log(0.1), 1.2),
@@ -43,7 +43,7 @@ _PRIOR = {
     "q": (math.log(0.3), 1.0),
     "h": (math.log(0.7), 0.5),
     "unified": (0.0, 0.15),
-    "threads": (0.3, 0.3),  # the power
+    "threads": (0.3, 0.3),  # the exponent
     "threads_batch": (0.6, 0.4),
 }
 MEAN = np.array([mean for mean, _ in _PRIOR.values()])
@@ -64,8 +64,8 @@ class Physics:
         self._threads, self._threads_batch = (np.log(t / t[0]) for t in threads)
 
     def predict(self, theta: Array, metrics: Sequence[str], rows: Any = slice(None)) -> Array:
-        """The logarithm of each metric (tokens, ttft, tpot, e2e; seconds, tokens/s): metric x guess x row, for `theta`
-        of a guess a row."""
+        """Logarithms of each metric (tokens, ttft, tpot, e2e; seconds, tokens/s) as metric x guess x row; `theta` has a
+        guess per row."""
         a, b, e, s = np.exp(np.cumsum(theta[:, :4], axis=1)).T[:, :, None]
         queued, stalled = np.exp(theta[:, 4:6]).T[:, :, None]
         unified, threads, threads_batch = theta[:, 6:].T[:, :, None]

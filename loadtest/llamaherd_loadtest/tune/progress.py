@@ -1,4 +1,4 @@
-"""What the tuner says while it works: one line for each window."""
+"""The tuner's progress output: one line per window."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llamaherd_loadtest.tune.space import knobs
 
 
 def say(text: str) -> None:
-    """Print one line at once, into a pipe too."""
+    """Print one line and flush, since stdout may be a pipe."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 class Progress:
-    """Prints each step: what was measured, the result, the time left."""
+    """Prints each step: the settings, the result, the time left."""
 
     def __init__(self, launch: Sequence[Settings]) -> None:
         self._knobs = knobs(launch)

@@ -1,6 +1,6 @@
-"""The search: screen many settings, confirm the best against the current ones, choose. It knows no server and no clock.
+"""The search: screens many settings, confirms the best against the current ones, chooses. Knows no server or clock.
 
-Time is what measurements say they took, so a replayed journal and a simulated server go the same way as a live run.
+Time is what measurements report, so that a replayed journal and a simulated server behave like a live run.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from llamaherd_loadtest.tune.space import needs_as_much
 
 Phase = Literal["screen", "confirm", "load", "arrivals"]
 _CONFIRM_SHARE = 0.3
-_MIN_CONFIRM = 4  # windows (A B B A), where the budget leaves time for screening
-_SCREEN_PART = 0.5  # of a confirming window: many short ones tell more of a large space than few long ones
-_FITTED, _LEAST_FREEDOM = 8, 6  # degrees of freedom: those that estimates take of the windows, and that the prior has
-_CLEAR = 3  # times its margin: a gain that needs no more windows of the current settings
-_QUIET = 0.03  # the noise of a window's score
+_MIN_CONFIRM = 4  # windows (A B B A), if the budget leaves time for screening
+_SCREEN_PART = 0.5  # of a confirming window: many short windows cover a large space better than few long ones
+_FITTED, _LEAST_FREEDOM = 8, 6  # degrees of freedom: used up by the estimates; from the prior
+_CLEAR = 3  # times its margin: such a gain needs no more windows of the current settings
+_QUIET = 0.03  # noise of a window's score up to which a host is quiet
 _MOST_SLOTS = 1024
 _ARRIVALS_SHARE = 0.25  # of the time for the capacity
 _ARRIVALS_LOAD = 0.8  # of the capacity: more would only queue
 
 
 class Bench(Protocol):
-    """Measures one window; what goes wrong with settings is part of the measurement, not an exception."""
+    """Measures one window. Faults of the settings are part of the measurement, not exceptions."""
 
     def measure(self, settings: Settings, window_s: float, seed: int, load: Load = SLOTS) -> Measurement: ...
 
 
 class Step(Struct, frozen=True):
-    """What was measured, for the progress line and the report. `left_s` is of the time budget."""
+    """One measured window, for the progress line and the report. `left_s` is the rest of the time budget."""
 
     number: int
     phase: Phase
@@ -55,7 +55,7 @@ class Step(Struct, frozen=True):
 
 
 class Search:
-    """One search within a time budget. After `run`, or when it was interrupted, `records` hold what was measured."""
+    """One search within a time budget. After `run`, even if interrupted, `records` hold what was measured."""
 
     def __init__(
         self,
@@ -75,9 +75,9 @@ class Search:
     ) -> None:
         """The first of `candidates` are the current settings; the first `always` are never left out.
 
-        All windows but those of `capacity` are under `load`. `calibrated` is what a request took under
-        it; without, requests are taken for short until windows show otherwise. `larger` says of settings with more
-        slots than all candidates whether they may be added where the most slots look best.
+        All windows but those of `capacity` use `load`. `calibrated` is the duration of a request under it; without it,
+        requests are assumed short until windows show otherwise. `larger` decides whether settings with more slots than
+        all candidates may be added when the highest number of slots looks best.
         """
         self.records = [Record(settings) for settings in candidates]
         self.limits, self.objective, self.load = limits, objective, load
@@ -92,10 +92,10 @@ class Search:
             self._pace.observe(calibrated.concurrency, calibrated.request_s)
         self._plan = Plan(budget_s, self._pace, pair(candidates, load), least_rounds(load))
         self._tried: dict[int, None] = {}  # in the order of their first windows
-        self._aside: set[int] = set()  # not measured any more
+        self._aside: set[int] = set()  # not to be measured any more
         self._most = max(int(s["parallel"]) for s in candidates)
         self._one_of_each = {in_flight(s, load): row for row, s in enumerate(candidates)}
-        self._planned_s = self._took_s = 0.0  # of windows that came to their end
+        self._planned_s = self._took_s = 0.0  # of valid windows
 
     def run(self) -> Choice:
         """Screen, confirm and choose."""
@@ -110,21 +110,21 @@ class Search:
         return self._choose()
 
     def window_s(self, settings: Settings) -> float:
-        """How long a window of these settings is to last under the search's load."""
+        """Return how long a window of these settings should last under the search's load."""
         return self._plan.window_s(in_flight(settings, self.load))
 
     def estimates(self) -> Estimates:
-        """What the windows so far say of the settings that were measured, and of the most promising others."""
+        """Return estimates of the measured settings and of the most promising others from the windows so far."""
         if self._estimates is None:
             self._estimates = self._model.estimates(self._aside)
         return self._estimates
 
     def judge(self, row: int) -> tuple[Judgement, str]:
-        """Whether a measured setting keeps the limits, and the limit that says so."""
+        """Return whether a measured setting keeps the limits, and the limit that decides."""
         return judge(self.records[row], self.estimates().excess(row))
 
     def _screen(self, until_s: float) -> None:
-        """The settings that are always in; then, window by window, what may turn out best."""
+        """Measure the settings that are always included, then, window by window, what may turn out best."""
         first, ahead = [*range(self._always)], list[int]()
         while not self._failed() and (rows := self._screenable(until_s)):
             row = rows[0] if len(rows) == 1 else next((r for r in (*ahead, *first) if r in rows), None)
@@ -138,11 +138,9 @@ class Search:
                 return
 
     def _screenable(self, until_s: float) -> list[int]:
-        """What there is time to measure: the current settings until they were, then what can be confirmed beside them.
-
-        Where the budget is short, the first other setting may take of the time to confirm, or all of it. The cheapest
-        come first.
-        """
+        """Return the rows there is time for, cheapest first: the current settings until measured, then rows that can be
+        confirmed too. If the budget is short, the first other setting may use part of the time for confirming, or all
+        of it."""
         parts = (_SCREEN_PART, 1.0)
         costs, whole_s = ({n: self._cost_s(row, part) for n, row in self._one_of_each.items()} for part in parts)
         out = self._aside | {row for row in self._tried if row and self._failing(row)}
@@ -165,10 +163,10 @@ class Search:
         return [row for row in others if cost_s[row] + self._round_s([0, row]) <= left_s] or others[:1]
 
     def _confirm(self, finalists: int) -> None:
-        """Interleave as A B … B A with fresh prompts, so that a drift of the host hits all alike.
+        """Interleave as A B … B A with fresh prompts, so that a drift of the host affects all alike.
 
-        Each round is of the settings that look best by then: one that falls behind leaves its time to the next, and so
-        do the current ones once they are clearly beaten. It ends where more windows would not change the choice.
+        Each round measures the settings that look best by then: one that falls behind yields its time to the next, and
+        so do the current ones once they are clearly beaten. It ends when more windows would not change the choice.
         """
         current, forwards = [0], True
         while not self._failed() and (others := self._finalists(finalists, current)):
@@ -181,17 +179,17 @@ class Search:
                 return
 
     def _settled(self, chosen: Record | None = None) -> bool:
-        """Whether, on a quiet host, other settings are unlikely to be better, by a gain worth a change, than those
-        chosen: the best ones so far, where none are. On a noisy one all time is worth its while."""
+        """Return whether, on a quiet host, no other settings are expected to gain enough over the chosen (by default,
+        the best so far) to be worth a change. A noisy host uses its whole budget."""
         if self._failed() or not self.records[0].figures or (estimates := self.estimates()).noise > _QUIET:
             return False
         rows = estimates.best(1, self._aside) if chosen is None else [self.records.index(chosen)]
         return bool(rows) and estimates.regret(rows[0], self._aside, self._rng()) < MIN_GAIN
 
     def _grow(self) -> list[int]:
-        """Add settings with twice the slots where the most slots did best, as long as they may be launched.
+        """Add settings with twice the slots if the highest number did best, as long as they may be launched.
 
-        Returns the row of those that differ from the best in nothing but the slots: they are to be measured next.
+        Returns the row that differs from the best only in its slots, to be measured next.
         """
         best = self.estimates().best(1, self._aside) if self.records[0].figures else []
         if not best or not self.records[best[0]].figures or self._most >= _MOST_SLOTS:
@@ -208,7 +206,7 @@ class Search:
         return [row for row, r in enumerate(self.records) if r.settings == {**settings, "parallel": 2 * most}]
 
     def _finalists(self, count: int, current: Sequence[int]) -> list[int]:
-        """Up to `count` that look best, as many as one round has time for beside `current`."""
+        """Return up to `count` rows that look best, as many as one round beside `current` has time for."""
         if not self.records[0].figures:
             return []
         left_s = self._budget_s - self.spent_s
@@ -257,9 +255,9 @@ class Search:
         return Choice(record=current, change=False, reason=f"{reason} by {math.expm1(excess):.0%}")
 
     def capacity(self, settings: Settings, budget_s: float) -> Capacity | None:
-        """The load that `settings` carry within the limits, by windows that take `budget_s` seconds at most.
+        """Return the load that `settings` carry within the limits, measured in at most `budget_s` seconds.
 
-        What they carry of requests that wait for each other's answers is then checked with some that do not.
+        The capacity is found in a closed loop, and then checked in an open loop of most of its rate.
         """
         until_s = self.spent_s + budget_s
         climb_until_s = until_s - _ARRIVALS_SHARE * budget_s
@@ -297,7 +295,7 @@ class Search:
         self._estimates = None
         if not measurement.fault:
             self._model.add(row, measurement, measurement.at)
-        if record.fault or (row and record.hopeless):  # the current settings are tried for as long as there is time
+        if record.fault or (row and record.hopeless):  # the current settings are tried until the time is up
             self._aside.add(row)
         if measurement.does_not_fit:
             for place, other in enumerate(self.records):
@@ -322,14 +320,14 @@ class Search:
         return measurement
 
     def _round_s(self, rows: Sequence[int]) -> float:
-        """Seconds that one window of each of `rows` takes."""
+        """Seconds for one window of each of `rows`."""
         return sum(map(self._cost_s, rows))
 
     def _cost_s(self, row: int, part: float = 1.0) -> float:
         return self._takes_s(self.records[row].settings, self.load, part)
 
     def _takes_s(self, settings: Settings, load: Load, part: float = 1.0) -> float:
-        """Seconds that one more window takes: as planned, and as much longer as windows took so far."""
+        """Seconds for one more window: the plan, scaled up by the overrun of earlier windows."""
         slower = max(1.0, self._took_s / self._planned_s) if self._planned_s else 1.0
         return slower * self._plan.cost_s(in_flight(settings, load), part)
 
@@ -337,25 +335,25 @@ class Search:
         return self.spent_s + self._takes_s(settings, load) > until_s
 
     def _failed(self) -> bool:
-        """Whether the current settings do not work, so that there is nothing to compare others with."""
+        """Whether the current settings do not work, so that others cannot be compared with them."""
         return bool(self.records[0].fault)
 
     def _failing(self, row: int) -> bool:
-        """Whether no window was valid since it failed: what made it fail may go on."""
+        """Whether no window of any settings was valid since this row failed: the cause may persist."""
         return self.records[row].failed_after == self._valid
 
 
 def in_flight(settings: Settings, load: Load) -> int:
-    """The requests that a load keeps in flight with `settings`; of arrivals, at most as many as there are slots."""
+    """Return the requests that `load` keeps in flight with `settings`; for arrivals, at most one per slot."""
     return load.concurrency or int(settings["parallel"])
 
 
 def pair(candidates: Sequence[Settings], load: Load) -> tuple[int, int]:
-    """Requests in flight under the current settings, the first, and under the others that need the fewest."""
+    """Return the requests in flight under the current settings, the first, and under the cheapest others."""
     loads = [in_flight(settings, load) for settings in candidates]
     return loads[0], min(loads[1:] or loads)
 
 
 def least_rounds(load: Load) -> int:
-    """Requests that a window lasts at least, one after the other: what arrived last has a window's time to end."""
+    """Return the minimum window length in consecutive requests; late arrivals have one window's time to end."""
     return 2 if load.rate else 1

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as an exception in the main greenlet, once."""
+"""Turns SIGINT and SIGTERM into one exception in the main greenlet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """Not an Exception, so that nothing on the way takes it for a fault of some settings."""
+    """Not an Exception, so that no handler mistakes it for a fault of some settings."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
@@ -21,7 +21,7 @@ class Interrupted(BaseException):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within the block a signal raises Interrupted; after it, signals are ignored, so that cleaning up can end."""
+    """Raise Interrupted on a signal within the block; ignore signals after it, so that cleanup completes."""
     main = gevent.getcurrent()
     watchers = [gevent.signal_handler(n, lambda n=n: gevent.kill(main, Interrupted(n))) for n in _SIGNALS]
     try:

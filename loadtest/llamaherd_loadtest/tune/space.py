@@ -1,4 +1,4 @@
-"""The settings that may be tried: a grid around the current ones, less what cannot work."""
+"""The settings that may be tried: a grid around the current ones, without those that cannot work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Pruned(Struct, frozen=True):
     why: str
 
 
-# Bytes of one element: ggml's blocks of 32 over their length.
+# Bytes per element: a ggml block's bytes over its 32 elements.
 _ELEMENT_BYTES = {
     "f32": 4.0,
     "f16": 2.0,
@@ -43,8 +43,8 @@ _THREADS = ("threads", "threads_batch")
 
 
 def default_space(current: Settings, *, quality: bool = False) -> Space:
-    """What is tried where nothing else is asked for. The server counts the threads that the host has for it: half of
-    them are enough where memory is the bottleneck, or two share a core. `quality`: KV types too."""
+    """Return the default values to try. The server's thread counts are those the host has for it; half of them are
+    enough if memory is the bottleneck or two threads share a core. `quality` adds KV types."""
     space: Space = {knob: values for knob, values in _VALUES.items() if knob in current}
     for knob in _THREADS:
         if isinstance(count := current.get(knob), int) and count > 1:
@@ -53,9 +53,9 @@ def default_space(current: Settings, *, quality: bool = False) -> Space:
 
 
 def parse_space(texts: Iterable[str], current: Settings, *, quality: bool = False) -> Space:
-    """Read `knob=value,value…`. Raises ValueError for a knob that the server does not have.
+    """Parse `knob=value,value…`. Raises ValueError for a knob that the server does not have.
 
-    Knobs that change answers, not only their speed, are refused without `quality`.
+    Knobs that change answers, not only their speed, require `quality`.
     """
     space: Space = {}
     for text in texts:
@@ -73,9 +73,9 @@ def parse_space(texts: Iterable[str], current: Settings, *, quality: bool = Fals
 
 
 def candidates(current: Settings, space: Space, *, mixed: bool = True) -> list[Settings]:
-    """Every point of the grid as full settings, each once: the current first, then llama.cpp's default.
+    """Return every point of the grid as full settings, without duplicates: the current first, then llama.cpp's default.
 
-    Not `mixed`: with keys and values of one type, as CUDA's flash attention is built for unless asked otherwise.
+    Without `mixed`, keys and values have the same type: CUDA builds support no others in flash attention by default.
     """
     grid = (dict(zip(space, point, strict=True)) for point in itertools.product(*space.values()))
     default = {k: v for k, v in LLAMA_CPP_DEFAULTS.items() if k in current}
@@ -85,22 +85,22 @@ def candidates(current: Settings, space: Space, *, mixed: bool = True) -> list[S
 
 
 def prune(settings: Sequence[Settings], need: int) -> tuple[list[Settings], list[Pruned]]:
-    """Divide into those to launch and those that cannot work where a request needs `need` tokens of context."""
+    """Split settings into those to launch and those that cannot serve requests of `need` tokens of context."""
     reasons = [(s, _why_not(s, need)) for s in settings]
     return [s for s, why in reasons if not why], [Pruned(s, why) for s, why in reasons if why]
 
 
 def knobs(all_settings: Sequence[Settings]) -> tuple[str, ...]:
-    """The names in which settings differ."""
+    """Return the names of the settings that vary."""
     names = all_settings[0] if all_settings else ()
     return tuple(name for name in names if len({str(s.get(name)) for s in all_settings}) > 1)
 
 
 def needs_as_much(settings: Settings, other: Settings) -> bool:
-    """Whether `settings` need at least the memory that `other` need, on any model: KV cache and compute buffers.
+    """Return whether `settings` need at least as much memory as `other` on any model: KV cache and compute buffers.
 
-    KV bytes are cells x the bytes of their keys and values, times what only the model decides; compute buffers grow
-    with ubatch, and with the cells that one sequence may see.
+    KV bytes are cells x the bytes of their keys and values, times a factor of the model; compute buffers grow with
+    ubatch and with the cells that one sequence can see.
     """
     if any(settings.get(name) != other.get(name) for name in ("engine", "flash_attention")):
         return False

@@ -1,4 +1,4 @@
-"""The verdict as people and playbooks read it: one sentence, the settings, and the table they rest on."""
+"""The verdict for people and playbooks: one sentence, the settings, and the table behind them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SCHEMA = "llamaherd.verdict/1"
 class Row(Struct, kw_only=True):
     """One setting. Latencies are milliseconds over all requests of its windows; `resolved`: enough for an interval.
 
-    `score` is what the objective makes of it, `predicted` what was expected before its first window;
-    `stream_tokens_per_s` is how fast one answer is written, at the median.
+    `score` is the objective's score, `predicted` the score expected before the first window; `stream_tokens_per_s` is
+    the median speed of one answer.
     """
 
     label: str
@@ -48,7 +48,7 @@ class Row(Struct, kw_only=True):
 
 
 class KvRow(Struct, frozen=True):
-    """How answers change with types of KV cells, in words; `verdict`: whether that keeps the limits on answers."""
+    """How answers change with types of KV cells, in words; `verdict` says whether that keeps the limits on answers."""
 
     kv_types: KvTypes
     quality: str
@@ -60,10 +60,10 @@ class KvRow(Struct, frozen=True):
 
 
 class Verdict(Struct, kw_only=True):
-    """What verdict.json holds. `partial`: the search was interrupted, and nothing was chosen. `measured` is false where
-    each window of the current settings was spoiled, so that nothing was compared.
+    """The content of verdict.json. `partial`: the search was interrupted and nothing was chosen. `measured` is false if
+    every window of the current settings was invalid, so that nothing was compared.
 
-    `capacity` says in words what load the chosen settings carry; empty where there was no time to find out.
+    `capacity` says in words what load the chosen settings carry; it is empty if there was no time to measure it.
     """
 
     schema: str = SCHEMA
@@ -85,14 +85,14 @@ class Verdict(Struct, kw_only=True):
 
     @property
     def figures(self) -> dict[str, float]:
-        """What the chosen settings measured, in the table's units."""
+        """The measured figures of the chosen settings, in the table's units."""
         row = _row_of(self.table, self.chosen)
         measured = {name: getattr(row, name) for name in ("output_tokens_per_s", "ttft_p95_ms", "tpot_p95_ms")}
         return {name: round(value, 1) for name, value in measured.items() if value is not None}
 
 
 def read_verdict(path: Path) -> Verdict:
-    """Raises ValueError where `path` holds none."""
+    """Raises ValueError if `path` does not hold a verdict."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Verdict)
     except (OSError, msgspec.MsgspecError) as error:
@@ -105,7 +105,7 @@ def write_verdict(path: Path, verdict: Verdict) -> None:
 
 
 def make_verdict(search: Search, choice: Choice | None, pruned: Sequence[Pruned]) -> Verdict:
-    """Sum up a search; `choice` is None where it was interrupted."""
+    """Summarise a search; `choice` is None if it was interrupted."""
     current = search.records[0].settings
     chosen = choice.record.settings if choice else current
     table = _table(search, chosen, pruned)
@@ -141,7 +141,7 @@ def _row_of(table: Sequence[Row], settings: Settings) -> Row:
 
 
 def _table(search: Search, chosen: Settings, pruned: Sequence[Pruned]) -> list[Row]:
-    """All settings that were measured, the confirmed first and then by throughput; then those never launched."""
+    """Return rows for all measured settings (confirmed first, then by score), then those never launched."""
     named = knobs([r.settings for r in search.records])
     rows = [
         _row(search, i, record, chosen, named)

@@ -1,4 +1,4 @@
-"""The server's slots and KV cache while it is loaded, read from its /metrics every second."""
+"""Reads the server's slots and KV cache under load from its /metrics, once a second."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _GAUGES = ("llamaherd_slots_busy", "llamaherd_kv_cells_used", "llamaherd_kv_cell
 
 
 class EngineWatch:
-    """Samples `session`'s `url` from now until `stop`; a server that has no such figures leaves none."""
+    """Samples `url` through `session` until `stop`; yields no samples if the server has no such metrics."""
 
     def __init__(self, session: requests.Session, url: str) -> None:
         self._session, self._url, self._start = session, url, clock()
@@ -23,7 +23,7 @@ class EngineWatch:
         self._watcher = gevent.spawn(self._watch)
 
     def stop(self) -> list[EngineSample]:
-        """End it and return what was seen."""
+        """Stop and return the samples."""
         self._watcher.kill()
         return self._samples
 
@@ -31,7 +31,7 @@ class EngineWatch:
         while True:
             try:
                 page = self._session.get(self._url, timeout=5).text
-            except requests.RequestException:  # the load itself finds out what is wrong
+            except requests.RequestException:  # the load itself reports what is wrong
                 page = ""
             found = [re.search(rf"^{name}(?:{{.*}})? (\S+)$", page, re.MULTILINE) for name in _GAUGES]
             if all(found):

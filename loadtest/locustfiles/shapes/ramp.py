@@ -1,4 +1,4 @@
-"""Users rise evenly from one to --users over --run-time:
+"""Ramps users up evenly from one to --users over --run-time:
 
 cd loadtest/locustfiles
 locust -f chat.py,shapes/ramp.py --host https://host --users 32 --run-time 10m
@@ -10,7 +10,7 @@ from llamaherd_loadtest.shapes import Shape
 
 
 class Ramp(Shape):
-    """Users rise evenly from one to --users over --run-time."""
+    """Ramps users up evenly from one to --users over --run-time."""
 
     def share(self, progress: float) -> float:
         return progress

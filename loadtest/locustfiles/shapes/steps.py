@@ -1,4 +1,4 @@
-"""Users rise to --users in five equal steps over --run-time:
+"""Raises the load to --users in five equal steps over --run-time:
 
 cd loadtest/locustfiles
 locust -f chat.py,shapes/steps.py --host https://host --users 32 --run-time 10m
@@ -10,7 +10,7 @@ from llamaherd_loadtest.shapes import Shape
 
 
 class Steps(Shape):
-    """Users rise to --users in five equal steps over --run-time."""
+    """Raises the load to --users in five equal steps over --run-time."""
 
     def share(self, progress: float) -> float:
         return (int(progress * 5) + 1) / 5
