@@ -26,9 +26,9 @@ class Arrivals(Struct, frozen=True):
 
     def __post_init__(self) -> None:
         if self.rate <= 0:
-            raise ValueError(f"rate {self.rate:g} is not possible: give requests per second above 0")
+            raise ValueError(f"invalid rate {self.rate:g}: must be above 0 requests per second")
         if self.burst < 1:
-            raise ValueError(f"burst {self.burst} is not possible: give the requests that come at once, at least 1")
+            raise ValueError(f"invalid burst {self.burst}: must be at least 1 request")
 
     def offsets(self) -> Iterator[float]:
         """Yield seconds from the start of the run, without end."""

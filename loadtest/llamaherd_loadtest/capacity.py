@@ -145,7 +145,7 @@ def hosts_needed(profile: Profile, users: int, think_s: float, work: Work, limit
     most = 1
     while not enough(most):
         if most >= users:
-            raise ValueError("even a host for each user misses the limits: more hosts make no request faster")
+            raise ValueError("even one host per user misses the limits: more hosts do not speed up a request")
         most *= 2
     return bisect_left(range(1, most), True, lo=most // 2, key=enough) + 1
 
@@ -160,7 +160,7 @@ def users_served(profile: Profile, hosts: int, think_s: float, work: Work, limit
     while not too_many(most):
         most *= 2
     if most == 1:
-        raise ValueError("even a lone user misses the limits: more hosts make no request faster")
+        raise ValueError("even a single user misses the limits: more hosts do not speed up a request")
     return bisect_left(range(most), True, lo=most // 2, key=too_many) - 1
 
 
@@ -188,11 +188,11 @@ def main() -> None:
     add = parser.add_argument
     add("--profile", type=Path, required=True, help="JSON: parallel, prompt_tokens_per_s, tpot_s {busy slots: seconds}")
     asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--users", type=int, help="how many hosts do these need?")
-    asked.add_argument("--hosts", type=int, help="how many users do these serve?")
-    add("--think", type=float, required=True, help="seconds between an answer's end and the next question, on average")
-    add("--workload", default="chat", help="its name or a .yml file")
-    add("--limit", action="append", required=True, help="such as ttft_p95=2s; may be given again")
+    asked.add_argument("--users", type=int, help="print the hosts needed for this many users")
+    asked.add_argument("--hosts", type=int, help="print the users served by this many hosts")
+    add("--think", type=float, required=True, help="average seconds from the end of an answer to the next request")
+    add("--workload", default="chat", help="workload name or .yml file")
+    add("--limit", action="append", required=True, help="such as ttft_p95=2s; may be repeated")
     args = parser.parse_args()
     try:
         profile = msgspec.json.decode(args.profile.read_bytes(), type=Profile)

@@ -53,7 +53,7 @@ class ChatClient:
         """Raises ValueError if the URL, the key or the CA file is unusable."""
         self._timeout_s = target.timeout_s
         if not (target.key.isascii() and target.key.isprintable()):
-            raise ValueError("the API key has characters that no header can carry: it is one line of printable ASCII")
+            raise ValueError("the API key has characters that headers do not allow: use one line of printable ASCII")
         url = URL(target.url)
         self._prefix = url.path.rstrip("/").removesuffix("/v1")
         headers = [f"Host: {url.netloc}", "Content-Type: application/json", "Accept: text/event-stream"]
@@ -65,7 +65,7 @@ class ChatClient:
 
     def call(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """Send a GET of `path`, or a POST of `body`, and return (status, body). Raises OSError without a response."""
-        late = TimeoutError(f"no answer to {path} after {self._timeout_s:g} s")
+        late = TimeoutError(f"no response to {path} within {self._timeout_s:g} s")
         try:
             with gevent.Timeout(self._timeout_s, late):
                 answer = self._ask("POST" if body else "GET", path, body or b"")
@@ -91,7 +91,7 @@ class ChatClient:
         except _StreamError as error:
             sample.outcome, sample.detail = "stream_error", str(error)
         except (gevent.Timeout, TimeoutError):
-            sample.outcome, sample.detail = "timeout", f"no end after {self._timeout_s:g} s"
+            sample.outcome, sample.detail = "timeout", f"not complete after {self._timeout_s:g} s"
         except (msgspec.MsgspecError, HTTPParseError) as error:
             # geventhttpclient reports a closed connection as a parse error too.
             gone = any(word in str(error) for word in ("closed", "Incomplete"))

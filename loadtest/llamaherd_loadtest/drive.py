@@ -115,7 +115,7 @@ def open_loop(
     if session.hopeless.is_set():
         raise RunFailed(_last_error(session))
     if late := sum(s.outcome == CUT_OFF for s in session.samples):
-        raise RunFailed(f"{late} of {total} requests were not answered {drain_s:g} s after the last was sent")
+        raise RunFailed(f"{late} of {total} requests were not answered within {drain_s:g} s after the last was sent")
     return Run(session.samples, start + warm_up_s, end, Health(cpu=cpu, lag_p95_s=lag))
 
 
@@ -141,4 +141,4 @@ def _wait_for_requests(session: LoadSession, least: int, window_s: float) -> Non
 
 def _last_error(session: LoadSession) -> str:
     failed = [s for s in session.samples if s.detail]
-    return f"requests only fail, the last with {failed[-1].outcome}: {failed[-1].detail}" if failed else "requests fail"
+    return f"all requests fail, the last with {failed[-1].outcome}: {failed[-1].detail}" if failed else "requests fail"

@@ -62,7 +62,7 @@ def parse_quality_limit(text: str) -> QualityLimit:
     most = {"same_top": 0.9999, "valid": 1.0}
     if match is None or not 0 < float(match["value"]) <= most.get(match["name"], math.inf):
         example = "same_top=0.98 or valid=0.9 (shares), or kld=0.02"
-        raise ValueError(f"limit {text!r} is not understood: write for example {example}")
+        raise ValueError(f"invalid limit {text!r}: write for example {example}")
     return QualityLimit(match["name"], float(match["value"]))
 
 
@@ -71,7 +71,7 @@ def parse_limit(text: str) -> Limit:
     match = _FORM.fullmatch(text.strip())
     if match is None:
         raise ValueError(
-            f"limit {text!r} is not understood: write for example ttft_p95=2s (one of {', '.join(METRICS)}), or "
+            f"invalid limit {text!r}: write for example ttft_p95=2s (one of {', '.join(METRICS)}), or "
             "same_top=0.98 or kld=0.02"
         )
     p = int(match["p"]) / 100 if match["p"] else 1.0
@@ -100,7 +100,7 @@ def parse_limits(text: str) -> list[Limit]:
     if not text.startswith("mlperf-"):
         return [parse_limit(text)]
     if text not in _MLPERF:
-        raise ValueError(f"limit {text!r} is not known: MLPerf's are {', '.join(_MLPERF)}")
+        raise ValueError(f"unknown limit {text!r}; available: {', '.join(_MLPERF)}")
     ttft, tpot = _MLPERF[text]
     return [parse_limit(f"ttft_p99={ttft}ms"), parse_limit(f"tpot_p99={tpot}ms")]
 

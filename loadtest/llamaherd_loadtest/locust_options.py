@@ -18,7 +18,7 @@ def add_options(parser: Any, *, open_loop: bool = False) -> None:
     Locust's web page shows all but FILES, so that nobody who reaches it can write or send files of this host.
     """
     add, file = parser.add_argument, partial(parser.add_argument, include_in_web_ui=False, default="")
-    add("--model", env_var="LLAMAHERD_MODEL", default="", help="a name of /v1/models; the first of them if not given")
+    add("--model", env_var="LLAMAHERD_MODEL", default="", help="model name from /v1/models (default: the first)")
     file("--ca", env_var="LLAMAHERD_CA", help="file with the certificate of the server's CA")
     file("--key-file", env_var="LLAMAHERD_KEY_FILE", help="file that holds the API key")
     add(
@@ -26,23 +26,23 @@ def add_options(parser: Any, *, open_loop: bool = False) -> None:
         env_var="LLAMAHERD_WORKLOAD",
         default=DEFAULT_WORKLOAD,
         include_in_web_ui=False,
-        help="its name, a .yml file, a .jsonl file of request bodies, or a .json file in ShareGPT's format",
+        help="workload name, .yml file, .jsonl file of request bodies, or .json file in ShareGPT's format",
     )
-    add("--prompt-tokens", type=int, default=0, help="length of each prompt; 0: as the workload says")
-    add("--max-tokens", type=int, default=0, help="length of each answer; 0: as the workload says")
-    add("--seed", type=int, default=0, help="prompts and arrivals are the same for the same; 0: a new one")
-    add("--requests", type=int, default=0, help="end the test after so many conversations; 0: at --run-time")
+    add("--prompt-tokens", type=int, default=0, help="length of each prompt (0: from the workload)")
+    add("--max-tokens", type=int, default=0, help="length of each answer (0: from the workload)")
+    add("--seed", type=int, default=0, help="seed of prompts and arrivals (0: random)")
+    add("--requests", type=int, default=0, help="end the test after this many conversations (0: at --run-time)")
     add("--request-timeout", type=float, default=600.0, help="seconds")
-    add("--limits", default="", help="for goodput: ttft_p95=2s,itl_p95=100ms or a name such as mlperf-llama2-70b")
-    file("--samples", help="file for the raw samples, a JSON object a line")
+    add("--limits", default="", help="goodput limits: ttft_p95=2s,itl_p95=100ms or a name such as mlperf-llama2-70b")
+    file("--samples", help="file for the raw samples, one JSON object per line")
     file("--summary", help="file for the summary (JSON; its schema is in the package)")
     file("--benchmark-report", help="file for the summary in llm-d's Benchmark Report format (YAML)")
     if open_loop:
-        add("--rate", type=float, default=1.0, help="requests a second")
-        add("--arrivals", choices=PROCESSES, default="poisson", help="how they are spaced")
-        add("--burst", type=int, default=8, help="requests that come at once, with --arrivals bursts")
+        add("--rate", type=float, default=1.0, help="requests per second")
+        add("--arrivals", choices=PROCESSES, default="poisson", help="how requests are spaced")
+        add("--burst", type=int, default=8, help="requests per burst, with --arrivals bursts")
         file("--trace", help="replay a recorded trace: Mooncake's .jsonl, Azure's or BurstGPT's .csv")
-        add("--trace-speed", type=float, default=1.0, help="2: replay it in half the time")
+        add("--trace-speed", type=float, default=1.0, help="2 replays the trace in half the time")
         add("--warm-up", type=float, default=0.0, help="seconds at the start that are not counted")
     else:
-        add("--think", type=float, default=0.0, help="seconds before each question, on average")
+        add("--think", type=float, default=0.0, help="average seconds before each request")

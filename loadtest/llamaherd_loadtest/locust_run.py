@@ -58,7 +58,7 @@ def measure(user: type[User], *, open_loop: bool = False) -> None:
     _measured.append(user)
     if len(_measured) > 1:
         names = " and ".join(one.__name__ for one in _measured)
-        sys.exit(f"locust: one locustfile measures at a time, not {names}: start Locust once for each")
+        sys.exit(f"locust: {names} cannot be measured together: start Locust once for each")
     run = LocustRun(user, open_loop=open_loop)
     events.init_command_line_parser.add_listener(lambda parser, **_: add_options(parser, open_loop=open_loop))
     events.init.add_listener(run.connect)
@@ -164,7 +164,7 @@ class LocustRun:
     def _take(self) -> Plan:
         plan, self._plan = self._plan, None
         if plan is None:
-            raise ValueError("this load generator came after the test had started, and takes no part in it")
+            raise ValueError("this worker joined after the test had started and does not take part in it")
         return plan
 
     def _begin(self, plan: Plan) -> None:

@@ -27,7 +27,7 @@ _PATIENCE = 4  # factor by which a server too slow to warm up gets more time
 def main() -> None:
     """Print a Summary; if there is none, exit with one line on stderr."""
     parser = options("llamaherd_loadtest.measure", __doc__)
-    parser.add_argument("--concurrency", type=int, required=True, help="requests in flight, best the server's parallel")
+    parser.add_argument("--concurrency", type=int, required=True, help="requests in flight, e.g. the server's parallel")
     tell(parser, lambda args: measure(target(args), args.workload, args.concurrency, args.window, args.seed))
 
 
@@ -45,12 +45,12 @@ def options(module: str, description: str | None) -> argparse.ArgumentParser:
     """Return the common options of programs that measure: the server, the workload and the duration."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     add = parser.add_argument
-    add("--url", required=True, help="where to send the load")
+    add("--url", required=True, help="URL of the server")
     add("--ca", type=Path, help="certificate of the server's CA")
     add("--key-file", type=Path, help="file that holds the API key")
     add("--model", default="", help="the model's name")
     add("--workload", default="chat", help=f"{', '.join(workload_names())}, or a .yml file")
-    add("--seed", type=int, help="of the prompts; a new one each time if not given")
+    add("--seed", type=int, help="seed of the prompts (default: random)")
     add("--window", type=float, default=10.0, help="seconds (default: %(default)s)")
     return parser
 

@@ -88,8 +88,8 @@ def check_fits(name: str, longest: int, facts: ServerFacts) -> None:
     """Raise ValueError if requests of `longest` tokens do not fit into a slot."""
     if facts.context is not None and longest > facts.context:
         raise ValueError(
-            f"workload {name} sends requests of up to {longest} tokens, answers included, and a slot of {facts.model} "
-            f"holds {facts.context}: raise the server's context per slot, or take a workload with shorter prompts"
+            f"workload {name} sends requests of up to {longest} tokens including answers, but a slot of {facts.model} "
+            f"holds {facts.context}: raise the server's context per slot, or use a workload with shorter prompts"
         )
 
 
@@ -122,7 +122,7 @@ def _cause(sample: Sample) -> str:
         case (("http 401" | "http 403"), detail):
             return f"refuses the API key ({detail}): give one with --key-file"
         case "http 400", detail if "tool" in detail:
-            return f"takes no tool calls ({detail}): use a workload without tools, such as agent_text"
+            return f"does not support tool calls ({detail}): use a workload without tools, such as agent_text"
         case "http 503", detail:
             return f"is not ready: {detail}"
         case outcome, detail:

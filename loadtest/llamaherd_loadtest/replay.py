@@ -110,7 +110,7 @@ def _sharegpt(path: Path, rng: random.Random, max_tokens: int, count: CountToken
     try:
         recorded = msgspec.json.decode(path.read_bytes(), type=list[_Recorded])
     except msgspec.MsgspecError as error:
-        raise ValueError(f"workload {path}: {error}: read is ShareGPT's list of `conversations`") from error
+        raise ValueError(f"workload {path}: {error}: expected ShareGPT's list of `conversations`") from error
     recorded = rng.sample(recorded, min(len(recorded), _CONVERSATIONS))
     for one in recorded:
         turns = [

@@ -22,7 +22,7 @@ class Shape(LoadTestShape):  # type: ignore[misc]  # Locust is untyped
         """Return (users, users to start per second), and None at the end. Locust calls this once a second."""
         options = self.runner.environment.parsed_options
         if not options.run_time or not options.num_users:
-            raise StopTest("a shape needs to know its peak and its length: give --users and --run-time")
+            raise StopTest("a load shape needs --users and --run-time")
         progress = self.get_run_time() / options.run_time
         users = max(1, round(self.share(progress) * options.num_users))
         return (users, users) if progress < 1 else None

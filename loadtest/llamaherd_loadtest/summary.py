@@ -197,8 +197,8 @@ def _over_saturated(samples: Sequence[Sample], start: float, end: float, at_once
     if after - before <= _GROWTH * math.sqrt(lately * (1 + at_once)):
         return ""
     return (
-        f"over-saturated: {after} requests waited for their first token when the last one came, {before} at half time: "
-        "they come faster than the server answers"
+        f"over-saturated: {after} requests waited for their first token when the last one arrived, {before} at "
+        "half time: they arrive faster than the server answers"
     )
 
 
@@ -264,7 +264,7 @@ def in_words(summary: Summary) -> list[str]:
     if summary.queue_share is not None:
         lines.append(f"{summary.queue_share:.0%} of the TTFT was waiting, the rest prefill")
     if summary.cached_share:
-        lines.append(f"{summary.cached_share:.0%} of the prompt tokens came out of the server's cache")
+        lines.append(f"{summary.cached_share:.0%} of the prompt tokens came from the server's cache")
     for judged in summary.judged:
         verb = {"passes": "kept", "misses": "missed", "unresolved": "unresolved"}[judged.judgement]
         lines.append(f"limit {judged.limit.name} {judged.limit.ms:g} ms: {verb}, {judged.over} of {judged.of} above it")

@@ -79,7 +79,7 @@ class TracePrompts(Prompts):
 def read_trace(path: Path, speed: float = 1.0) -> Trace:
     """Read a trace. Raises ValueError for a malformed line, OSError if the file cannot be read."""
     if speed <= 0:
-        raise ValueError(f"trace speed {speed:g} is not possible: give a factor above 0")
+        raise ValueError(f"invalid trace speed {speed:g}: must be above 0")
     requests = list(_mooncake(path) if path.suffix == ".jsonl" else _csv(path))
     if not requests:
         raise ValueError(f"trace {path} has no requests")
@@ -108,7 +108,7 @@ def _csv(path: Path) -> Iterator[TraceRequest]:
                     yield TraceRequest(float(row["Timestamp"]), int(row["Request tokens"]), int(row["Response tokens"]))
             except KeyError as error:
                 raise ValueError(
-                    f"trace {path} has no column {error}: read are Azure's and BurstGPT's CSV and Mooncake's .jsonl"
+                    f"trace {path} has no column {error}: supported are Azure's and BurstGPT's .csv, Mooncake's .jsonl"
                 ) from error
             except (ValueError, TypeError) as error:
                 raise ValueError(f"trace {path}, line {number}: {error}") from error

@@ -57,7 +57,7 @@ def read_requests(path: Path) -> list[Request]:
         if one.event == "request" and one.status == 200 and one.prompt_tokens and one.completion_tokens:
             found.append(one)
     if len(found) < _LEAST_REQUESTS:
-        raise ValueError(f"{path} has {len(found)} answered requests, {_LEAST_REQUESTS} are needed: take a longer time")
+        raise ValueError(f"{path} has {len(found)} answered requests, {_LEAST_REQUESTS} are needed: give a longer log")
     return sorted(found, key=lambda one: one.arrived)
 
 

@@ -238,7 +238,7 @@ def load_workload(name: str) -> Workload:
     elif name in workload_names():
         source = (_FILES / f"{name}.yml").read_bytes()
     else:
-        raise ValueError(f"no workload {name!r}: give one of {', '.join(workload_names())}, or a .yml file")
+        raise ValueError(f"unknown workload {name!r}; available: {', '.join(workload_names())}, or a .yml file")
     try:
         return msgspec.yaml.decode(source, type=Workload)
     except msgspec.MsgspecError as error:

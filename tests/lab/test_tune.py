@@ -195,7 +195,7 @@ def test_settings_that_are_not_better_in_service_are_taken_back(slow: Herd, tmp_
     run = tune(slow, "--limit", "t1", "-e", f"llamaherd_loadgen_python={script}")
     assert "t1 has its former settings back. Keep parallel" in words(run)
     assert verdict("t1")["verdict"] == "keep"
-    assert "in service, beside the settings before them: -" in words(run)
+    assert "in service, compared with the previous settings: -" in words(run)
     assert (tuned(slow, "t1").read_text(), slow.sh("t1", "cat /etc/llamaherd/server.toml")) == before
     assert in_force(slow, "t1")["parallel"] == now["parallel"]
 

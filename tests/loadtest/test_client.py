@@ -111,7 +111,7 @@ def test_tokens_are_counted_by_usage_not_by_events(double: Double) -> None:
         ("gone", "connection", ""),
         ("error_object", "stream_error", "engine crashed"),
         ("abort", "truncated", "the server ended the answer early: abort"),
-        ("silent", "timeout", "no end after 1 s"),
+        ("silent", "timeout", "not complete after 1 s"),
     ],
 )
 def test_errors_by_kind(double: Double, scenario: str, outcome: str, detail: str) -> None:

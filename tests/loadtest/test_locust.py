@@ -285,7 +285,7 @@ def test_a_shape_beside_the_locustfile_drives_the_users(double: Double, key_file
     answered = len([s for s in samples_of(tmp_path) if s.outcome == "ok" and not s.warmup])
     assert answered - 5 <= summary_of(tmp_path)["requests"] <= answered, "all of it counts but what the end cut off"
     done = locust("chat.py,shapes/steps.py", double, key_file, tmp_path, "-u", "5")
-    assert "a shape needs to know its peak and its length: give --users and --run-time" in done.stderr
+    assert "a load shape needs --users and --run-time" in done.stderr
 
 
 def test_locusts_web_page_shows_ttft_and_tpot(double: Double, key_file: Path, tmp_path: Path) -> None:

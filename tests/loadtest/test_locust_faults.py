@@ -105,7 +105,7 @@ def test_locustfiles_that_both_measure_are_one_clear_line(double: Double, key_fi
     done = locust("chat.py,chat_open.py", double, key_file, tmp_path, "-t", "1s")
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
-    assert "one locustfile measures at a time, not ChatUser and ChatArrivals: start Locust once for each" in done.stderr
+    assert "ChatUser and ChatArrivals cannot be measured together: start Locust once for each" in done.stderr
 
 
 def test_an_unusable_server_ends_the_test_with_its_cause(double: Double, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_workload_larger_than_the_context_is_refused_before_any_load(
     assert done.returncode == 2
     longest = CONTEXT + 96
     assert (
-        f"workload chat sends requests of up to {longest} tokens, answers included, and a slot of engine" in done.stderr
+        f"workload chat sends requests of up to {longest} tokens including answers, but a slot of engine" in done.stderr
     )
     assert f"holds {CONTEXT}: raise the server's context per slot" in done.stderr
     assert len(double.get("/log")) == 1, "nothing was sent but the request that calibrates"

@@ -30,11 +30,11 @@ def test_loads_and_objectives_are_read() -> None:
 @pytest.mark.parametrize(
     ("objective", "load", "message"),
     [
-        ("speed", "4", "objective 'speed' is not understood: write tokens, requests, or a latency (ttft_p95"),
+        ("speed", "4", "invalid objective 'speed': write tokens, requests, or a latency (ttft_p95"),
         ("ttft_p95", "", "objective ttft_p95 needs a load: --load 4 (requests in flight) or --load 2/s"),
-        ("tokens", "2/s", "at a load of 2/s the throughput is given"),
-        ("tokens", "0", "load '0' is not understood"),
-        ("tokens", "two", "load 'two' is not understood"),
+        ("tokens", "2/s", "a load of 2/s fixes the throughput"),
+        ("tokens", "0", "invalid load '0'"),
+        ("tokens", "two", "invalid load 'two'"),
     ],
 )
 def test_objectives_that_make_no_sense_are_named(objective: str, load: str, message: str) -> None:

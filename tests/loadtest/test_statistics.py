@@ -93,7 +93,7 @@ def test_limits_are_read_and_held_against_samples() -> None:
 def test_mlperfs_limits_have_names() -> None:
     ttft, tpot = parse_limits("mlperf-llama2-70b-interactive")
     assert (ttft.name, ttft.ms, tpot.name, tpot.ms) == ("ttft_p99", 450, "tpot_p99", 40)
-    with pytest.raises(ValueError, match=r"limit 'mlperf-gpt2' is not known: MLPerf's are mlperf-llama3\.1-8b"):
+    with pytest.raises(ValueError, match=r"unknown limit 'mlperf-gpt2'; available: mlperf-llama3\.1-8b"):
         parse_limits("mlperf-gpt2")
 
 
@@ -223,9 +223,7 @@ def test_failed_requests_are_a_fault_where_chance_does_not_explain_them() -> Non
 
 def test_prompts_that_a_server_had_computed_before_are_told_of() -> None:
     cold, warm = (stream(0.0, 1.0, [0.1], prompt_tokens=100, cached_tokens=n) for n in (0, 80))
-    assert "40% of the prompt tokens came out of the server's cache" in in_words(
-        summarise([cold, warm], 0.0, 2.0, WELL)
-    )
+    assert "40% of the prompt tokens came from the server's cache" in in_words(summarise([cold, warm], 0.0, 2.0, WELL))
 
 
 def test_a_server_that_stops_answering_is_a_fault_and_a_slow_one_is_not() -> None:

@@ -55,7 +55,7 @@ def test_finds_the_best_settings_past_refusals_and_crashes(
     rows = {row["label"]: row for row in found["table"]}
     chosen = rows["parallel 8, batch 2048, ubatch 128"]
     assert chosen["confirmed"] and chosen["verdict"] == "chosen" and chosen["errors"] == 0
-    assert rows["parallel 16, batch 2048, ubatch 128"]["verdict"].startswith("failed: requests only fail")
+    assert rows["parallel 16, batch 2048, ubatch 128"]["verdict"].startswith("failed: all requests fail")
     assert "does not fit" in rows["parallel 64, batch 2048, ubatch 128"]["verdict"]
     assert found["limits"] == {"ttft_p95": 2000, "tpot_p95": 500}
     assert found["provenance"]["model"]["name"] == "engine"
@@ -99,18 +99,18 @@ def test_what_another_host_chose_is_compared_deployed_and_measured_again(
 
     early = run(double, key_file, out, "--in-service")
     assert early.returncode == 2
-    assert "what is in force is not what was chosen: ubatch 512 → 128" in early.stderr
+    assert "the server does not have the chosen settings: ubatch 512 → 128" in early.stderr
     httpx.put(double.url + "/admin/engine", json=found["chosen"], headers={"Authorization": f"Bearer {KEY}"})
     better = run(double, key_file, out, "--in-service")
     assert better.returncode == 0, better.stderr
-    assert "in service, beside the settings before them: +" in better.stdout
+    assert "in service, compared with the previous settings: +" in better.stdout
     assert verdict(out)["provenance"]["in_service"] in better.stdout
     before = next(row for row in found["table"] if row["settings"] == found["current"])
     before["score"] *= 10
     (out / "verdict.json").write_text(json.dumps(found))
     worse = run(double, key_file, out, "--in-service")
     assert worse.returncode == 3
-    assert "beside the settings before them: -" in worse.stdout
+    assert "compared with the previous settings: -" in worse.stdout
     kept = verdict(out)
     assert (kept["verdict"], kept["chosen"]) == ("keep", found["current"])
     assert "the search chose ubatch 512 → 128, but in service" in kept["sentence"]
@@ -134,7 +134,7 @@ def test_a_killed_search_is_resumed_from_the_settings_that_it_found(
         assert process.stdout is not None
         again = [process.stdout.readline() for _ in range(3)]
         process.terminate()
-    assert again.pop(0) == "An earlier search was killed with its own settings in force: ubatch 128 → 512\n"
+    assert again.pop(0) == "An earlier search was killed before it could restore the settings: ubatch 128 → 512\n"
     assert again == lines, "the first window is not measured again"
     assert in_force(double) == before == verdict(tmp_path)["current"]
 
@@ -222,7 +222,7 @@ def test_arrivals_beyond_what_settings_carry_are_a_fault_of_theirs(
     done = run(double, key_file, tmp_path, "--objective", "tpot_p50", "--load", "20/s", "--budget", "20s")
     assert done.returncode == 0, done.stderr
     sentence = verdict(tmp_path)["sentence"]
-    assert re.search(r"Keep .*: failed: \d+ of \d+ requests were not answered \S+ s after the last was sent", sentence)
+    assert re.search(r"Keep .*: failed: \d+ of \d+ requests were not answered within \S+ s after the last", sentence)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_arrivals_beyond_what_settings_carry_are_a_fault_of_theirs(
     [
         (["--url", "http://127.0.0.1:1"], "cannot be reached"),
         (["--key-file", "/dev/null"], "refuses the admin key"),
-        (["--space", "slots=1,2"], "the server has no setting 'slots': it has parallel, batch"),
+        (["--space", "slots=1,2"], "unknown setting 'slots'; available: parallel, batch"),
         (["--model", "busy"], "does not answer (http 429): slow down"),
     ],
 )
@@ -247,9 +247,9 @@ def test_servers_that_cannot_be_tuned_are_one_clear_line(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--limit", "ttft=2s"], "limit 'ttft=2s' is not understood"),
-        (["--workload", "nothing"], "no workload 'nothing'"),
-        (["--budget", "5"], "budget '5' is not understood"),
+        (["--limit", "ttft=2s"], "invalid limit 'ttft=2s'"),
+        (["--workload", "nothing"], "unknown workload 'nothing'"),
+        (["--budget", "5"], "invalid budget '5'"),
         (["--key-file", "/nowhere/key"], "cannot read key file /nowhere/key"),
     ],
 )
@@ -288,7 +288,7 @@ def test_no_room_for_what_is_measured_ends_the_search_and_restores_the_settings(
         timeout=120,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith(f"tune: cannot write to {tmp_path}: File too large; make room there")
+    assert done.stderr.startswith(f"tune: cannot write to {tmp_path}: File too large; free space there")
     assert all(json.loads(path.read_text()) for path in tmp_path.glob("verdict.*")), "whole, or not there"
     assert in_force(double) == before
 

@@ -80,7 +80,7 @@ def test_too_few_requests_are_one_line(tmp_path: Path) -> None:
     done = summed_up(log)
     assert (done.returncode, done.stderr) == (
         2,
-        f"usage: {log} has 1 answered requests, 20 are needed: take a longer time\n",
+        f"usage: {log} has 1 answered requests, 20 are needed: give a longer log\n",
     )
 
 

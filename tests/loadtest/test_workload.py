@@ -75,7 +75,7 @@ def test_workload_files_that_make_no_sense_are_named(tmp_path: Path, text: str, 
 
 
 def test_unknown_workloads_are_named_with_the_known() -> None:
-    with pytest.raises(ValueError, match="no workload 'chatt': give one of agent, "):
+    with pytest.raises(ValueError, match="unknown workload 'chatt'; available: agent, "):
         load_workload("chatt")
 
 

@@ -75,18 +75,18 @@ def main() -> int:
     """Record or compare, as the command line says."""
     parser = argparse.ArgumentParser(prog="python -m llamaherd_loadtest.quality", description=__doc__)
     add = parser.add_argument
-    add("--url", required=True, help="where the server's /admin routes are reached")
+    add("--url", required=True, help="URL that serves the /admin routes")
     add("--ca", type=Path, help="certificate of the server's CA")
     add("--key-file", type=Path, help="file that holds an admin key")
     add("--model", required=True, help="the model's name")
-    add("--suite", default=DEFAULT, help="what it is asked: a .yml file, a workload, or the suite that is there")
-    add("--reference", type=Path, required=True, help="file with what a model answered before")
+    add("--suite", default=DEFAULT, help="prompts: a .yml file, a workload name, or the bundled suite (default)")
+    add("--reference", type=Path, required=True, help="file with the reference answers")
     add("--limit", action="append", default=[], help="same_top=0.98, kld=0.02 or valid=0.9; may be repeated")
     args = parser.parse_args()
     try:
         latency, limits = divide_limits(args.limit)
         if latency:
-            raise ValueError(f"limit {latency[0].name} is none of answers: give same_top, kld or valid")
+            raise ValueError(f"limit {latency[0].name} does not apply to answers: give same_top, kld or valid")
         key = args.key_file.read_text(encoding="utf-8").strip() if args.key_file else ""
         model = Model(args.url, args.model, key, args.ca)
         if not args.reference.exists():

@@ -81,7 +81,7 @@ class Model:
         response = self._admin.request("POST", path, timeout_s=_TIMEOUT_S, body=content)
         url = self._admin.base + path
         if response.status_code in (404, 405) and path == "/admin/logprobs":
-            raise ServerUnusable(f"{url} is not there: this server is too old to compare its answers")
+            raise ServerUnusable(f"{url} does not exist: this server is too old to compare its answers")
         if response.status_code != 200:
             raise ServerUnusable(f"{url} answers {response.status_code}: {error_message(response)}")
         return msgspec.json.decode(response.content)

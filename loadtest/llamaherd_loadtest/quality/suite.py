@@ -41,7 +41,7 @@ def load_suite(name: str, calibration: Calibration) -> Iterator[Chat]:
         return
     if name != DEFAULT and Path(name).suffix not in (".yml", ".yaml"):
         known = ", ".join([DEFAULT, *workload_names()])
-        raise ValueError(f"no suite {name!r}: give one of {known}, or a .yml file")
+        raise ValueError(f"unknown suite {name!r}; available: {known}, or a .yml file")
     try:
         prompts = _read(name).prompts
     except msgspec.MsgspecError as error:
@@ -61,7 +61,7 @@ def load_checks(name: str) -> list[Chat]:
     except msgspec.MsgspecError as error:
         raise ValueError(f"suite {name}: {error}") from error
     if not checks:
-        raise ValueError(f"limit valid needs a suite with checks, and {name} has none: take {DEFAULT}, or list some")
+        raise ValueError(f"limit valid needs a suite with checks, but {name} has none: use {DEFAULT}, or add checks")
     return [*map(_chat, checks)]
 
 

@@ -20,7 +20,7 @@ def main() -> int:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="what a load test cannot know, such as host, hardware, build; may be repeated",
+        help="facts that a load test cannot know, such as host, hardware, build; may be repeated",
     )
     args = parser.parse_args()
     try:

@@ -23,10 +23,10 @@ def draw(verdict: Verdict, steps: Sequence[Step]) -> list[tuple[str, str]]:
             ("Throughput against time to first token", _trade_off(verdict)),
             ("Latencies of the confirming windows", _latencies(verdict, steps)),
             ("Latency by load", under_load.latencies_by_load(verdict, steps)),
-            ("The search as it went", _course(verdict, steps)),
+            ("Course of the search", _course(verdict, steps)),
             ("Stalls while confirming", under_load.stalls(verdict, steps)),
             ("Slots and KV cache", under_load.engine(verdict, steps)),
-            ("The load generator itself", _client_health(steps)),
+            ("Load generator", _client_health(steps)),
         ]
 
 

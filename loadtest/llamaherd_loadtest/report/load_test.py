@@ -28,7 +28,7 @@ def context(folder: Path, about: Mapping[str, str]) -> dict[str, object]:
         raise ValueError(f"{folder} does not hold a load test: {error}") from error
     named = (("TTFT", summary.ttft), ("TPOT", summary.tpot), ("ITL", summary.itl), ("E2E", summary.e2e))
     with mpl.rc_context(STYLE):
-        charts = [("Latencies of all requests", _latencies(summary, samples)), ("As it went", _course(samples))]
+        charts = [("Latencies of all requests", _latencies(summary, samples)), ("Requests over time", _course(samples))]
     return {
         "title": f"Load test: {about.get('host', folder.name)}",
         "sentence": sentence(summary),
@@ -82,7 +82,7 @@ def _course(samples: Sequence[Sample]) -> str:
     """Requests in flight, and those of them that wait for a first token, over the test."""
     start = min((s.scheduled for s in samples), default=0.0)
     drawn, (axes,) = figure()
-    for label, role, until in (("in flight", "muted", False), ("waiting for a first token", "chosen", True)):
+    for label, role, until in (("in flight", "muted", False), ("waiting for first token", "chosen", True)):
         steps = sorted(
             step
             for s in samples

@@ -38,7 +38,7 @@ def main() -> int:
         sys.stderr.write(f"tune: {error}\n")
         return 4 if isinstance(error, BudgetTooSmall) else 2
     except Interrupted as reason:
-        sys.stderr.write(f"tune: {reason}; the settings found at the start are in force again\n")
+        sys.stderr.write(f"tune: {reason}; the settings found at the start were restored\n")
         return reason.exit_status
     except KeyboardInterrupt:
         sys.stderr.write("tune: interrupted; nothing was changed\n")

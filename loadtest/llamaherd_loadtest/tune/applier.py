@@ -93,19 +93,19 @@ class AdminApplier:
         try:
             response = self._admin.request("PUT", _ROUTE, timeout_s=timeout_s, body=msgspec.json.encode(dict(settings)))
         except ServerUnusable as error:
-            raise Refused(f"the server died when these settings were applied: {error}") from error
+            raise Refused(f"the server crashed when these settings were applied: {error}") from error
         if response.status_code != 200:
             raise Refused(error_message(response), does_not_fit=error_code(response) == "does_not_fit")
         found = msgspec.json.decode(response.content, type=EngineState).settings
         if other := _other(settings, found):
-            raise Refused(f"the server did not take {difference(other, {name: settings[name] for name in other})}")
+            raise Refused(f"the server did not apply {difference(other, {name: settings[name] for name in other})}")
 
     def check(self, settings: Settings) -> None:
         """Check that the settings applied before are still current. Raises ServerUnusable if not."""
         if other := _other(settings, self.state().settings):
             raise ServerUnusable(
-                f"{self._url} no longer has the settings that were being measured ({difference(settings, other)}): end "
-                "what changes them, such as another tuner, and start again"
+                f"{self._url} no longer has the settings that were being measured ({difference(settings, other)}): "
+                "stop whatever changes them, such as another tuner, and start again"
             )
 
     def wait_ready(self) -> None:

@@ -76,7 +76,7 @@ def choose(
         change=True,
         gain=math.expm1(best.gain),
         margin=math.expm1(margin * best.sd),
-        reason="the current settings miss a limit" if rescue else "the gain stands out of the noise",
+        reason="the current settings miss a limit" if rescue else "the gain exceeds the noise",
     )
 
 
@@ -100,4 +100,4 @@ def _why_keep(finalists: Sequence[Contender], passing: Sequence[Contender], obje
         return "no other settings keep the limits beyond the noise"
     best = max(passing, key=lambda c: c.gain)
     gain = objective.in_words(math.expm1(best.gain), math.expm1(margin * best.sd))
-    return f"the best other settings measured {gain}, which is no clear gain"
+    return f"the best other settings measured {gain}, which is not a clear gain"

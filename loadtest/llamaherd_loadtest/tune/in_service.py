@@ -27,7 +27,7 @@ class _InForce(AdminApplier):
         """Raises ValueError if the server has other settings."""
         in_force = self.state().settings
         if other := difference({name: in_force.get(name, "none") for name in settings}, settings):
-            raise ValueError(f"what is in force is not what was chosen: {other}")
+            raise ValueError(f"the server does not have the chosen settings: {other}")
 
 
 def measure_again(options: Options) -> tuple[bool, str]:
@@ -72,5 +72,5 @@ def _compare(options: Options, record: Record, before: Row) -> tuple[bool, str]:
     margin = score_noise([record]).margin(_CONFIDENCE, 1 / len(record.windows) + 1 / max(before.windows, 1))
     words = options.objective.in_words(math.expm1(gain), math.expm1(margin))
     if "misses" in before.verdict:
-        return True, f"in service these settings keep the limits; beside those before them: {words}"
-    return gain > 0, f"in service, beside the settings before them: {words}"
+        return True, f"in service these settings keep the limits; compared with the previous ones: {words}"
+    return gain > 0, f"in service, compared with the previous settings: {words}"

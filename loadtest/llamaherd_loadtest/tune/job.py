@@ -54,7 +54,7 @@ def _alone(subject: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ServerUnusable(
-                f"another tuner is measuring {subject} (it holds {path}): wait until it has ended, or end it"
+                f"another tuner is measuring {subject} (it holds {path}): wait until it ends, or stop it"
             ) from None
         yield
 
@@ -83,7 +83,7 @@ def _tune(options: Options) -> Verdict:
     always, launch, pruned = _divide(options, journal.current)
     if journal.current != found.settings:
         back = difference(found.settings, journal.current)
-        say(f"An earlier search was killed with its own settings in force: {back}")
+        say(f"An earlier search was killed before it could restore the settings: {back}")
         _restore(applier, launch[0])
     bench = LiveBench(options, applier, journal.seed)
     calibrated = _calibrated(options, bench, journal, launch)
@@ -221,7 +221,7 @@ def room(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"cannot write to {out}: {error.strerror}; make room there, or give another --out") from error
+        raise ValueError(f"cannot write to {out}: {error.strerror}; free space there, or give another --out") from error
 
 
 def _restore(applier: Applier, settings: Settings) -> None:
@@ -229,7 +229,7 @@ def _restore(applier: Applier, settings: Settings) -> None:
         applier.wait_ready()
         applier.apply(settings)
     except (Refused, ServerUnusable) as error:
-        say(f"The settings found at the start could not be put back ({error}). Send them to /admin/engine by hand:")
+        say(f"The settings found at the start could not be restored ({error}). PUT them to /admin/engine by hand:")
         say(json.dumps(dict(settings)))
 
 

@@ -39,16 +39,14 @@ def parse_objective(name: str, load: Load) -> Objective:
     if name in _THROUGHPUTS:
         if load.rate:
             raise ValueError(
-                f"at a load of {load.rate:g}/s the throughput is given: search for a latency, such as e2e_p95"
+                f"a load of {load.rate:g}/s fixes the throughput: give a latency as objective, such as e2e_p95"
             )
         return Objective(name)
     try:
         limit = parse_limit(f"{name}=1s")
     except ValueError:
         some = ", ".join(f"{metric}_p95" for metric in METRICS)
-        raise ValueError(
-            f"objective {name!r} is not understood: write tokens, requests, or a latency ({some} …)"
-        ) from None
+        raise ValueError(f"invalid objective {name!r}: write tokens, requests, or a latency ({some} …)") from None
     if load == SLOTS:
         raise ValueError(f"objective {name} needs a load: --load 4 (requests in flight) or --load 2/s (arrivals)")
     return Objective(name, limit)
@@ -60,5 +58,5 @@ def parse_load(text: str) -> Load:
         return SLOTS
     match = re.fullmatch(r"(\d+(?:\.\d+)?)/s|(\d+)", text.strip())
     if match is None or not float(match[1] or match[2]):
-        raise ValueError(f"load {text!r} is not understood: write for example 4 (requests in flight) or 2/s (arrivals)")
+        raise ValueError(f"invalid load {text!r}: write for example 4 (requests in flight) or 2/s (arrivals)")
     return Load(rate=float(match[1])) if match[1] else Load(int(match[2]))

@@ -77,15 +77,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Find the engine settings with the highest throughput, or the lowest latency, by measuring.",
     )
     add = parser.add_argument
-    add("--url", required=True, help="where to send the load, as clients would")
+    add("--url", required=True, help="URL that clients use")
     add("--ca", type=Path, help="certificate of the server's CA")
     add("--key-file", type=Path, help="file that holds the API key")
-    add("--admin-url", help="where /admin/engine is reached; --url if not given")
-    add("--admin-key-file", type=Path, help="file that holds an admin key; --key-file if not given")
+    add("--admin-url", help="URL that serves /admin/engine (default: --url)")
+    add("--admin-key-file", type=Path, help="file that holds an admin key (default: --key-file)")
     add("--model", required=True, help="the model's name")
     add(
         "--subject",
-        help="host, model's hash and build, as a journal that may be resumed knows them; --url if not given",
+        help="host, model hash and build; only a journal of the same subject is resumed (default: --url)",
     )
     add("--about", default="", help="the host's hardware and build, for the report")
     add("--workload", default="chat", help=f"a .yml file, or one of {', '.join(workload_names())}")
@@ -96,23 +96,23 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="such as ttft_p95=2s, mlperf-llama2-70b, or, to search KV types, kld=0.02; may be repeated",
     )
-    add("--objective", default="tokens", help="the highest tokens or requests a second, or the lowest, say, e2e_p95")
+    add("--objective", default="tokens", help="maximise tokens or requests per second, or minimise e.g. e2e_p95")
     add(
         "--load",
         default="",
         metavar="N or R/s",
-        help="requests in flight, or arrivals a second; the slots if not given",
+        help="requests in flight, or arrivals per second (default: one request per slot)",
     )
     add("--space", action="append", default=[], metavar="KNOB=V,V", help="values to try; may be repeated")
-    add("--quality", action="store_true", help="let --space have kv_type_k and kv_type_v, which change answers")
-    add("--try", dest="proposal", type=Path, metavar="VERDICT.JSON", help="measure only what this one chose, elsewhere")
+    add("--quality", action="store_true", help="allow kv_type_k and kv_type_v, which change answers, in --space")
+    add("--try", dest="proposal", type=Path, metavar="VERDICT.JSON", help="compare only what this verdict chose")
     add(
         "--in-service",
         action="store_true",
-        help="measure what the verdict in --out chose once more, in force",
+        help="measure the deployed settings that the verdict in --out chose",
     )
     add("--budget", default="15m", help="time for the whole search: 180s, 15m, 1h")
-    add("--seed", type=int, help="of the search order; a new one each time if not given")
+    add("--seed", type=int, help="seed of the search (default: random)")
     add("--out", type=Path, required=True, help="folder for verdict.json, report.html, journal.jsonl and samples")
     return parser
 
@@ -129,5 +129,5 @@ def _secret(path: Path | None) -> str:
 def _seconds(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
     if match is None:
-        raise ValueError(f"budget {text!r} is not understood: write for example 180s or 15m")
+        raise ValueError(f"invalid budget {text!r}: write for example 180s or 15m")
     return float(match[1]) * _UNITS[match[2]]

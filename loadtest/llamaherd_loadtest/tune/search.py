@@ -105,7 +105,7 @@ class Search:
         confirm_s = max(self._budget_s * _CONFIRM_SHARE, min(_MIN_CONFIRM * cost_s, self._budget_s * 0.6))
         self._screen(self._budget_s - confirm_s)
         if self._settled(self.records[0]) and self.judge(0)[0] is Judgement.PASSES:
-            return Choice(record=self.records[0], change=False, reason="no others are likely to be better by 2%")
+            return Choice(record=self.records[0], change=False, reason="no other settings are likely to be 2% better")
         self._confirm(finalists=max(1, min(3, int(confirm_s / cost_s) // 2)))
         return self._choose()
 
@@ -232,7 +232,7 @@ class Search:
         if not current.figures:
             return Choice(record=current, change=False, reason=current.spoiled, measured=False)
         if 0 not in confirmed:
-            return Choice(record=current, change=False, reason="there was no time to confirm another")
+            return Choice(record=current, change=False, reason="there was no time to confirm other settings")
         estimates = self.estimates()
         contenders = [
             Contender(self.records[row], self.judge(row)[0], *estimates.gain(row), estimates.risk(row))

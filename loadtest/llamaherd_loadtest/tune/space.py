@@ -61,9 +61,9 @@ def parse_space(texts: Iterable[str], current: Settings, *, quality: bool = Fals
     for text in texts:
         knob, separator, values = text.partition("=")
         if not separator or not values:
-            raise ValueError(f"space {text!r} is not understood: write for example parallel=1,2,4,8")
+            raise ValueError(f"invalid space {text!r}: write for example parallel=1,2,4,8")
         if knob not in current:
-            raise ValueError(f"the server has no setting {knob!r}: it has {', '.join(current)}")
+            raise ValueError(f"unknown setting {knob!r}; available: {', '.join(current)}")
         if knob in _QUALITY and not quality:
             raise ValueError(
                 f"{knob} changes what the model answers, not only how fast: give a limit such as kld=0.02, or --quality"
