@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from msgspec import Struct
 
-from llamaherd_loadtest.dice import seeded
+from llamaherd_loadtest.rng import seeded
 
 Process = Literal["constant", "poisson", "bursts"]
 PROCESSES: tuple[str, ...] = get_args(Process)

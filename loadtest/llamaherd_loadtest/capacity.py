@@ -27,8 +27,8 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from llamaherd_loadtest.dice import seeded
 from llamaherd_loadtest.limits import Limit, observe, parse_limit
+from llamaherd_loadtest.rng import seeded
 from llamaherd_loadtest.samples import Sample
 from llamaherd_loadtest.workload import Workload, load_workload
 
@@ -187,9 +187,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m llamaherd_loadtest.capacity", description=__doc__)
     add = parser.add_argument
     add("--profile", type=Path, required=True, help="JSON: parallel, prompt_tokens_per_s, tpot_s {busy slots: seconds}")
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--users", type=int, help="print the hosts needed for this many users")
-    asked.add_argument("--hosts", type=int, help="print the users served by this many hosts")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--users", type=int, help="print the hosts needed for this many users")
+    mode.add_argument("--hosts", type=int, help="print the users served by this many hosts")
     add("--think", type=float, required=True, help="average seconds from the end of an answer to the next request")
     add("--workload", default="chat", help="workload name or .yml file")
     add("--limit", action="append", required=True, help="such as ttft_p95=2s; may be repeated")

@@ -83,11 +83,11 @@ class ChatClient:
         If `text` is given, the answer's text is appended to it.
         """
         sample.sent = clock()
-        noted = _Noted(sample, text)
+        recorder = _Recorder(sample, text)
         try:
             with gevent.Timeout(self._timeout_s):
-                answer = self._ask("POST", PATH, body, noted.take)
-            noted.finish(answer)
+                answer = self._ask("POST", PATH, body, recorder.take)
+            recorder.finish(answer)
         except _StreamError as error:
             sample.outcome, sample.detail = "stream_error", str(error)
         except (gevent.Timeout, TimeoutError):
@@ -131,7 +131,7 @@ class _StreamError(Exception):
     """The server reported an error within the stream."""
 
 
-class _Noted:
+class _Recorder:
     """Records the events of an answer in a sample."""
 
     def __init__(self, sample: Sample, text: list[str] | None) -> None:
@@ -149,7 +149,7 @@ class _Noted:
             self._rest = lines.pop()
             for line in lines:
                 if line and (chunk := parse_line(line)) is not None:
-                    self._note(chunk, arrival)
+                    self._record(chunk, arrival)
 
     def finish(self, answer: Answer) -> None:
         """Set the sample's outcome at the end of the answer."""
@@ -166,7 +166,7 @@ class _Noted:
         elif sample.first is None:
             sample.outcome, sample.detail = "empty", "the answer had no text"
 
-    def _note(self, chunk: Chunk, arrival: float) -> None:
+    def _record(self, chunk: Chunk, arrival: float) -> None:
         sample = self._sample
         if chunk.choices or chunk is END:
             self._last = chunk

@@ -74,7 +74,7 @@ def closed_loop(
         cpu, lag = monitor.stop()
     finally:
         runner.quit()
-    if session.hopeless.is_set():
+    if session.only_failures.is_set():
         raise RunFailed(_last_error(session))
     in_flight = sum(max(0.0, min(s.end, end) - max(s.sent, start)) for s in session.samples) / (end - start)
     return Run(session.samples, start, end, Health(cpu=cpu, lag_p95_s=lag, concurrency=in_flight / concurrency))
@@ -112,7 +112,7 @@ def open_loop(
     dispatcher.kill()
     end = clock()
     cpu, lag = monitor.stop(start + warm_up_s)
-    if session.hopeless.is_set():
+    if session.only_failures.is_set():
         raise RunFailed(_last_error(session))
     if late := sum(s.outcome == CUT_OFF for s in session.samples):
         raise RunFailed(f"{late} of {total} requests were not answered within {drain_s:g} s after the last was sent")
@@ -122,7 +122,7 @@ def open_loop(
 def _wait_for_full_load(session: LoadSession, concurrency: int, timeout_s: float) -> None:
     started, warmed, deadline = clock(), 0, clock() + timeout_s
     while session.warmed < concurrency:
-        if session.hopeless.is_set():
+        if session.only_failures.is_set():
             raise RunFailed(_last_error(session))
         if session.warmed > warmed:  # a server that makes progress is only slow
             warmed, deadline = session.warmed, clock() + timeout_s
@@ -134,9 +134,9 @@ def _wait_for_full_load(session: LoadSession, concurrency: int, timeout_s: float
 def _wait_for_requests(session: LoadSession, least: int, window_s: float) -> None:
     least += session.completed
     longest = clock() + _LONGEST_WINDOW * window_s
-    session.hopeless.wait(window_s)
-    while session.completed < least and not session.hopeless.is_set() and clock() < longest:
-        session.hopeless.wait(_STEP * window_s)
+    session.only_failures.wait(window_s)
+    while session.completed < least and not session.only_failures.is_set() and clock() < longest:
+        session.only_failures.wait(_STEP * window_s)
 
 
 def _last_error(session: LoadSession) -> str:

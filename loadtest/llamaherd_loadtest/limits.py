@@ -14,7 +14,7 @@ from llamaherd_loadtest.samples import OK, Sample
 QUALITY = ("same_top", "kld", "valid")
 METRICS = ("ttft", "tpot", "itl", "gap", "e2e")
 MAX_ERROR_SHARE = 0.01
-_DOUBT = 0.05  # significance level of the test for a share of errors above MAX_ERROR_SHARE
+_SIGNIFICANCE = 0.05  # significance level of the test for a share of errors above MAX_ERROR_SHARE
 _FORM = re.compile(
     rf"(?P<name>(?P<metric>{'|'.join(METRICS)})_(p(?P<p>\d\d?)|max))=(?P<value>\d+(\.\d+)?)(?P<unit>ms|s)"
 )
@@ -134,7 +134,7 @@ def judge_errors(errors: int, total: int) -> Judgement:
     """Judge whether at most 1 % of requests fail. One or two failures among 81 requests do not decide it."""
     if errors <= MAX_ERROR_SHARE * total:
         return Judgement.PASSES
-    judgement = judge_share(errors, total, MAX_ERROR_SHARE, _DOUBT)
+    judgement = judge_share(errors, total, MAX_ERROR_SHARE, _SIGNIFICANCE)
     return Judgement.MISSES if judgement is Judgement.MISSES else Judgement.UNRESOLVED
 
 

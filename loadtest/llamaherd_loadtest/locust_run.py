@@ -23,19 +23,19 @@ from msgspec import Struct
 
 from llamaherd_loadtest.benchmark_report import to_benchmark_report
 from llamaherd_loadtest.client import clock
-from llamaherd_loadtest.dice import fresh_seed
 from llamaherd_loadtest.files import write_whole
-from llamaherd_loadtest.gathered import Gathered, Part, gather
 from llamaherd_loadtest.health import HealthMonitor
 from llamaherd_loadtest.locust_options import DEFAULT_WORKLOAD, FILES, add_options
-from llamaherd_loadtest.opening import Opening, Probed
+from llamaherd_loadtest.merged_run import MergedRun, Part, merge
 from llamaherd_loadtest.probe import ServerUnusable
+from llamaherd_loadtest.rng import fresh_seed
 from llamaherd_loadtest.samples import write_samples
 from llamaherd_loadtest.session import LoadSession, Share
 from llamaherd_loadtest.summary import in_words
+from llamaherd_loadtest.target_session import Probed, TargetSession
 
 _PLAN, _STOP, _PART, _DONE = "llamaherd_plan", "llamaherd_stop", "llamaherd_part", "llamaherd_done"
-_GATHER_S = 60.0
+_PARTS_TIMEOUT_S = 60.0
 _LEAD_S = 2.0  # from the plan to the start of an open loop, so that every worker has it in time
 
 log = logging.getLogger("llamaherd")
@@ -75,7 +75,7 @@ class LocustRun:
     def __init__(self, user: type[User], *, open_loop: bool) -> None:
         self._user, self._open_loop = user, open_loop
         self._plan: Plan | None = None
-        self._parts, self._gathered, self._workers, self._done = list[Part](), Event(), 0, 0
+        self._parts, self._all_parts, self._workers, self._done = list[Part](), Event(), 0, 0
         self._session: LoadSession | None = None
         self._full_at = self._stopped_at = 0.0
         self._written = False
@@ -85,28 +85,28 @@ class LocustRun:
         self._environment, self._runner, self._host = environment, runner, environment.host
         options = vars(environment.parsed_options)
         # Paths differ between hosts: a worker's own options win, the master's fill the gaps.
-        untold = ("", DEFAULT_WORKLOAD) if isinstance(runner, WorkerRunner) else ()
-        self._files = {name: options.get(name, "") for name in FILES if options.get(name, "") not in untold}
+        defaults = ("", DEFAULT_WORKLOAD) if isinstance(runner, WorkerRunner) else ()
+        self._files = {name: options.get(name, "") for name in FILES if options.get(name, "") not in defaults}
         # gevent timers (--run-time's too) start at the loop's cached time, from before the imports, seconds ago.
         gevent.get_hub().loop.update_now()
         if isinstance(runner, WorkerRunner):
-            runner.register_message(_PLAN, self._take_plan)
+            runner.register_message(_PLAN, self._receive_plan)
             runner.register_message(_STOP, self._send_part, concurrent=True)
         elif isinstance(runner, MasterRunner):
-            runner.register_message(_PART, self._take_part)
-            runner.register_message(_DONE, self._take_done, concurrent=True)
+            runner.register_message(_PART, self._receive_part)
+            runner.register_message(_DONE, self._receive_done, concurrent=True)
 
     def start(self, environment: Any, **_: Any) -> None:
         """Start a test. An unusable server or option ends it with one clear line."""
         try:
             vars(environment.parsed_options).update(self._files)  # a form on Locust's page could have set them
-            plan = self._take() if isinstance(self._runner, WorkerRunner) else None
+            plan = self._pop_plan() if isinstance(self._runner, WorkerRunner) else None
             self._seed = plan.seed if plan else environment.parsed_options.seed or fresh_seed()
-            self._opening = Opening(environment.parsed_options, self._checked(environment.host or ""), self._seed)
+            self._target = TargetSession(environment.parsed_options, self._checked(environment.host or ""), self._seed)
             if isinstance(self._runner, MasterRunner):
-                self._hand_out(self._opening.probe())
+                self._send_plans(self._target.probe())
             else:
-                self._begin(plan or self._plans(self._opening.probe(), 1)[0])
+                self._begin(plan or self._plans(self._target.probe(), 1)[0])
         except (ServerUnusable, ValueError, OSError) as error:
             environment.process_exit_code = 2
             if isinstance(self._runner, MasterRunner):  # Locust ignores StopTest there
@@ -128,11 +128,11 @@ class LocustRun:
             return  # the master requests its part
         if isinstance(self._runner, MasterRunner):
             self._runner.send_message(_STOP)
-            self._gathered.wait(_GATHER_S + (environment.stop_timeout or 0))
+            self._all_parts.wait(_PARTS_TIMEOUT_S + (environment.stop_timeout or 0))
         elif self._session is not None:
             self._parts = [self._end(self._session)]
         if self._parts:
-            self._report(gather(self._parts, self._workers - len(self._parts), self._opening.limits))
+            self._report(merge(self._parts, self._workers - len(self._parts), self._target.limits))
 
     def quit(self, environment: Any, **_: Any) -> None:
         """Fail a headless run that ended before its load began."""
@@ -149,28 +149,28 @@ class LocustRun:
         return host
 
     def _plans(self, probed: Probed, count: int) -> list[Plan]:
-        self._parts, self._gathered, self._workers, self._done = [], Event(), count, 0
+        self._parts, self._all_parts, self._workers, self._done = [], Event(), count, 0
         total, start = self._environment.parsed_options.requests, time.time() + (_LEAD_S if count > 1 else 0.0)
         return [Plan(Share(index, count, total), self._seed, probed, start) for index in range(count)]
 
-    def _hand_out(self, probed: Probed) -> None:
+    def _send_plans(self, probed: Probed) -> None:
         ready = [worker.id for worker in self._runner.clients.ready]
         for worker, plan in zip(ready, self._plans(probed, len(ready)), strict=True):
             self._runner.send_message(_PLAN, {"plan": msgspec.msgpack.encode(plan)}, worker)
 
-    def _take_plan(self, msg: Any, **_: Any) -> None:
+    def _receive_plan(self, msg: Any, **_: Any) -> None:
         self._plan = msgspec.msgpack.decode(msg.data["plan"], type=Plan)
 
-    def _take(self) -> Plan:
+    def _pop_plan(self) -> Plan:
         plan, self._plan = self._plan, None
         if plan is None:
             raise ValueError("this worker joined after the test had started and does not take part in it")
         return plan
 
     def _begin(self, plan: Plan) -> None:
-        source = self._opening.source(plan.probed)
-        self._session = LoadSession(self._opening.client, source, self._environment.events.request.fire, plan.share)
-        self._session.on_figure = self._show
+        source = self._target.source(plan.probed)
+        self._session = LoadSession(self._target.client, source, self._environment.events.request.fire, plan.share)
+        self._session.on_figure = self._log_figure
         self._session.drain_s = self._environment.stop_timeout or 0.0
         self._user.session = self._session
         self._monitor, self._full_at, self._stopped_at = HealthMonitor(), 0.0, 0.0
@@ -179,9 +179,9 @@ class LocustRun:
             warm_up_s = self._environment.parsed_options.warm_up
             start = clock() + plan.start - time.time()
             self._opens_at = start + warm_up_s
-            self._dispatcher = gevent.spawn(self._session.dispatch, start, self._opening.offsets(), warm_up_s)
+            self._dispatcher = gevent.spawn(self._session.dispatch, start, self._target.offsets(), warm_up_s)
 
-    def _show(self, name: str, seconds: float) -> None:
+    def _log_figure(self, name: str, seconds: float) -> None:
         """Log a figure in a row of its own, which Locust's totals leave out: they count requests only."""
         self._environment.stats.get(name, "SSE").log(seconds * 1000, 0)
 
@@ -192,7 +192,7 @@ class LocustRun:
         else:
             gevent.spawn(self._finish)
 
-    def _take_done(self, **_: Any) -> None:
+    def _receive_done(self, **_: Any) -> None:
         self._done += 1
         if self._done == self._workers:
             self._finish()
@@ -226,7 +226,7 @@ class LocustRun:
             warmed=min(warmed, users),
             cpu=cpu,
             lag_p95_s=lag,
-            at_once=self._opening.at_once if self._open_loop else 0,
+            at_once=self._target.at_once if self._open_loop else 0,
         )
 
     def _send_part(self, **_: Any) -> None:
@@ -235,33 +235,33 @@ class LocustRun:
         if self._session is not None:
             self._runner.send_message(_PART, {"part": msgspec.msgpack.encode(self._end(self._session))})
 
-    def _take_part(self, msg: Any, **_: Any) -> None:
+    def _receive_part(self, msg: Any, **_: Any) -> None:
         self._parts.append(msgspec.msgpack.decode(msg.data["part"], type=Part))
         if len(self._parts) == self._workers:
-            self._gathered.set()
+            self._all_parts.set()
 
-    def _report(self, gathered: Gathered) -> None:
+    def _report(self, run: MergedRun) -> None:
         """Log and write what was measured. The exit status is 0, also with a few errors, 3 for an invalid run, and 2 if
         a file cannot be written."""
         self._written = True
-        fault = gathered.summary.fault
+        fault = run.summary.fault
         self._environment.process_exit_code = 3 if fault else 0
-        for line in (*in_words(gathered.summary), f"to send the same requests again: --seed {self._seed}"):
+        for line in (*in_words(run.summary), f"to send the same requests again: --seed {self._seed}"):
             log.info(line)
         if fault:
             log.error("this run is invalid: %s", fault)
         try:
-            self._write(gathered)
+            self._write(run)
         except OSError as error:
             log.error("cannot write %s: %s", error.filename, error.strerror)
             self._environment.process_exit_code = 2
 
-    def _write(self, gathered: Gathered) -> None:
+    def _write(self, run: MergedRun) -> None:
         options = self._environment.parsed_options
         if options.samples:
-            write_samples(Path(options.samples), gathered.samples)
+            write_samples(Path(options.samples), run.samples)
         if options.summary:
-            write_whole(Path(options.summary), msgspec.json.format(msgspec.json.encode(gathered.summary)) + b"\n")
+            write_whole(Path(options.summary), msgspec.json.format(msgspec.json.encode(run.summary)) + b"\n")
         if options.benchmark_report:
-            report = to_benchmark_report(gathered.summary, options, self._workers, self._seed)
+            report = to_benchmark_report(run.summary, options, self._workers, self._seed)
             write_whole(Path(options.benchmark_report), report)

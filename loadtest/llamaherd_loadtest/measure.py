@@ -14,24 +14,24 @@ from pathlib import Path
 import msgspec
 
 from llamaherd_loadtest.client import ChatClient, Target
-from llamaherd_loadtest.dice import fresh_seed
 from llamaherd_loadtest.drive import WARM_UP_S, NotWarmedUp, RunFailed, closed_loop
 from llamaherd_loadtest.probe import ServerUnusable, calibrate
+from llamaherd_loadtest.rng import fresh_seed
 from llamaherd_loadtest.summary import Summary, summarise
 from llamaherd_loadtest.workload import Prompts, load_workload, workload_names
 
 _TRIES = 3
-_PATIENCE = 4  # factor by which a server too slow to warm up gets more time
+_WARM_UP_FACTOR = 4  # factor by which a server too slow to warm up gets more time
 
 
 def main() -> None:
     """Print a Summary; if there is none, exit with one line on stderr."""
     parser = options("llamaherd_loadtest.measure", __doc__)
     parser.add_argument("--concurrency", type=int, required=True, help="requests in flight, e.g. the server's parallel")
-    tell(parser, lambda args: measure(target(args), args.workload, args.concurrency, args.window, args.seed))
+    print_result(parser, lambda args: measure(target(args), args.workload, args.concurrency, args.window, args.seed))
 
 
-def tell(parser: argparse.ArgumentParser, measured: Callable[[argparse.Namespace], msgspec.Struct]) -> None:
+def print_result(parser: argparse.ArgumentParser, measured: Callable[[argparse.Namespace], msgspec.Struct]) -> None:
     """Print the result of `measured` for the command line as JSON, or exit with one line on stderr."""
     args = parser.parse_args()
     try:
@@ -75,7 +75,7 @@ def measure(server: Target, workload: str, concurrency: int, window_s: float, se
             try:
                 run = loop(warm_up_s=warm_up_s)
             except NotWarmedUp as slow:
-                fault, warm_up_s = str(slow), _PATIENCE * slow.waited_s
+                fault, warm_up_s = str(slow), _WARM_UP_FACTOR * slow.waited_s
                 continue
             summary = summarise(run.samples, run.start, run.end, run.health)
             if summary.ttft is not None and not summary.fault:

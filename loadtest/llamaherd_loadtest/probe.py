@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct, field
 
 from llamaherd_loadtest.client import ChatClient, Target, clock
-from llamaherd_loadtest.dice import seeded
+from llamaherd_loadtest.rng import seeded
 from llamaherd_loadtest.samples import OK, Sample
 from llamaherd_loadtest.workload import Calibration, streaming_body, text
 

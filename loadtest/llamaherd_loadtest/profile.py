@@ -6,15 +6,15 @@ from itertools import takewhile
 
 from llamaherd_loadtest.capacity import Profile
 from llamaherd_loadtest.client import Target
-from llamaherd_loadtest.dice import fresh_seed
-from llamaherd_loadtest.measure import measure, options, target, tell
+from llamaherd_loadtest.measure import measure, options, print_result, target
+from llamaherd_loadtest.rng import fresh_seed
 
 
 def main() -> None:
     """Print a Profile; if none can be measured, exit with one line on stderr."""
     parser = options("llamaherd_loadtest.profile", __doc__)
     parser.add_argument("--parallel", type=int, required=True, help="the host's slots")
-    tell(parser, lambda args: measured(target(args), args.workload, args.parallel, args.window, args.seed))
+    print_result(parser, lambda args: measured(target(args), args.workload, args.parallel, args.window, args.seed))
 
 
 def measured(server: Target, workload: str, parallel: int, window_s: float, seed: int | None = None) -> Profile:

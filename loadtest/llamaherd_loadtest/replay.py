@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from llamaherd_loadtest.dice import seeded
+from llamaherd_loadtest.rng import seeded
 from llamaherd_loadtest.workload import Calibration, Conversation, streaming_body
 
 _CONVERSATIONS = 1000  # of a ShareGPT file, which has some 90,000
@@ -97,13 +97,13 @@ def _bodies(path: Path, max_tokens: int) -> Iterator[list[Turn]]:
         yield [Turn(messages, fields)]
 
 
-class _Said(Struct):
+class _Message(Struct):
     speaker: str = msgspec.field(name="from")
     value: str
 
 
 class _Recorded(Struct):
-    conversations: list[_Said]
+    conversations: list[_Message]
 
 
 def _sharegpt(path: Path, rng: random.Random, max_tokens: int, count: CountTokens) -> Iterator[list[Turn]]:
@@ -114,15 +114,15 @@ def _sharegpt(path: Path, rng: random.Random, max_tokens: int, count: CountToken
     recorded = rng.sample(recorded, min(len(recorded), _CONVERSATIONS))
     for one in recorded:
         turns = [
-            Turn([{"role": "user", "content": asked.value}], {"max_tokens": length, "ignore_eos": True})
-            for asked, answered in _exchanges(one.conversations)
-            if (length := max_tokens or count(answered.value) or 0) > 0
+            Turn([{"role": "user", "content": question.value}], {"max_tokens": length, "ignore_eos": True})
+            for question, answer in _exchanges(one.conversations)
+            if (length := max_tokens or count(answer.value) or 0) > 0
         ]
         if turns:
             yield turns
 
 
-def _exchanges(said: Sequence[_Said]) -> Generator[tuple[_Said, _Said]]:
-    for asked, answered in pairwise(said):
-        if _ROLES.get(asked.speaker) == "user" and _ROLES.get(answered.speaker) == "assistant":
-            yield asked, answered
+def _exchanges(messages: Sequence[_Message]) -> Generator[tuple[_Message, _Message]]:
+    for question, answer in pairwise(messages):
+        if _ROLES.get(question.speaker) == "user" and _ROLES.get(answer.speaker) == "assistant":
+            yield question, answer

@@ -16,7 +16,7 @@ from llamaherd_loadtest.samples import CUT_OFF, OK, Sample
 from llamaherd_loadtest.workload import Conversation
 
 _RETRY_PAUSE_S = 0.25
-_HOPELESS = 8
+_MAX_FAILURES_IN_A_ROW = 8
 
 
 class Source(Protocol):
@@ -71,7 +71,7 @@ class LoadSession:
         self.warmed_at = 0.0  # when the last user had warmed up, on the client's clock
         self.drain_s = 0.0
         self.completed = 0  # successful requests, without warm-ups
-        self.hopeless = gevent.event.Event()  # set when requests only fail and measuring is pointless
+        self.only_failures = gevent.event.Event()  # set when requests only fail and measuring is pointless
         self.done = gevent.event.Event()  # set when the whole share is sent and answered
         self.on_figure: Callable[[str, float], None] = lambda *_: None
         self._client, self._source, self._on_request, self._share = client, source, on_request, share
@@ -97,7 +97,7 @@ class LoadSession:
             gevent.sleep(1.0)
         else:
             conversation = self._source.conversation(index)
-            self._talk(index, conversation, next(conversation))
+            self._run(index, conversation, next(conversation))
 
     def dispatch(self, start: float, offsets: Iterator[float], warm_up_s: float = 0.0) -> None:
         """Send this process's share of conversations, each at `start` + its offset on the client's clock.
@@ -112,14 +112,14 @@ class LoadSession:
                 conversation, scheduled = self._source.conversation(index), start + offset
                 body = next(conversation)  # built before it is due
                 gevent.sleep(max(0.0, scheduled - clock()))
-                in_flight.start(gevent.Greenlet(self._talk, index, conversation, body, scheduled, offset < warm_up_s))
+                in_flight.start(gevent.Greenlet(self._run, index, conversation, body, scheduled, offset < warm_up_s))
             in_flight.join()
             self.done.set()
         finally:
             in_flight.join(self.drain_s)
             in_flight.kill()
 
-    def _talk(
+    def _run(
         self,
         index: int,
         conversation: Conversation,
@@ -162,8 +162,8 @@ class LoadSession:
 
     def _count_failure(self) -> None:
         self._failures += 1
-        if self._failures >= _HOPELESS:
-            self.hopeless.set()
+        if self._failures >= _MAX_FAILURES_IN_A_ROW:
+            self.only_failures.set()
         gevent.sleep(_RETRY_PAUSE_S)  # a closed loop that fails at once must not flood the server
 
     def _report(self, sample: Sample) -> None:

@@ -20,8 +20,8 @@ from llamaherd_loadtest.quantiles import Judgement, Quantile, Share, estimate, s
 from llamaherd_loadtest.samples import CLIENT, CUT_OFF, OK, Sample
 
 SCHEMA = "llamaherd.summary/2"
-_GROWTH = 2.0  # growth of a queue, in standard deviations, that chance does not explain
-_WEDGED, _SILENCE_S = 3, 2.0  # stuck: silent for over 3 times its longest silence before, and over 2 s
+_QUEUE_GROWTH = 2.0  # growth of a queue, in standard deviations, that chance does not explain
+_STUCK_FACTOR, _STUCK_S = 3, 2.0  # stuck: silent for over 3 times its longest silence before, and over 2 s
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
 
@@ -129,8 +129,8 @@ def summarise(
     window = end - start
     delay = distribution(s.schedule_delay for s in ok)
     ttft, itl = distribution(s.ttft for s in ok), distribution(gap for s in ok for gap in s.gaps)
-    told = [(s.queue, s.prefill) for s in ok if s.queue is not None and s.prefill is not None]
-    queued, waited = sum(queue for queue, _ in told), sum(queue + prefill for queue, prefill in told)
+    timed = [(s.queue, s.prefill) for s in ok if s.queue is not None and s.prefill is not None]
+    queued, waited = sum(queue for queue, _ in timed), sum(queue + prefill for queue, prefill in timed)
     waiting = [s for s in samples if not s.warmup and s.sent < end and (s.outcome == CUT_OFF or s.end > end)]
     failed = Counter(s.outcome for s in inside if s.outcome != OK)
     return Summary(
@@ -194,7 +194,7 @@ def _over_saturated(samples: Sequence[Sample], start: float, end: float, at_once
         for at in (middle, last)
     )
     lately = sum(at > middle for at in arrivals)
-    if after - before <= _GROWTH * math.sqrt(lately * (1 + at_once)):
+    if after - before <= _QUEUE_GROWTH * math.sqrt(lately * (1 + at_once)):
         return ""
     return (
         f"over-saturated: {after} requests waited for their first token when the last one arrived, {before} at "
@@ -232,7 +232,7 @@ def _unanswered(samples: Sequence[Sample], inside: Sequence[Sample], start: floa
         )
     heard = max((at for s in samples for at in (s.first, s.last, _ended(s)) if at is not None and at <= end), default=0)
     silences = (max([(s.end if s.first is None else s.first) - s.sent, *s.gaps]) for s in inside)
-    if waiting and end - heard > max(_WEDGED * max(silences), _SILENCE_S):
+    if waiting and end - heard > max(_STUCK_FACTOR * max(silences), _STUCK_S):
         return f"the server stopped answering: nothing arrived in the last {end - heard:.1f} s, {waiting} in flight"
     return ""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from llamaherd_loadtest.dice import seeded
+from llamaherd_loadtest.rng import seeded
 from llamaherd_loadtest.workload import Calibration, Lengths, Prompts, Workload, text
 
 

@@ -24,7 +24,7 @@ from msgspec import Struct
 from llamaherd_loadtest.files import write_whole
 
 BLOCK_CHARS = 256  # per prefix hash in the server's log
-_LEAST_REQUESTS = 20  # fewer do not show how lengths are distributed
+_MIN_REQUESTS = 20  # fewer do not show how lengths are distributed
 _TURNS_SHARE = 0.2  # a workload gets turns if at least this share of requests continues an earlier one
 
 
@@ -56,8 +56,8 @@ def read_requests(path: Path) -> list[Request]:
             continue
         if one.event == "request" and one.status == 200 and one.prompt_tokens and one.completion_tokens:
             found.append(one)
-    if len(found) < _LEAST_REQUESTS:
-        raise ValueError(f"{path} has {len(found)} answered requests, {_LEAST_REQUESTS} are needed: give a longer log")
+    if len(found) < _MIN_REQUESTS:
+        raise ValueError(f"{path} has {len(found)} answered requests, {_MIN_REQUESTS} are needed: give a longer log")
     return sorted(found, key=lambda one: one.arrived)
 
 
@@ -81,8 +81,8 @@ def workload(requests: Sequence[Request], name: str) -> dict[str, Any]:
     first_blocks = Counter(block for one in firsts for block in one.prefixes)
     shared = sum(count > len(firsts) / 2 for count in first_blocks.values()) * size
     pairs = [pair for chat in chats for pair in itertools.pairwise(chat)]
-    goes_on = len(pairs) >= _TURNS_SHARE * len(requests)
-    prompts = [one.prompt_tokens for one in (firsts if goes_on else requests)]
+    has_turns = len(pairs) >= _TURNS_SHARE * len(requests)
+    prompts = [one.prompt_tokens for one in (firsts if has_turns else requests)]
     first, last = (f"{one.timestamp:%Y-%m-%d %H:%M}" for one in (requests[0], requests[-1]))
     fields: dict[str, Any] = {
         "name": name,
@@ -91,7 +91,7 @@ def workload(requests: Sequence[Request], name: str) -> dict[str, Any]:
         "output": _lengths([one.completion_tokens for one in requests]),
         "shared_prefix": min(shared, min(prompts) - 1) if shared else 0,
     }
-    if goes_on:
+    if has_turns:
         added = [max(1, b.prompt_tokens - a.prompt_tokens - a.completion_tokens) for a, b in pairs]
         fields["turns"] = {"count": _lengths([len(chat) for chat in chats]), "added": _lengths(added)}
     return fields
@@ -100,11 +100,11 @@ def workload(requests: Sequence[Request], name: str) -> dict[str, Any]:
 def conversations(requests: Sequence[Request]) -> list[list[Request]]:
     """Group requests by conversation. A conversation has a block that no other requests have, and each of its requests
     continues the one before; requests that share a system prompt's blocks do not continue each other."""
-    having: dict[int, list[Request]] = {}
+    by_block: dict[int, list[Request]] = {}
     for request in requests:
         for block in request.prefixes:
-            having.setdefault(block, []).append(request)
-    own = {block for block, some in having.items() if all(_goes_on(*pair) for pair in itertools.pairwise(some))}
+            by_block.setdefault(block, []).append(request)
+    own = {block for block, some in by_block.items() if all(_continues(*pair) for pair in itertools.pairwise(some))}
     found: dict[int, list[Request]] = {}
     for number, request in enumerate(requests):
         key = next((block for block in request.prefixes if block in own), -1 - number)
@@ -112,7 +112,7 @@ def conversations(requests: Sequence[Request]) -> list[list[Request]]:
     return [*found.values()]
 
 
-def _goes_on(one: Request, other: Request) -> bool:
+def _continues(one: Request, other: Request) -> bool:
     """Return whether the prompt of `other` repeats all whole blocks of `one` and has more."""
     length = len(one.prefixes)
     return len(other.prefixes) > length and other.prefixes[length - 1] == one.prefixes[-1]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from llamaherd_loadtest.dice import seeded
+from llamaherd_loadtest.rng import seeded
 
 _FILES = resources.files("llamaherd_loadtest") / "workloads"
 _SHORTEST, _LONGEST = 0.001, 0.999  # lengths are drawn between these quantiles
@@ -179,7 +179,7 @@ class Prompts:
         rng = seeded(self._seed, index, "turns")
         for turn in range(1, self._draw(rng, self._workload.turns.count)):
             words = max(1, round(self._draw(rng, self._workload.turns.added) / self._calibration.per_word))
-            messages += _go_on(turn, answer, text(rng, words), tools=self._workload.turns.tools)
+            messages += _next_messages(turn, answer, text(rng, words), tools=self._workload.turns.tools)
             answer = yield self._body(messages, self._draw(rng, self._workload.output))
 
     def _first(self, index: int) -> tuple[str, int]:
@@ -197,7 +197,7 @@ class Prompts:
         return streaming_body({"messages": messages, "max_tokens": max_tokens} | extra, self._model)
 
 
-def _go_on(turn: int, answer: str, added: str, *, tools: bool) -> list[dict[str, Any]]:
+def _next_messages(turn: int, answer: str, added: str, *, tools: bool) -> list[dict[str, Any]]:
     """Return the messages that follow an answer. The tool call is ours, because small models make none."""
     if not tools:
         return [{"role": "assistant", "content": answer}, {"role": "user", "content": added}]

@@ -7,7 +7,7 @@ import pytest
 from llamaherd_loadtest.tune.decide import Choice
 from llamaherd_loadtest.tune.evidence import SLOTS, Load
 from llamaherd_loadtest.tune.pace import Calibrated, Pace, Plan, needed_s
-from llamaherd_loadtest.tune.search import Search, least_rounds, pair
+from llamaherd_loadtest.tune.search import Search, min_rounds, pair
 
 from .simulated import CURRENT, GRID, BusyServer, search
 
@@ -60,7 +60,7 @@ def test_windows_last_as_long_as_requests_do() -> None:
     assert Plan(360.0, pace, (4, 4)).window_s(4) == 40.0
     pace.observe(16, 100.0)
     assert [pace.request_s(10, 1.0), pace.request_s(64, 1.0)] == [70.0, pytest.approx(250.0, rel=0.01)]
-    assert least_rounds(Load(rate=2.0)) == 2
+    assert min_rounds(Load(rate=2.0)) == 2
 
 
 def test_settings_that_the_budget_cannot_compare_are_not_begun() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from llamaherd_loadtest.limits import QualityLimit, divide_limits
-from llamaherd_loadtest.quality.divergence import Difference, Incomparable, Row, difference, divergence, summed_up
+from llamaherd_loadtest.quality.divergence import Difference, Incomparable, Row, difference, divergence, summarise
 from llamaherd_loadtest.quality.suite import DEFAULT, Chat, load_checks, load_suite
 from llamaherd_loadtest.quality.validity import is_valid
 from llamaherd_loadtest.quantiles import Judgement
@@ -71,7 +71,7 @@ def test_other_tokens_of_the_same_answer_cannot_be_compared() -> None:
 
 
 def judged(differences: Sequence[Difference], limits: Sequence[QualityLimit] = LIMITS) -> tuple[Judgement, str]:
-    return judge_quality(summed_up(differences), limits)
+    return judge_quality(summarise(differences), limits)
 
 
 def test_a_limit_is_kept_missed_or_unresolved() -> None:
@@ -100,7 +100,7 @@ def test_kv_types_are_searched_with_a_limit_alone_and_only_those_that_keep_it() 
     assert "kv_type_k" not in default_space(current)
     space = candidates(current, default_space(current, quality=True), mixed=False)
     assert {kv_types(one) for one in space} == {("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0")}
-    quality = summed_up([Difference(32, 0.01, 32)] * 24)
+    quality = summarise([Difference(32, 0.01, 32)] * 24)
     answers = Answers(
         [
             KvAnswers(("q8_0", "q8_0"), quality, Judgement.PASSES, ""),

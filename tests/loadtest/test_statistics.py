@@ -11,9 +11,9 @@ import gevent
 import pytest
 
 from llamaherd_loadtest.client import clock
-from llamaherd_loadtest.gathered import Part, gather
 from llamaherd_loadtest.health import Health, HealthMonitor
 from llamaherd_loadtest.limits import judge_errors, observe, parse_limit, parse_limits
+from llamaherd_loadtest.merged_run import Part, merge
 from llamaherd_loadtest.quantiles import Judgement, estimate, judge_share, quantile, share, unbiased_quantile
 from llamaherd_loadtest.samples import Sample
 from llamaherd_loadtest.summary import in_words, summarise
@@ -234,7 +234,7 @@ def test_a_server_that_stops_answering_is_a_fault_and_a_slow_one_is_not() -> Non
     slow = [stream(0.0, 7.0, [0.1]), Sample(index=9, scheduled=7.1, sent=7.1, end=20.0, outcome="cut_off")]
     assert summarise(slow, 0.0, 20.0, WELL).fault == ""
     assert summarise([hanging], 0.0, 20.0, WELL).fault.startswith("no request ended within the window of 20.0 s")
-    assert gather([part([], start=0.0, end=20.0, users=0, warmed=0)], 0, []).summary.fault == "no request was sent"
+    assert merge([part([], start=0.0, end=20.0, users=0, warmed=0)], 0, []).summary.fault == "no request was sent"
 
 
 def test_requests_that_fail_are_not_blamed_on_the_client() -> None:
@@ -295,15 +295,15 @@ def test_parts_are_brought_onto_one_clock_and_one_window() -> None:
     """The second process's clock is 100 s behind; both ran from 1 to 9 on the first one's, the second from 2 on."""
     one = part([stream(1.0, 2.0, [1.0]), stream(3.0, 9.0, [])], start=1.0, end=9.0)
     two = part([stream(-98.0, -97.0, [1.0])], start=-98.0, end=-92.0, epoch=100.0, cpu=0.5)
-    gathered = gather([one, two], 0, [])
-    assert [(s.scheduled, s.first, s.end) for s in gathered.samples] == [(1, 2, 3), (3, 9, 9), (2, 3, 4)]
-    assert (gathered.summary.window_s, gathered.summary.requests, gathered.summary.cut_off) == (6.0, 2, 1)
-    assert gathered.summary.health.cpu == 0.5
-    assert gathered.summary.health.concurrency == pytest.approx((1 + 5 + 2) / 6 / 2)
+    merged = merge([one, two], 0, [])
+    assert [(s.scheduled, s.first, s.end) for s in merged.samples] == [(1, 2, 3), (3, 9, 9), (2, 3, 4)]
+    assert (merged.summary.window_s, merged.summary.requests, merged.summary.cut_off) == (6.0, 2, 1)
+    assert merged.summary.health.cpu == 0.5
+    assert merged.summary.health.concurrency == pytest.approx((1 + 5 + 2) / 6 / 2)
 
 
 def test_a_lost_process_and_a_load_never_full_invalidate_the_run() -> None:
     whole = part([stream(1.0, 2.0, [1.0])], start=1.0, end=9.0)
-    assert gather([whole], 1, []).summary.fault.startswith("1 load generators did not report")
+    assert merge([whole], 1, []).summary.fault.startswith("1 load generators did not report")
     never = part([], start=1.0, end=9.0, users=4, warmed=3)
-    assert gather([never], 0, []).summary.fault.startswith("the load was never full: 3 of 4 users")
+    assert merge([never], 0, []).summary.fault.startswith("the load was never full: 3 of 4 users")

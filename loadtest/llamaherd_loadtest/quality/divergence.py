@@ -17,8 +17,8 @@ from msgspec import Struct
 from llamaherd_loadtest.quantiles import ERROR, Share, share
 from llamaherd_loadtest.tune.evidence import student_t
 
-_LEAST_FREEDOM = 4  # student_t is accurate from here on
-_LEAST_MASS = 1e-5  # log probabilities have five decimals
+_MIN_FREEDOM = 4  # student_t is accurate from here on
+_MIN_MASS = 1e-5  # log probabilities have five decimals
 
 
 class Incomparable(Exception):
@@ -84,23 +84,23 @@ def divergence(p: Row, q: Row) -> float:
     exact = sum(math.exp(p.logprobs[token]) * (p.logprobs[token] - q.logprobs[token]) for token in both)
     only = p.logprobs.keys() - both
     p_only = sum(math.exp(p.logprobs[token]) for token in only)
-    p_rest = max(1 - sum(map(math.exp, p.logprobs.values())), _LEAST_MASS)
-    q_left = max(1 - sum(math.exp(q.logprobs[token]) for token in both), 2 * _LEAST_MASS)
+    p_rest = max(1 - sum(map(math.exp, p.logprobs.values())), _MIN_MASS)
+    q_left = max(1 - sum(math.exp(q.logprobs[token]) for token in both), 2 * _MIN_MASS)
     # The most that Q may assign to the tokens it does not list; of that, the amount that minimises the divergence.
-    q_unlisted = max(1 - sum(map(math.exp, q.logprobs.values())), _LEAST_MASS)
+    q_unlisted = max(1 - sum(map(math.exp, q.logprobs.values())), _MIN_MASS)
     most = min(len(only) * math.exp(q.floor), q_unlisted)
     q_only = min(q_left * p_only / (p_only + p_rest), most)
     classes = [(p_only, q_only), (p_rest, q_left - q_only)] if only else [(p_rest, q_left)]
-    merged = sum(a * math.log(a / max(b, _LEAST_MASS / 10)) for a, b in classes if a > 0)
+    merged = sum(a * math.log(a / max(b, _MIN_MASS / 10)) for a, b in classes if a > 0)
     return max(0.0, exact + merged)
 
 
 def compared(before: Sequence[Sequence[Row]], after: Sequence[Sequence[Row]]) -> Quality:
     """Compare the same answers under two models. Raises Incomparable, and ValueError without answers."""
-    return summed_up([difference(*pair) for pair in zip(before, after, strict=True)])
+    return summarise([difference(*pair) for pair in zip(before, after, strict=True)])
 
 
-def summed_up(differences: Sequence[Difference]) -> Quality:
+def summarise(differences: Sequence[Difference]) -> Quality:
     """Raises ValueError if `differences` is empty."""
     if not differences:
         raise ValueError("there are no answers to compare")
@@ -122,5 +122,5 @@ def _mean(sums: Sequence[float], positions: Sequence[int]) -> Share:
         return Share(mean, 0.0, math.inf if mean > 0 else 0.0)
     squares = sum((value - mean * n) ** 2 for value, n in zip(sums, positions, strict=True))
     error = math.sqrt(squares * count / (count - 1)) / of
-    reach = math.exp(student_t(1 - ERROR, max(count - 1, _LEAST_FREEDOM)) * error / mean)
+    reach = math.exp(student_t(1 - ERROR, max(count - 1, _MIN_FREEDOM)) * error / mean)
     return Share(mean, mean / reach, mean * reach)

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from llamaherd_loadtest.dice import fresh_seed
+from llamaherd_loadtest.rng import fresh_seed
 from llamaherd_loadtest.workload import Calibration, Prompts, Workload, load_workload, workload_names
 
 DEFAULT = "default"
-_MOST_PROMPTS = 24  # of a workload
+_MAX_PROMPTS = 24  # of a workload
 
 
 class Chat(Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,6 +80,6 @@ def _chat(one: str | Chat) -> Chat:
 def of_workload(workload: Workload, calibration: Calibration) -> Iterator[Chat]:
     """Yield the first requests of the workload, with fresh prompts."""
     prompts = Prompts(workload, model="", seed=fresh_seed(), calibration=calibration)
-    for index in range(_MOST_PROMPTS):
+    for index in range(_MAX_PROMPTS):
         body = msgspec.json.decode(prompts.request(index))
         yield Chat(body["messages"], body.get("tools", []))

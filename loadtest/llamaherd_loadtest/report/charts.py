@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from llamaherd_loadtest.quantiles import quantile
 from llamaherd_loadtest.report import under_load
-from llamaherd_loadtest.report.ink import INK, STYLE, figure, in_ms, key_above, to_svg
+from llamaherd_loadtest.report.palette import PALETTE, STYLE, figure, in_ms, legend_above, to_svg
 from llamaherd_loadtest.tune.search import Step
 from llamaherd_loadtest.tune.settings import key
 from llamaherd_loadtest.tune.verdict import Row, Verdict
@@ -45,10 +45,10 @@ def _trade_off(verdict: Verdict) -> str:
         seen.add(role)
     limit = verdict.limits.get("ttft_p95")
     if limit is not None:
-        axes.axvline(limit, color=INK["miss"], linestyle="--", label=f"limit {limit:.0f} ms")
+        axes.axvline(limit, color=PALETTE["miss"], linestyle="--", label=f"limit {limit:.0f} ms")
     in_ms(axes, "x", "TTFT p95", [*(row.ttft_p95_ms for row in rows if row.ttft_p95_ms), *([limit] if limit else [])])
     axes.set(ylabel="output tokens/s", ylim=(0, None))
-    key_above(axes, 3)
+    legend_above(axes, 3)
     return to_svg(drawn, "Output tokens per second against time to first token, a point for each setting")
 
 
@@ -71,11 +71,11 @@ def _latencies(verdict: Verdict, steps: Sequence[Step]) -> str:
             shown += values
         limit = verdict.limits.get(f"{metric}_p95")
         if limit is not None:
-            axes.plot([limit], [0.95], marker="v", color=INK["miss"], linestyle="none", label="p95 limit")
+            axes.plot([limit], [0.95], marker="v", color=PALETTE["miss"], linestyle="none", label="p95 limit")
             shown.append(limit)
         in_ms(axes, "x", metric.upper(), shown or [1.0])
         axes.set(ylabel="share of requests", ylim=(0, 1.02))
-    key_above(panels[0], 3)
+    legend_above(panels[0], 3)
     return to_svg(drawn, "Cumulative distributions of time to first token and time per output token")
 
 
@@ -101,7 +101,7 @@ def _course(verdict: Verdict, steps: Sequence[Step]) -> str:
         axes.scatter(faults, [0] * len(faults), label="fault", **_MARKS["fault"])
     axes.set(xlabel="window", ylabel="output tokens/s", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    key_above(axes, 4)
+    legend_above(axes, 4)
     return to_svg(drawn, "Throughput of each measured window in the order of the search")
 
 
@@ -112,9 +112,9 @@ def _client_health(steps: Sequence[Step]) -> str:
         return ""
     drawn, (cpu, lag) = figure(panels=2, height=1.6)
     numbers = [s.number for s in good]
-    cpu.plot(numbers, [100 * s.measurement.client_cpu for s in good], color=INK["chosen"], marker=".")
+    cpu.plot(numbers, [100 * s.measurement.client_cpu for s in good], color=PALETTE["chosen"], marker=".")
     cpu.set(ylabel="CPU, % of a core", ylim=(0, 100))
-    lag.plot(numbers, [s.measurement.client_lag_ms for s in good], color=INK["chosen"], marker=".")
+    lag.plot(numbers, [s.measurement.client_lag_ms for s in good], color=PALETTE["chosen"], marker=".")
     for axes in (cpu, lag):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     lag.set(xlabel="window", ylabel="timer lag p95, ms", ylim=(0, None))
@@ -122,14 +122,14 @@ def _client_health(steps: Sequence[Step]) -> str:
 
 
 _MARKS: dict[str, dict[str, Any]] = {
-    "chosen": {"marker": "*", "s": 160, "color": INK["chosen"], "zorder": 3, "clip_on": False},
-    "confirmed": {"marker": "*", "s": 90, "color": INK["chosen"], "zorder": 3, "clip_on": False},
-    "current": {"marker": "s", "s": 50, "color": INK["current"], "zorder": 3, "clip_on": False},
-    "passes": {"marker": "o", "s": 36, "color": INK["muted"], "clip_on": False},
-    "unresolved": {"marker": "o", "s": 36, "facecolor": "none", "edgecolor": INK["muted"], "clip_on": False},
-    "misses a limit": {"marker": "x", "s": 36, "color": INK["miss"], "clip_on": False},
-    "screened": {"marker": "o", "s": 30, "color": INK["muted"], "clip_on": False},
-    "fault": {"marker": "x", "s": 36, "color": INK["miss"], "clip_on": False},
+    "chosen": {"marker": "*", "s": 160, "color": PALETTE["chosen"], "zorder": 3, "clip_on": False},
+    "confirmed": {"marker": "*", "s": 90, "color": PALETTE["chosen"], "zorder": 3, "clip_on": False},
+    "current": {"marker": "s", "s": 50, "color": PALETTE["current"], "zorder": 3, "clip_on": False},
+    "passes": {"marker": "o", "s": 36, "color": PALETTE["muted"], "clip_on": False},
+    "unresolved": {"marker": "o", "s": 36, "facecolor": "none", "edgecolor": PALETTE["muted"], "clip_on": False},
+    "misses a limit": {"marker": "x", "s": 36, "color": PALETTE["miss"], "clip_on": False},
+    "screened": {"marker": "o", "s": 30, "color": PALETTE["muted"], "clip_on": False},
+    "fault": {"marker": "x", "s": 36, "color": PALETTE["miss"], "clip_on": False},
 }
 
 
@@ -139,7 +139,7 @@ def _numbers(verdict: Verdict) -> dict[str, int]:
 
 
 def _name(axes: Any, x: float, y: float, number: int) -> None:
-    axes.annotate(str(number), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8, color=INK["muted"])
+    axes.annotate(str(number), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8, color=PALETTE["muted"])
 
 
 def _role(row: Row, verdict: Verdict) -> str:
@@ -155,5 +155,5 @@ def cumulative(axes: Any, values: Sequence[float], role: str, label: str) -> Non
     ordered = sorted(values)
     if ordered:
         shares = [i / 100 for i in range(101)]
-        colour = INK["current"] if role == "current" else INK["chosen"]
+        colour = PALETTE["current"] if role == "current" else PALETTE["chosen"]
         axes.plot([quantile(ordered, p) for p in shares], shares, color=colour, label=label)

@@ -11,7 +11,7 @@ import msgspec
 from llamaherd_loadtest.limits import METRICS, Limit
 from llamaherd_loadtest.quantiles import Judgement, Quantile
 from llamaherd_loadtest.report.charts import cumulative
-from llamaherd_loadtest.report.ink import INK, STYLE, figure, in_ms, key_above, to_svg
+from llamaherd_loadtest.report.palette import PALETTE, STYLE, figure, in_ms, legend_above, to_svg
 from llamaherd_loadtest.samples import CUT_OFF, OK, Sample, read_samples
 from llamaherd_loadtest.summary import QUANTILES, Distribution, Summary, in_words
 
@@ -71,10 +71,10 @@ def _latencies(summary: Summary, samples: Sequence[Sample]) -> str:
         values = [1000 * v for s in samples if s.outcome == OK and (v := getattr(s, metric)) is not None]
         cumulative(axes, values, "chosen", f"{len(values)} requests")
         if (limit := limits.get(metric)) is not None:
-            axes.plot([limit.ms], [limit.p], marker="v", color=INK["miss"], linestyle="none", label="limit")
+            axes.plot([limit.ms], [limit.p], marker="v", color=PALETTE["miss"], linestyle="none", label="limit")
         in_ms(axes, "x", metric.upper(), [*(v for v in values if v > 0), *([limit.ms] if limit else [])] or [1.0])
         axes.set(ylabel="share of requests", ylim=(0, 1.02))
-        key_above(axes, 2)
+        legend_above(axes, 2)
     return to_svg(drawn, "Cumulative distributions of time to first token and time per output token")
 
 
@@ -92,10 +92,10 @@ def _course(samples: Sequence[Sample]) -> str:
         for at, change in steps:
             times.append(at)
             counts.append(counts[-1] + change)
-        axes.plot(times, counts, drawstyle="steps-post", color=INK[role], label=label)
-    failed = [s.end - start for s in samples if s.outcome not in (OK, CUT_OFF)]
-    if failed:
-        axes.scatter(failed, [0] * len(failed), marker="x", color=INK["miss"], label="error", clip_on=False, zorder=3)
+        axes.plot(times, counts, drawstyle="steps-post", color=PALETTE[role], label=label)
+    ends = [s.end - start for s in samples if s.outcome not in (OK, CUT_OFF)]
+    if ends:
+        axes.scatter(ends, [0] * len(ends), marker="x", color=PALETTE["miss"], label="error", clip_on=False, zorder=3)
     axes.set(xlabel="seconds", ylabel="requests", ylim=(0, None), xlim=(0, None))
-    key_above(axes, 3)
+    legend_above(axes, 3)
     return to_svg(drawn, "Requests in flight and requests that wait for a first token over time")

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator
 
 from llamaherd_loadtest.quantiles import estimate
-from llamaherd_loadtest.report.ink import INK, figure, in_ms, key_above, to_svg
+from llamaherd_loadtest.report.palette import PALETTE, figure, in_ms, legend_above, to_svg
 from llamaherd_loadtest.tune.evidence import Measurement
 from llamaherd_loadtest.tune.search import Step
 from llamaherd_loadtest.tune.settings import Settings, key, label
@@ -32,14 +32,14 @@ def latencies_by_load(verdict: Verdict, steps: Sequence[Step]) -> str:
     for axes, metric in zip(panels, ("ttft", "tpot"), strict=True):
         shown = [value for name, role, loads in lines for value in _line(axes, metric, name, role, loads)]
         if (limit := verdict.limits.get(f"{metric}_p95")) is not None:
-            axes.axhline(limit, color=INK["miss"], linestyle="--", label=f"limit {limit:.0f} ms")
+            axes.axhline(limit, color=PALETTE["miss"], linestyle="--", label=f"limit {limit:.0f} ms")
             shown.append(limit)
         in_ms(axes, "y", f"{metric.upper()} p95", shown or [1.0])
         axes.set_xscale("log", base=2)
         ticks = [2**i for i in range(max(load for *_, loads in lines for load in loads).bit_length())]
         axes.set_xticks(ticks, [str(load) for load in ticks])
         axes.minorticks_off()
-    key_above(panels[0], 1)
+    legend_above(panels[0], 1)
     panels[-1].set_xlabel("requests in flight; hollow: unresolved")
     return to_svg(drawn, "Time to first token and time per output token at p95 by requests in flight, a line a setting")
 
@@ -68,7 +68,7 @@ def _lines(verdict: Verdict, steps: Sequence[Step]) -> list[tuple[str, str, Load
 def _line(axes: Any, metric: str, name: str, role: str, loads: Loads) -> list[float]:
     pooled = {load: sorted(v for m in loads[load] for v in getattr(m, f"{metric}_ms")) for load in sorted(loads)}
     points = [(load, estimate(values, 0.95)) for load, values in pooled.items() if values]
-    colour = INK[role]
+    colour = PALETTE[role]
     axes.plot([load for load, _ in points], [q.value for _, q in points], color=colour, zorder=2, label=name)
     sure = [(load, q.value, q.low, q.high) for load, q in points if q.low is not None and q.high is not None]
     unsure = [(load, q.value) for load, q in points if not q.resolved]
@@ -90,13 +90,13 @@ def stalls(verdict: Verdict, steps: Sequence[Step]) -> str:
     for settings, role in lines:
         points = _one_after_another(steps, settings)
         if points:
-            axes.scatter(*zip(*points, strict=True), s=14, color=INK[role], label=role, clip_on=False)
+            axes.scatter(*zip(*points, strict=True), s=14, color=PALETTE[role], label=role, clip_on=False)
     if not axes.collections:
         return ""
     if (limit := verdict.limits.get("gap_max")) is not None:
-        axes.axhline(limit, color=INK["miss"], linestyle="--", label=f"limit {limit:.0f} ms")
+        axes.axhline(limit, color=PALETTE["miss"], linestyle="--", label=f"limit {limit:.0f} ms")
     axes.set(xlabel="seconds under load", ylabel="largest gap of a request, ms", xlim=(0, None), ylim=(0, None))
-    key_above(axes, 3)
+    legend_above(axes, 3)
     return to_svg(drawn, "The largest gap between tokens of each request over time")
 
 
@@ -113,10 +113,10 @@ def engine(verdict: Verdict, steps: Sequence[Step]) -> str:
         return ""
     drawn, (slots, kv) = figure(panels=2, height=1.8)
     times, busy, used = zip(*seen, strict=True)
-    slots.plot(times, busy, color=INK["chosen"], drawstyle="steps-post")
+    slots.plot(times, busy, color=PALETTE["chosen"], drawstyle="steps-post")
     slots.set(ylabel="slots busy", ylim=(0, int(verdict.chosen["parallel"]) * 1.1))
     slots.yaxis.set_major_locator(MaxNLocator(integer=True))
-    kv.plot(times, used, color=INK["chosen"])
+    kv.plot(times, used, color=PALETTE["chosen"])
     kv.set(xlabel="seconds under load", ylabel="KV cache used, %", ylim=(0, None))
     return to_svg(drawn, "Slots with a request and KV cache in use over time")
 

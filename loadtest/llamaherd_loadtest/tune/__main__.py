@@ -18,7 +18,7 @@ from pathlib import Path
 from llamaherd_loadtest.probe import ServerUnusable
 from llamaherd_loadtest.report.write import write_report
 from llamaherd_loadtest.tune.in_service import measure_again
-from llamaherd_loadtest.tune.job import BudgetTooSmall, room, tune
+from llamaherd_loadtest.tune.job import BudgetTooSmall, tune, writable
 from llamaherd_loadtest.tune.options import parse
 from llamaherd_loadtest.tune.progress import say
 from llamaherd_loadtest.tune.signals import Interrupted
@@ -58,7 +58,7 @@ def _reported(out: Path) -> Iterator[None]:
         yield
     finally:
         if _written(out / "verdict.json") != before:
-            with room(out):
+            with writable(out):
                 write_report(out, out / "report.html")
 
 

@@ -10,7 +10,7 @@ from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.tune.evidence import Measurement
 
 _TRIES = 3  # windows for a load that one window leaves unresolved
-_FAR = 4  # times the slots: beyond it, requests only wait
+_MAX_LOAD_PER_SLOT = 4  # times the slots: beyond it, requests only wait
 
 
 class Capacity(Struct, frozen=True):
@@ -47,7 +47,7 @@ def find_capacity(measure: Callable[[int], Judgement | None], slots: int) -> Cap
             keeps = load
         else:
             misses = load
-        if misses is None and load >= _FAR * slots:
+        if misses is None and load >= _MAX_LOAD_PER_SLOT * slots:
             break
         load = 2 * load if misses is None else (keeps + misses) // 2
         if load in (keeps, 0):

@@ -20,7 +20,7 @@ _RISK_COST = 1.0  # log score that a risk of 1 of missing a limit costs: risky s
 _ERROR = 0.025  # probability of a change without a gain, shared by all finalists
 
 
-class Contender(Struct, frozen=True):
+class Candidate(Struct, frozen=True):
     """A confirmed setting: its record, whether it keeps the limits, the mean and standard deviation of its estimated
     gain over the current ones (a logarithm), and `risk`, the probability that it misses a limit."""
 
@@ -51,7 +51,7 @@ class Choice(Struct, frozen=True, kw_only=True):
 
 
 def choose(
-    current: Contender, finalists: Sequence[Contender], noise: Noise, objective: Objective = TOKENS, drift: float = 0.0
+    current: Candidate, finalists: Sequence[Candidate], noise: Noise, objective: Objective = TOKENS, drift: float = 0.0
 ) -> Choice:
     """Choose among the confirmed finalists and the current settings, for a host with this score `noise` and `drift`.
 
@@ -86,14 +86,14 @@ def _confirmed(record: Record, current: Record, noise: Noise, drift: float) -> b
     return gain - noise.margin(_CONFIDENCE, 1 / len(record.windows) + 1 / len(current.windows)) > MIN_GAIN
 
 
-def _preference(contender: Contender) -> tuple[float, int, str]:
-    settings = contender.record.settings
+def _preference(candidate: Candidate) -> tuple[float, int, str]:
+    settings = candidate.record.settings
     context = settings.get("ctx_per_slot", 0)
     changed = sum(settings[name] != value for name, value in LLAMA_CPP_DEFAULTS.items() if name in settings)
     return -float(context), changed, key(settings)
 
 
-def _why_keep(finalists: Sequence[Contender], passing: Sequence[Contender], objective: Objective, margin: float) -> str:
+def _why_keep(finalists: Sequence[Candidate], passing: Sequence[Candidate], objective: Objective, margin: float) -> str:
     if not finalists:
         return "no other settings could be measured"
     if not passing:

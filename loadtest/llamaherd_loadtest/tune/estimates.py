@@ -28,7 +28,7 @@ from llamaherd_loadtest.tune.settings import Settings, Value
 
 _KNOB_SD = {"parallel": 0.25}
 _OTHER_KNOB_SD = 0.12
-_OWN_SD = 0.03
+_SETTING_SD = 0.03
 _LEVEL_SD = 0.5
 _DRIFT_SD = 0.15  # over the budget
 _OCTAVES = 3.0  # length scale of numeric knobs
@@ -37,11 +37,11 @@ _NOISES = np.array([0.005, 0.01, 0.02, 0.03, 0.045, 0.065, 0.09, 0.13, 0.19, 0.2
 _USUAL_NOISE, _NOISE_SPREAD, _MISFIT_SPREAD = 0.06, 0.9, 1.5
 _CANDIDATES = 64
 _DRAWS = 64
-_MISS = 0.45  # cost of missing a limit, as a logarithm of the score
-_PENALTY = 4.0  # additional cost per unit of log excess, so that near misses rank above far ones
+_MISS_COST = 0.45  # cost of missing a limit, as a logarithm of the score
+_EXCESS_COST = 4.0  # additional cost per unit of log excess, so that near misses rank above far ones
 _NOTHING = np.empty(0)
 CLEAR = 1.2  # deviations below a limit at which a few more windows are likely to show that it is kept
-_NEAR = 0.04  # log distance from a limit at which a few windows cannot show that it is kept
+_NEAR_LIMIT = 0.04  # log distance from a limit at which a few windows cannot show that it is kept
 _METRICS = {"ttft": "ttft", "tpot": "tpot", "itl": "tpot", "gap": "tpot", "e2e": "e2e"}
 
 
@@ -71,8 +71,8 @@ class Model:
         for knob in settings[0]:
             values = list(dict.fromkeys(s[knob] for s in settings))
             if len(values) > 1:
-                alike = np.array([[_alike(a, b) for b in values] for a in values])
-                root = np.linalg.cholesky(alike + 1e-9 * np.eye(len(values)))
+                correlation = np.array([[_correlation(a, b) for b in values] for a in values])
+                root = np.linalg.cholesky(correlation + 1e-9 * np.eye(len(values)))
                 place = {value: i for i, value in enumerate(values)}
                 columns.append(_KNOB_SD.get(knob, _OTHER_KNOB_SD) * root[[place[s[knob]] for s in settings]])
         self._features = np.hstack(columns)
@@ -88,18 +88,18 @@ class Model:
     def estimates(self, ruled_out: Iterable[int]) -> Estimates:
         """Estimate the measured settings and the most promising others from the windows so far."""
         at, logs, sampling, requests = (np.array(part) for part in zip(*self._windows, strict=True))
-        seen = _Seen(np.array(self._rows), at, logs.T, sampling.T)
+        seen = _Points(np.array(self._rows), at, logs.T, sampling.T)
         seen.share = 0.5 + 0.5 * np.median(requests) / requests  # of the noise, part of which is the requests' own
         jacobian = self._fit(seen)
         self._learn(seen, jacobian)
         inverse = self._inverse(seen, jacobian)
         alpha = inverse @ self._residual(seen, jacobian)
         rows = self._promising(seen, alpha, ruled_out)
-        there, jacobian_there = _Seen(rows, np.full(len(rows), at.mean())), self._jacobian(rows)
-        across = self._covariance(seen, jacobian, there, jacobian_there)[seen.known]
-        towards = jacobian_there @ ((MEAN - self._theta) / SD)
-        mean = (self._figures(rows)[:, 0] + towards).ravel() + across.T @ alpha
-        cov = self._covariance(there, jacobian_there, there, jacobian_there) - across.T @ inverse @ across
+        points, jacobian_points = _Points(rows, np.full(len(rows), at.mean())), self._jacobian(rows)
+        across = self._covariance(seen, jacobian, points, jacobian_points)[seen.known]
+        shift = jacobian_points @ ((MEAN - self._theta) / SD)
+        mean = (self._figures(rows)[:, 0] + shift).ravel() + across.T @ alpha
+        cov = self._covariance(points, jacobian_points, points, jacobian_points) - across.T @ inverse @ across
         drift = _DRIFT_SD**2 * float(np.outer(self._drifts, at).ravel()[seen.known] @ alpha)
         mean = np.where(seen.unseen, -math.inf, mean.reshape(len(self._signs), -1))
         return Estimates(rows, mean, cov, self._limits, drift=drift, noise=self.noise)
@@ -115,14 +115,14 @@ class Model:
         figures: Array = self._signs * self._physics.predict(thetas, self._metrics, rows) + self._offsets
         return figures
 
-    def _promising(self, seen: _Seen, alpha: Array, ruled_out: Iterable[int]) -> Array:
+    def _promising(self, seen: _Points, alpha: Array, ruled_out: Iterable[int]) -> Array:
         """Return the measured rows, and those with the highest means that are not ruled out."""
         flat = np.zeros(seen.known.shape)
         flat[seen.known] = alpha
         every = flat.reshape(seen.logs.shape)
         knobs = self._features @ (self._features[seen.rows].T @ every.T) * _MISFITS[self._misfit] ** 2
         score, *excess = np.where(seen.unseen, -math.inf, self._figures()[:, 0] + knobs.T)
-        worth = score - _PENALTY * sum((np.maximum(0.0, e) for e in excess), np.zeros_like(score))
+        worth = score - _EXCESS_COST * sum((np.maximum(0.0, e) for e in excess), np.zeros_like(score))
         worth[[*ruled_out]] = -np.inf
         measured = np.unique(seen.rows)
         worth[measured] = -np.inf
@@ -136,35 +136,35 @@ class Model:
         jacobian: Array = (found[:, 1:] - found[:, :1]).transpose(0, 2, 1) / 1e-4
         return jacobian
 
-    def _residual(self, seen: _Seen, jacobian: Array) -> Array:
-        towards = jacobian @ ((MEAN - self._theta) / SD)
-        residual: Array = (seen.logs - self._figures(seen.rows)[:, 0] - towards).ravel()[seen.known]
+    def _residual(self, seen: _Points, jacobian: Array) -> Array:
+        shift = jacobian @ ((MEAN - self._theta) / SD)
+        residual: Array = (seen.logs - self._figures(seen.rows)[:, 0] - shift).ravel()[seen.known]
         return residual
 
-    def _parts(self, one: _Seen, jacobian: Array, other: _Seen, jacobian_other: Array) -> tuple[Array, Array]:
+    def _parts(self, one: _Points, jacobian: Array, other: _Points, jacobian_other: Array) -> tuple[Array, Array]:
         """Return the covariance between two sets of figures from theta and drift, and from misfits of unit size."""
         flat, flat_other = (j.reshape(-1, len(SD)) for j in (jacobian, jacobian_other))
         drift, drift_other = (_DRIFT_SD * np.outer(self._drifts, s.at).ravel() for s in (one, other))
-        alike = self._features[one.rows] @ self._features[other.rows].T
-        alike = alike + _OWN_SD**2 * (one.rows[:, None] == other.rows)
-        return flat @ flat_other.T + np.outer(drift, drift_other), np.kron(np.eye(len(self._signs)), alike)
+        correlation = self._features[one.rows] @ self._features[other.rows].T
+        correlation = correlation + _SETTING_SD**2 * (one.rows[:, None] == other.rows)
+        return flat @ flat_other.T + np.outer(drift, drift_other), np.kron(np.eye(len(self._signs)), correlation)
 
-    def _covariance(self, one: _Seen, jacobian: Array, other: _Seen, jacobian_other: Array) -> Array:
+    def _covariance(self, one: _Points, jacobian: Array, other: _Points, jacobian_other: Array) -> Array:
         theta, misfit = self._parts(one, jacobian, other, jacobian_other)
         scale, scale_other = (np.repeat(_MISFITS[self._misfit], len(s.rows)) for s in (one, other))
         covariance: Array = theta + np.outer(scale, scale_other) * misfit
         return covariance
 
-    def _noise_variance(self, seen: _Seen, noise: Sequence[int]) -> Array:
+    def _noise_variance(self, seen: _Points, noise: Sequence[int]) -> Array:
         return (np.outer(_NOISES[[*noise]] ** 2, seen.share) + seen.sampling).ravel()[seen.known]
 
-    def _inverse(self, seen: _Seen, jacobian: Array) -> Array:
+    def _inverse(self, seen: _Points, jacobian: Array) -> Array:
         """Return the inverse covariance of all measured figures."""
         cov = self._covariance(seen, jacobian, seen, jacobian)[np.ix_(seen.known, seen.known)]
         inverse: Array = np.linalg.inv(cov + np.diag(self._noise_variance(seen, self._noise)))
         return inverse
 
-    def _fit(self, seen: _Seen) -> Array:
+    def _fit(self, seen: _Points) -> Array:
         """Move theta to its most probable value by Gauss-Newton iteration; return the jacobian there."""
         for _ in range(6):
             jacobian = self._jacobian(seen.rows)
@@ -176,7 +176,7 @@ class Model:
                 break
         return self._jacobian(seen.rows)
 
-    def _learn(self, seen: _Seen, jacobian: Array) -> None:
+    def _learn(self, seen: _Points, jacobian: Array) -> None:
         """Climb to the most probable sizes of misfits and noise, one grid step at a time."""
         known = seen.known
         theta, misfits = (part[np.ix_(known, known)] for part in self._parts(seen, jacobian, seen, jacobian))
@@ -204,7 +204,7 @@ class Model:
         self._misfit, self._noise = sizes[:many], sizes[many:]
 
 
-class _Seen:
+class _Points:
     """Rows of the space at times of the budget; for windows, also their figures (figure x window) and noise."""
 
     def __init__(self, rows: Array, at: Array, logs: Array = _NOTHING, sampling: Array = _NOTHING) -> None:
@@ -266,7 +266,7 @@ class Estimates:
 
     def best(self, count: int, ruled_out: Iterable[int], doubt: float = 0.5) -> list[int]:
         """Return the `count` best rows; those over a limit or within `doubt` deviations of it are penalised."""
-        score = self._mean[0] - _PENALTY * np.maximum(0.0, self._mean[1:] + doubt * self._sd[1:]).sum(axis=0)
+        score = self._mean[0] - _EXCESS_COST * np.maximum(0.0, self._mean[1:] + doubt * self._sd[1:]).sum(axis=0)
         out = {*ruled_out}
         rows = sorted((row for row in self._place if row not in out), key=lambda row: -score[self._place[row]])
         return rows[:count]
@@ -282,7 +282,7 @@ class Estimates:
         drawn = self._mean.ravel()[flat] + rng.standard_normal((_DRAWS, len(flat))) @ root.T
         score, *excess = np.split(drawn, len(self._mean), axis=1)
         return score - sum(
-            (np.where(e > -_NEAR, _MISS + _PENALTY * e, 0.0) for e in excess), np.zeros_like(score)
+            (np.where(e > -_NEAR_LIMIT, _MISS_COST + _EXCESS_COST * e, 0.0) for e in excess), np.zeros_like(score)
         ), rows
 
 
@@ -295,7 +295,7 @@ def _sampling(limit: Limit, window: Measurement) -> float:
     return spread * limit.p * (1 - limit.p) / NormalDist().pdf(z) ** 2 / len(values)
 
 
-def _alike(a: Value, b: Value) -> float:
+def _correlation(a: Value, b: Value) -> float:
     if isinstance(a, int | float) and isinstance(b, int | float) and a > 0 and b > 0:
         return math.exp(-abs(math.log2(a / b)) / _OCTAVES)
     return float(a == b)

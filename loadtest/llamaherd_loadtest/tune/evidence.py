@@ -21,8 +21,8 @@ from llamaherd_loadtest.tune.settings import Settings
 _PRIOR_WINDOWS = 4
 _PRIOR_SCORE_NOISE = 0.10
 _PRIOR_LATENCY_NOISE = 0.15
-_MAX_SPOILED = 3
-_WELL_SINCE = 2  # valid windows after which a single failure is disregarded
+_MAX_INVALID = 3
+_VALID_SINCE_FAILURE = 2  # valid windows after which a single failure is disregarded
 _MAX_FAILED = 3  # failures without a valid window in between, as they may have one cause
 
 
@@ -126,7 +126,7 @@ class Record(Struct):
         """Whether they failed and may fail again; two valid windows since then clear them."""
         since = itertools.takewhile(lambda m: not m.failed, reversed(self.all_windows))
         failed = any(m.failed for m in self.all_windows)
-        return failed and not self.fault and len(_valid(since)) < _WELL_SINCE
+        return failed and not self.fault and len(_valid(since)) < _VALID_SINCE_FAILURE
 
     @property
     def failed_after(self) -> int:
@@ -134,14 +134,14 @@ class Record(Struct):
         return max((m.valid_before for m in self.all_windows if m.failed), default=-1)
 
     @property
-    def spoiled(self) -> str:
+    def last_fault(self) -> str:
         """Why the last window without figures has none; empty if all have them."""
         return next((m.fault for m in reversed(self.all_windows) if m.fault), "")
 
     @property
-    def hopeless(self) -> bool:
+    def unmeasurable(self) -> bool:
         """Whether so many windows were invalid that another attempt is a waste of time."""
-        return not self.figures and sum(m.invalid for m in self.all_windows) >= _MAX_SPOILED
+        return not self.figures and sum(m.invalid for m in self.all_windows) >= _MAX_INVALID
 
     @property
     def all_windows(self) -> list[Measurement]:

@@ -20,13 +20,13 @@ _WINDOW_S = 10.0  # at least, if the search's windows were shorter
 _CONFIDENCE = 0.95
 
 
-class _InForce(AdminApplier):
+class _ReadOnlyApplier(AdminApplier):
     """Changes nothing, so that the deployed settings are measured."""
 
     def apply(self, settings: Settings) -> None:
         """Raises ValueError if the server has other settings."""
-        in_force = self.state().settings
-        if other := difference({name: in_force.get(name, "none") for name in settings}, settings):
+        current = self.state().settings
+        if other := difference({name: current.get(name, "none") for name in settings}, settings):
             raise ValueError(f"the server does not have the chosen settings: {other}")
 
 
@@ -38,7 +38,7 @@ def measure_again(options: Options) -> tuple[bool, str]:
     server has other settings than the verdict chose.
     """
     path = options.out / "verdict.json"
-    verdict, applier = read_verdict(path), _InForce(options.admin_url, options.admin_key, options.target.ca)
+    verdict, applier = read_verdict(path), _ReadOnlyApplier(options.admin_url, options.admin_key, options.target.ca)
     applier.apply(verdict.chosen)
     seed = secrets.randbits(24) if options.seed is None else options.seed
     bench, record = LiveBench(options, applier, seed), Record(verdict.chosen)
@@ -49,12 +49,12 @@ def measure_again(options: Options) -> tuple[bool, str]:
     better, sentence = _compare(options, record, next(r for r in verdict.table if r.settings == verdict.current))
     verdict.provenance["in_service"] = sentence
     if not better:
-        _take_back(verdict, sentence)
+        _roll_back(verdict, sentence)
     write_verdict(path, verdict)
     return better, sentence
 
 
-def _take_back(verdict: Verdict, why: str) -> None:
+def _roll_back(verdict: Verdict, why: str) -> None:
     for row in verdict.table:
         if row.settings == verdict.chosen:
             row.verdict = "not confirmed in service"
@@ -65,7 +65,7 @@ def _take_back(verdict: Verdict, why: str) -> None:
 
 def _compare(options: Options, record: Record, before: Row) -> tuple[bool, str]:
     if record.fault or not record.figures:
-        return False, f"in service: {record.fault or record.spoiled}"
+        return False, f"in service: {record.fault or record.last_fault}"
     if judge_alone(record, options.limits) is Judgement.MISSES:
         return False, "in service these settings miss a limit"
     gain = record.log_score() - math.log(before.score)

@@ -28,7 +28,7 @@ from llamaherd_loadtest.tune.options import Options
 from llamaherd_loadtest.tune.pace import Calibrated, needed_s
 from llamaherd_loadtest.tune.physics import Shape
 from llamaherd_loadtest.tune.progress import Progress, say
-from llamaherd_loadtest.tune.search import Search, Step, in_flight, least_rounds, pair
+from llamaherd_loadtest.tune.search import Search, Step, in_flight, min_rounds, pair
 from llamaherd_loadtest.tune.settings import Settings, difference, key
 from llamaherd_loadtest.tune.signals import interruptible
 from llamaherd_loadtest.tune.space import Pruned, candidates, default_space, parse_space, prune
@@ -118,7 +118,7 @@ def _tune(options: Options) -> Verdict:
     )
     choice = capacity = None
     try:
-        with room(options.out), interruptible():
+        with writable(options.out), interruptible():
             choice = search.run()
             if choice.record.figures and not choice.record.fault:
                 capacity = search.capacity(choice.record.settings, capacity_s)
@@ -137,7 +137,7 @@ def _tune(options: Options) -> Verdict:
             "window_s": round(search.window_s(verdict.chosen), 1),
             "measured": verdict.figures,
         }
-        with room(options.out):
+        with writable(options.out):
             write_verdict(options.out / "verdict.json", verdict)
     journal.close()
     return verdict
@@ -153,7 +153,7 @@ def _calibrated(options: Options, bench: LiveBench, journal: Journal, launch: Se
         in_flight(launch[0], options.load), journal.seed * 1000, _CALIBRATION_SHARE * options.budget_s
     )
     journal.note(found)
-    needed = needed_s(found, pair(launch, options.load), options.budget_s, least_rounds(options.load))
+    needed = needed_s(found, pair(launch, options.load), options.budget_s, min_rounds(options.load))
     if len(launch) > 1 and needed > options.budget_s:
         budget = {"needed_s": needed, "budget_s": options.budget_s}
         (options.out / "budget.json").write_bytes(msgspec.json.encode(budget) + b"\n")
@@ -216,7 +216,7 @@ def _larger(options: Options) -> Callable[[Settings], bool]:
 
 
 @contextmanager
-def room(out: Path) -> Iterator[None]:
+def writable(out: Path) -> Iterator[None]:
     """Raises ValueError if the block cannot write to `out`."""
     try:
         yield

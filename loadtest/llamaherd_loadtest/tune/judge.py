@@ -11,7 +11,7 @@ from llamaherd_loadtest.quality.divergence import Quality
 from llamaherd_loadtest.quantiles import ERROR, Judgement, judge_share
 from llamaherd_loadtest.tune.evidence import Record, judge_errors, judge_over, limit_noise
 
-_LEAST_ANSWERS = 8  # the spread of fewer is too uncertain
+_MIN_ANSWERS = 8  # the spread of fewer is too uncertain
 _MARGIN = NormalDist().inv_cdf(1 - ERROR)  # standard deviations
 
 Excess = tuple[Limit, float, float]  # mean and standard deviation of the logarithm of a figure over its limit
@@ -67,6 +67,6 @@ def judge_quality(quality: Quality, limits: Iterable[QualityLimit]) -> tuple[Jud
             return Judgement.MISSES, limit.name
         if not passes:
             worst = (Judgement.UNRESOLVED, limit.name)
-    if quality.answers < _LEAST_ANSWERS:
-        return Judgement.UNRESOLVED, f"number of answers ({_LEAST_ANSWERS} needed)"
+    if quality.answers < _MIN_ANSWERS:
+        return Judgement.UNRESOLVED, f"number of answers ({_MIN_ANSWERS} needed)"
     return worst

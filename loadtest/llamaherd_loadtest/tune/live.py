@@ -8,11 +8,11 @@ from msgspec.structs import replace
 
 from llamaherd_loadtest.arrivals import Arrivals
 from llamaherd_loadtest.client import ChatClient, clock
-from llamaherd_loadtest.dice import fresh_seed
 from llamaherd_loadtest.drive import WARM_UP_S, NotWarmedUp, Run, RunFailed, at_once, closed_loop, open_loop
 from llamaherd_loadtest.limits import judge_errors, observe
 from llamaherd_loadtest.probe import ServerUnusable, calibrate
 from llamaherd_loadtest.quantiles import Judgement
+from llamaherd_loadtest.rng import fresh_seed
 from llamaherd_loadtest.samples import CUT_OFF, OK, Sample, write_samples
 from llamaherd_loadtest.summary import counted, in_words, summarise
 from llamaherd_loadtest.tune.applier import Applier, Refused
@@ -23,7 +23,7 @@ from llamaherd_loadtest.tune.settings import Settings
 from llamaherd_loadtest.workload import Prompts
 
 _WARM_UP = 0.2  # of an open loop's window
-_LEAST_ARRIVALS = 8
+_MIN_ARRIVALS = 8
 
 
 class LiveBench:
@@ -47,8 +47,8 @@ class LiveBench:
         started = clock()
         samples = at_once(self._client, self._prompts(seed), concurrency=concurrency, within_s=within_s)
         running = [sample for sample in samples if sample.outcome in (OK, CUT_OFF)]
-        told = [sample for sample in running if sample.outcome == OK or sample.gaps]
-        times = [self._whole_s(sample) for sample in told or running]
+        progressed = [sample for sample in running if sample.outcome == OK or sample.gaps]
+        times = [self._whole_s(sample) for sample in progressed or running]
         if not times:
             raise ServerUnusable(
                 f"{self._target.url} answers none of {concurrency} requests: {samples[0].outcome}: {samples[0].detail}"
@@ -117,7 +117,7 @@ class LiveBench:
     def _arrivals(self, rate: float, prompts: Prompts, window_s: float, seed: int) -> Run:
         """Run an open loop: warm-up is a fifth of the window; requests in flight at its end get one more window."""
         warm_up_s = window_s * _WARM_UP
-        total = max(_LEAST_ARRIVALS, round(rate * (window_s + warm_up_s)))
+        total = max(_MIN_ARRIVALS, round(rate * (window_s + warm_up_s)))
         offsets = Arrivals("poisson", rate, seed).offsets()
         return open_loop(self._client, prompts, offsets, total=total, warm_up_s=warm_up_s, drain_s=window_s)
 

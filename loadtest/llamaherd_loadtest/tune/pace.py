@@ -10,13 +10,13 @@ from statistics import fmean
 import numpy as np
 from msgspec import Struct
 
-_KEPT = 3  # measurements per load: the load of a busy host changes
+_MEASUREMENTS_PER_LOAD = 3  # measurements per load: the load of a busy host changes
 _MAX_WINDOW_S = 30.0  # if requests are short
 _OVERHEAD = 0.4  # of such a window, for changing settings and warming up; corrected by the time measurements take
-_LEAST_WINDOWS = 4  # for a choice: the current settings and another, each screened and confirmed once
+_MIN_WINDOWS = 4  # for a choice: the current settings and another, each screened and confirmed once
 _GOOD_WINDOWS = 6  # confirmed as A B B A
-_RESERVE = 1.2  # factor by which windows may overrun before a budget is too small
-_MARGIN = 1.8  # the same factor for a suggested budget: the host may be busier next time
+_OVERRUN = 1.2  # factor by which windows may overrun before a budget is too small
+_SUGGESTED_OVERRUN = 1.8  # the same factor for a suggested budget: the host may be busier next time
 _STEP_S = 10.0
 _GROWTH = 0.5
 
@@ -33,7 +33,7 @@ class Pace:
     """Seconds from a request's send to its end, by the number of requests in flight."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
+        self._seen: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_MEASUREMENTS_PER_LOAD))
 
     def observe(self, concurrency: int, request_s: float) -> None:
         """Record the duration of requests; 0 if none completed."""
@@ -62,16 +62,16 @@ class Plan:
     """The windows that `budget_s` allows.
 
     If requests are short, a larger budget buys both more and longer windows: 14 of 7 s in 150 s, 36 of 18 s in 15
-    minutes. If they are long, a window lasts two requests, or `least_rounds` if the budget is short. `pair` holds the
+    minutes. If they are long, a window lasts two requests, or `min_rounds` if the budget is short. `pair` holds the
     requests in flight under the current settings and under the cheapest others.
     """
 
-    def __init__(self, budget_s: float, pace: Pace, pair: tuple[int, int], least_rounds: int = 1) -> None:
+    def __init__(self, budget_s: float, pace: Pace, pair: tuple[int, int], min_rounds: int = 1) -> None:
         self.pace = pace
         self.short_s = min(0.6 * math.sqrt(budget_s), _MAX_WINDOW_S, budget_s / _GOOD_WINDOWS / (1 + _OVERHEAD))
         self._pair, self._rounds, self._growth = pair, 2, _GROWTH
-        if self.least_s(_GOOD_WINDOWS) > budget_s:
-            self._rounds, self._growth = least_rounds, 1.0  # an overrunning window would leave no time for another
+        if self.min_s(_GOOD_WINDOWS) > budget_s:
+            self._rounds, self._growth = min_rounds, 1.0  # an overrunning window would leave no time for another
 
     def window_s(self, concurrency: int, part: float = 1.0) -> float:
         """Seconds that a window with `concurrency` requests should last; `part` of that if requests are short."""
@@ -83,20 +83,20 @@ class Plan:
             _OVERHEAD * part * self.short_s, self.pace.request_s(concurrency, self._growth)
         )
 
-    def least_s(self, windows: int = _LEAST_WINDOWS) -> float:
+    def min_s(self, windows: int = _MIN_WINDOWS) -> float:
         """Seconds that `windows` take, half of them under each load of the pair."""
         return windows / 2 * sum(map(self.cost_s, self._pair))
 
 
-def needed_s(calibrated: Calibrated, pair: tuple[int, int], budget_s: float, least_rounds: int = 1) -> float:
+def needed_s(calibrated: Calibrated, pair: tuple[int, int], budget_s: float, min_rounds: int = 1) -> float:
     """Return a budget for a choice: `budget_s` if it is enough, otherwise one with a margin, in steps of 10 s."""
 
     def enough(budget: float, margin: float) -> bool:
         pace, left = Pace(), budget - calibrated.took_s
         pace.observe(calibrated.concurrency, calibrated.request_s)
-        return left > 0 and margin * Plan(left, pace, pair, least_rounds).least_s() <= left
+        return left > 0 and margin * Plan(left, pace, pair, min_rounds).min_s() <= left
 
-    if enough(budget_s, _RESERVE):
+    if enough(budget_s, _OVERRUN):
         return budget_s
     steps = (step * _STEP_S for step in count(math.ceil(budget_s / _STEP_S)))
-    return next(step for step in steps if enough(step, _MARGIN))
+    return next(step for step in steps if enough(step, _SUGGESTED_OVERRUN))

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from llamaherd_loadtest.limits import Limit
 from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.tune.capacity import Capacity, find_capacity, settle
-from llamaherd_loadtest.tune.decide import MIN_GAIN, Choice, Contender, choose
+from llamaherd_loadtest.tune.decide import MIN_GAIN, Candidate, Choice, choose
 from llamaherd_loadtest.tune.estimates import CLEAR, Estimates, Model
 from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement, Noise, Record
 from llamaherd_loadtest.tune.judge import judge, judge_alone
@@ -30,10 +30,10 @@ Phase = Literal["screen", "confirm", "load", "arrivals"]
 _CONFIRM_SHARE = 0.3
 _MIN_CONFIRM = 4  # windows (A B B A), if the budget leaves time for screening
 _SCREEN_PART = 0.5  # of a confirming window: many short windows cover a large space better than few long ones
-_FITTED, _LEAST_FREEDOM = 8, 6  # degrees of freedom: used up by the estimates; from the prior
-_CLEAR = 3  # times its margin: such a gain needs no more windows of the current settings
+_FITTED_FREEDOM, _MIN_FREEDOM = 8, 6  # degrees of freedom: used up by the estimates; from the prior
+_CLEAR_GAIN = 3  # times its margin: such a gain needs no more windows of the current settings
 _QUIET = 0.03  # noise of a window's score up to which a host is quiet
-_MOST_SLOTS = 1024
+_MAX_SLOTS = 1024
 _ARRIVALS_SHARE = 0.25  # of the time for the capacity
 _ARRIVALS_LOAD = 0.8  # of the capacity: more would only queue
 
@@ -90,10 +90,10 @@ class Search:
         self._estimates: Estimates | None = None
         if calibrated:
             self._pace.observe(calibrated.concurrency, calibrated.request_s)
-        self._plan = Plan(budget_s, self._pace, pair(candidates, load), least_rounds(load))
+        self._plan = Plan(budget_s, self._pace, pair(candidates, load), min_rounds(load))
         self._tried: dict[int, None] = {}  # in the order of their first windows
-        self._aside: set[int] = set()  # not to be measured any more
-        self._most = max(int(s["parallel"]) for s in candidates)
+        self._excluded: set[int] = set()  # not to be measured any more
+        self._max_slots = max(int(s["parallel"]) for s in candidates)
         self._one_of_each = {in_flight(s, load): row for row, s in enumerate(candidates)}
         self._planned_s = self._took_s = 0.0  # of valid windows
 
@@ -116,7 +116,7 @@ class Search:
     def estimates(self) -> Estimates:
         """Return estimates of the measured settings and of the most promising others from the windows so far."""
         if self._estimates is None:
-            self._estimates = self._model.estimates(self._aside)
+            self._estimates = self._model.estimates(self._excluded)
         return self._estimates
 
     def judge(self, row: int) -> tuple[Judgement, str]:
@@ -143,7 +143,7 @@ class Search:
         of it."""
         parts = (_SCREEN_PART, 1.0)
         costs, whole_s = ({n: self._cost_s(row, part) for n, row in self._one_of_each.items()} for part in parts)
-        out = self._aside | {row for row in self._tried if row and self._failing(row)}
+        out = self._excluded | {row for row in self._tried if row and self._failing(row)}
         rows = [row for row in range(len(self.records)) if row not in out]
         cost_s = {row: costs[in_flight(self.records[row].settings, self.load)] for row in rows}
         rows.sort(key=cost_s.__getitem__)
@@ -173,7 +173,7 @@ class Search:
             for row in [*current, *others][:: 1 if forwards else -1]:
                 self._measure("confirm", row)
             choice = self._choose()
-            current = [] if choice.gain > _CLEAR * choice.margin > 0 else [0]
+            current = [] if choice.gain > _CLEAR_GAIN * choice.margin > 0 else [0]
             forwards = not forwards
             if forwards and self._settled(choice.record):
                 return
@@ -183,25 +183,25 @@ class Search:
         the best so far) to be worth a change. A noisy host uses its whole budget."""
         if self._failed() or not self.records[0].figures or (estimates := self.estimates()).noise > _QUIET:
             return False
-        rows = estimates.best(1, self._aside) if chosen is None else [self.records.index(chosen)]
-        return bool(rows) and estimates.regret(rows[0], self._aside, self._rng()) < MIN_GAIN
+        rows = estimates.best(1, self._excluded) if chosen is None else [self.records.index(chosen)]
+        return bool(rows) and estimates.regret(rows[0], self._excluded, self._rng()) < MIN_GAIN
 
     def _grow(self) -> list[int]:
         """Add settings with twice the slots if the highest number did best, as long as they may be launched.
 
         Returns the row that differs from the best only in its slots, to be measured next.
         """
-        best = self.estimates().best(1, self._aside) if self.records[0].figures else []
-        if not best or not self.records[best[0]].figures or self._most >= _MOST_SLOTS:
+        best = self.estimates().best(1, self._excluded) if self.records[0].figures else []
+        if not best or not self.records[best[0]].figures or self._max_slots >= _MAX_SLOTS:
             return []
-        settings, most = self.records[best[0]].settings, self._most
+        settings, most = self.records[best[0]].settings, self._max_slots
         if int(settings["parallel"]) < most:
             return []
         edge = [{**r.settings, "parallel": 2 * most} for r in self.records if r.settings["parallel"] == most]
         if grown := [*filter(self._larger, edge)]:
             self._one_of_each[in_flight(grown[0], self.load)] = len(self.records)
             self.records += map(Record, grown)
-            self._most, self._estimates = 2 * most, None
+            self._max_slots, self._estimates = 2 * most, None
             self._model.space([r.settings for r in self.records])
         return [row for row, r in enumerate(self.records) if r.settings == {**settings, "parallel": 2 * most}]
 
@@ -216,7 +216,7 @@ class Search:
             for row, r in enumerate(self.records)
             if round_s[in_flight(r.settings, self.load)] > left_s or (row in self._tried and self._failing(row))
         }
-        found = self.estimates().best(count, {0} | unfit | self._aside, CLEAR)
+        found = self.estimates().best(count, {0} | unfit | self._excluded, CLEAR)
         while found and self._round_s([*current, *found]) > left_s:
             found.pop()
         return found
@@ -230,18 +230,18 @@ class Search:
         if current.fault:
             return Choice(record=current, change=False, reason=current.fault)
         if not current.figures:
-            return Choice(record=current, change=False, reason=current.spoiled, measured=False)
+            return Choice(record=current, change=False, reason=current.last_fault, measured=False)
         if 0 not in confirmed:
             return Choice(record=current, change=False, reason="there was no time to confirm other settings")
         estimates = self.estimates()
-        contenders = [
-            Contender(self.records[row], self.judge(row)[0], *estimates.gain(row), estimates.risk(row))
+        candidates = [
+            Candidate(self.records[row], self.judge(row)[0], *estimates.gain(row), estimates.risk(row))
             for row in confirmed
         ]
-        own = next(c for c in contenders if c.record is current)
+        own = next(c for c in candidates if c.record is current)
         windows = sum(len(self.records[row].all_windows) for row in self._tried)
-        noise = Noise(estimates.noise, max(_LEAST_FREEDOM, windows - _FITTED))
-        others = [c for c in contenders if c is not own]
+        noise = Noise(estimates.noise, max(_MIN_FREEDOM, windows - _FITTED_FREEDOM))
+        others = [c for c in candidates if c is not own]
         choice = choose(own, others, noise, self.objective, estimates.drift)
         misses = [
             max((mean, limit.name, row) for limit, mean, _ in estimates.excess(row))
@@ -295,12 +295,12 @@ class Search:
         self._estimates = None
         if not measurement.fault:
             self._model.add(row, measurement, measurement.at)
-        if record.fault or (row and record.hopeless):  # the current settings are tried until the time is up
-            self._aside.add(row)
+        if record.fault or (row and record.unmeasurable):  # the current settings are tried until the time is up
+            self._excluded.add(row)
         if measurement.does_not_fit:
             for place, other in enumerate(self.records):
                 if not other.all_windows and needs_as_much(other.settings, record.settings):
-                    self._aside.add(place)
+                    self._excluded.add(place)
                     other.ruled_out = (
                         f"not launched: needs no less memory than {label(record.settings)}, which does not fit"
                     )
@@ -354,6 +354,6 @@ def pair(candidates: Sequence[Settings], load: Load) -> tuple[int, int]:
     return loads[0], min(loads[1:] or loads)
 
 
-def least_rounds(load: Load) -> int:
+def min_rounds(load: Load) -> int:
     """Return the minimum window length in consecutive requests; late arrivals have one window's time to end."""
     return 2 if load.rate else 1

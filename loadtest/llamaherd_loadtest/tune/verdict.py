@@ -157,7 +157,7 @@ def _table(search: Search, chosen: Settings, pruned: Sequence[Pruned]) -> list[R
 def _row(search: Search, index: int, record: Record, chosen: Settings, named: tuple[str, ...]) -> Row:
     row = Row(label=label(record.settings, named), settings=record.settings, verdict="")
     if record.fault or not record.figures:
-        row.verdict = record.fault or record.spoiled
+        row.verdict = record.fault or record.last_fault
         return row
     ttft = sorted(v for m in record.windows for v in m.ttft_ms)
     tpot = sorted(v for m in record.windows for v in m.tpot_ms)

@@ -27,7 +27,7 @@ class Probed(Struct, frozen=True):
     calibration: Calibration
 
 
-class Opening:
+class TargetSession:
     """One test as given by its options (see `locust_options`), with the prompts and arrivals of `seed`.
 
     Raises ValueError or OSError for an invalid option.

@@ -31,14 +31,14 @@ class Part(Struct, frozen=True, kw_only=True):
     at_once: int = 0
 
 
-class Gathered(Struct, frozen=True):
+class MergedRun(Struct, frozen=True):
     """A whole run: its samples, in order and on one clock, and its summary."""
 
     samples: list[Sample]
     summary: Summary
 
 
-def gather(parts: Sequence[Part], missing: int, limits: Sequence[Limit]) -> Gathered:
+def merge(parts: Sequence[Part], missing: int, limits: Sequence[Limit]) -> MergedRun:
     """Merge the parts: the load was full while it was full in all of them.
 
     The health of the worst client process counts. If `missing` processes did not report, or the load was never full,
@@ -61,7 +61,7 @@ def gather(parts: Sequence[Part], missing: int, limits: Sequence[Limit]) -> Gath
         concurrency=in_flight / users if users else 1.0,
     )
     summary = summarise(samples, start, end, health, limits, at_once=parts[0].at_once)
-    return Gathered(samples, msgspec.structs.replace(summary, fault=fault or summary.fault))
+    return MergedRun(samples, msgspec.structs.replace(summary, fault=fault or summary.fault))
 
 
 def _shift(part: Part, by: float) -> Part:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 # Placeholders that no default palette uses; each becomes var(--name).
-INK = {
+PALETTE = {
     "fg": "#010203",
     "muted": "#010204",
     "grid": "#010205",
@@ -25,18 +25,18 @@ STYLE = {
     "svg.fonttype": "none",  # keeps text selectable and in the page's font
     "svg.hashsalt": "llamaherd",
     "font.size": 11,
-    "axes.edgecolor": INK["muted"],
-    "axes.labelcolor": INK["fg"],
+    "axes.edgecolor": PALETTE["muted"],
+    "axes.labelcolor": PALETTE["fg"],
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "grid.color": INK["grid"],
-    "text.color": INK["fg"],
-    "xtick.color": INK["muted"],
-    "ytick.color": INK["muted"],
-    "xtick.labelcolor": INK["fg"],
-    "ytick.labelcolor": INK["fg"],
+    "grid.color": PALETTE["grid"],
+    "text.color": PALETTE["fg"],
+    "xtick.color": PALETTE["muted"],
+    "ytick.color": PALETTE["muted"],
+    "xtick.labelcolor": PALETTE["fg"],
+    "ytick.labelcolor": PALETTE["fg"],
     "legend.frameon": False,
     "legend.fontsize": 10,
     "legend.handletextpad": 0.3,
@@ -63,7 +63,7 @@ def in_ms(axes: Any, side: Literal["x", "y"], label: str, values: Sequence[float
     axis.set_major_formatter("{x:g}")
 
 
-def key_above(axes: Any, columns: int) -> None:
+def legend_above(axes: Any, columns: int) -> None:
     """Place the legend above the panel, where it hides nothing."""
     axes.legend(loc="lower left", bbox_to_anchor=(-0.12, 1.0), ncols=columns)
 
@@ -74,6 +74,6 @@ def to_svg(drawn: Any, description: str) -> str:
     drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    for name, colour in INK.items():
+    for name, colour in PALETTE.items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
