@@ -1,4 +1,4 @@
-"""Turns a run of generations into an HTTP answer: one JSON object, or server-sent events as they come."""
+"""Turns a run of generations into an HTTP response: one JSON object, or a stream of server-sent events."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from llamaherd_server.wire.protocol import Delta, Finished, Generate, TokenLogpr
 log = structlog.get_logger()
 T = TypeVar("T")
 
-# A stream that has nothing to tell for so long gets a comment, so that nothing on its way takes it for dead.
+# A stream that has been silent for this long sends a comment, so that proxies and clients do not close it as idle.
 KEEP_ALIVE_S = 15.0
 _KEEP_ALIVE = b": keep-alive\n\n"
 
@@ -49,29 +49,29 @@ class Choice:
 
 
 class Shape(Protocol):
-    """How an endpoint writes its answer. Chunks are whole `data:` events."""
+    """The format in which an endpoint writes its answer. Each chunk consists of complete server-sent events."""
 
     def chunk(self, index: int, event: Event) -> bytes:
-        """The events for what came of choice `index`; empty: nothing to tell yet."""
+        """Return the server-sent events for an engine event of choice `index`; empty if there is nothing to send."""
 
     def end(self, usage: Usage) -> bytes:
-        """The events that follow the last choice's end."""
+        """Return the events that follow the end of the last choice."""
 
     def error(self, error: ApiError) -> bytes:
-        """The event that ends a stream which cannot go on."""
+        """Return the event that ends a failed stream."""
 
     def whole(self, choices: list[Choice], usage: Usage) -> Any:
-        """The answer in one object."""
+        """Return the complete answer as one object."""
 
 
 def run_of(request: Request, requests: list[Generate], n: int = 1) -> Run:
-    """The run of an HTTP request's generations; the `n` of a prompt lie side by side."""
+    """Create the run of an HTTP request's generations; the `n` generations of each prompt are adjacent."""
     state = state_of(request)
     return Run(state.serving, request.state.key, requests, n=n, arrived=request.state.log.arrived)
 
 
 async def answer(request: Request, run: Run, shape: Shape, *, stream: bool) -> Response:
-    """Start the run and answer with it; errors before the first token's slot are raised as ApiError."""
+    """Start the run and return its output as a response. Raises the errors that occur before a stream has begun."""
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(run)
         request.state.log.follow(run.usage, run.texts)
@@ -83,7 +83,7 @@ async def answer(request: Request, run: Run, shape: Shape, *, stream: bool) -> R
 
 
 async def begun(receive: Receive, first: Awaitable[None]) -> None:
-    """Wait for a stream's first event, or for a while: a failure until then becomes the HTTP status."""
+    """Wait up to KEEP_ALIVE_S for a stream's first event, so that an early failure can still set the HTTP status."""
     with suppress(TimeoutError):
         async with asyncio.timeout(KEEP_ALIVE_S):
             await unless_gone(receive, first)
@@ -94,10 +94,10 @@ def json_response(content: Any) -> Response:
 
 
 class EventStream(Response):
-    """Sends `chunks`, and comments while there are none; leaves `stack` when the client has gone or all is sent."""
+    """Streams `chunks`, with comments as keep-alive. Closes `stack` when all is sent or the client has disconnected."""
 
     def __init__(self, chunks: AsyncIterator[bytes], stack: AsyncExitStack) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the latter tells nginx to pass chunks on
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the latter disables nginx's buffering
         super().__init__(media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]
         self._chunks = chunks
@@ -143,7 +143,7 @@ async def _chunks(run: Run, shape: Shape) -> AsyncIterator[bytes]:
 
 
 def error_of(error: Exception) -> ApiError:
-    """The error that ends a stream which has begun."""
+    """Convert an exception to the error that ends a stream. Logs it if it is a bug."""
     if isinstance(error, ApiError | EngineError):
         return error if isinstance(error, ApiError) else ApiError.of_engine(error)
     log.error("internal error in a stream", exc_info=error)
@@ -162,7 +162,7 @@ async def _collected(run: Run) -> list[Choice]:
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """Do `work`; when the client goes away first, cancel it and raise ClientDisconnect."""
+    """Return the result of `work`. If the client disconnects first, cancel it and raise ClientDisconnect."""
     doing = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))
     try:

@@ -1,4 +1,4 @@
-"""A reply as a row of blocks, of text, of reasoning, of a tool call each, which two of the APIs tell one by one."""
+"""A reply as a sequence of blocks (text, reasoning, tool calls), as Anthropic's API and the Responses API stream it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Kind = Literal["text", "reasoning", "call"]
 
 @dataclass(slots=True)
 class Block:
-    """One block, as far as it has come; `id` and `name` are a call's, whose text is its arguments."""
+    """A block as generated so far. `id` and `name` are set for a tool call; its `text` is the call's arguments."""
 
     index: int
     kind: Kind
@@ -26,7 +26,7 @@ class Block:
 
 @dataclass(slots=True)
 class Blocks:
-    """Joins pieces to blocks."""
+    """Collects the pieces of a reply into blocks."""
 
     done: list[Block] = field(default_factory=list)
     open: Block | None = None
@@ -35,7 +35,7 @@ class Blocks:
     def add(
         self, pieces: Iterable[Piece], n_tokens: int = 0
     ) -> Iterator[tuple[Literal["open", "more", "close"], Block, str]]:
-        """What happens to which block, and the text that came of so many tokens, which count as the last one's."""
+        """Yield what happens to which block, and the added text. The `n_tokens` count towards the last open block."""
         for piece in pieces:
             if isinstance(piece, CallBegin):
                 yield from self.close()
@@ -55,7 +55,7 @@ class Blocks:
             self.reasoning_tokens += n_tokens
 
     def close(self) -> Iterator[tuple[Literal["close"], Block, str]]:
-        """The end of the block that is open, if one is."""
+        """Close the open block, if any."""
         if self.open is not None:
             self.done.append(self.open)
             closed, self.open = self.open, None
@@ -63,7 +63,7 @@ class Blocks:
 
 
 def blocks_of(deltas: Iterable[Delta], parser: Parser) -> Blocks:
-    """The blocks of a whole reply, read by a new `parser`."""
+    """Return the blocks of a complete reply. `parser` must be new."""
     blocks = Blocks()
     for delta in deltas:
         deque(blocks.add(parser.feed(delta.text), delta.n_tokens), maxlen=0)

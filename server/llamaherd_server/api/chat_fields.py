@@ -1,4 +1,4 @@
-"""The parts of a chat request: messages, tools, the form of the answer."""
+"""The parts of a chat request: messages, tools, response format."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from llamaherd_server.toolcalls.surrogates import without_halves
 from llamaherd_server.toolcalls.tools import Tool
 
 MOST_TOOLS = 128
-# Levels of a call's arguments that are handed to templates as they are: Python's json and Jinja recurse.
+# Deeper arguments are passed to templates as text, because Python's json and Jinja recurse.
 MAX_DEPTH = 64
-MOST_ID = 2**16  # of characters: LiteLLM puts what a model thought, encrypted, into the ids of its calls
+MOST_ID = 2**16  # characters; LiteLLM puts encrypted reasoning into the ids of calls
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 
 
 def by_type(*known: str) -> Discriminator:
-    """Chooses a union's member by the object's `type`, which is also its tag; the member of all others is `other`."""
+    """Discriminate a union by the object's `type`. The tag is the type if it is in `known`, otherwise `other`."""
 
     def tag(value: Any) -> str:
         kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
@@ -33,7 +33,7 @@ def by_type(*known: str) -> Discriminator:
 
 
 def only_types(*kinds: str | None) -> BeforeValidator:
-    """Leaves out tools of other types, which somebody else's server has."""
+    """Drop tools of any other type, such as those that OpenAI or Anthropic run on their own servers."""
 
     def only(tools: Any) -> Any:
         if not isinstance(tools, list):
@@ -52,12 +52,12 @@ class TextPart(Lenient):
 
 
 class OtherPart(Lenient):
-    """A part of any other type, which could not be shown to the model."""
+    """A part of any other type, which cannot be passed to the model."""
 
     type: str
 
 
-# What the assistant's turns may have besides: thoughts for those who wrote them, and calls that `tool_calls` has too.
+# Parts ignored in an assistant's turn: reasoning for its own provider only, and calls that `tool_calls` repeats.
 _THOUGHTS = ("redacted_thinking", "reasoning_text", "reasoning_content", "summary_text")
 _CALLS = ("tool_use", "tool_call", "function_call")
 _TEXT_PARTS = get_args(TextPart.model_fields["type"].annotation)
@@ -76,7 +76,7 @@ Part = Annotated[
 
 
 def arguments_text(arguments: Any) -> str:
-    """A call's arguments as text: clients send what the model wrote, or what they have parsed it to."""
+    """Return a call's arguments as text. Clients send the text that the model wrote, or the object parsed from it."""
     try:
         return arguments if isinstance(arguments, str) else json.dumps(arguments)
     except RecursionError:
@@ -84,7 +84,7 @@ def arguments_text(arguments: Any) -> str:
 
 
 class CalledFunction(Lenient):
-    """What was called."""
+    """The function that was called."""
 
     name: str = ""
     arguments: Annotated[str, BeforeValidator(arguments_text, json_schema_input_type=str | dict[str, Any])] = Field(
@@ -93,14 +93,14 @@ class CalledFunction(Lenient):
 
 
 class CalledCustom(Lenient):
-    """A tool of OpenAI's type `custom`, which takes text."""
+    """A called tool of OpenAI's type `custom`, whose input is text."""
 
     name: str = ""
     input: str = ""
 
 
 class ToolCall(Lenient):
-    """A call that the model made, with any name and arguments: an earlier answer is never refused."""
+    """A call that the model made. Any name and arguments are accepted, because an earlier answer is never refused."""
 
     id: str = Field("", max_length=MOST_ID)
     function: CalledFunction | None = None
@@ -114,13 +114,13 @@ class ToolCall(Lenient):
 
 
 def _as_parts(content: Any) -> Any:
-    """Text stands for a part of text, also in a list."""
+    """Wrap strings, alone or in a list, as text parts."""
     parts = [content] if isinstance(content, str) else content
     return [{"text": one} if isinstance(one, str) else one for one in parts] if isinstance(parts, list) else parts
 
 
 class Message(Lenient):
-    """One turn of a chat: of the fields that SDKs and servers write, those that a chat template can use."""
+    """One turn of a chat, with those fields of SDKs and other servers that a chat template can use."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"] = Field(
         description="`function` is OpenAI's older word for `tool`."
@@ -151,7 +151,7 @@ class Message(Lenient):
         return self
 
     def for_template(self, media: Collected) -> dict[str, Any]:
-        """As transformers' templates expect it; its media are taken by `media`."""
+        """Return the message as transformers' templates expect it. Adds its media to `media`."""
         message: dict[str, Any] = {"role": self.role, "content": self._text(media) or self.refusal or ""}
         if self.name is not None:
             message["name"] = self.name
@@ -169,7 +169,7 @@ class Message(Lenient):
         return message
 
     def _text(self, media: Collected) -> str | None:
-        """The content as one text, joined as llama.cpp does; what the model thought is no part of it."""
+        """Return the content as one text, joined as llama.cpp does, without reasoning."""
         if self.content is None:
             return None
         texts = []
@@ -182,12 +182,12 @@ class Message(Lenient):
 
 
 def template_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
-    """A call as transformers' templates expect it: its arguments as an object."""
+    """Return a call as transformers' templates expect it, with its arguments as an object."""
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments_object(arguments)}}
 
 
 def arguments_object(arguments: str) -> dict[str, Any]:
-    """What is not a JSON object, is nested too deep or costs too much stands in one."""
+    """Parse the arguments. Returns {"raw": arguments} if they are no JSON object, or too deep or costly to parse."""
     try:
         check_cost(arguments.encode(errors="replace"))
         value = json.loads(without_halves(arguments) or "{}")
@@ -197,7 +197,7 @@ def arguments_object(arguments: str) -> dict[str, Any]:
 
 
 def _nested(value: Any, depth: int) -> bool:
-    """Whether `value` is nested more than `depth` levels deep."""
+    """Return whether `value` is nested more than `depth` levels deep."""
     level = [value]
     for _ in range(depth):
         level = [inner for one in level if isinstance(one, dict | list) for inner in _members(one)]
@@ -238,7 +238,7 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """The form of the output, enforced while it is generated."""
+    """The format of the output, enforced during generation."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -254,11 +254,11 @@ class ResponseFormat(Body):
 
     @property
     def strict(self) -> bool:
-        """Whether all of the schema must be enforced."""
+        """Whether the whole schema must be enforced."""
         return bool(self.json_schema and self.json_schema.strict)
 
     def wanted(self) -> Any | None:
-        """The JSON schema to enforce; None: any text."""
+        """Return the JSON schema to enforce; None: any text."""
         if self.type == "text":
             return None
         schema = self._schema()

@@ -1,4 +1,4 @@
-"""From a conversation to a prompt and the way to read its reply: what all routes that chat have in common."""
+"""Turns a conversation into a prompt and the reader of its reply. All chat routes share this."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from llamaherd_server.toolcalls.reader import Reader
 from llamaherd_server.toolcalls.tools import AnswerSchema, Choice, reply_grammar, with_ids_of
 from llamaherd_server.wire.protocol import Generate, Media, ReasoningBudget, Sampling
 
-# Most tokens of reasoning where a model's template does not know efforts; None: as many as it likes.
+# Limits on reasoning tokens for templates without a variable for the effort; None: unlimited.
 EFFORTS = {"minimal": 512, "low": 1024, "medium": 4096, "high": None, "xhigh": None, "max": None}
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """`messages` are as templates expect them. `answer_schema` None: any text; `answer_field` is where it stood.
+    """A chat request. `messages` are as templates expect them.
 
-    `answer_strict`: what of the schema cannot be enforced is an error. `effort` and `reasoning_tokens` bound the
-    model's reasoning; None: as it likes.
+    `answer_schema`: None for any text; `answer_field` names its field in the request. `answer_strict`: parts of the
+    schema that cannot be enforced are an error. `effort` and `reasoning_tokens` limit the reasoning; None: unlimited.
     """
 
     messages: list[dict[str, Any]]
@@ -45,7 +45,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a generation needs. `grammar` None: none from here."""
+    """A conversation ready for generation. `grammar`: None if neither tools nor an answer schema need one."""
 
     prompt: str
     add_special: bool
@@ -55,7 +55,7 @@ class Prepared:
     reasoning: ReasoningBudget | None = None
 
     def generate(self, sampling: Sampling, **fields: Any) -> Generate:
-        """One generation of the reply; `fields` are further ones of Generate. Raises ApiError."""
+        """Return the engine's request for one reply, with further `fields` of Generate. Raises ApiError."""
         if self.grammar and sampling.grammar:
             message = "grammar: not together with tools that must be called, or are strict"
             raise ApiError(400, message, param="grammar", code="unsupported")
@@ -72,7 +72,7 @@ class Prepared:
 
 
 async def prepare(state: AppState, conversation: Conversation) -> Prepared:
-    """Render the conversation; raises ApiError."""
+    """Render the conversation and build its grammar and reader. Raises ApiError."""
     if conversation.media.parts and not state.takes_media:
         message = conversation.media.parts[0].refusal()
         raise ApiError(400, message, param="messages", code="unsupported")
@@ -89,7 +89,7 @@ async def prepare(state: AppState, conversation: Conversation) -> Prepared:
         messages = list(with_ids_of(known.id_length, messages))
     effort, tokens = _bound(conversation, source)
     variables = {**state.settings.model.chat_template_kwargs, **effort, **conversation.variables}
-    if not isinstance(thinks := variables.get("enable_thinking", True), bool):  # a text "false" is true in a template
+    if not isinstance(thinks := variables.get("enable_thinking", True), bool):  # to a template, "false" is true
         message = f"enable_thinking {thinks!r} must be true or false"
         raise ApiError(400, message, param="chat_template_kwargs", code="invalid_value")
     tools = [tool.for_template() for tool in choice.tools]
@@ -119,7 +119,7 @@ async def prepare(state: AppState, conversation: Conversation) -> Prepared:
 
 
 def _bound(conversation: Conversation, source: str) -> tuple[dict[str, Any], int | None]:
-    """Variables for a template that knows efforts, else the most tokens that reasoning may have; raises ApiError."""
+    """Return template variables that limit reasoning, or a token limit if the template has none. Raises ApiError."""
     effort, tokens = conversation.effort, conversation.reasoning_tokens
     if tokens is not None and tokens < 0:
         tokens = None
@@ -135,6 +135,6 @@ def _bound(conversation: Conversation, source: str) -> tuple[dict[str, Any], int
 
 
 async def counted(state: AppState, chat: Prepared) -> Response:
-    """The answer that says how many tokens the conversation has, as OpenAI and llama-server give it."""
+    """Return the response with the conversation's token count, in the format of OpenAI and llama-server."""
     count = await state.engine.count_tokens(chat.prompt, add_special=chat.add_special)
     return json_response({"object": "response.input_tokens", "input_tokens": count})

@@ -1,4 +1,4 @@
-"""The request fields that chat and completions share; each description says what the server does with it."""
+"""The request fields that chat and completions share. Each description states what the server does with the field."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llamaherd_server.wire.protocol import Sampling
 _STOPS = 64
 _INT32 = 2**31 - 1
 _TOKEN_ID = re.compile(r"-?[0-9]{1,10}")
-# Far below any logit, yet finite: JSON has no infinity.
+# Far below any logit, but finite, because JSON has no infinity.
 _FORBIDDEN = -1e6
 
 
@@ -36,8 +36,8 @@ def _number(value: Any) -> Any:
 
 
 def _stricter(schema: Any) -> Any:
-    """`schema` whose lists stop at their first mistake, as nobody reads the others and there may be thousands; and
-    whose numbers are not booleans, of which pydantic makes 1 and 0.
+    """Return `schema` with two changes: lists fail at their first error, because a client reads only that one and
+    there may be thousands, and numbers reject booleans, which pydantic would convert to 1 and 0.
     """
     if isinstance(schema, list):
         return [_stricter(part) for part in schema]
@@ -52,10 +52,10 @@ def _stricter(schema: Any) -> Any:
 
 
 class Lenient(BaseModel):
-    """An object of a request: a null counts as absent, and fields that it does not know are ignored.
+    """An object in a request. A null counts as absent; unknown fields are ignored.
 
-    For what SDKs, other servers and this one write and clients send back (messages, items, blocks) or hand through
-    (tools). A field ignored there cannot change how the answer is generated.
+    It suits objects that clients return as received (messages, items, blocks) or pass through (tools), where SDKs and
+    servers add fields of their own. Ignoring a field there does not change how the answer is generated.
     """
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
@@ -71,7 +71,7 @@ class Lenient(BaseModel):
 
 
 class Body(Lenient):
-    """A request's body, or its options. An unknown field is an error that names the nearest known one."""
+    """A request's body, or an options object in it. An unknown field is an error that suggests the closest one."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -87,13 +87,13 @@ class Body(Lenient):
 
 
 def _as_list(stop: Any) -> Any:
-    """An empty text stops nothing."""
+    """Return the stop strings as a list, without empty ones, which would stop nothing."""
     stops = [stop] if isinstance(stop, str) else stop
     return [one for one in stops if one != ""] if isinstance(stops, list) else stops
 
 
 def _as_biases(bias: Any) -> Any:
-    """llama-server's list of [token, bias] as an object; a token may be text, and the bias false forbids it."""
+    """Convert llama-server's list of [token, bias] to a dict. A token may be text; the bias false forbids it."""
     if isinstance(bias, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in bias):
         try:
             bias = dict(bias)
@@ -118,7 +118,7 @@ def _limit(tokens: int) -> int | None:
     return None if tokens == -1 else tokens
 
 
-# A number of tokens; None: no limit.
+# In tokens; None: no limit.
 Limit = Annotated[int, Field(ge=-1, le=_INT32), AfterValidator(_limit)] | None
 Text = Annotated[str, Field(min_length=1, max_length=1024)]
 BiasedText = Annotated[str, Field(min_length=1, max_length=64)]
@@ -134,7 +134,7 @@ class StreamOptions(Body):
 
 
 class SamplingFields(Body):
-    """How the next token is chosen. A field left out takes llama-server's default."""
+    """How the next token is chosen. A missing field takes llama-server's default."""
 
     temperature: float | None = Field(None, ge=0, le=100, description="0: the most likely token. Default 0.8.")
     top_k: int | None = Field(None, ge=-1, le=_INT32, description="Keep the k most likely tokens; 0: all. Default 40.")
@@ -178,13 +178,13 @@ class SamplingFields(Body):
     @model_validator(mode="before")
     @classmethod
     def _as_here(cls, body: Any) -> Any:
-        """llama-server's other fields, where they change nothing or are another way to say what there is here."""
+        """Drop llama-server's fields whose value has no effect, and convert `samplers` to sampling fields."""
         if not isinstance(body, dict):
             return body
         return with_samplers(without_off(body, cls.model_fields.keys() | {"samplers"}))
 
     def sampling(self, index: int = 0) -> Sampling:
-        """The parameters of choice `index`."""
+        """Return the sampling parameters of choice `index`."""
         given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
         if self.seed is not None:
             given["seed"] = None if self.seed == -1 else (self.seed + index) % 2**32
@@ -195,14 +195,14 @@ _SAMPLING = Sampling.__struct_fields__
 
 
 class AccountFields(Body):
-    """What OpenAI and Anthropic have for their own accounts."""
+    """Fields that OpenAI and Anthropic use for their own accounts."""
 
     metadata: Ignored = None
     service_tier: Ignored = None
 
 
 class OpenAiFields(AccountFields):
-    """What OpenAI has on every route for its own accounts and caches."""
+    """Fields of every OpenAI route for its own accounts and caches."""
 
     user: Ignored = None
     safety_identifier: Ignored = None
@@ -212,7 +212,7 @@ class OpenAiFields(AccountFields):
 
 
 class GenerationFields(SamplingFields, OpenAiFields):
-    """What chat and completions have in common besides sampling."""
+    """Fields that chat and completions share besides sampling."""
 
     model: str | None = Field(None, description="A name of /v1/models; left out: the model that is served.")
     stream: bool = Field(False, description="True: server-sent events, ended by `data: [DONE]`.")

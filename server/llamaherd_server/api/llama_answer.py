@@ -1,4 +1,4 @@
-"""llama-server's own object for a finished generation."""
+"""llama-server's response object for a finished generation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 from llamaherd_server.api.llama_fields import SAMPLERS
 from llamaherd_server.wire.protocol import Finished, Generate
 
-# Samplers that this engine does not have, as llama-server says that they are off.
+# Samplers and options that the embedded engine does not have, with the values that llama-server reports for "off".
 _OFF = {
     **{"dynatemp_range": 0.0, "dynatemp_exponent": 1.0, "top_n_sigma": -1.0, "adaptive_target": -1.0},
     **{"adaptive_decay": 0.9, "min_keep": 0, "n_keep": 0, "n_discard": 0, "post_sampling_probs": False, "lora": []},
@@ -23,7 +23,7 @@ _RANDOM_SEED = 2**32 - 1
 def native_answer(
     request: Generate, model: str, index: int, end: Finished, content: str, **shown: Any
 ) -> dict[str, Any]:
-    """llama-server's own object for a finished generation; `shown`: more of its `generation_settings`."""
+    """Return llama-server's object for a finished generation. `shown` is added to its `generation_settings`."""
     most = request.max_tokens
     return {
         "index": index,
@@ -46,7 +46,7 @@ def native_answer(
 
 
 def generation_settings(request: Generate, **shown: Any) -> dict[str, Any]:
-    """What llama-server says of how a request is sampled."""
+    """Return a request's sampling parameters as llama-server reports them."""
     most = -1 if request.max_tokens is None else request.max_tokens
     return {
         **msgspec.structs.asdict(request.sampling),
@@ -61,19 +61,19 @@ def generation_settings(request: Generate, **shown: Any) -> dict[str, Any]:
 
 
 def timings_object(event: Finished) -> dict[str, Any]:
-    """llama-server's timings of one generation."""
+    """Return the timings of one generation in llama-server's format."""
     prompt_n = event.prompt_tokens - event.cached_tokens
     drafts = {"draft_n": event.drafted_tokens, "draft_n_accepted": event.accepted_tokens}
     return {
         "cache_n": event.cached_tokens,
         **_rates("prompt", prompt_n, event.prompt_s),
-        **_rates("predicted", event.completion_tokens, event.decode_s, begun=1),  # the first one is the prompt's
+        **_rates("predicted", event.completion_tokens, event.decode_s, begun=1),  # prompt_s includes the first
         **(drafts if event.drafted_tokens else {}),
     }
 
 
 def _rates(name: str, count: int, seconds: float, begun: int = 0) -> dict[str, float]:
-    """`begun`: of the `count` tokens, those that were there when the time began."""
+    """Return the timing fields for `count` tokens, of which `begun` were computed before the `seconds` began."""
     timed = max(0, count - begun)
     return {
         f"{name}_n": count,

@@ -1,4 +1,4 @@
-"""llama-server's fields for what is not computed here: one is taken where its value changes nothing.
+"""llama-server's fields for features that this server lacks. They are accepted if their value has no effect.
 
 Sources: tools/server/server-schema.cpp and common/sampling.cpp of the pinned llama.cpp.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from llamaherd_server.errors import unsupported
 
-# For each field whether a value means that what it is for is off.
+# For each field, whether a value turns its feature off.
 _IS_OFF: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("dynatemp_range", "n_indent"), lambda value: value == 0),
     **dict.fromkeys(("top_n_sigma", "t_max_predict_ms"), lambda value: value <= 0),
@@ -21,7 +21,7 @@ _IS_OFF: dict[str, Callable[[Any], bool]] = {
     ),
     **dict.fromkeys(("min_keep", "best_of", "tfs_z"), lambda value: value in (0, 1)),
     "parse_tool_calls": lambda value: value is True,
-    # Of no effect by themselves, or on where and how fast an answer is computed.
+    # Any value: these have no effect of their own, or affect only where and how fast an answer is computed.
     **dict.fromkeys(
         ("dynatemp_exponent", "adaptive_decay", "n_keep", "n_discard", "n_cache_reuse", "t_max_prompt_ms"),
         lambda _: True,
@@ -31,7 +31,7 @@ _IS_OFF: dict[str, Callable[[Any], bool]] = {
         lambda _: True,
     ),
 }
-# The samplers in the only order there is, each one's letter, and the values that leave it out.
+# The samplers in the only supported order, each with its letter and the values that disable it.
 _SAMPLERS: dict[str, tuple[str, dict[str, float]]] = {
     "penalties": ("e", {"repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}),
     "dry": ("d", {"dry_multiplier": 0.0}),
@@ -51,7 +51,7 @@ _NAMES = {letter: name for name, (letter, _) in _SAMPLERS.items()} | {
 
 
 def without_off(body: dict[str, Any], known: frozenset[str] | set[str]) -> dict[str, Any]:
-    """The body without fields whose value changes nothing; those in `known` stay. Raises what `unsupported` makes."""
+    """Return the body without fields whose value has no effect, except those in `known`. Raises `unsupported`."""
     result = {}
     for name, value in body.items():
         is_off = None if name in known or value is None else _IS_OFF.get(name)
@@ -71,7 +71,7 @@ def _holds(is_off: Callable[[Any], bool], value: Any) -> bool:
 
 
 def with_samplers(body: dict[str, Any]) -> dict[str, Any]:
-    """The body with `samplers`, names or letters, as values of the sampling fields; raises what `unsupported` makes."""
+    """Return the body with `samplers` (names or letters) converted to sampling fields. Raises `unsupported`."""
     given = body.get("samplers")
     if given is None:
         return body
@@ -86,7 +86,7 @@ def with_samplers(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def renamed(body: Any, names: dict[str, str]) -> Any:
-    """The body with fields under the names that they have here, where it does not have those itself."""
+    """Return the body with fields renamed from keys to values of `names`. A field already present takes precedence."""
     if not isinstance(body, dict):
         return body
     moved = {names[name]: body[name] for name in names if body.get(name) is not None}

@@ -1,4 +1,4 @@
-"""Images, sounds and films in a chat: their data stands in the request, and nothing is fetched."""
+"""Images, audio and video in a chat. Their data must be in the request; the server fetches nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NAMES = {"image_url": "an image", "input_audio": "sound", "input_video": "a fil
 
 
 class MediaPart(Lenient):
-    """A part of a message's content for a model with a projector."""
+    """A media part of a message's content, for a model with a multimodal projector."""
 
     type: Literal["image_url", "input_audio", "input_video", "video_url"]
     image_url: Any = Field(None, description="A URL, or an object with one as `url`: `data:image/…;base64,…`.")
@@ -33,7 +33,7 @@ class MediaPart(Lenient):
         return self
 
     def data(self) -> str:
-        """The part's data in base64; raises what a validator may."""
+        """Return the part's data in base64. Raises PydanticCustomError, for use in a validator."""
         given = getattr(self, self.type)
         source = given if isinstance(given, dict) else {"url": given}
         data = source.get("data", source.get("url"))
@@ -52,22 +52,22 @@ class MediaPart(Lenient):
         return data
 
     def refusal(self) -> str:
-        """Why it is refused where the model cannot take it."""
+        """Return the error message for a model that does not accept media."""
         return f"messages: {_NAMES[self.type]} needs a model with mmproj on the engine llama-server"
 
 
 class Collected:
-    """The media of a conversation, in the order of their places in it."""
+    """The media of a conversation, in the order in which they appear in it."""
 
     def __init__(self) -> None:
         self.parts: list[MediaPart] = []
         self._marker = f"<media-{uuid.uuid4().hex}>"
 
     def place(self, part: MediaPart) -> str:
-        """Take a part; returns what stands for it in the text, which nobody can guess."""
+        """Add a part and return its marker for the text, which is random so that no text can contain it."""
         self.parts.append(part)
         return self._marker
 
     def media(self) -> Media | None:
-        """As the engine takes them."""
+        """Return the media in the engine's format; None: there are none."""
         return Media(self._marker, [part.data() for part in self.parts]) if self.parts else None

@@ -1,4 +1,4 @@
-"""What happens to every request between the middleware and its endpoint."""
+"""Processes every request between the middleware and its endpoint."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llamaherd_server.http.json_body import validated
 
 
 class ModelRoute(APIRoute):
-    """Chooses the model that a request names and validates the body, within the bounds of json_body."""
+    """Selects the model that a request names and validates the body within the limits of json_body."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         endpoint = super().get_route_handler()
         field = self.body_field
-        adapter: TypeAdapter[Any] | None = TypeAdapter(field.field_info.annotation) if field else None  # type: ignore[arg-type]  # FastAPI has it always
+        adapter: TypeAdapter[Any] | None = TypeAdapter(field.field_info.annotation) if field else None  # type: ignore[arg-type]  # FastAPI always sets it
 
         async def handler(request: Request) -> Response:
             if adapter is not None:
@@ -35,7 +35,7 @@ class ModelRoute(APIRoute):
 
 
 class _Validated(Request):
-    """A request whose JSON is what its endpoint takes: FastAPI leaves an instance of the model as it is."""
+    """A request whose JSON is already the endpoint's model instance, which FastAPI does not validate again."""
 
     def __init__(self, request: Request, body: bytes, value: Any) -> None:
         super().__init__(request.scope, request.receive)

@@ -1,4 +1,4 @@
-"""What a request's sampling fields become before an engine gets them: the model's defaults, and tokens for texts."""
+"""Completes a request's sampling fields for the engine: adds the model's defaults and tokenizes texts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _MAX_TEXTS = 256
 
 
 async def resolve_sampling(state: AppState, body: SamplingFields) -> None:
-    """Fill in the model's defaults, and replace texts in the body's `logit_bias` by their tokens; raises ApiError.
+    """Fill in the model's defaults and replace texts in the body's `logit_bias` by their tokens. Raises ApiError.
 
-    Each of a text's tokens gets its bias, as with llama-server.
+    Each token of a text gets the text's bias, as in llama-server.
     """
     defaults = state.sampling_defaults()
     for name in SamplingFields.model_fields.keys() & defaults.keys():
@@ -29,5 +29,5 @@ async def resolve_sampling(state: AppState, body: SamplingFields) -> None:
 
 
 def most_tokens(state: AppState, given: int | None) -> int | None:
-    """Most tokens of an answer, where a request has no limit the model's own; None: up to the context's end."""
+    """Return the token limit of an answer: the request's, or the model's default; None: until the context is full."""
     return given or state.sampling_defaults().get("max_tokens")

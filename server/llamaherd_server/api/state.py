@@ -1,4 +1,4 @@
-"""What the endpoints work with: one object a model, for the life of the app."""
+"""The state that endpoints use: one object per model, created once per app."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from llamaherd_server.wire.protocol import ModelInfo
 
 @dataclass(frozen=True, slots=True)
 class AppState:
-    """The parts of a running server, for one of its models.
+    """The components of a running server, for one of its models.
 
-    `models`: every name and alias with its own; `at_once`: how many of them are loaded at most.
+    `models`: the state of every model, by name and alias; `at_once`: how many models are loaded at most.
     """
 
     settings: Settings
@@ -45,35 +45,35 @@ class AppState:
 
     @property
     def takes_media(self) -> bool:
-        """Whether a chat may have images and the like."""
+        """Whether chats may contain images, audio or video."""
         return self.settings.model.mmproj is not None and self.engine.status().kind == "llama-server"
 
     def model_info(self) -> ModelInfo:
-        """What the model says of itself; known since it was first loaded."""
+        """Return the model's metadata. Raises the 503 if it has not been read yet."""
         info = self.engine.status().model
         if info is None:
             raise ApiError(503, "the model is loading", code="model_loading", retry_after=5)
         return info
 
     def sampling_defaults(self) -> dict[str, Any]:
-        """Fields of requests by name, where a request leaves them out: by the settings, else by the model."""
+        """Return defaults for missing request fields, by name. The settings take precedence over the model's own."""
         return {**self.model_info().sampling, **self.settings.model.sampling}
 
     @property
     def fingerprint(self) -> str:
-        """Another one where equal seeds may give other samples: another build, engine or model."""
+        """A hash of build, engine and model. Equal seeds may give different samples if it differs."""
         info = self.model_info()
         identity = f"{self.engine.status().kind} {info.build} {info.description} {info.n_params} {info.size_bytes}"
         return f"b{zlib.crc32(identity.encode()):08x}"
 
     def all(self) -> list[AppState]:
-        """Every model's, once."""
+        """Return the state of each model once."""
         return [state for name, state in self.models.items() if name == state.model_name]
 
     def named(self, name: str, elsewhere: Sequence[str] = ()) -> AppState:
-        """The model of that name or alias, or the one that has the alias "*".
+        """Return the state of the model with this name or alias, or of the one with the alias "*".
 
-        Raises the 404 that lists the names, and those of `elsewhere`.
+        Raises a 404 that lists the models, including those of other hosts in `elsewhere`.
         """
         if state := self.models.get(name) or self.models.get(ANY_NAME):
             return state
@@ -83,7 +83,7 @@ class AppState:
         raise ApiError(404, message, param="model", code="model_not_found")
 
     def check_model(self, name: str | None, key: Key) -> None:
-        """Raise the 404 for a model that is not served, the 403 for one that is not the key's."""
+        """Raise a 404 for a model that is not served, or a 403 for one that the key may not use."""
         if name and self.named(name) is not self:
             raise ValueError(f"a request for {name!r} came to {self.model_name!r}")
         if key.models is not None and self.model_name not in key.models:
@@ -92,22 +92,22 @@ class AppState:
 
 
 def state_of(request: Request) -> AppState:
-    """The state for the model that the request is for."""
+    """Return the state of the request's model."""
     state: AppState = getattr(request.state, "model", request.app.state.llamaherd)
     return state
 
 
 def fleet_models(request: Request) -> list[str]:
-    """The models of all hosts, where an edge before unlike hosts lists them; what a client lists, only it reads."""
+    """Return the models of all hosts. The edge sets the header if hosts differ; a client can only mislead itself."""
     values = ",".join(request.headers.getlist("x-llamaherd-models"))
     return [unquote(name) for name in values.split(",") if name]
 
 
 async def choose_model(request: Request) -> None:
-    """Send the request to the model that it names, in the body or the query; without a name, to the first one.
+    """Select the model that the request names in its body or query; without a name, the first model.
 
-    Raises the 404 for an unknown name, and for a POST the 403 for a model that is not the key's and the 503 while that
-    model loads. One on demand is loaded first where nothing could be read of it.
+    Raises a 404 for an unknown name. For a POST, raises a 403 if the key may not use the model, and a 503 while the
+    model loads. A model on demand is loaded first if its metadata could not be read without loading it.
     """
     state = state_of(request)
     if name := await _model_of(request):

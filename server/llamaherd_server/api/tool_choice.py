@@ -1,4 +1,4 @@
-"""Which tools may be called, and whether one must: `tool_choice` in the forms of OpenAI's two APIs and of others."""
+"""`tool_choice`: which tools may or must be called, in the formats of OpenAI's two APIs and of other servers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _MODES = ("none", "auto", "required", "any")
 
 
 class NamedChoice(Body):
-    """The one tool to call; in a chat the name may stand in `function`."""
+    """The one tool to call. In a chat request, the name may be inside `function`."""
 
     type: Literal["function"]
     name: str
 
 
 class AllowedChoice(Body):
-    """The tools that may be called, of those there are; in a chat its fields may stand in `allowed_tools`."""
+    """The subset of tools that may be called. In a chat request, the fields may be inside `allowed_tools`."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
@@ -30,7 +30,7 @@ class AllowedChoice(Body):
 
 
 def _flat(choice: Any) -> Any:
-    """The Responses API's form of a chat's object, and of other servers' words."""
+    """Convert a chat request's nested object, and other servers' mode names, to the format of the Responses API."""
     if choice == "any":
         return "required"
     kind = choice.get("type") if isinstance(choice, dict) else None
@@ -62,9 +62,9 @@ ToolChoice = Annotated[
 
 
 def choice_of(tools: list[Tool], wanted: Wanted, *, parallel: bool | None) -> Choice:
-    """The tools in play; raises ApiError.
+    """Return the tools that may or must be called. Raises ApiError.
 
-    `parallel` None: as many calls as the model likes, but one where it must call, as small models never stop there.
+    `parallel` None: any number of calls, but only one if a call is required, because small models would never stop.
     """
     if isinstance(wanted, AllowedChoice):
         tools = [tool for one in wanted.tools for tool in _named(tools, one.name)]

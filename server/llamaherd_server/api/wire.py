@@ -1,4 +1,4 @@
-"""The parts that OpenAI's answers share: envelopes, usage, timings."""
+"""The parts that OpenAI's response formats share: envelopes, usage, timings."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from llamaherd_server.serving.meter import Usage
 from llamaherd_server.wire.protocol import Finished, Generate
 
 _DONE = b"data: [DONE]\n\n"
-# Line ends that JSON may hold as they are, and at which clients in Python (httpx's iter_lines) would cut an event.
+# Line separators that JSON may contain unescaped, but at which Python clients (httpx's iter_lines) split an event.
 _LINE_ENDS = [(char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029"]
 
 
 def encode(value: Any) -> bytes:
-    """`value` as JSON on one line, for a stream's event."""
+    """Return `value` as JSON on one line, for an event of a stream."""
     text = msgspec.json.encode(value)
     for raw, escaped in _LINE_ENDS:
         text = text.replace(raw, escaped)
@@ -33,12 +33,12 @@ def encode(value: Any) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a request asked to be told besides its text."""
+    """What the response contains besides the text."""
 
     model: str
     fingerprint: str
     include_usage: bool = False
-    # Of a choice: its index, its end and its text; what it gives is put into the answer, as llama-server does.
+    # Returns llama-server's object for a choice from its index, end and text; it becomes the answer's `__verbose`.
     verbose: Callable[[int, Finished, str], dict[str, Any]] | None = None
 
     @classmethod
@@ -53,7 +53,7 @@ class Options:
 
 
 class Envelope:
-    """An answer's id and what stands around each of its chunks, encoded once: a token then costs one small encode."""
+    """An answer's id and the JSON around each of its chunks, encoded once, so that a token costs one small encode."""
 
     def __init__(self, prefix: str, kind: str, options: Options) -> None:
         self.head = {
@@ -71,11 +71,11 @@ class Envelope:
         self._close = b',"usage":null}\n\n' if options.include_usage else b"}\n\n"
 
     def choice(self, index: int, body: bytes) -> bytes:
-        """An event with one choice; `body`: its fields besides the index, encoded, without braces."""
+        """Return an event with one choice. `body`: its encoded fields except the index, without braces."""
         return b'%b,"choices":[{"index":%d,%b}]%b' % (self._open, index, body, self._close)
 
     def finish(self, index: int, body: bytes, end: Finished) -> bytes:
-        """The event that ends a choice; its timings stand in the stream's last event, as llama-server has it."""
+        """Return the event that ends a choice. Its timings go into the stream's last event, as in llama-server."""
         self._timings = encode(timings_object(end))
         event = self.choice(index, body)
         if self._verbose:
@@ -84,7 +84,7 @@ class Envelope:
         return event if self._include_usage else event.removesuffix(b"}\n\n") + self._timed()
 
     def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
-        """What an answer in one object has after its choices."""
+        """Return the fields that follow the choices in an answer that is not streamed."""
         first = choices[0]
         more = {"__verbose": self._verbose(0, first.end, first.text)} if self._verbose else {}
         return {"usage": usage_object(usage), "timings": timings_object(first.end), **more}
@@ -93,23 +93,23 @@ class Envelope:
         return b',"timings":' + self._timings + b"}\n\n"
 
     def end(self, usage: Usage) -> bytes:
-        """The end of the stream; before it, where it was asked for, the event without choices that tells the usage."""
+        """Return the end of the stream, preceded by the event with the usage if the client asked for it."""
         if not self._include_usage:
             return _DONE
         return self._open + b',"choices":[],"usage":' + encode(usage_object(usage)) + self._timed() + _DONE
 
     def error(self, error: ApiError) -> bytes:
-        """The event that ends a stream which cannot go on."""
+        """Return the event that ends a failed stream."""
         return b"data: " + encode(error.body()) + b"\n\n"
 
 
 def event(kind: str, **fields: Any) -> bytes:
-    """A named server-sent event, which says its name in its data too."""
+    """Return a named server-sent event, with the name also as the `type` in its data."""
     return b"event: %b\ndata: %b\n\n" % (kind.encode(), encode({"type": kind, **fields}))
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
-    """OpenAI's usage."""
+    """Return the usage in OpenAI's format."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
