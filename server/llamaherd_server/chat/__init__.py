@@ -1,1 +1,1 @@
-"""From messages to a prompt, and from a response format to a grammar."""
+"""Chat templates, and conversations in the form that templates expect."""

@@ -1,4 +1,4 @@
-"""Conversations in the form that a chat template can print: found out by rendering it, before the first request."""
+"""Adapts conversations to what a chat template can print, which test renderings find out before the first request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llamaherd_server.toolcalls.turns import Turn, turn_of
 
 Messages = list[dict[str, Any]]
 
-# What a model whose template knows no tools is told: the words of Qwen2.5's template, in Hermes' format.
+# The system prompt for models whose template does not support tools: Qwen2.5's wording, Hermes' format.
 _INTRODUCTION = """# Tools
 
 You may call one or more functions to assist with the user query.
@@ -35,38 +35,38 @@ For each function call, return a json object with function name and arguments wi
 <tool_call>
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
-# A template prints its own tools if it prints these conversations.
+# A template that prints these conversations supports tools.
 _OF_TOOLS = ("tools", "tools and a system message", "a call", "a call with text")
 _ALL = tuple(kind.name for kind in KINDS)
 _TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
-_FAILED = 100  # an error weighs more than all the texts that a prompt can lack
+_FAILED = 100  # an error weighs more than any number of missing texts
 
 
 class Traits(msgspec.Struct, frozen=True):
-    """What a template cannot do by itself."""
+    """The adaptations that a template needs."""
 
-    functions_text: bool = False  # it wants the tools as a text, `functions`, and the time of day as `datetime`
-    plain_parameters: bool = False  # it wants one type and a description for each parameter
-    listed_tools: bool = False  # it wants a list of tools, also where there are none
-    text_arguments: bool = False  # it wants the arguments of calls as text
-    lone_thoughts: bool = False  # it prints no text beside reasoning and a call
-    mapped_arguments: bool = False  # it wants them as a mapping, whatever they are
-    single_calls: bool = False  # it prints one call in a turn
-    one_system: bool = False  # it prints one system message only, at the beginning
-    some_user: bool = False  # it wants a message of the user's
-    no_system: bool = False  # it prints none
-    called_results: bool = False  # it prints results only of calls that it has printed
-    alternating: bool = False  # it wants user and assistant in turns
-    user_first: bool = False  # it wants the user to begin
-    parts: bool = False  # it wants contents as lists of parts
-    written_calls: bool = False  # it prints no calls, but what a format writes as content
-    foreign_tools: bool = False  # it prints no tools, or not their calls and results
+    functions_text: bool = False  # expects the tools as text in `functions`, and the date as `datetime`
+    plain_parameters: bool = False  # expects exactly one type and a description for each parameter
+    listed_tools: bool = False  # expects a list of tools even if there are none
+    text_arguments: bool = False  # expects the arguments of calls as text
+    lone_thoughts: bool = False  # drops text in a message with reasoning and a call
+    mapped_arguments: bool = False  # expects the arguments of calls as a mapping, even if they are not JSON
+    single_calls: bool = False  # prints only one call per turn
+    one_system: bool = False  # prints only one system message, at the beginning
+    some_user: bool = False  # requires a user message
+    no_system: bool = False  # prints no system message
+    called_results: bool = False  # prints a result only if it has printed the call
+    alternating: bool = False  # requires user and assistant to alternate
+    user_first: bool = False  # requires the first turn to be the user's
+    parts: bool = False  # expects each content as a list of parts
+    written_calls: bool = False  # prints no calls, so the format writes them as content
+    foreign_tools: bool = False  # prints no tools, or no calls and results
 
 
 class Found(msgspec.Struct):
-    """The traits of a template, and the kinds of conversations that it does not print whole even so, with the error.
+    """The traits of a template. `failures`: what it omits despite them, or the error, by kind of conversation.
 
-    `shape`: of its calls, where it prints them as no known family does. `turn`: what is around its texts.
+    `shape`: the format of its calls, if no known family has it. `turn`: the markers around its texts.
     """
 
     traits: Traits
@@ -76,7 +76,7 @@ class Found(msgspec.Struct):
 
 
 class Prompting(msgspec.Struct):
-    """What a prompt is made of; `variables` are the request's and the model's own, and its tokens."""
+    """The input of a prompt. `variables`: those of the request and the model, and the BOS and EOS tokens."""
 
     template: str
     messages: Messages
@@ -86,22 +86,22 @@ class Prompting(msgspec.Struct):
 
 
 def prompt_of(prompting: Prompting) -> str:
-    """The prompt; called in a sandboxed child."""
+    """Render the prompt. Runs in a sandboxed child."""
     context = context_of(prompting.template, prompting.messages, prompting.tools, prompting.traits, prompting.variables)
     return render(Rendering(prompting.template, context))
 
 
 def traits_of(template: str) -> Found:
-    """The traits with which most kinds of conversations are printed whole; called in a sandboxed child."""
+    """Return the traits that make the template print the most conversations completely. Runs in a sandboxed child."""
     traits, failures = Traits(), _failures(template, Traits())
-    for name in Traits.__struct_fields__ * 2:  # one may only help beside a later one
+    for name in Traits.__struct_fields__ * 2:  # twice: a trait may help only together with a later one
         other = msgspec.structs.replace(traits, **{name: True})
         if failures and other != traits:
             fewer = _failures(template, other)
             kinds = _OF_TOOLS if name == "foreign_tools" else _ALL
             if _weight(fewer, kinds) < _weight(failures, kinds):
                 traits, failures = other, fewer
-    for name in Traits.__struct_fields__:  # what helped at first may be needless beside what came later
+    for name in Traits.__struct_fields__:  # a later trait may have made an earlier one redundant
         other = msgspec.structs.replace(traits, **{name: False})
         if other != traits and _weight(same := _failures(template, other), _ALL) <= _weight(failures, _ALL):
             traits, failures = other, same
@@ -118,7 +118,7 @@ def traits_of(template: str) -> Found:
 
 
 def _printed(template: str, traits: Traits, messages: Messages, tools: list[dict[str, Any]], **variables: Any) -> str:
-    """Raises ValueError for whatever a template may raise."""
+    """Render a test conversation. Raises ValueError for any exception of the template."""
     try:
         return render(Rendering(template, context_of(template, messages, tools, traits, {**_TOKENS, **variables})))
     except Exception as error:
@@ -126,7 +126,7 @@ def _printed(template: str, traits: Traits, messages: Messages, tools: list[dict
 
 
 def _failures(template: str, traits: Traits) -> dict[str, str | list[str]]:
-    """For each kind that is not printed whole: the error, or what is missing."""
+    """Return, for each kind of conversation that is not printed completely, the error or the missing texts."""
     failures: dict[str, str | list[str]] = {}
     for kind in KINDS:
         try:
@@ -147,7 +147,7 @@ def _weight(failures: dict[str, str | list[str]], kinds: Iterable[str]) -> int:
 def context_of(
     template: str, messages: Messages, tools: list[dict[str, Any]], traits: Traits, variables: dict[str, Any]
 ) -> dict[str, Any]:
-    """A template's variables: `variables`, and the conversation as it can print it."""
+    """Return a template's variables: `variables`, and the conversation adapted to its traits."""
     now = datetime.datetime.now().astimezone()
     messages = [{**one, "role": "system"} if one["role"] == "developer" else dict(one) for one in messages]
     messages = _named_results(messages)
@@ -162,7 +162,7 @@ def context_of(
     if traits.functions_text:
         functions = [tool["function"] for tool in tools]
         variables = {"functions": json.dumps(functions, indent=4, ensure_ascii=False), **variables}
-    if isinstance(thinks := variables.get("enable_thinking"), bool):  # and by the names that other templates have
+    if isinstance(thinks := variables.get("enable_thinking"), bool):  # other templates use other names
         mode = {"thinking": thinks, "thinking_mode": "enabled" if thinks else "disabled"}
         variables = {**mode, **({} if thinks else {"thinking_budget": 0}), **variables}
     steps: tuple[tuple[bool, Callable[[Messages], Messages]], ...] = (
@@ -181,7 +181,7 @@ def context_of(
     for wanted, step in steps:
         messages = step(messages) if wanted else messages
     return {
-        "enable_thinking": True,  # as llama-server has it
+        "enable_thinking": True,  # llama-server's default
         "date_string": now.strftime("%d %b %Y"),
         **({"datetime": now.strftime("%b %d %Y")} if traits.functions_text else {}),
         **variables,
@@ -193,14 +193,14 @@ def context_of(
 
 @lru_cache(maxsize=4)
 def _thought_name(template: str) -> str:
-    """The name by which the template knows reasoning, if it is not `reasoning_content`."""
+    """Return the template's name for reasoning, or "" if it is `reasoning_content` or none is found."""
     names = () if "reasoning_content" in template else ("reasoning", "thinking", "thought")
     of = r"""\b(?:message|msg|m)(?:\.|\[['"]|\.get\(['"])"""
     return next((name for name in names if re.search(rf"{of}{name}\b", template)), "")
 
 
 def _with_lone_thought(message: dict[str, Any], name: str) -> dict[str, Any]:
-    """A message whose text is part of its reasoning, where there are calls beside."""
+    """Move the text of a message with reasoning and calls into its reasoning."""
     thought = message.get("reasoning_content")
     if not thought or not message.get("tool_calls") or not message["content"]:
         return message
@@ -209,7 +209,7 @@ def _with_lone_thought(message: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _with_calls(message: dict[str, Any], written: Callable[[Calls], str]) -> dict[str, Any]:
-    """A message whose calls are part of its content."""
+    """Move the calls of a message into its content."""
     if not message.get("tool_calls"):
         return message
     calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]]
@@ -236,7 +236,7 @@ def _as_mapping(arguments: Any) -> dict[str, Any]:
 
 
 def _single_calls(messages: Messages) -> Messages:
-    """Calls that were made in parallel as one after the other, each with its result."""
+    """Split parallel calls into consecutive turns of one call, each followed by its result."""
     result: Messages = []
     taken: list[int] = []
     for at, one in enumerate(messages):
@@ -259,14 +259,14 @@ def _single_calls(messages: Messages) -> Messages:
 
 
 def _one_system(messages: Messages) -> Messages:
-    """The first system messages as one, those that come later as the user's."""
+    """Merge the leading system messages into one and turn later ones into user messages."""
     count = next((at for at, one in enumerate(messages) if one["role"] != "system"), len(messages))
     rest = [{**one, "role": "user"} if one["role"] == "system" else one for one in messages[count:]]
     return [*_joined(messages[:count]), *rest]
 
 
 def _no_system(messages: Messages) -> Messages:
-    """The system message as the beginning of the user's first one."""
+    """Prepend the system message to the first user message."""
     if not messages or messages[0]["role"] != "system":
         return messages
     system, *rest = messages
@@ -274,7 +274,7 @@ def _no_system(messages: Messages) -> Messages:
 
 
 def _named_results(messages: Messages) -> Messages:
-    """Results with the name of their tool, which OpenAI's API has in calls only."""
+    """Add the tool's name to each result. OpenAI's API has it only in the calls."""
     names = {call["id"]: call["function"]["name"] for one in messages for call in one.get("tool_calls", ())}
     return [
         {**one, "name": name}
@@ -296,7 +296,7 @@ def _user_first(messages: Messages) -> Messages:
 
 
 def _alternating(messages: Messages) -> Messages:
-    """Between a call, or its result, and the user there is an answer of no text."""
+    """Merge messages of the same role, and put an empty answer between a call or its result and a user message."""
     result: Messages = []
     for one in messages:
         if one["role"] == "user" and result and (result[-1]["role"] == "tool" or "tool_calls" in result[-1]):
@@ -306,7 +306,7 @@ def _alternating(messages: Messages) -> Messages:
 
 
 def _called_results(messages: Messages) -> Messages:
-    """Results of calls that came before; of others, which a client may have cut off, the text as the user's."""
+    """Turn results without a preceding call, which the client may have truncated, into user messages."""
     called: set[str] = set()
     result: Messages = []
     for one in messages:
@@ -317,7 +317,7 @@ def _called_results(messages: Messages) -> Messages:
 
 
 def _joined(messages: Messages) -> Messages:
-    """Neighbours of one role as one message; calls and their results stay what they are."""
+    """Merge adjacent messages of the same role, except calls and their results."""
     result: Messages = []
     for one in messages:
         last = result[-1] if result else {}
@@ -333,7 +333,7 @@ def _in_parts(messages: Messages) -> Messages:
 
 
 def told(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages for a template that knows no tools: they go into the system message, calls and results are text."""
+    """Return messages for a template without tool support: tools in the system message, calls and results as text."""
     introduction = _INTRODUCTION.format(tools="\n".join(_json(tool) for tool in tools)) if tools else ""
     result: list[dict[str, Any]] = []
     for message in messages:

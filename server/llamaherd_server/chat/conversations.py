@@ -1,4 +1,4 @@
-"""Conversations of every kind that a chat template meets: a model's is rendered with all of them when it is loaded."""
+"""Test conversations, one for each kind that a chat template has to print. All are rendered when a model is loaded."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SEARCH: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A conversation as templates are given it, and texts that must be in the prompt."""
+    """A test conversation, and the texts that its prompt must contain."""
 
     name: str
     messages: list[dict[str, Any]]

@@ -1,4 +1,4 @@
-"""Renders a chat template, which is code that comes with a model file: called in a sandboxed child only."""
+"""Renders chat templates. They are untrusted code from a model file, so this runs only in a sandboxed child."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Rendering(msgspec.Struct):
 
 
 def render(rendering: Rendering) -> str:
-    """A chat template's prompt."""
+    """Render the prompt. Raises ValueError if it is longer than OUTPUT_CHARS."""
     pieces, length = [], 0
     for piece in _compiled(rendering.template).generate(rendering.context):
         length += len(piece)
@@ -35,7 +35,7 @@ def render(rendering: Rendering) -> str:
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}`, with which transformers marks what an assistant said."""
+    """`{% generation %}…{% endgeneration %}`, transformers' markup for the assistant's text. It prints its content."""
 
     tags = {"generation"}  # noqa: RUF012 (as declared in Extension)
 
@@ -46,8 +46,8 @@ class _Generation(Extension):
 
 @functools.lru_cache(maxsize=4)
 def _compiled(template: str) -> Template:
-    # What transformers' apply_chat_template offers a template, which is what templates are written against; lists can
-    # be appended to, as in llama.cpp.
+    # Templates are written for transformers' apply_chat_template, so this offers the same. Unlike there, lists are
+    # mutable, as in llama.cpp.
     environment = SandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
@@ -62,7 +62,7 @@ def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 
 
 def _listed(value: Any) -> Any:
-    """What filters such as `map` return, as a list; an undefined value as null."""
+    """Convert what filters such as `map` return to a list, and an undefined value to null."""
     return None if isinstance(value, Undefined) else list(value)
 
 

@@ -1,4 +1,4 @@
-"""Tools for templates that print of a parameter no more than one type and a description."""
+"""Simplifies tools for templates that print only one type and a description for each parameter."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ _TYPES = {bool: "boolean", int: "integer", float: "number", list: "array", dict:
 
 
 def plain_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """The tool with parameters of one type each; calls are held to the schema as it is, not to this."""
+    """Return the tool with one type for each parameter. Calls are still enforced by the original schema."""
     function = tool["function"]
     return {**tool, "function": {**function, "parameters": {"properties": {}, **plain(function["parameters"])}}}
 
 
 def plain(schema: Any) -> dict[str, Any]:
-    """A schema of one type, with what is in it; types that are null, or are not known, are texts."""
+    """Reduce a schema, and those nested in it, to one type each. Null and unknown types become string."""
     if not isinstance(schema, dict):
         schema = {}
     kind = schema.get("type")
@@ -33,7 +33,7 @@ def plain(schema: Any) -> dict[str, Any]:
 
 
 def plain_type(schema: Any) -> str:
-    """The first type that is not null."""
+    """Return the schema's first type that is not null, or else "null"."""
     if not isinstance(schema, dict):
         return "string"
     kinds = schema.get("type")

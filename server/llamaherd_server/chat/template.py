@@ -1,4 +1,4 @@
-"""The prompt of a chat: the model's own template, rendered in the sandbox."""
+"""Renders a chat's prompt from the model's own template, in the sandbox."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaherd_server.wire.protocol import ModelInfo
 
 log = structlog.get_logger()
 
-# For a model whose GGUF has no template: ChatML, which most instruction-tuned models understand.
+# For models whose GGUF has no template. Most instruction-tuned models understand ChatML.
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -21,11 +21,11 @@ CHATML = (
 
 
 _FINDING_CPU_S = 10.0
-_found: dict[str, Found] = {}  # by template: there are as many as models
+_found: dict[str, Found] = {}  # by template; bounded, because there is one per model
 
 
 async def found(sandbox: Sandbox, model: ModelInfo) -> Found:
-    """What the model's template cannot do, found out once. Raises ApiError where no process can be had for it."""
+    """Return the traits of the model's template, found out once. Raises ApiError if no process is available."""
     source = model.chat_template or CHATML
     if source not in _found:
         try:
@@ -38,7 +38,7 @@ async def found(sandbox: Sandbox, model: ModelInfo) -> Found:
 
 
 async def check(sandbox: Sandbox, model: ModelInfo, name: str) -> None:
-    """Log the kinds of conversations that the template of the model `name` does not print."""
+    """Log the kinds of conversations that the template of the model `name` does not print completely."""
     if failures := (await found(sandbox, model)).failures:
         log.warning("the chat template does not print these conversations whole", model=name, **{"not": failures})
 
@@ -52,9 +52,9 @@ async def render(
     tools: list[dict[str, Any]] | None = None,
     traits: Traits | None = None,
 ) -> str:
-    """The prompt for `messages`; `variables` are the request's and the model's own, for the template. Raises ApiError.
+    """Render the prompt for `messages` with the template `variables` of the request and the model. Raises ApiError.
 
-    Where the last message is the assistant's, the answer continues it, as llama-server does.
+    If the last message is the assistant's, the answer continues it, as in llama-server.
     """
     last = messages[-1]
     prefill = last["content"] if last["role"] == "assistant" and "tool_calls" not in last else None
@@ -73,5 +73,5 @@ async def render(
 
 
 def adds_special(model: ModelInfo, prompt: str) -> bool:
-    """Whether tokenising a rendered `prompt` should add the BOS token: only where the template wrote none itself."""
+    """Return whether tokenizing `prompt` should add the BOS token: only if the template has not written it."""
     return model.add_bos and not (model.bos_token and prompt.startswith(model.bos_token))
