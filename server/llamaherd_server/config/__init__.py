@@ -1,1 +1,1 @@
-"""The settings and the keys of the server."""
+"""The server's settings and API keys."""

@@ -1,5 +1,5 @@
-"""Checks an engine's settings and a model's placement: the same rules for server.toml, the environment and PUT
-/admin/engine.
+"""Validates an engine's settings and a model's placement, by the same rules for server.toml, the environment and
+PUT /admin/engine.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _MISTAKES = {EngineSettings: setting_mistakes, Placement: placement_mistakes}
 
 @cache
 def schema(kind: type[EngineSettings | Placement] = EngineSettings) -> dict[str, dict[str, Any]]:
-    """The JSON schema of each setting."""
+    """Return the JSON schema of each setting."""
     properties: dict[str, dict[str, Any]] = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"]
     return properties
 
 
 def merge(base: Settings, values: Mapping[str, Any]) -> Settings:
-    """`base` with `values` put over it; numbers may be strings, as they are in the environment.
+    """Return `base` with `values` applied. Numbers may be strings, as in environment variables.
 
-    Raises ValueError with one line that names the field, the value and the remedy.
+    Raises ValueError with one line: the field, the value and the remedy.
     """
     kind = type(base)
     known = schema(kind)

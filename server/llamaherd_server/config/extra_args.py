@@ -1,11 +1,11 @@
-"""Which of llama-server's flags an operator may add to those that the settings stand for."""
+"""Checks which llama-server flags an operator may add to those that the settings produce."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Flags that the settings say, or on which the way between the two processes rests: with all their names. Those for
-# speculative decoding are not among them: llama-server drafts in ways that no setting has, and takes what comes last.
+# Flags, by all their names, that the settings control or that the connection to llama-server depends on. Flags for
+# speculative decoding are allowed: llama-server has methods that no setting covers, and uses a flag's last occurrence.
 OWNED = frozenset(
     f"-{flag}"
     for line in (
@@ -24,7 +24,7 @@ OWNED = frozenset(
 )
 
 
-# Flags that cannot do here what they are for, each with the reason.
+# Flags that have no effect here, each with the reason.
 _DEFEATED = {
     "--sleep-idle-seconds": "llama-server is never idle here: its slots are asked about every second",
     **dict.fromkeys(
@@ -47,7 +47,7 @@ _DEFEATED = {
 
 
 def check_extra_args(arguments: Sequence[str]) -> None:
-    """Raise ValueError for an argument that is not the operator's to give, or that would do nothing."""
+    """Raise ValueError for a flag that the server sets itself, or that would have no effect."""
     for argument in arguments:
         name = argument.partition("=")[0]
         if name in OWNED:

@@ -1,4 +1,4 @@
-"""API keys: named, hashed at rest, each with its own limits, reloaded when their file changes."""
+"""API keys: named, stored as hashes, each with its own limits, reloaded when their file changes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class KeysError(Exception):
 
 
 class Key(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A caller. None means: no limit. `priority` is the key's share of a busy server relative to the others'.
+    """An API key and its limits; None: no limit. `priority`: its share of a busy server relative to other keys.
 
-    A `preemptible` one, for work that can wait, has what the others leave: theirs go first, and take its slots.
+    Requests of a `preemptible` key are for work that can wait: other keys' requests go first and take its slots.
     """
 
     name: str
     sha256: str
     admin: bool = False
     requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None  # prompt and completion together, as in the next two
-    tokens_per_day: int | None = None  # of the calendar, in UTC
+    tokens_per_minute: float | None = None  # prompt and completion together, as in the next two limits
+    tokens_per_day: int | None = None  # calendar day in UTC
     tokens_per_month: int | None = None
     max_concurrent: int | None = None
     models: list[str] | None = None
@@ -39,12 +39,12 @@ class Key(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def budgeted(self) -> bool:
-        """Whether what it used before counts."""
+        """Whether the key has a budget, against which earlier usage counts."""
         return self.tokens_per_day is not None or self.tokens_per_month is not None
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether a limit needs to know a request's tokens beforehand."""
+        """Whether a limit needs an estimate of each request's tokens in advance."""
         return self.budgeted or self.tokens_per_minute is not None
 
     @property
@@ -53,7 +53,7 @@ class Key(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Share(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """So many `servers` hold the keys' limits together; those from number `first`, from 0, are `here`, on this host."""
+    """How the keys' limits are split among `servers`. This host runs `here` of them, from number `first` (0-based)."""
 
     servers: int = 1
     first: int = 0
@@ -65,21 +65,21 @@ class Share(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class KeysFile(Struct, forbid_unknown_fields=True):
-    """What the file has."""
+    """The contents of the keys file."""
 
     keys: list[Key]
     share: Share = Share()
 
 
-# Who calls when no keys are configured: anyone on this machine.
+# The caller without keys: the server is then reachable from this machine only.
 ANONYMOUS = Key(name="anonymous", sha256="", admin=False)
 
 
 class KeyStore:
-    """The keys of a file, read again when it changes. A file that has become unreadable leaves the old keys valid."""
+    """The keys of a file, reloaded when it changes. If a reload fails, the old keys stay valid."""
 
     def __init__(self, path: Path, *, budgets: bool = True) -> None:
-        """`budgets`: whether this server can hold keys to theirs. Raises KeysError when the file cannot be used."""
+        """`budgets`: whether this server stores usage and so can enforce token budgets. Raises KeysError."""
         self._path = path
         self._budgets = budgets
         self._version = self._file_version()
@@ -88,21 +88,21 @@ class KeyStore:
 
     @property
     def share(self) -> Share:
-        """This host's, of all keys' limits."""
+        """This host's share of all keys' limits."""
         return self._file.share
 
     def find(self, token: str) -> Key | None:
-        """The key that `token` is the secret of, whose time has not run out."""
+        """Return the unexpired key whose secret is `token`, or None."""
         self._reload_if_changed()
         digest = hashlib.sha256(token.encode()).hexdigest()
         found = None
-        for key in self._file.keys:  # all of them, so that the time taken does not tell which one matched
+        for key in self._file.keys:  # no early exit, so that timing does not reveal which one matched
             if hmac.compare_digest(key.sha256, digest):
                 found = key
         return None if found is None or found.expired else found
 
     def holds(self, key: Key) -> bool:
-        """Whether the key is still in the file, whatever its limits are now, and its time has not run out."""
+        """Return whether the key is still in the file, even with other limits, and has not expired."""
         self._reload_if_changed()
         same = (one for one in self._file.keys if (one.name, one.sha256) == (key.name, key.sha256))
         return any(not one.expired for one in same)
@@ -112,7 +112,7 @@ class KeyStore:
             stat = self._path.stat()
         except OSError:
             return None
-        # Who writes a file may set its mtime, not its ctime.
+        # A writer can set a file's mtime, but not its ctime.
         return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
     def _reload_if_changed(self) -> None:
@@ -145,11 +145,11 @@ class KeyStore:
 
 
 def read_keys(path: Path, known_as: Path | None = None) -> KeysFile:
-    """A file of keys, which errors call `known_as`; raises KeysError."""
+    """Read a keys file. Raises KeysError, with messages that name the file `known_as`."""
     known_as = known_as or path
     try:
         table = tomllib.loads(path.read_text())
-        if "keys" not in table:  # a file that is being written may be empty; `keys = []` is meant
+        if "keys" not in table:  # may be a file that is still being written; `keys = []` is intentional
             raise KeysError(f"{known_as}: no keys: make one with `llamaherd-server keys add NAME`")
         file = convert(table, KeysFile)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which addresses only this machine has."""
+"""Detects loopback addresses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ipaddress
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` can only be reached from this machine."""
+    """Return whether `host` can only be reached from this machine."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:

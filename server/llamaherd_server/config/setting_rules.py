@@ -1,5 +1,5 @@
-"""What an engine's settings and a model's placement must be within, and agree on. For the server, and by a link in
-plugins/module_utils for the playbooks, on a controller without the server's packages.
+"""Rules for an engine's settings and a model's placement. The playbooks use this file too, by a link in
+plugins/module_utils, on a controller without the server's packages.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ OTLP_ENDPOINT = (
 
 
 def setting_mistakes(settings: Mapping[str, Any], schema: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is wrong with whole settings, one line each: the setting, its value, the remedy.
+    """Return the errors in complete settings, one line each: the setting, its value, the remedy.
 
-    `schema`: of each setting its JSON schema, of which the bounds count. Types have been checked.
+    `schema`: each setting's JSON schema, used for its bounds. Types must have been checked before.
     """
     if found := out_of_range(settings, schema):
         return found
@@ -41,7 +41,7 @@ def setting_mistakes(settings: Mapping[str, Any], schema: Mapping[str, Mapping[s
 
 
 def placement_mistakes(placement: Mapping[str, Any], schema: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The same of a model's placement."""
+    """Return the errors in a model's placement, like `setting_mistakes`."""
     found = out_of_range(placement, schema)
     layers, devices, shares = placement["gpu_layers"], placement["devices"], placement["tensor_split"]
     if layers == "auto" and (shares or placement["cpu_moe_layers"] or placement["split_mode"] in ("row", "tensor")):
@@ -57,18 +57,18 @@ def placement_mistakes(placement: Mapping[str, Any], schema: Mapping[str, Mappin
 
 
 def is_otlp_endpoint(value: str) -> bool:
-    """Whether `value` is an OTLP_ENDPOINT."""
+    """Return whether `value` is an OTLP_ENDPOINT."""
     try:
         url = urlsplit(value)
         valid = url.port != 0 and re.fullmatch(r"[\w.:-]+", url.hostname or "", re.ASCII)
-    except ValueError:  # a port beyond 65535, brackets around no address
+    except ValueError:  # a port above 65535, or brackets without an IPv6 address
         return False
     whole = value.isprintable() and not set(" ?#@") & set(value)
     return bool(valid and whole and url.scheme in ("http", "https") and not re.search("/v1/traces/*$", url.path))
 
 
 def out_of_range(settings: Mapping[str, Any], schema: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The numbers that are beyond their bounds, one line each; what is no number at all is another's to refuse."""
+    """Return an error for each number out of its bounds. Does not check types."""
     return [
         f"{name} {settings[name]} is out of range: it must be {' or '.join([*words, 'between'])} {one['minimum']} and "
         f"{one['maximum']}"
@@ -78,7 +78,7 @@ def out_of_range(settings: Mapping[str, Any], schema: Mapping[str, Mapping[str, 
 
 
 def _words(schema: Mapping[str, Any]) -> list[str]:
-    """What the setting may be in place of a number."""
+    """Return the words that a setting accepts in place of a number."""
     return [word for kind in schema.get("anyOf", ()) for word in kind.get("enum", ())]
 
 

@@ -1,6 +1,6 @@
 """The server's settings: a TOML file, overridden by LLAMAHERD_SECTION__NAME in the environment.
 
-Every mistake is a SettingsError with one line a mistake: the setting, what is wrong, the remedy.
+Invalid settings raise SettingsError, with one line per error: the setting, what is wrong, the remedy.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from llamaherd_server.wire.sampling_values import checked
 
 
 class SettingsError(Exception):
-    """What is wrong with the settings, for a person."""
+    """The settings are invalid. The message is for the operator."""
 
 
 class Section(BaseModel):
-    """A table of the file; names it does not know are errors."""
+    """A table of the file. Unknown names are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -49,22 +49,22 @@ class HttpSettings(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=1, le=65535)
-    # Web pages of these origins may call the API; "*": all. None: browsers keep every page out.
+    # Origins whose web pages may call the API; "*": all. Empty: browsers block every page.
     cors_origins: list[str] = []
-    # Without keys: names that clients may use for this server besides this machine's own.
+    # Without keys: host names that clients may use for this server, besides loopback names.
     allowed_hosts: list[str] = []
 
 
 class AuthSettings(Section):
-    """Who may use the server; required for any host beyond loopback."""
+    """Who may use the server. Keys are required unless `http.host` is a loopback address."""
 
     keys_file: Path | None = None
-    # Which of this host's servers this one is, from 0, where several have a part of the keys' limits.
+    # This server's number among those on this host, from 0, if several share the keys' limits.
     instance: int = Field(default=0, ge=0)
 
 
 def _checked_sampling(given: dict[str, Any]) -> dict[str, Any]:
-    """Fields of requests with values that the engines take."""
+    """Validate default values for request fields."""
     known = {*Sampling.__struct_fields__, "max_tokens"} - {"grammar", "logit_bias"}
     if unknown := next((name for name in given if name not in known), None):
         raise ValueError(f"unknown field {unknown!r}{nearest(unknown, known)}")
@@ -77,27 +77,27 @@ def _checked_sampling(given: dict[str, Any]) -> dict[str, Any]:
 
 
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
-# As an alias: the model answers to every name that is no other model's.
+# As an alias: the model serves every name that belongs to no other model.
 ANY_NAME = "*"
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class AdapterSettings(Section):
-    """A LoRA as GGUF, added to the weights `scale` times."""
+    """A LoRA adapter as GGUF, and its scaling factor."""
 
     path: ExistingFile
     scale: float = 1.0
 
 
 class ModelSettings(Section):
-    """A model that is served; its `placement` lies in the same table.
+    """A served model. The settings of its `placement` are in the same table of the file.
 
-    `mmproj`: a multimodal projector, for llama-server. `draft`: a smaller model of the same vocabulary.
-    `chat_template`: a Jinja file that goes before the GGUF's own. `chat_template_kwargs`: variables for it, where a
-    request gives none of the name. `sampling`: fields of requests, `max_tokens` among them, where a request leaves them
-    out. `aliases`: of the only model, ["*"] unless given. `memory_mib`: what weights and context may take, where
-    ctx_per_slot is 0; None: this model's share of the host's. `residence`: a model `on_demand` is loaded for the first
-    request, and unloaded when it has had none for `idle_s` seconds or another one needs its place.
+    `mmproj`: a multimodal projector, for llama-server. `draft`: a smaller model with the same vocabulary.
+    `chat_template`: a Jinja file that replaces the GGUF's template. `chat_template_kwargs`: default variables for it.
+    `sampling`: defaults for request fields, including `max_tokens`. `aliases`: default ["*"] for a single model.
+    `memory_mib`: memory for weights and context if ctx_per_slot is 0; None: this model's share of the host's memory.
+    `residence`: a model `on_demand` is loaded for the first request, and unloaded after `idle_s` seconds without one or
+    when another model needs its place.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -130,15 +130,15 @@ class ModelSettings(Section):
 
 
 class EngineSection(Section):
-    """Which engine, and what its context is built from; both lie side by side in the file's [engine] table."""
+    """The engine and its context settings, which are side by side in the file's [engine] table."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     kind: EngineKind = "embedded"
-    # llama-server alone: its program, left out: that of the build whose libraries are used; and more of its flags.
+    # For llama-server only: its program (default: from the same build as the libraries), and additional flags.
     binary: ExistingFile | None = None
     extra_args: list[str] = []
-    # llama-server alone: rpc-servers, host:port, whose devices are used like its own.
+    # For llama-server only: rpc-servers (host:port) whose devices it uses like local ones.
     rpc: list[Annotated[str, Field(pattern=r"^[\w.-]+:\d+$")]] = []
     settings: EngineSettings = EngineSettings()
 
@@ -157,7 +157,7 @@ class EngineSection(Section):
         return self
 
     def program(self) -> Path:
-        """Where llama-server is; raises SettingsError."""
+        """Return the path of llama-server. Raises SettingsError."""
         libraries = os.environ.get("LLAMA_CPP_LIB_PATH")
         found = self.binary or (libraries and Path(libraries).parent / "bin" / "llama-server")
         if not found:
@@ -172,7 +172,7 @@ _ENGINE_OWN = ("kind", "binary", "extra_args", "rpc")
 
 
 class ServedModel(ModelSettings):
-    """One of several models. What its engine table leaves out is as the file's [engine] says."""
+    """One of several models. The file's [engine] table has the defaults for its own engine table."""
 
     engine: EngineSection = EngineSection()
 
@@ -188,45 +188,45 @@ class ServedModel(ModelSettings):
 
 
 class LimitSettings(Section):
-    """Bounds on requests. Times are seconds."""
+    """Limits on requests. Times are in seconds."""
 
     max_queue: int = Field(default=256, ge=1)
-    # Expected prompt and completion tokens of all that wait.
+    # Expected prompt and completion tokens of all queued requests.
     max_queue_tokens: int = Field(default=2**20, ge=1)
     queue_timeout_s: float = Field(default=60, gt=0)
     first_token_timeout_s: float = Field(default=300, gt=0)
     request_timeout_s: float = Field(default=600, gt=0)
-    # A connection that takes none of what it is sent for so long, or sends none of its request's body, is closed.
+    # A connection is closed if for this long it reads nothing of the response or sends nothing of the request's body.
     idle_client_timeout_s: float = Field(default=30, ge=1)
-    # Generations in one request: its prompts times n.
+    # Generations per request: its number of prompts times n.
     max_generations: int = Field(default=128, ge=1)
-    # Left out: 32 MiB where a model takes images, as Anthropic's API does.
+    # Default if a model has mmproj: 32 MiB, as in Anthropic's API.
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
     drain_timeout_s: float = Field(default=30, ge=0)
-    # Who shares the computed beginnings of prompts: requests of the same key, or all. Times and `cached_tokens` tell a
-    # client what others that it shares with have asked.
+    # Which requests share computed prompt prefixes: those of the same key, or all. Response times and `cached_tokens`
+    # can reveal to a client which prompts others in its scope have sent.
     prompt_cache_scope: Literal["key", "server"] = "key"
-    # Memory for each model's computed prompts that have left their slots; 0: none. Left out: 8 GiB for all, as
-    # llama-server takes, but at most a quarter of what is available. Of llama-server it is the --cache-ram.
+    # Memory per model for computed prompts that have left their slots; 0: none. Default: 8 GiB for all models together,
+    # as in llama-server, but at most a quarter of the available memory. llama-server gets it as --cache-ram.
     prompt_cache_mib: int | None = Field(default=None, ge=0)
-    # Where they are while the server is not running; left out: nowhere. In it each model has a folder of its own.
+    # Where they are stored while the server is stopped, with one folder per model; default: nowhere.
     prompt_cache_dir: Path | None = None
-    # Where it is kept what each key used, for so many days; left out: nowhere beyond the process. Servers of one host
-    # share it.
+    # Where each key's usage is stored for `usage_days` days; default: only in memory. The servers of one host share
+    # the directory.
     usage_dir: Path | None = None
     usage_days: int = Field(default=400, ge=31, le=36500)
-    # How many of the models on demand are loaded at once.
+    # How many models on demand are loaded at once.
     models_loaded: int = Field(default=1, ge=1)
-    # How long an engine may take from its start until it has computed a first token.
+    # From an engine's start to its first computed token.
     load_timeout_s: float = Field(default=900, gt=0)
-    # Above the slowest step, which is a whole batch of prompt on this host.
+    # Must exceed the slowest step: a full batch of prompt tokens on this host.
     heartbeat_timeout_s: float = Field(default=120, gt=0)
 
 
 class LogSettings(Section):
-    """What the log may hold. `texts`: prompts and outputs, which are the users' own; not of what is passed on.
+    """What the log may contain. `texts`: prompts and outputs, which are user data, except of requests passed on.
 
-    `prefixes`: hashes of a prompt's beginnings, by which it is known what requests share; no text can be had from them.
+    `prefixes`: hashes of a prompt's prefixes, which show what requests share without revealing the text.
     """
 
     texts: bool = False
@@ -240,10 +240,10 @@ def _otlp_endpoint(value: str) -> str:
 
 
 class TelemetrySettings(Section):
-    """Where traces of requests go, by OTLP over HTTP; left out: nowhere.
+    """Where traces of requests are sent by OTLP over HTTP; default: nowhere.
 
-    `otlp_headers_file`: what the collector asks for, a line `Name: value` each. `otlp_ratio`: the share of requests
-    that are traced; one that belongs to a trace already (W3C's `traceparent`) is traced where its flags say so.
+    `otlp_headers_file`: headers for the collector, one `Name: value` per line. `otlp_ratio`: the share of requests
+    that are traced. For a request that already belongs to a trace (W3C's `traceparent`), the trace's flags decide.
     """
 
     otlp_endpoint: Annotated[str, AfterValidator(_otlp_endpoint)] | None = None
@@ -252,7 +252,7 @@ class TelemetrySettings(Section):
 
 
 class Settings(BaseSettings):
-    """All of server.toml. With [[models]], `model` and `engine` are the first one's; with [model], it is the list."""
+    """All of server.toml. With [[models]], `model` and `engine` are the first model's; [model] makes a list of one."""
 
     model_config = SettingsConfigDict(
         env_prefix="LLAMAHERD_", env_nested_delimiter="__", extra="forbid", frozen=True, allow_inf_nan=False
@@ -301,16 +301,16 @@ class Settings(BaseSettings):
         return self
 
     def each(self) -> list[Settings]:
-        """The same settings once for every model, each as if there were no other."""
+        """Return these settings once per model, each as if it were the only one."""
         return [self.model_copy(update={"model": one, "engine": one.engine, "models": [one]}) for one in self.models]
 
     def loaded_at_once(self) -> int:
-        """How many models share the memory, at most."""
+        """Return the largest number of models in memory at once."""
         on_demand = sum(model.residence == "on_demand" for model in self.models)
         return len(self.models) - on_demand + min(on_demand, self.limits.models_loaded)
 
     def with_engine(self, kind: EngineKind, settings: EngineSettings) -> Settings:
-        """The same for one model on that engine; raises SettingsError where what is set beside it is the other's."""
+        """Return these settings for one model on engine `kind`. Raises SettingsError if other settings exclude that."""
         own = {name: getattr(self.engine, name) for name in _ENGINE_OWN}
         table = {**dict(self.models[0]), "engine": {**own, "kind": kind, **msgspec.to_builtins(settings)}}
         try:
@@ -337,13 +337,13 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment goes before the file; nothing else is read."""
+        """Use the environment before the file, and no other source."""
         del settings_cls, dotenv_settings, file_secret_settings
         return env_settings, init_settings
 
 
 def load(path: Path) -> Settings:
-    """Read `path` and the environment; raises SettingsError."""
+    """Read `path` and the environment. Raises SettingsError."""
     try:
         table = tomllib.loads(path.read_text())
     except OSError as error:
@@ -357,7 +357,7 @@ def load(path: Path) -> Settings:
     try:
         return Settings(**table)
     except ValidationError as error:
-        # what the file does not have itself was made of what it has
+        # errors in derived tables repeat those in the file's own
         derived = {"model", "engine"} if "models" in table else {"models"}
         errors = error.errors()
         told = [item for item in errors if not derived & {*item["loc"][:1]}] or errors

@@ -1,4 +1,4 @@
-"""One server's part of a key's limits, which the servers of a fleet hold together, each by what it counts itself."""
+"""One server's part of a key's limits. The servers of a fleet split each limit, and each counts only its own part."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from llamaherd_server.config.keys import Key, Share
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Of number `server`, from 0, of `servers`; so many of those are `here`. From number `servers` on: nothing."""
+    """The part of server `server` (from 0) of `servers`, of which `here` run on this host. Higher ones get nothing."""
 
     servers: int
     server: int
     here: int
 
     def requests(self, limit: float) -> float:
-        """Of so many requests, at a time or a minute: whole ones, so that all parts together are no more."""
+        """Return the part of a limit on requests, concurrent or per minute: whole requests that add up to it."""
         if self.server >= self.servers:
             return 0
         part = (int(limit) + self.servers - 1 - self.server) // self.servers
         return part + (limit % 1 if self.server == 0 else 0)
 
     def tokens(self, limit: float) -> float:
-        """Of so many tokens a minute."""
+        """Return the part of a limit in tokens per minute."""
         return limit / self.servers if self.server < self.servers else 0
 
     def budget(self, limit: float) -> float:
-        """Of so many tokens a day or a month, which all servers on this host count together."""
+        """Return the part of a budget of tokens per day or month, which all servers of this host count together."""
         return limit * self.here / self.servers
 
 
 def part_of(share: Share, instance: int, key: Key) -> Part:
-    """Of the key's limits, for the host's server of that number, from 0.
+    """Return the part of the key's limits for this host's server number `instance`, from 0.
 
-    Where the key has fewer requests than there are servers, only so many have a part of any.
+    If the key allows fewer requests than there are servers, only that many servers get a part.
     """
     counts = (key.max_concurrent, key.requests_per_minute)
     servers = min([share.servers, *(max(1, int(count)) for count in counts if count is not None)])
