@@ -1,1 +1,1 @@
-"""JSON schemas and patterns as GBNF, the grammars of llama.cpp."""
+"""Converts JSON schemas and regular expressions to GBNF, llama.cpp's grammar format."""

@@ -1,4 +1,4 @@
-"""Arrays of a JSON schema as GBNF."""
+"""Converts array schemas to GBNF."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from llamaherd_server.grammar.gbnf import literal, repeated
 from llamaherd_server.grammar.strings import MAX_LENGTH, lengths
 from llamaherd_server.grammar.subschemas import Schema, json_text, refuse
 
-_MOST_DISTINCT = 100  # values that a set of them is written out for
+_MOST_DISTINCT = 100  # values of a set that are written out
 
 if TYPE_CHECKING:
     from llamaherd_server.grammar.schema import Converter
 
 
 def array_rule(converter: Converter, schema: Schema, where: str) -> str | None:
-    """The rule of the arrays that satisfy a schema in the form of Subschemas.flat; None: there are none."""
+    """Return the rule for arrays that satisfy a schema from Subschemas.flat; None: no array does."""
     low, high = lengths(schema, "minItems", "maxItems", where, MAX_LENGTH)
     first = schema.get("prefixItems", [])
     if not isinstance(first, list):
@@ -34,7 +34,7 @@ def array_rule(converter: Converter, schema: Schema, where: str) -> str | None:
 
 
 def _tuple(converter: Converter, schema: Schema, where: str) -> str | None:
-    """All of prefixItems unless minItems or maxItems want fewer, then what `items` allows."""
+    """Return the rule for arrays of prefixItems, of which minItems or maxItems may allow fewer, followed by `items`."""
     low, high = lengths(schema, "minItems", "maxItems", where, MAX_LENGTH)
     first = schema["prefixItems"]
     low = low if "minItems" in schema else len(first)
@@ -63,7 +63,7 @@ def _tuple(converter: Converter, schema: Schema, where: str) -> str | None:
 
 
 def _distinct(converter: Converter, schema: Any, where: str) -> list[str] | None:
-    """The values of a schema that lists all of them; None: it does not."""
+    """Return all values that a schema allows, as JSON; None: it does not list them, or there are too many."""
     values: dict[str, None] = {}
     for one in converter.parts.flat(schema, where):
         kinds = one.get("type", [])
@@ -81,12 +81,12 @@ def _distinct(converter: Converter, schema: Any, where: str) -> list[str] | None
 
 
 def _subset(converter: Converter, values: list[str], low: int, high: int | None) -> str | None:
-    """Some of the values, each once and in their order."""
+    """Return the rule for arrays of `low` to `high` of the values, each at most once and in this order."""
     count = len(values)
     high = count if high is None else min(high, count)
     if low > count:
         return None
-    # What may follow value number `at` where `taken` were taken; bounds that cannot be missed need no counting.
+    # What may follow from value `at` on, after `taken` values. Exact counts are needed only for bounds that matter.
     counts = range(high + 1) if low > 1 or high < count else range(2)
     following: dict[tuple[int, int], str | None] = {
         (count, taken): '""' if taken >= min(low, counts[-1]) else None for taken in counts

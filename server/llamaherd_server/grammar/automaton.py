@@ -1,4 +1,4 @@
-"""Deterministic automata over characters, and their form as GBNF: the sampler follows one stack, whatever the text."""
+"""Deterministic automata over characters, as GBNF: llama.cpp's sampler then follows only one stack."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from llamaherd_server.grammar.gbnf import literal
 from llamaherd_server.grammar.ranges import Ranges, common, minus
 
 MAX_STATES = 4000
-_INLINE = 40  # a class of more text becomes a rule of its own
-# What a JSON string can only hold as an escape.
+_INLINE = 40  # a longer character class becomes a rule of its own
+# Characters that a JSON string can contain only as escapes.
 _ESCAPED: Ranges = ((0, 0x1F), (ord('"'), ord('"')), (ord("\\"), ord("\\")))
 _SHORT = {code: json.dumps(chr(code))[2] for code in (8, 9, 10, 12, 13, ord('"'), ord("\\"))}
 
@@ -20,9 +20,9 @@ Share = Callable[[str], str]
 
 @dataclass(frozen=True, slots=True)
 class Automaton:
-    """State 0 begins. `edges`: for each state what leads where; `accepts`: whether a text may end there.
+    """State 0 is the start. `edges`: each state's transitions; `accepts`: whether a text may end in the state.
 
-    Every state but the first can be reached and leads to an end.
+    Every state except the start is reachable and leads to an accepting state.
     """
 
     edges: list[list[tuple[Ranges, int]]]
@@ -30,7 +30,7 @@ class Automaton:
 
     @classmethod
     def pruned(cls, edges: list[list[tuple[Ranges, int]]], accepts: list[bool]) -> Automaton:
-        """Without the states that lead to no end."""
+        """Create an automaton without the states from which no accepting state is reachable."""
         sources: list[list[int]] = [[] for _ in edges]
         for state, out in enumerate(edges):
             for _, target in out:
@@ -50,12 +50,12 @@ class Automaton:
 
     @property
     def void(self) -> bool:
-        """Whether there is no text at all in it."""
+        """Whether the automaton accepts no text at all."""
         return not any(self.accepts)
 
     @property
     def longest(self) -> int | None:
-        """Characters of the longest text; None: there is none, as a state leads back to itself."""
+        """The length of the longest accepted text in characters; None: unbounded, because there is a cycle."""
         lengths, sources = [0] * len(self.edges), self._entered()
         ready = [state for state, count in enumerate(sources) if not count]
         for state in ready:
@@ -67,7 +67,7 @@ class Automaton:
         return max(lengths) if len(ready) == len(self.edges) else None
 
     def _entered(self) -> list[int]:
-        """For each state, how many edges lead to it."""
+        """Return the number of edges that lead to each state."""
         entered = [0] * len(self.edges)
         for out in self.edges:
             for _, target in out:
@@ -84,14 +84,14 @@ class Automaton:
         return state is not None and self.accepts[state]
 
     def rules(self, name: str, share: Share, *, escape: bool) -> dict[str, str]:
-        """GBNF of the texts, begun by the rule `name`; `escape`: as the inside of a JSON string.
+        """Return GBNF rules for the accepted texts, with the start rule `name`. `escape`: as inside a JSON string.
 
-        `share` makes a rule of a text that may come again, and returns the name of it.
+        `share` makes a rule of a rule text that may recur, and returns its name.
         """
         entered = self._entered()
 
         def chained(state: int) -> bool:
-            """Whether the state can stand within the rule that leads to it."""
+            """Return whether the state can be inlined into the rule that leads to it."""
             return state > 0 and entered[state] == 1 and len(self.edges[state]) == 1 and not self.accepts[state]
 
         def alternative(ranges: Ranges, target: int) -> str:
@@ -116,7 +116,7 @@ def _name(name: str, state: int) -> str:
 
 
 def _symbols(sets: list[Ranges], share: Share, *, escape: bool) -> Iterator[str]:
-    """One character of each of the sets, one after the other."""
+    """Yield GBNF symbols for a sequence of one character from each set."""
     text = ""
     for ranges in sets:
         if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
@@ -132,7 +132,7 @@ def _symbols(sets: list[Ranges], share: Share, *, escape: bool) -> Iterator[str]
 
 
 def _class(ranges: Ranges, share: Share, *, escape: bool) -> str:
-    """One character of `ranges`, in a JSON string if `escape`."""
+    """Return the GBNF symbol for one character of `ranges`; `escape`: as inside a JSON string."""
     symbols = []
     if plain := minus(ranges, _ESCAPED) if escape else ranges:
         symbols.append(

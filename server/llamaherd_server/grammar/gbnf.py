@@ -1,4 +1,4 @@
-"""The rules of JSON as GBNF, and what its grammars are composed of."""
+"""GBNF rules for JSON, and helpers that build grammars."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
-# Bounded white space: a model that may write any amount of it sometimes never stops.
+# White space is bounded, because some models never stop writing it.
 PRIMITIVES = {
     "space": r'| " " | "\n" [ \t]{0,20}',
-    # No control characters, and no halves of surrogate pairs: what is matched is one character of the text.
+    # No control characters or surrogate escapes, so that each match is one character of the text.
     "char": r'[^"\\\x7F\x00-\x1F] | "\\" (["\\/bfnrt] | "u" escape)',
     "escape": "([0-9A-Ca-cE-Fe-f] [0-9A-Fa-f] | [Dd] [0-7]) [0-9A-Fa-f]{2}",
     "string": r'"\"" char* "\""',
@@ -28,16 +28,16 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 def literal(text: str) -> str:
-    """A GBNF literal of exactly `text`."""
+    """Return a GBNF literal that matches exactly `text`."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     escaped = _CONTROL.sub(lambda match: rf"\x{ord(match[0]):02X}", escaped)
     return f'"{escaped}"'
 
 
 def without(name: str, markers: tuple[str, ...], *, not_first: str = "") -> dict[str, str]:
-    """Rules of any text without one of `markers` in it, which does not begin with the character `not_first`.
+    """Return rules, starting with `name`, for text that contains none of `markers` and does not begin with `not_first`.
 
-    An automaton over how much of a marker the text ends with (Aho and Corasick, 1975), begun by the rule `name`.
+    The states are the marker prefixes that the text may end with (Aho and Corasick, 1975).
     """
     prefixes = ["", *sorted({marker[:size] for marker in markers for size in range(1, len(marker))})]
     alphabet = sorted({char for marker in markers for char in marker})
@@ -50,7 +50,7 @@ def without(name: str, markers: tuple[str, ...], *, not_first: str = "") -> dict
         return None if any(seen.endswith(marker) for marker in markers) else seen
 
     def rule(prefix: str, excluded: str = "") -> str:
-        """Few alternatives, each with all characters that lead to one state: llama.cpp follows all of them at once."""
+        """Return a state's rule, with one alternative per next state, because llama.cpp follows all alternatives."""
         targets = {char: after(prefix + char) for char in alphabet if char not in excluded}
         special = [*excluded, *(char for char, target in targets.items() if target != "")]
         ways = [
@@ -66,7 +66,7 @@ def without(name: str, markers: tuple[str, ...], *, not_first: str = "") -> dict
 
 
 def characters(chars: list[str], *, negate: bool) -> str:
-    """A GBNF class of these characters, or of all others."""
+    """Return a GBNF class of `chars`, or of all other characters."""
     escapes = {"\\": "\\\\", "]": "\\]", "[": "\\[", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
     inside = "".join(
         escapes.get(char, char) for char in sorted(set(chars), key=lambda char: (char in "^-", char == "-"))
@@ -75,14 +75,14 @@ def characters(chars: list[str], *, negate: bool) -> str:
 
 
 def constant(value: object) -> str:
-    """The literal of a JSON value; raises ValueError for NaN and the infinities."""
+    """Return the literal for a JSON value. Raises ValueError for NaN and infinities."""
     return literal(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def repeated(rule: str, low: int, high: int | None, share: Callable[[str], str]) -> str:
-    """`low` to `high` times the rule `rule`, which is a name or one symbol; None: without end.
+    """Repeat `rule`, a name or a single symbol, `low` to `high` times; None: no upper bound.
 
-    llama.cpp writes each repetition out and refuses more than 2,000 of them: blocks of blocks take the root of it.
+    llama.cpp expands repetitions and rejects more than 2,000, so large counts are nested as blocks of blocks.
     """
     if high is None:
         return f"{_exactly(rule, low, share)} {rule}*".strip()
@@ -106,7 +106,7 @@ def _at_most(rule: str, count: int, share: Callable[[str], str]) -> str:
 
 
 def trie(texts: Iterable[str], share: Callable[[str], str]) -> str:
-    """The texts as alternatives that share their prefixes, so that the sampler follows few of them at a time."""
+    """Return the texts as alternatives that share prefixes, so that the sampler follows only a few at a time."""
     ordered = sorted(set(texts))
     done: dict[tuple[int, int, int], str] = {}
     todo = [(0, len(ordered), 0)]

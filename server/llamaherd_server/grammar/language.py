@@ -1,7 +1,7 @@
 """Regular languages as terms, closed under intersection and complement, and their deterministic automata.
 
-Derivatives of regular expressions (Brzozowski, 1964) give the automaton state by state, lookaheads, lengths and several
-patterns at once included.
+The automaton is built state by state from derivatives of regular expressions (Brzozowski, 1964). This also covers
+lookaheads, length bounds and combinations of patterns.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _SURROGATES = (0xD800, 0xDFFF)
 
 
 class TooLarge(ValueError):
-    """An automaton would need too many states."""
+    """An automaton would need too many states, or a schema too many terms."""
 
     def __init__(self) -> None:
         super().__init__(f"needs an automaton of more than {MAX_STATES} states: shorten or simplify it")
 
 
 class Term:
-    """A regular language. Only Terms makes them, so that equal terms are one object."""
+    """A regular language. Only Terms creates them, so equal terms are identical objects."""
 
     __slots__ = ("arguments", "kind", "nullable", "number")
 
@@ -38,7 +38,7 @@ class Term:
 
 
 class Terms:
-    """Makes terms and keeps them, within MAX_TERMS; one object for each schema."""
+    """Creates and interns the terms of one schema, at most MAX_TERMS."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[Any, ...], Term] = {}
@@ -59,11 +59,11 @@ class Terms:
         return found
 
     def chars(self, ranges: Iterable[tuple[int, int]]) -> Term:
-        """One character of `ranges`, but no half of a surrogate pair."""
+        """Return the language of one character of `ranges`, without surrogates."""
         return self._term("set", minus(ranges, [_SURROGATES]), nullable=False)
 
     def text(self, text: str) -> Term:
-        """Exactly `text`."""
+        """Return the language of exactly `text`."""
         return self.sequence(*(self._term("set", ((code, code),), nullable=False) for code in map(ord, text)))
 
     def sequence(self, *terms: Term) -> Term:
@@ -101,14 +101,14 @@ class Terms:
         return ordered[0] if len(ordered) == 1 else self._term(kind, ordered, nullable=nullable)
 
     def other(self, term: Term) -> Term:
-        """Every text that is not in `term`."""
+        """Return the complement of `term`."""
         opposites = {self.nothing: self.all, self.all: self.nothing}
         if term in opposites:
             return opposites[term]
         return term.arguments[0] if term.kind == "other" else self._term("other", (term,), nullable=not term.nullable)
 
     def repeat(self, term: Term, low: int, high: int | None) -> Term:
-        """`low` to `high` times `term`; None: without end."""
+        """Return `term` repeated `low` to `high` times; None: no upper bound."""
         low = 0 if term.nullable else low
         if high == 0 or term is self.empty or (term is self.nothing and low == 0):
             return self.empty
@@ -117,16 +117,16 @@ class Terms:
         return self._term("repeat", (term, low, high), nullable=low == 0)
 
     def multiple(self, of: int, places: int, remainder: int = 0, used: int | None = None) -> Term:
-        """Decimal numbers, at most `places` behind the dot, whose value times 10 ** places is a multiple of `of`.
+        """Return decimal numbers with up to `places` fraction digits whose value * 10**places is a multiple of `of`.
 
-        `remainder` is that of the digits so far; `used` of them stand behind the dot, None: there was no dot yet.
+        `remainder`: of the digits read so far; `used`: how many of them are fraction digits, None before the dot.
         """
         scale = 10 ** (places - (used or 0))
-        remainder %= of // gcd(of, scale)  # remainders that mean the same are one state
+        remainder %= of // gcd(of, scale)  # equivalent remainders share a state
         return self._term("multiple", (of, places, remainder, used), nullable=remainder * scale % of == 0)
 
     def derivative(self, term: Term, code: int) -> Term:
-        """What may follow the character `code` at the beginning of a text in `term`."""
+        """Return the Brzozowski derivative: what may follow an initial character `code` in texts of `term`."""
         key = (term, code)
         found = self._derivatives.get(key)
         if found is None:
@@ -168,7 +168,7 @@ class Terms:
         return self.multiple(of, places, remainder * 10 + digit, None if used is None else used + 1)
 
     def automaton(self, term: Term) -> Automaton:
-        """The deterministic automaton of `term`; raises TooLarge."""
+        """Return the deterministic automaton of `term`. Raises TooLarge."""
         if term not in self._automata:
             self._automata[term] = self._built(term)
         return self._automata[term]
@@ -178,7 +178,7 @@ class Terms:
         numbers = {term: 0}
         states = [term]
         edges: list[list[tuple[Ranges, int]]] = []
-        for state in states:  # grows on the way
+        for state in states:  # grows during the loop
             targets: dict[Term, list[tuple[int, int]]] = {}
             for ranges in classes:
                 targets.setdefault(self.derivative(state, ranges[0][0]), []).extend(ranges)
@@ -193,7 +193,7 @@ class Terms:
 
 
 def _sets(term: Term) -> set[Ranges]:
-    """The sets of characters that `term` distinguishes."""
+    """Return the sets of characters that `term` distinguishes."""
     sets: set[Ranges] = {((0, LAST),)}
     seen, queue = {term}, [term]
     while queue:

@@ -1,4 +1,4 @@
-"""Numbers within bounds, and multiples, as languages of the texts that JSON has for them."""
+"""Numbers within bounds, and multiples, as languages of their JSON texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaherd_server.grammar.language import Term, Terms
 from llamaherd_server.grammar.string_formats import INTEGERS
 from llamaherd_server.grammar.subschemas import ASSERTIONS, Schema, number, refuse
 
-# Every number of so many digits is exact in a double; where nothing else is asked for, numbers end there.
+# A double represents every integer of this many digits exactly. Unless a minimum is larger, integer parts end there.
 DIGITS = 15
 LARGEST = 10**DIGITS - 1
 MAX_DIGITS = 40
@@ -19,7 +19,7 @@ _FRACTION = 16
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """None: no bound. `above`, `below` are exclusive; `multiple_of` is above 0."""
+    """The bounds of a number; None: no bound. `above` and `below` are exclusive; `multiple_of` is positive."""
 
     least: Decimal | None = None
     most: Decimal | None = None
@@ -38,7 +38,7 @@ class Bounds:
         )
 
     def term(self, terms: Terms, *, whole: bool) -> Term:
-        """The numbers, or whole numbers, within the bounds; none of them has an exponent. Raises ValueError."""
+        """Return the numbers (`whole`: integers) within the bounds, without exponents. Raises ValueError."""
         negated = Bounds(_negative(self.most), _negative(self.least), _negative(self.below), _negative(self.above))
         positive = self._magnitudes(terms, whole=whole)
         negative = negated._magnitudes(terms, whole=whole)
@@ -53,12 +53,12 @@ class Bounds:
         if exponent < 0:
             return terms.multiple(int(self.multiple_of.scaleb(-exponent)), -exponent)
         digits = str(int(self.multiple_of))
-        zeros = len(digits) - len(digits.rstrip("0"))  # as digits of their own, for each would multiply the states
+        zeros = len(digits) - len(digits.rstrip("0"))  # matched literally: each would multiply the states
         multiples = terms.sequence(terms.multiple(int(digits) // 10**zeros, 0), terms.text("0" * zeros))
         return terms.either(multiples, terms.text("0"))
 
     def _magnitudes(self, terms: Terms, *, whole: bool) -> Term:
-        """Of the numbers from 0 on, those within the bounds."""
+        """Return the language of non-negative numbers within the bounds, apart from `multiple_of`."""
         lows = [
             (bound, exclusive) for bound, exclusive in ((self.least, False), (self.above, True)) if bound is not None
         ]
@@ -82,7 +82,7 @@ class Bounds:
 
 
 def bounds_of(schema: Schema, where: str) -> Bounds:
-    """The bounds of a number; those of OpenAPI's formats too."""
+    """Return the bounds in a number schema, including those of OpenAPI's integer formats."""
     values = {word: number(schema, word, where) for word in ASSERTIONS["number"] if word in schema}
     if "multipleOf" in values and values["multipleOf"] <= 0:
         refuse(where, f"has multipleOf {schema['multipleOf']}: it must be above 0")
@@ -101,7 +101,7 @@ def bounds_of(schema: Schema, where: str) -> Bounds:
 
 
 def integers(terms: Terms, low: int, high: int) -> Term:
-    """The whole numbers 0 <= low..high: alternatives for each number of digits, then digit by digit."""
+    """Return the integers from `low` to `high`, 0 <= low, as alternatives for each number of digits."""
     alternatives: list[Term] = []
     while low <= high:
         last = min(high, 10 ** len(str(low)) - 1)
@@ -126,7 +126,7 @@ def _same_length(terms: Terms, low: str, high: str) -> Term:
 
 
 def _limited(terms: Terms, bound: Decimal, exclusive: bool, sign: int, largest: int) -> Term:
-    """Decimal texts above (`sign` 1) or below (-1) a bound of at least 0."""
+    """Return the decimal texts above (`sign` 1) or below (-1) a non-negative bound."""
     whole = floor(bound)
     digits = f"{bound - whole:f}".partition(".")[2].rstrip("0")
     beyond = integers(terms, whole + 1, largest) if sign > 0 else integers(terms, 0, whole - 1)
@@ -139,7 +139,7 @@ def _limited(terms: Terms, bound: Decimal, exclusive: bool, sign: int, largest: 
 
 
 def _fraction(terms: Terms, digits: str, *, exclusive: bool, sign: int) -> Term:
-    """The digits behind a dot that are, as a fraction, above or below that of `digits`."""
+    """Return the fraction digits whose value is above (`sign` 1) or below (-1) that of `digits`."""
     zeros = terms.repeat(terms.text("0"), 0, None)
     if not digits:
         some = terms.both(terms.all, terms.other(zeros)) if exclusive else terms.all
@@ -147,7 +147,7 @@ def _fraction(terms: Terms, digits: str, *, exclusive: bool, sign: int) -> Term:
     digit = int(digits[0])
     beyond = _digit(terms, digit + 1, 9) if sign > 0 else _digit(terms, 0, digit - 1)
     same = terms.sequence(terms.text(digits[0]), _fraction(terms, digits[1:], exclusive=exclusive, sign=sign))
-    ended = terms.nothing if sign > 0 else terms.empty  # fewer digits are less, as the last of `digits` is not 0
+    ended = terms.nothing if sign > 0 else terms.empty  # a prefix of `digits` is smaller: they do not end in 0
     return terms.either(terms.sequence(beyond, terms.all), same, ended)
 
 

@@ -1,4 +1,4 @@
-"""Objects of a JSON schema as GBNF."""
+"""Converts object schemas to GBNF."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def object_rule(converter: Converter, schema: Schema, where: str) -> str | None:
-    """The rule of the objects that satisfy a schema in the form of Subschemas.flat; None: there are none."""
+    """Return the rule for objects that satisfy a schema from Subschemas.flat; None: no object does."""
     required = set(names(schema, where))
     listed = listed_properties(converter, schema, where)
     extra = _extra(converter, schema, listed, where)
@@ -32,8 +32,8 @@ def object_rule(converter: Converter, schema: Schema, where: str) -> str | None:
         if value is not None:
             members.append((f'{constant(name)} space ":" space {value} space', name in required))
     least = _counted(converter, schema, len(required), None if extra else len(members), where)
-    any_left = f"{extra} space" if extra else None  # what may come next where something came before; None: nothing
-    rest, must = '""', False  # what may follow; whether something must
+    any_left = f"{extra} space" if extra else None  # the remaining members without a leading comma; None: none
+    rest, must = '""', False  # the remaining members after another one; whether one of them is required
     if any_left:
         rest = converter.reserved()
         converter.add(rest, f'("," space {any_left} {rest})?')
@@ -49,7 +49,7 @@ def object_rule(converter: Converter, schema: Schema, where: str) -> str | None:
 
 
 def _counted(converter: Converter, schema: Schema, least: int, most: int | None, where: str) -> bool:
-    """Whether minProperties asks for one at least; `least` to `most` there are in any case, None: any number."""
+    """Return whether minProperties requires a property. Without it, there are `least` to `most` (None: unbounded)."""
     low, high = lengths(schema, "minProperties", "maxProperties", where, MAX_LENGTH)
     if low > max(1, least):
         converter.cannot(where, "has the keyword 'minProperties', which cannot be enforced beside optional properties")
@@ -59,7 +59,7 @@ def _counted(converter: Converter, schema: Schema, least: int, most: int | None,
 
 
 def listed_properties(converter: Converter, schema: Schema, where: str) -> dict[str, Any]:
-    """Each property that is listed, or required, with what its value must satisfy."""
+    """Return the schema of each property that is listed or required, by name."""
     listed = properties(schema, where)
     patterns = properties(schema, where, "patternProperties")
     for pattern, one in patterns.items() if listed else ():
@@ -85,11 +85,11 @@ def listed_properties(converter: Converter, schema: Schema, where: str) -> dict[
 
 
 def _extra(converter: Converter, schema: Schema, listed: dict[str, Any], where: str) -> str | None:
-    """The rule of a property that is not listed; None: there can be none."""
+    """Return the rule for a property that is not listed; None: no other property is allowed."""
     patterns = properties(schema, where, "patternProperties")
     additional = schema.get("additionalProperties", not listed and "properties" not in schema and not patterns)
     allowed = [(pattern, one) for pattern, one in [*patterns.items(), (None, additional)] if one is not False]
-    if not allowed:  # what other names are costs an automaton
+    if not allowed:  # avoids building an automaton of all other names
         return None
     keyed = converter.terms.all
     if "propertyNames" in schema:
@@ -108,7 +108,7 @@ def _extra(converter: Converter, schema: Schema, listed: dict[str, Any], where: 
         )
         try:
             key = "string" if keys is converter.terms.all else converter.text(keys, escape=True)
-        except TooLarge:  # too many names to leave out: the object is closed, then
+        except TooLarge:  # too many names to exclude, so no other property is allowed
             continue
         value = converter.convert(one, f"{where}/additionalProperties") if key else None
         if key and value:
@@ -118,7 +118,7 @@ def _extra(converter: Converter, schema: Schema, listed: dict[str, Any], where: 
 
 
 def _keys(converter: Converter, alternatives: list[Schema], where: str) -> Term:
-    """The names that a schema of names allows: strings, or numbers as text, as zod has them."""
+    """Return the property names that `alternatives` allow: strings, or numbers as text, which zod generates."""
     terms = []
     for one in alternatives:
         kinds = one.get("type", ["string"])

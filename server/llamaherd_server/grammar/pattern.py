@@ -1,4 +1,4 @@
-"""A regular expression of a JSON schema as a language: the texts in which it is found."""
+"""Converts a regular expression of a JSON schema to the language of texts in which it matches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_LENGTH = 4000
 
 
 def language_of(terms: Terms, pattern: Any) -> Term:
-    """The texts in which `pattern` is found; raises ValueError for what cannot be read, or is not regular."""
+    """Return the texts in which `pattern` matches anywhere. Raises ValueError if it is invalid or not regular."""
     if not isinstance(pattern, str) or len(pattern) > MAX_LENGTH:
         raise ValueError(f"must be a text of at most {MAX_LENGTH} characters")
     node = read(pattern)
@@ -20,7 +20,7 @@ def language_of(terms: Terms, pattern: Any) -> Term:
 
 
 def _term(terms: Terms, node: Node, then: Term, *, first: bool | None) -> Term:  # noqa: PLR0911 (one return for each kind)
-    """`node` followed by `then`; `first`: whether the text begins here, None: it may or may not."""
+    """Return the language of `node` followed by `then`. `first`: whether the text begins here; None: unknown."""
     match node.kind:
         case "set":
             return terms.sequence(terms.chars(node.value), then)

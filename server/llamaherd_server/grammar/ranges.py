@@ -1,4 +1,4 @@
-"""Sets of characters as sorted ranges of code points that do not touch."""
+"""Sets of characters as sorted ranges of code points that are neither overlapping nor adjacent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LAST = 0x10FFFF
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """The same characters, sorted, in as few ranges as there can be."""
+    """Return the same characters as the fewest possible ranges, sorted."""
     result: list[tuple[int, int]] = []
     for low, high in sorted(ranges):
         if result and low <= result[-1][1] + 1:
@@ -21,7 +21,7 @@ def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 
 def complement(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """All other characters."""
+    """Return all other characters."""
     gaps, start = [], 0
     for low, high in merged(ranges):
         if low > start:
@@ -31,17 +31,17 @@ def complement(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 
 def common(some: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]) -> Ranges:
-    """The characters in both."""
+    """Return the characters in both sets."""
     return complement([*complement(some), *complement(others)])
 
 
 def minus(some: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]) -> Ranges:
-    """The characters of `some` that are not in `others`."""
+    """Return the characters of `some` that are not in `others`."""
     return complement([*complement(some), *merged(others)])
 
 
 def classes_of(sets: Iterable[Ranges]) -> list[Ranges]:
-    """The coarsest partition of the sets' union: each class lies within or outside of every set."""
+    """Return the coarsest partition of the sets' union in which every set contains a class entirely or not at all."""
     changes: dict[int, set[int]] = {}
     for number, ranges in enumerate(sets):
         for low, high in ranges:

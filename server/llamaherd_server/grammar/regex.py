@@ -1,7 +1,7 @@
-"""Reads the regular expressions of JSON schemas: ECMA-262's in Unicode mode, without look-behind.
+"""Parses the regular expressions of JSON schemas: ECMA-262 in Unicode mode, without lookbehind.
 
-Python's and Rust's dialects, which pydantic passes on, add `(?i)` and `(?s)` at the beginning, `(?P<name>…)`, `\\A`,
-`\\Z`, `\\z` and `{,n}`.
+Also accepts what pydantic passes through from Python's and Rust's dialects: leading `(?i)` and `(?s)`, `(?P<name>…)`,
+`\\A`, `\\Z`, `\\z` and `{,n}`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 from llamaherd_server.grammar.ranges import LAST, Ranges, complement, merged
 
 _LINE_ENDS: Ranges = ((10, 10), (13, 13), (0x2028, 0x2029))
-# ECMA-262's classes are ASCII but for white space.
+# ECMA-262's classes are ASCII, except for white space.
 _CLASSES: dict[str, Ranges] = {
     "d": ((48, 57),),
     "w": ((48, 57), (65, 90), (95, 95), (97, 122)),
@@ -26,7 +26,7 @@ _CLASSES: dict[str, Ranges] = {
     ),
 }
 _CONTROLS = {"0": 0, "b": 8, "t": 9, "n": 10, "v": 11, "f": 12, "r": 13}
-# Python has no emoji in its Unicode tables: blocks that consist of them.
+# Python's Unicode tables have no emoji property, so these are blocks that contain only emoji.
 _EMOJI: Ranges = ((0x1F300, 0x1F321), (0x1F330, 0x1F393), (0x1F600, 0x1F64F), (0x1F680, 0x1F6C5), (0x1F90C, 0x1F93A))
 _FLAGS = (0x1F1E6, 0x1F1FF)
 _JOINERS: Ranges = ((35, 35), (42, 42), (48, 57), (0x200D, 0x200D), (0x20E3, 0x20E3), (0xFE0F, 0xFE0F))
@@ -60,9 +60,9 @@ _REFUSED = (
 
 
 class Node(NamedTuple):
-    """Part of a pattern; `kind`: first, last, set, sequence, either, ahead, not ahead, repeat.
+    """A part of a pattern. `kind`: first, last, set, sequence, either, ahead, not ahead or repeat.
 
-    `value`: a set's ranges, a repetition's least and most times (None: no bound).
+    `value`: the ranges of a set, or the minimum and maximum count of a repeat (None: no maximum).
     """
 
     kind: str
@@ -71,28 +71,28 @@ class Node(NamedTuple):
 
     @property
     def takes(self) -> bool:
-        """Whether every match has a character."""
+        """Whether every match consumes at least one character."""
         if self.kind in ("sequence", "either"):
             return (any if self.kind == "sequence" else all)(part.takes for part in self.parts)
         return self.kind == "set" or (self.kind == "repeat" and self.value[0] > 0 and self.parts[0].takes)
 
     @property
     def void(self) -> bool:
-        """Whether no match has a character."""
+        """Whether no match consumes a character."""
         if self.kind in ("sequence", "either", "repeat"):
             return (self.kind == "repeat" and self.value[1] == 0) or all(part.void for part in self.parts)
         return self.kind != "set"
 
     @property
     def context_free(self) -> bool:
-        """Whether what it matches depends on nothing around it."""
+        """Whether matches are independent of the surrounding text."""
         return self.kind not in ("first", "last", "ahead", "not ahead") and all(
             part.context_free for part in self.parts
         )
 
 
 def read(pattern: str) -> Node:
-    """`pattern` as a tree; raises ValueError for what cannot be read, or not be enforced, and RecursionError."""
+    """Parse `pattern`. Raises ValueError if it is invalid or cannot be enforced, and RecursionError."""
     return _Reader(pattern).node()
 
 
@@ -175,7 +175,7 @@ class _Reader:
                 continue
             high = self._characters()
             ends = (low[0][0], high[0][0])
-            if (*low, *high) != tuple((end, end) for end in ends):  # a class at an end: the hyphen is itself
+            if (*low, *high) != tuple((end, end) for end in ends):  # next to a class, the hyphen is literal
                 members += (*low, (45, 45), *high)
             elif ends[0] > ends[1]:
                 self._fail("a range in the wrong order")
@@ -185,7 +185,7 @@ class _Reader:
         return complement(ranges) if negated else ranges
 
     def _characters(self) -> Ranges:
-        """Those of the next character, or escape."""
+        """Return the characters that the next character or escape stands for."""
         found = self._match(_ESCAPE)
         if not found:
             if self._at == len(self._text) or self._text[self._at] == "\\":
@@ -212,7 +212,7 @@ class _Reader:
         return ((code, code),)
 
     def _folded(self, ranges: Iterable[tuple[int, int]]) -> Ranges:
-        """`ranges`, and with (?i) their ASCII letters in either case."""
+        """Return `ranges`, with (?i) including both cases of their ASCII letters."""
         ranges = merged(ranges)
         cases = (65, 97) if self._ignore_case else ()
         letters = [(max(low, case), min(high, case + 25)) for low, high in ranges for case in cases]
@@ -221,7 +221,7 @@ class _Reader:
 
 @lru_cache
 def _category(name: str) -> Ranges:
-    """The characters whose general category begins with `name`; none: there is no such category."""
+    """Return the characters whose general category begins with `name`; empty: there is no such category."""
     if not re.fullmatch("[LMNPSZ][a-z]?", name):
         return ()
     codes = (code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)).startswith(name))

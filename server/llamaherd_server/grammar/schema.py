@@ -1,8 +1,8 @@
-"""A JSON schema as a GBNF grammar, so that the output is valid by construction.
+"""Converts a JSON schema to a GBNF grammar, so that the output is valid by construction.
 
-The grammar may allow less than the schema does: objects that do not mention additionalProperties are closed, properties
-keep the schema's order, numbers and white space are of bounded length. A keyword that cannot be enforced is a 400 where
-the schema is strict; where it is not, the rest of the schema is enforced.
+The grammar may allow less than the schema: objects without additionalProperties are closed, properties keep their
+order, and numbers and white space are bounded in length. If a keyword cannot be enforced, a strict schema is rejected
+with a 400; otherwise, the rest of the schema is enforced.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ MAX_SCHEMA_BYTES = MAX_GRAMMAR_BYTES = 2**20
 
 
 def schema_rules(schema: Any, param: str, name: str = "root", *, strict: bool = True) -> dict[str, str]:
-    """The rules of `schema`, besides those of JSON (PRIMITIVES); the one to begin with is `name`.
+    """Return the rules for `schema`, with the start rule `name`, in addition to those of JSON (PRIMITIVES).
 
-    Raises the 400 that names the place and the keyword. `param`: the request's field. `strict`: what cannot be enforced
-    is such a 400, too.
+    Raises a 400 that names the location and the keyword. `param`: the request's field. `strict`: a keyword that cannot
+    be enforced is an error, too.
     """
     with _refusals(param):
         return Converter(schema, name, strict=strict).whole(schema)
 
 
 def arguments_rules(schema: Any, param: str, name: str, *, strict: bool) -> dict[str, str]:
-    """As `schema_rules`, for an object that satisfies `schema`."""
+    """Like `schema_rules`, but only for objects that satisfy `schema`."""
     with _refusals(param):
         return Converter(schema, name, strict=strict).whole({"allOf": [schema, {"type": "object"}]})
 
@@ -54,11 +54,10 @@ def arguments_rules(schema: Any, param: str, name: str, *, strict: bool) -> dict
 def bare_rules(
     schema: Any, param: str, name: str, *, strict: bool, end: str | None, quote: str = ""
 ) -> tuple[dict[str, str], list[tuple[str, str, bool]]]:
-    """Rules for the properties of an object; a string among them stands within `quote` and has no `end` in it.
+    """Return rules for an object's properties and, for each property, its name, rule and whether it is required.
 
-    `end` None: it is JSON's, as all strings within other values are.
-
-    Returns them and, for each property, its name, its rule, and whether it is required. Raises as `schema_rules` does.
+    A property that is a string is unescaped text between two `quote`, and does not contain `end`. If `end` is None, it
+    is a JSON string, as are all strings within other values. Raises like `schema_rules`.
     """
     with _refusals(param):
         converter = Converter(schema, name, strict=strict, end=end, quote=quote)
@@ -67,7 +66,7 @@ def bare_rules(
 
 @contextmanager
 def _refusals(param: str) -> Iterator[None]:
-    """Every way to refuse a schema as the 400 that it is."""
+    """Convert every exception that rejects a schema to a 400."""
     try:
         yield
         return
@@ -83,22 +82,22 @@ def _refusals(param: str) -> Iterator[None]:
 
 
 def grammar_of(rules: dict[str, str]) -> str:
-    """The text of a grammar that may use JSON's rules."""
+    """Return the text of a grammar from `rules` and JSON's rules."""
     grammar = "\n".join(f"{name} ::= {rule}" for name, rule in {**PRIMITIVES, **rules}.items())
-    grammar.encode()  # half of a surrogate pair is a UnicodeEncodeError here, and a 400, rather than in the engine
+    grammar.encode()  # raise UnicodeEncodeError for unpaired surrogates here, as a 400, and not in the engine
     return grammar
 
 
 def schema_grammar(schema: Any, param: str, *, strict: bool = True) -> str:
-    """The grammar of `schema`; raises as `schema_rules` does."""
+    """Return the grammar for `schema`. Raises like `schema_rules`."""
     return grammar_of(schema_rules(schema, param, strict=strict))
 
 
 class Converter:
-    """Walks a schema. What it makes is a rule's name or a literal; None: no value satisfies the schema."""
+    """Converts a schema. Methods return a rule's name or a literal; None: no value satisfies the schema."""
 
     def __init__(self, root: Any, name: str, *, strict: bool, end: str | None = None, quote: str = "") -> None:
-        """`end`: what is in no string that is itself the value, and stands within `quote`; None: all are JSON's."""
+        """`end`, `quote`: as in `bare_rules`, for strings that are not inside other values."""
         if len(json.dumps(root)) > MAX_SCHEMA_BYTES:
             refuse("", f"is larger than {MAX_SCHEMA_BYTES} bytes: shorten it")
         self.rules: dict[str, str] = {}
@@ -107,25 +106,25 @@ class Converter:
         self._size = 0
         self._shared: dict[str, str] = {}
         self._automata: dict[tuple[Term, bool], str | None] = {}
-        self._made: dict[tuple[str | int, bool], str | None] = {}  # by reference, or by the id of what is in `_kept`
+        self._made: dict[tuple[str | int, bool], str | None] = {}  # by reference, or by the id of a schema in `_kept`
         self._kept: list[Any] = []
-        self._open: set[tuple[str | int, bool]] = set()  # what is being converted, and about the same value
+        self._open: set[tuple[str | int, bool]] = set()  # schemas being converted for the same value
         self.parts = Subschemas(root, self.cannot)
         self.terms = Terms()
         self.strings = Strings(self.terms, self.cannot)
         ended = self.terms.sequence(self.terms.all, self.terms.text(end or ""), self.terms.all)
         self._quote = quote
-        self._bare = None if end is None else self.terms.other(ended)  # the texts that need no quotes here
+        self._bare = None if end is None else self.terms.other(ended)  # the texts that strings outside of JSON may have
 
     def whole(self, schema: Any) -> dict[str, str]:
-        """The rules of `schema`, begun by the converter's name."""
+        """Return the rules for `schema`, with the converter's name as start rule."""
         rule = self.convert(schema, "")
         if rule is None:
             refuse("", "allows no value at all")
         return {**self.rules, self._name: rule}
 
     def members(self, schema: Any) -> list[tuple[str, str, bool]]:
-        """The name, the rule and whether it is required, of each property that `schema` lists."""
+        """Return the name and rule of each property that `schema` lists, and whether it is required."""
         alternatives = self.parts.flat(schema, "")
         if len(alternatives) > 1:
             self.cannot("", "has alternatives, which cannot be enforced in this model's format")
@@ -141,23 +140,23 @@ class Converter:
         return members
 
     def cannot(self, where: str, problem: str) -> None:
-        """Refuse what cannot be enforced, if the schema is strict."""
+        """Reject a keyword that cannot be enforced if the schema is strict."""
         if self._strict:
             refuse(where, f"{problem}: remove it, or leave out strict")
 
     def share(self, rule: str) -> str:
-        """The name of a rule `rule`, made once."""
+        """Return the name of a rule with the text `rule`, created on first use."""
         name = self._shared.get(rule)
         if name is None:
             name = self._shared[rule] = self.add(f"{self._name}-{len(self.rules)}", rule)
         return name
 
     def reserved(self) -> str:
-        """The name of a rule to come, which may refer to itself."""
+        """Reserve and return the name of a rule to be added later, which may then refer to itself."""
         return self.add(f"{self._name}-{len(self.rules)}", '""')
 
     def add(self, name: str, rule: str) -> str:
-        """Make, or replace, a rule; returns its name."""
+        """Add or replace a rule. Returns its name."""
         self.rules[name] = rule
         self._size += len(name) + len(rule) + 6
         if self._size > MAX_GRAMMAR_BYTES:
@@ -167,7 +166,7 @@ class Converter:
         return name
 
     def convert(self, schema: Any, where: str) -> str | None:
-        """The rule of what satisfies `schema`."""
+        """Return the rule for values that satisfy `schema`."""
         self.parts.visit()
         whole, schema = schema, self.parts.own(schema, where)
         if isinstance(schema, bool):
@@ -184,23 +183,23 @@ class Converter:
             return self.either(self.convert(one, f"{where}/{word}/{at}") for at, one in enumerate(schemas))
         if not schema.keys() & set(COMBINING):
             return self._flat(schema, where)
-        self._kept.append(whole)  # or its id could become another one's
+        self._kept.append(whole)  # keeps its id from being reused
         return self._once(id(whole), lambda: self._flat(schema, where))
 
     def _flat(self, schema: Schema, where: str) -> str | None:
         return self.either(self._simple(one, where) for one in self.parts.flat(schema, where))
 
     def either(self, rules: Iterable[str | None]) -> str | None:
-        """The rule of what one of the rules allows."""
+        """Return a rule with `rules` as alternatives."""
         alternatives = list(dict.fromkeys(rule for rule in rules if rule is not None))
         if len(alternatives) < 2:
             return alternatives[0] if alternatives else None
         return self.share(" | ".join(alternatives))
 
     def _once(self, of: str | int, convert: Callable[[], str | None]) -> str | None:
-        """The rule that `convert` makes, which may refer to itself."""
+        """Return the rule that `convert` creates, once per schema; it may refer to itself."""
         key = (of, self._bare is None)
-        if key in self._open:  # a schema that refers to itself adds no value to its own
+        if key in self._open:  # a direct self-reference allows no further values
             return None
         if key not in self._made:
             name = self._made[key] = self.reserved()
@@ -214,7 +213,7 @@ class Converter:
         return self._made[key]
 
     def _simple(self, schema: Schema, where: str) -> str | None:
-        """The rule of a schema without combining keywords, in the form of Subschemas.flat."""
+        """Return the rule for a schema from Subschemas.flat, which has no combining keywords."""
         excluded = schema.get("not", [])
         if any(one in (True, {}) for one in excluded):
             return None
@@ -232,7 +231,7 @@ class Converter:
         return self.either(self._of_kind(kind, schema, where) for kind in kinds)
 
     def _without(self, kinds: list[str], excluded: Any, where: str) -> list[str]:
-        """The types that are left; refuses what cannot be excluded."""
+        """Return the types left by a `not`. Rejects a `not` that cannot be enforced."""
         if excluded is False:
             return kinds
         if isinstance(excluded, dict):
@@ -261,7 +260,7 @@ class Converter:
         return self._number(schema, where, whole=kind == "integer") if kind in ("integer", "number") else kind
 
     def _values(self, values: list[Any], schema: Schema, kinds: list[str], where: str) -> str | None:
-        """Those of the values that are of the schema's types, and within its bounds."""
+        """Return the rule for those of the values that the schema's types and bounds allow."""
         admitted = [value for value in values if self.admits(value, schema, kinds, where)]
         texts = [
             f"{self._quote}{value}{self._quote}" if self._bare and isinstance(value, str) else json_text(value)
@@ -270,7 +269,7 @@ class Converter:
         return self.share(trie(texts, self.share)) if texts else None
 
     def admits(self, value: Any, schema: Schema, kinds: list[str], where: str) -> bool:
-        """Whether a value that the schema lists is of its types and within its bounds."""
+        """Return whether the schema's types and bounds allow one of its own enum values."""
         if kinds and not any(is_of(value, kind) for kind in kinds):
             return False
         if isinstance(value, str) and schema.keys() & {*ASSERTIONS["string"], "not"}:
@@ -300,7 +299,7 @@ class Converter:
         return None if inside is None else self.share(rf'"\"" {inside} "\""')
 
     def text(self, term: Term, *, escape: bool) -> str | None:
-        """The name of the rule of the texts of `term`."""
+        """Return the name of the rule for the texts of `term`. `escape`: as inside a JSON string."""
         key = (term, escape)
         if key not in self._automata:
             automaton = self.terms.automaton(term)
@@ -322,7 +321,7 @@ class Converter:
             refuse(where, str(error))
 
     def separated(self, item: str, low: int, high: int | None) -> str:
-        """`low` to `high` times `item`, with commas between; `high` is not 0."""
+        """Return `item` repeated `low` to `high` times, separated by commas; `high` must not be 0."""
         following = self.share(f'"," space {item}')
         items = f"{item} {repeated(following, max(0, low - 1), None if high is None else high - 1, self.share)}"
         return items if low else f"({items})?"

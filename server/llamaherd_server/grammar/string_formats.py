@@ -1,4 +1,4 @@
-"""The formats of strings that JSON Schema, OpenAPI, pydantic and zod have, as regular expressions."""
+"""The string formats of JSON Schema, OpenAPI, pydantic and zod as regular expressions."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ FORMATS |= {
     "ipv6network": FORMATS["cidrv6"],
     "ip-address": FORMATS["ipv4"],
 }
-# Names that only say what a text is for.
+# Formats that name the purpose of a text without constraining it.
 FREE = frozenset(
     (
         *("binary", "password", "path", "file-path", "directory-path", "name-email", "multi-host-uri", "color"),
         *("text", "html", "markdown", "phone"),
     )
 )
-# Whole numbers of so many bits, from OpenAPI.
+# OpenAPI's integer formats.
 INTEGERS = {
     **{f"int{bits}": (Decimal(-(2 ** (bits - 1))), Decimal(2 ** (bits - 1) - 1)) for bits in (8, 16, 32, 64)},
     **{f"uint{bits}": (Decimal(0), Decimal(2**bits - 1)) for bits in (8, 16, 32, 64)},

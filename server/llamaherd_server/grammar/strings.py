@@ -1,4 +1,4 @@
-"""The texts that a schema of type string allows."""
+"""The languages of string schemas."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from llamaherd_server.grammar.subschemas import Schema, number, refuse
 
 MAX_LENGTH = 1_000_000
 _SHORTEST_CUT = 200
-_LARGE_LENGTH = 1000  # texts with a pattern or a format hardly come so long: pydantic's URL has at most 2083
+_LARGE_LENGTH = 1000  # texts with a pattern or format are rarely this long: pydantic limits URLs to 2083
 _ENCODINGS = {"base64": "base64", "base64url": "base64url"}
 
 
 class Strings:
-    """Makes the languages of string schemas; `cannot(where, problem)` is called for what will not be enforced."""
+    """Creates the languages of string schemas. Calls `cannot(where, problem)` for each keyword that is not enforced."""
 
     def __init__(self, terms: Terms, cannot: Callable[[str, str], None]) -> None:
         self._terms = terms
         self._cannot = cannot
 
     def term(self, schema: Schema, where: str) -> Term:
-        """The texts that `schema` allows. Raises Refused, and TooLarge."""
+        """Return the texts that `schema` allows. Raises Refused and TooLarge."""
         terms = self._terms
         low, high = lengths(schema, "minLength", "maxLength", where, MAX_LENGTH)
         patterns = terms.both(*(self._pattern(pattern, where, terms.all) for pattern in schema.get("pattern", ())))
@@ -38,9 +38,9 @@ class Strings:
         both = terms.both(patterns, formats)
         if formats is not terms.all and patterns is not terms.all:
             try:
-                # zod's time has a format that asks for an offset and a pattern that allows none.
+                # zod's time has a format that requires an offset and a pattern that forbids it.
                 both = patterns if terms.automaton(both).void else both
-            except TooLarge:  # zod's hostname has a pattern that counts what its format says without
+            except TooLarge:  # zod's hostname has a pattern like its format, but with counts
                 both = formats
         if high is not None and both is not terms.all:
             automaton = terms.automaton(both)
@@ -54,7 +54,7 @@ class Strings:
         return terms.both(both, terms.repeat(terms.any, low, high))
 
     def _pattern(self, pattern: Any, where: str, otherwise: Term) -> Term:
-        """The texts in which `pattern` is found, and `otherwise` where it will not be enforced."""
+        """Return the texts in which `pattern` matches, or `otherwise` if it cannot be enforced."""
         try:
             return language_of(self._terms, pattern)
         except ValueError as error:
@@ -73,7 +73,7 @@ class Strings:
         return self._format(known, "") if known else self._terms.all
 
     def _excluded(self, schema: Any, where: str) -> Term | None:
-        """The texts of a `not`; None: it speaks of none."""
+        """Return the texts that a `not` excludes; None: it is not about texts."""
         if (
             isinstance(schema, dict)
             and schema.keys() <= {"type", "enum", "const"}
@@ -87,7 +87,7 @@ class Strings:
 
 
 def lengths(schema: Schema, least: str, most: str, where: str, limit: int) -> tuple[int, int | None]:
-    """The bounds of a length, `most` at most `limit`; None: no bound."""
+    """Return the values of the keywords `least` and `most` (None: no maximum). Reduces the latter to `limit`."""
     for word in (least, most):
         if word in schema and (number(schema, word, where) % 1 or number(schema, word, where) < 0):
             refuse(where, f"has {word} {schema[word]!r}: it must be a whole number from 0 on")

@@ -1,4 +1,4 @@
-"""JSON schemas that hold together: references followed, and allOf, anyOf and siblings brought into one form."""
+"""Resolves references in JSON schemas and normalizes combinations of allOf, anyOf, oneOf and sibling keywords."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Schema = dict[str, Any]
 MAX_NODES = 10_000
 KINDS = ("object", "array", "string", "integer", "number", "boolean", "null")
 COMBINING = ("$ref", "allOf", "anyOf", "oneOf")
-# The keywords that a value can be held to, by the type that they speak of.
+# The keywords that can be enforced, by the type that they apply to.
 ASSERTIONS: dict[str, tuple[str, ...]] = {
     "object": (
         *("properties", "required", "additionalProperties", "patternProperties", "propertyNames"),
@@ -26,7 +26,7 @@ ASSERTIONS: dict[str, tuple[str, ...]] = {
     "string": ("pattern", "format", "minLength", "maxLength", "contentEncoding"),
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
 }
-# Keywords that say something about values, but nothing that a grammar can hold them to.
+# Keywords that constrain values in ways that a grammar cannot enforce.
 UNENFORCEABLE = frozenset(
     (
         *("if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies"),
@@ -34,11 +34,11 @@ UNENFORCEABLE = frozenset(
     )
 )
 _KNOWN = frozenset((*(word for words in ASSERTIONS.values() for word in words), "type", "enum", "const", "not"))
-_EVERY_ONE = ("pattern", "format", "contentEncoding", "not")  # of which several can stand beside each other
+_EVERY_ONE = ("pattern", "format", "contentEncoding", "not")  # combined by keeping all of them
 
 
 class Refused(Exception):
-    """A schema that cannot be enforced; the message says where and why."""
+    """The schema cannot be enforced. The message names the location and the reason."""
 
 
 def refuse(where: str, problem: str) -> NoReturn:
@@ -46,10 +46,10 @@ def refuse(where: str, problem: str) -> NoReturn:
 
 
 class Subschemas:
-    """The parts of one schema. Counts what is visited: more than MAX_NODES are refused."""
+    """Resolves the parts of one schema. Rejects schemas with more than MAX_NODES visited parts."""
 
     def __init__(self, root: Any, cannot: Callable[[str, str], None]) -> None:
-        """`cannot(where, problem)` is called for what is not going to be enforced."""
+        """`cannot(where, problem)` is called for each keyword that is not enforced."""
         self._root = root
         self._cannot = cannot
         self._nodes = 0
@@ -61,7 +61,7 @@ class Subschemas:
             refuse("", f"has more than {MAX_NODES} parts, references followed: simplify it")
 
     def find(self, target: Any, where: str) -> Any:
-        """What a reference refers to."""
+        """Return the schema that a reference points to."""
         if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
             refuse(where, f"is {target!r}: only references within the schema (#/$defs/name) are followed")
         found = self._root
@@ -75,7 +75,7 @@ class Subschemas:
         return found
 
     def own(self, schema: Any, where: str) -> Any:
-        """`schema` with known keywords only: True, False, or an object."""
+        """Return `schema` with known keywords only: True, False, or an object."""
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
@@ -88,7 +88,7 @@ class Subschemas:
         return known
 
     def flat(self, schema: Any, where: str) -> list[Schema]:
-        """Objects without combining keywords, one of which a value must satisfy to satisfy `schema`."""
+        """Return schemas without combining keywords; a value satisfies `schema` if it satisfies one of them."""
         self.visit()
         schema = self.own(schema, where)
         if isinstance(schema, bool):
@@ -97,7 +97,7 @@ class Subschemas:
         if "$ref" in schema:
             target = schema["$ref"]
             found = self.find(target, where)
-            if target in self._open:  # a schema that refers to itself adds no value to its own
+            if target in self._open:  # a direct self-reference allows no further values
                 return []
             self._open.add(target)
             conjuncts.append(self.flat(found, target))
@@ -109,7 +109,7 @@ class Subschemas:
                 options = enumerate(_listed(schema, word, where))
                 parts = (self.flat(one, f"{where}/{word}/{position}") for position, one in options)
                 conjuncts.append([option for part in parts for option in part])
-        while len(conjuncts) > 1:  # in pairs, as what has been brought together is copied each time
+        while len(conjuncts) > 1:  # pairwise, because each merge copies the merged schemas
             pairs = zip_longest(conjuncts[::2], conjuncts[1::2])
             conjuncts = [one if other is None else self._meets(one, other, where) for one, other in pairs]
         return conjuncts[0]
@@ -136,14 +136,14 @@ def _listed(schema: Schema, word: str, where: str) -> list[Any]:
 
 
 def _nullable(schema: Schema) -> Schema:
-    if "enum" in schema or "const" in schema:  # null must be among the values, too
+    if "enum" in schema or "const" in schema:  # null must be in the enum as well
         types = schema.get("type")
         return {**schema, "type": [types, "null"]} if isinstance(types, str) else schema
     return {"anyOf": [schema, {"type": "null"}]}
 
 
 def _simple(schema: Schema, where: str) -> Schema:
-    """The form that _meet keeps: types and values as lists, and lists of what can be there more than once."""
+    """Normalize a schema for _meet: types, values and the keywords in _EVERY_ONE become lists, old drafts current."""
     result = dict(schema)
     if "type" in result:
         types = result["type"] if isinstance(result["type"], list) else [result["type"]]
@@ -172,7 +172,7 @@ def _simple(schema: Schema, where: str) -> Schema:
 
 
 def _meet(a: Schema, b: Schema, where: str) -> Schema | None:
-    """What satisfies both; None: nothing does."""
+    """Return the schema that values satisfying both `a` and `b` satisfy; None: no value satisfies both."""
     if not a or not b:
         return a or b
     result = {**a, **b}
@@ -214,7 +214,7 @@ def _meet_properties(a: Schema, b: Schema, result: Schema, where: str) -> None:
     for name in {**mine, **theirs}:
         parts = [schema[name] for schema in (mine, theirs) if name in schema]
         for other, listed in ((a, mine), (b, theirs)):
-            # Two closed objects allow nothing together, where one is meant to add to the other.
+            # Two closed objects would allow nothing together, but one is usually meant to extend the other.
             if name not in listed and "additionalProperties" in other:
                 parts.append(other["additionalProperties"])
         if parts[-1] is False and len(parts) > 1 and name in required:
@@ -254,7 +254,7 @@ def _common_multiple(one: Decimal, other: Decimal) -> Decimal:
 
 
 def number(schema: Schema, word: str, where: str) -> Decimal:
-    """A keyword's value; refuses what is not a finite number."""
+    """Return a keyword's value. Rejects everything but finite numbers."""
     value = schema[word]
     if isinstance(value, Decimal):
         return value
@@ -264,9 +264,9 @@ def number(schema: Schema, word: str, where: str) -> Decimal:
 
 
 def names(schema: Schema, where: str) -> Iterable[str]:
-    """The names that are required."""
+    """Return the names of the required properties."""
     required = schema.get("required", [])
-    if isinstance(required, bool):  # before draft 4, and said of a property
+    if isinstance(required, bool):  # before draft 4, a flag of a property
         return []
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         refuse(where, "has required that is not a list of names")
@@ -274,7 +274,7 @@ def names(schema: Schema, where: str) -> Iterable[str]:
 
 
 def properties(schema: Schema, where: str, word: str = "properties") -> dict[str, Any]:
-    """An object of schemas."""
+    """Return a keyword whose value is an object of schemas."""
     found = schema.get(word, {})
     if not isinstance(found, dict):
         refuse(where, f"has {word} that is not an object")
@@ -282,12 +282,12 @@ def properties(schema: Schema, where: str, word: str = "properties") -> dict[str
 
 
 def json_text(value: Any) -> str:
-    """A value as JSON; raises ValueError for NaN and the infinities."""
+    """Return a value as JSON. Raises ValueError for NaN and infinities."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def is_of(value: Any, kind: str) -> bool:
-    """Whether a JSON value is of the type `kind`."""
+    """Return whether a JSON value is of the type `kind`."""
     if isinstance(value, bool):
         return kind == "boolean"
     if isinstance(value, int | float):
@@ -297,7 +297,7 @@ def is_of(value: Any, kind: str) -> bool:
 
 
 def property_kinds(schema: Any) -> dict[str, frozenset[str]]:
-    """The types that each of an object's properties may have, as far as its schema can be read."""
+    """Return the types that each of an object's properties may have, as far as its schema can be resolved."""
     parts = Subschemas(schema, lambda _where, _problem: None)
     kinds: dict[str, frozenset[str]] = {}
     with suppress(Refused, RecursionError, ValueError):
@@ -308,7 +308,7 @@ def property_kinds(schema: Any) -> dict[str, frozenset[str]]:
 
 
 def kinds_at(schema: Any, path: Iterable[str | None]) -> frozenset[str]:
-    """The types that the value at `path` (names of properties, None for items) may have; none: they are not known."""
+    """Return the types of the value at `path` (property names, None for items); empty: unknown."""
     parts = Subschemas(schema, lambda _where, _problem: None)
     found = [schema]
     with suppress(Refused, RecursionError, ValueError):
