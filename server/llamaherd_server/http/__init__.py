@@ -1,1 +1,1 @@
-"""What every request and answer passes, whatever its route."""
+"""What every request and response passes through, whatever its route."""

@@ -1,4 +1,4 @@
-"""Errors in the shape of OpenAI's API: {"error": {"message", "type", "param", "code"}}; Anthropic's routes differ."""
+"""Error responses in the format of OpenAI's API, or of Anthropic's for its routes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from starlette.types import Scope
 from llamaherd_server.errors import ApiError
 from llamaherd_server.wire.errors import EngineError
 
-# nginx's status for a client that closed the connection; nobody reads the response.
+# nginx's status for a client that closed the connection. It only appears in logs and metrics.
 CLIENT_GONE = 499
-# pydantic error types that this package raises itself; their messages name the field already.
+# The server's own pydantic error types, whose messages already name the field.
 _OWN_KINDS = ("unknown_field", "unsupported")
 
 
@@ -31,35 +31,35 @@ class ErrorObject(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every answer other than a 2xx. A 429 and a 503 come with Retry-After."""
+    """Every response other than a 2xx. A 429 or 503 has Retry-After."""
 
     error: ErrorObject
 
 
 class MessagesErrorObject(BaseModel):
-    """What went wrong, in the words of Anthropic's API."""
+    """What went wrong, in the format of Anthropic's API."""
 
     type: str = Field(description="invalid_request_error, not_found_error, rate_limit_error, api_error …")
     message: str
 
 
 class MessagesErrorBody(BaseModel):
-    """Every answer of Anthropic's routes other than a 2xx."""
+    """Every response of Anthropic's routes other than a 2xx."""
 
     type: Literal["error"]
     error: MessagesErrorObject
 
 
 def error_response(error: ApiError, scope: Scope) -> Response:
-    """The answer to the request of that scope, whose record gets the error's code."""
-    if log := scope.get("state", {}).get("log"):  # none where the error is of the middleware itself
+    """Return the response for `error` in the format of the request's route, and log its code with the request."""
+    if log := scope.get("state", {}).get("log"):  # missing if the middleware itself failed
         log.error = error.code
     body = error.messages_body() if scope["path"].startswith("/v1/messages") else error.body()
     return Response(msgspec.json.encode(body), error.status_code, error.headers, "application/json")
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of `app` in OpenAI's shape; what a client sent wrong is a 400, never a 422."""
+    """Install handlers for all errors of `app`. Invalid requests get a 400, never FastAPI's 422."""
     app.exception_handler(RequestValidationError)(_on_validation_error)
     app.exception_handler(HTTPException)(_on_http_exception)
     app.exception_handler(EngineError)(_on_engine_error)
@@ -80,7 +80,7 @@ async def _on_engine_error(request: Request, error: EngineError) -> Response:
 
 
 async def _on_half_a_character(request: Request, _: UnicodeEncodeError) -> Response:
-    # JSON can spell half of a surrogate pair; what is not typed as text keeps it until it is encoded.
+    # JSON can contain an unpaired surrogate. In fields that are not typed as text, it is found only when encoded.
     error = ApiError(400, "a text in the body has an unpaired surrogate", code="invalid_value")
     return error_response(error, request.scope)
 
@@ -100,7 +100,7 @@ async def _on_validation_error(request: Request, error: RequestValidationError) 
 
 
 def of_validation(error: ValidationError) -> ApiError:
-    """The 400 for a body: its first mistake."""
+    """Return the 400 for an invalid body, with its first error."""
     return _of_first(error.errors(include_url=False, include_input=False)[0], param_from=0)
 
 

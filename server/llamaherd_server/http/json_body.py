@@ -1,7 +1,7 @@
-"""Decodes and validates the JSON of a request so that the event loop works on none for long.
+"""Decodes and validates request bodies without blocking the event loop for long.
 
-What a body costs is known before it is decoded: strings, containers and values are counted in the bytes. A large one
-within these bounds is decoded and validated on a thread, where it yields to the event loop.
+The cost of a body is estimated before it is decoded, by counting strings, containers and values in its bytes. A large
+body within these limits is decoded and validated on a thread, where it yields to the event loop.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from llamaherd_server.http.error_responses import of_validation
 
 T = TypeVar("T")
 
-# 4,096 messages of several parts, 2,048 inputs of 512 tokens and 128 tools with large schemas are within these.
-MAX_STRINGS = 2**17  # names of fields too
+# These allow 4,096 messages of several parts, 2,048 inputs of 512 tokens, or 128 tools with large schemas.
+MAX_STRINGS = 2**17  # including names of fields
 MAX_CONTAINERS = 2**16  # objects and arrays
 MAX_VALUES = 2**20
-# Less than that costs less than the way to a thread and back.
+# Up to this size, decoding costs less than handing the body to a thread.
 INLINE_BYTES = 2**15
 _POOL = ThreadPoolExecutor(2, "json")
 
 
 async def json_of(request: Request) -> Any:
-    """The request's body, decoded once; raises the 400 for one that is not JSON or costs too much."""
+    """Return the request's JSON body, decoded once. Raises a 400 if it is not valid JSON or too complex."""
     if not hasattr(request.state, "json"):
         request.state.json = await beside(request, partial(decode, await request.body()))
     return request.state.json
 
 
 async def validated(request: Request, adapter: TypeAdapter[T]) -> T:
-    """The request's body as what `adapter` makes of it; raises the 400 that names the first mistake."""
+    """Return the request's body validated by `adapter`. Raises a 400 that names the first error."""
     value = await json_of(request)
     try:
         return await beside(request, partial(adapter.validate_python, value))
@@ -47,17 +47,17 @@ async def validated(request: Request, adapter: TypeAdapter[T]) -> T:
 
 
 async def beside(request: Request, work: Callable[[], T]) -> T:
-    """`work()`, whose cost grows with the request's body: on a thread where that is large."""
+    """Return `work()`, whose cost grows with the body. Runs on a thread if the request's body is large."""
     return work() if len(await request.body()) <= INLINE_BYTES else await on_thread(work)
 
 
 async def on_thread(work: Callable[[], T]) -> T:
-    """`work()`, beside the event loop."""
+    """Return `work()`, run on a thread."""
     return await asyncio.get_running_loop().run_in_executor(_POOL, work)
 
 
 def decode(body: bytes) -> Any:
-    """The value of a JSON text in UTF-8; raises ApiError."""
+    """Decode a JSON text in UTF-8, with or without a BOM. Raises ApiError."""
     body = body.removeprefix(b"\xef\xbb\xbf")
     check_cost(body)
     try:
@@ -67,10 +67,10 @@ def decode(body: bytes) -> Any:
 
 
 def check_cost(body: bytes) -> None:
-    """Raises the 400 for a JSON text that costs too much to decode."""
+    """Raise a 400 for a JSON text that is too costly to decode."""
     if body.count(b'"') <= MAX_STRINGS and _containers(body) <= MAX_CONTAINERS and body.count(b",") <= MAX_VALUES:
         return
-    # Texts may hold any number of these characters: count again without them.
+    # Strings may contain these characters: count again outside of strings.
     body = body.replace(rb"\\", b"").replace(rb"\"", b"")
     _check("strings", body.count(b'"') // 2, MAX_STRINGS)
     outside = b"".join(body.split(b'"')[::2])

@@ -1,6 +1,6 @@
-"""What every request passes through: an id, one log line, the keys and their limits, the body, the server's readiness.
+"""The middleware of every request: its id, log line, API key and limits, body, and the server's readiness.
 
-Plain ASGI: starlette's BaseHTTPMiddleware would put a task and a queue into every stream.
+Plain ASGI, because starlette's BaseHTTPMiddleware would add a task and a queue to every stream.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from llamaherd_server.serving.quota import SHARE_HEADER, Quotas
 log = structlog.get_logger()
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-# Probes and the documentation tell nothing that a key protects.
+# Open without a key: probes and API documentation reveal nothing that a key protects.
 _OPEN = frozenset({"/livez", "/readyz", "/health", "/v1/health", "/docs", "/openapi.json"})
-# What tells who looks from this machine how the server does, without a key.
+# The status page and the metrics need no key from this machine.
 _LOCAL = frozenset({"/", "/metrics"})
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
-# Where the edge would have a request that is beyond this server's part of its key's limits.
+# nginx locations to which the edge may have a request redirected if this server's part of its key's limits is used up.
 _ELSEWHERE = re.compile(r"@elsewhere_\d")
-# How often a body that does not come is looked after.
+# How often timeouts are checked while a body does not arrive.
 _TICK_S = 1.0
-# What was used is told while a model loads, too.
+# Usage is also reported while a model loads.
 _UNSERVED = frozenset({"/v1/usage"})
-# What machines ask for all the time is not worth a line.
+# Polled by machines: not logged.
 _QUIET = _OPEN | _LOCAL
 
 
 class RequestLog:
-    """What the line of one request and its trace say, filled in as it becomes known.
+    """The data for one request's log line and trace, filled in as it becomes known.
 
-    `models`: the name that the request gave and the one that serves it. `error`: the code of an answer that is one.
+    `models`: the model name in the request and the name of the model that serves it. `error`: the error's code.
     """
 
     def __init__(self, request_id: str) -> None:
@@ -67,7 +67,7 @@ class RequestLog:
         self._texts: Sequence[Text] = ()
 
     def follow(self, usage: Usage, texts: Sequence[Text] = ()) -> None:
-        """Tell this usage, and these texts, as they stand at the end of the request."""
+        """Log `usage` and `texts` with the values that they have at the end of the request."""
         self.usage = usage
         self._texts = texts
 
@@ -92,10 +92,10 @@ class RequestLog:
 
 
 class RequestContext:
-    """Gives each request its id (the client's own where it is well-formed), and one log line and count at its end.
+    """Gives each request an id (the client's own if well-formed), and a log line and a count when it ends.
 
-    `trace` gets what the line says: scope, record, the route's pattern, status. HEAD is answered as GET is: uvicorn
-    leaves the body out. A slash at the end of a path changes nothing.
+    `trace` is called with the same data: scope, record, route pattern, status. HEAD is handled like GET; uvicorn drops
+    the body. Trailing slashes of the path are ignored.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class RequestContext:
         except ClientDisconnect:
             status, record.client_gone = CLIENT_GONE, True
         finally:
-            # The route's pattern, not the path: paths that clients make up must not become metrics.
+            # The route's pattern, not the path, so that clients cannot create metrics with made-up paths.
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.responses.labels(method, route, status).inc()
             if path not in _QUIET:
@@ -140,9 +140,9 @@ class RequestContext:
 
 
 class Gate:
-    """Lets in requests with a key (without keys: to this server's own names) and a whole body of bounded size.
+    """Admits requests with a valid key (without keys: to this server's own host names) and reads their bodies.
 
-    A key's requests are counted here, so that each one counts, whatever becomes of it.
+    Requests are counted against the key's limits here, so that each one counts, whatever its result.
     """
 
     def __init__(
@@ -186,12 +186,12 @@ class Gate:
     def _authenticate(self, scope: Scope) -> Key:
         headers, path = Headers(scope=scope), scope["path"]
         ours = self._is_ours(headers.get("host"))
-        # A connection that was reset before it was read has no peer any more.
+        # scope["client"] is None if the connection was reset before it was read.
         local = ours and scope["client"] and is_loopback(scope["client"][0]) and "x-forwarded-for" not in headers
         if path in _LOCAL and local:
             return ANONYMOUS
         if self._keys is None:
-            # A web page can make its visitor's browser send requests here, by a name that it points to this machine.
+            # DNS rebinding: a web page can point its own host name to this machine and send requests from the browser.
             if not ours:
                 message = f"host {shown(headers['host'])} is not a name of this server: set http.allowed_hosts, or keys"
                 raise ApiError(403, message, code="host_not_allowed")
@@ -212,7 +212,7 @@ class Gate:
         return key
 
     def _with_limits(self, key: Key, send: Send) -> Send:
-        """`send` that tells what is left of the key's limits in the head of the answer."""
+        """Wrap `send` to add headers with what is left of the key's limits."""
         if key.requests_per_minute is None and key.tokens_per_minute is None:
             return send
 
@@ -224,7 +224,7 @@ class Gate:
         return telling
 
     def _is_ours(self, host: str | None) -> bool:
-        if host is None:  # no browser leaves it out
+        if host is None:  # not from a browser, which always sends it
             return True
         name = _host_of(f"//{host}")
         return is_loopback(name) or name in self._http.allowed_hosts
@@ -241,7 +241,7 @@ class Gate:
             raise refusal
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body; raises ApiError when it is too large, stops coming, or the server shuts down meanwhile."""
+        """Read the whole body. Raises ApiError if it is too large, stalls, or the server shuts down meanwhile."""
         parts: list[bytes] = []
         size, more = 0, True
         started = heard = time.monotonic()
@@ -271,7 +271,7 @@ class Gate:
 
 
 def _elsewhere(scope: Scope, send: Send) -> Send:
-    """`send` that has nginx ask the next server (X-Accel-Redirect) where this one's part of a limit is used up."""
+    """Wrap `send` to make nginx try the next server (X-Accel-Redirect) if this one's part of a limit is used up."""
     next_one = Headers(scope=scope).get("x-llamaherd-elsewhere", "")
 
     async def passing(message: Message) -> None:
@@ -289,7 +289,7 @@ def _is_api(scope: Scope) -> bool:
 
 
 def _after(body: bytes, receive: Receive) -> Receive:
-    """`receive` for an app, of a request whose body has been read already."""
+    """Return a `receive` that replays a body that has already been read."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
@@ -299,7 +299,7 @@ def _after(body: bytes, receive: Receive) -> Receive:
 
 
 def _host_of(url: str) -> str:
-    """The name or address in a URL; nothing where it has none."""
+    """Return the host name or address in a URL, or "" if it has none."""
     try:
         return urlsplit(url).hostname or ""
     except ValueError:

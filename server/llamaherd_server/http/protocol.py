@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1, with a deadline for the head of a request, and answers to HTTP/1.0 clients without chunks."""
+"""uvicorn's HTTP/1.1 protocol, with a deadline for request headers and unchunked responses to HTTP/1.0 clients."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ HEAD_S = 30.0
 
 
 class Protocol(HttpToolsProtocol):
-    """A connection. One that sends nothing is closed like one that is kept alive for nothing."""
+    """A connection. It is closed after the keep-alive timeout even if it never sends a request."""
 
     _head_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's signature
         super().connection_made(transport)
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
@@ -43,7 +43,7 @@ class Protocol(HttpToolsProtocol):
 
 
 def _without_chunks(cycle: RequestResponseCycle) -> Any:
-    """The cycle's `send` where the end of the connection ends the answer (https://github.com/encode/uvicorn/issues/1360)."""
+    """Return a `send` for responses that end with the connection (https://github.com/encode/uvicorn/issues/1360)."""
     send = cycle.send
 
     async def plain(message: Any) -> None:

@@ -1,10 +1,10 @@
-"""Traces of requests, sent to a collector by OTLP over HTTP. Imported only where an endpoint is set.
+"""Traces of requests, sent to a collector by OTLP over HTTP. Imported only if an endpoint is set.
 
-A request's span is made at its end, in one place, with the times that its usage has: one that grows under locks, as a
-tracer's, takes ten times as long, and spans of the phases would be three more. Attributes follow the semantic
+Each request has one span, created when the request ends from the times in its usage. A tracer's span is filled in under
+locks and takes ten times as long, and spans for the phases would be three more. Attributes follow the semantic
 conventions 1.45.0 for HTTP servers (https://opentelemetry.io/docs/specs/semconv/http/http-spans/) and 0.1.0 for GenAI
-(https://github.com/open-telemetry/semantic-conventions-genai). Never a text of a prompt or an answer, and of a key its
-name alone.
+(https://github.com/open-telemetry/semantic-conventions-genai). Spans never contain prompts, answers or keys, only the
+key's name.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from llamaherd_server.serving.meter import Usage
 
 log = structlog.get_logger()
 
-# Spans that wait for the collector; what comes beyond them is dropped.
+# Maximum number of spans waiting for the collector; further ones are dropped.
 QUEUE = 2048
 _PHASES = ("llamaherd.queue_s", "llamaherd.prefill_s", "llamaherd.decode_s")
 _SCOPE = InstrumentationScope("llamaherd")
 _LOG_S = 60.0
-# How long a stop waits for what is left to be sent.
+# How long a shutdown waits for remaining spans to be sent.
 _FLUSH_S = 3.0
 _OPERATIONS = {
     **dict.fromkeys(("/v1/chat/completions", "/chat/completions", "/v1/messages", "/v1/responses"), "chat"),
@@ -58,10 +58,10 @@ _OPERATIONS = {
 
 
 class Traces:
-    """Makes the spans of ended requests and has them sent by a thread."""
+    """Creates the spans of completed requests. A thread sends them."""
 
     def __init__(self, settings: Settings, registry: CollectorRegistry) -> None:
-        """Count dropped spans in `registry`. Raises SettingsError for headers that cannot be used."""
+        """Count dropped spans in `registry`. Raises SettingsError for an invalid headers file."""
         telemetry, host, port = settings.telemetry, socket.gethostname(), settings.http.port
         url = f"{telemetry.otlp_endpoint}/v1/traces"
         headers = _headers(telemetry.otlp_headers_file) if telemetry.otlp_headers_file else {}
@@ -83,7 +83,7 @@ class Traces:
         self._made = 0
 
     def record(self, scope: Scope, request: RequestLog, route: str, status: int) -> None:
-        """Make the span of a request that has ended. What it costs a request that is not traced is microseconds."""
+        """Create the span of a completed request. For a request that is not sampled, this takes microseconds."""
         ended = time.perf_counter()
         context = self._parent(scope)
         parent = get_current_span(context).get_span_context()
@@ -122,8 +122,8 @@ class Traces:
         self._made += 1
 
     async def close(self) -> None:
-        """Send what is left, for a few seconds at most."""
-        # A daemon: a collector that hangs is left behind.
+        """Send the remaining spans, for at most _FLUSH_S."""
+        # A daemon thread, so that a hanging collector does not block the exit.
         closing = threading.Thread(target=self._processor.shutdown, daemon=True)
         closing.start()
         await asyncio.to_thread(closing.join, _FLUSH_S)
@@ -138,7 +138,7 @@ class Traces:
 
 
 class _Exporter(SpanExporter):
-    """`to`, and what it could not send: counted, and told in one line each _LOG_S at most."""
+    """Wraps `to` to count the spans that were not sent, and to log them at most every _LOG_S."""
 
     def __init__(self, to: SpanExporter, url: str, registry: CollectorRegistry) -> None:
         self.taken = 0
@@ -173,7 +173,7 @@ class _Exporter(SpanExporter):
             self.tell()
 
     def tell(self) -> None:
-        """Log what was dropped since the last time."""
+        """Log how many spans were dropped since the last call."""
         with self._lock:
             count, self._untold, self._told_at = self._untold, 0, time.monotonic()
         if count:
@@ -181,7 +181,7 @@ class _Exporter(SpanExporter):
 
 
 class _Complaints(logging.Handler):
-    """Keeps the first line that the exporter logs on its way to failure, which names the cause; the others follow."""
+    """Keeps the first line that the exporter logs about a failure, which names the cause; later lines are dropped."""
 
     first = ""
 
@@ -190,7 +190,7 @@ class _Complaints(logging.Handler):
 
 
 def _phases(usage: Usage, ended_s: float) -> Iterator[tuple[str, float]]:
-    """How long each phase took that the request came to, in seconds."""
+    """Yield the name and duration in seconds of each phase that the request reached."""
     last = ended_s if math.isnan(usage.ended_s) else usage.ended_s
     first = last - usage.decode_s if math.isnan(usage.ttft_s) else usage.ttft_s
     begins = [usage.entered_s, usage.entered_s + usage.queued_s, first]
@@ -230,18 +230,18 @@ def _attributes(
 
 
 def _error(request: RequestLog, status: int) -> str | None:
-    """What the request ended with in place of an answer: an error's code, `cancelled`, or else the status."""
+    """Return why the request failed: an error's code, `cancelled`, or the status; None: it succeeded."""
     if request.client_gone:
         return "cancelled"
     failed = [one for one in (request.usage.outcomes if request.usage else []) if one not in ("stop", "length")]
-    failed.sort(key=lambda one: one == "cancelled")  # the others of a request whose one generation failed are cancelled
+    failed.sort(key=lambda one: one == "cancelled")  # the cause first: one failure cancels the other generations
     if request.error or failed:
         return request.error or failed[0]
     return str(status) if status >= 400 else None
 
 
 def _headers(path: Path) -> dict[str, str]:
-    """The headers in the file; its values are secrets, and in no message."""
+    """Read the headers file. Raises SettingsError, never with a header's value, because those are secrets."""
     found: dict[str, str] = {}
     try:
         lines = path.read_text().splitlines()
@@ -259,6 +259,6 @@ def _headers(path: Path) -> dict[str, str]:
 
 
 def _version() -> str:
-    with suppress(metadata.PackageNotFoundError):  # in the image, which has the package without its metadata
+    with suppress(metadata.PackageNotFoundError):  # the container image has no package metadata
         return metadata.version("llamaherd-server")
     return "unknown"
