@@ -1,1 +1,1 @@
-"""How models write answers with thoughts and tool calls, and how those are read and enforced."""
+"""How models write reasoning and tool calls: formats, parsers and grammars."""

@@ -1,4 +1,4 @@
-"""The bodies of tool calls, as the model families write them; each reads one call, or raises Malformed."""
+"""Readers for the bodies of tool calls, one for each way in which models write them. They raise Malformed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from llamaherd_server.grammar.subschemas import is_of
 from llamaherd_server.toolcalls.reply import Malformed, Source, Writer
 from llamaherd_server.toolcalls.surrogates import without_halves
 
-Schemas: TypeAlias = Mapping[str, Any]  # the parameters' schema by the tool's name
+Schemas: TypeAlias = Mapping[str, Any]  # parameter schemas by tool name
 Body: TypeAlias = Callable[[Source, Writer, Schemas], Generator[None, None, None]]
 Calls: TypeAlias = list[tuple[str, Any]]  # names and arguments
 _NAME, _ARGUMENTS = ("name", "tool_name"), ("arguments", "parameters")
 
 
 def json_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
-    """`{"name": …, "arguments": {…}}`, its members in any order; Llama and Cohere have other words for the two."""
+    """Read `{"name": …, "arguments": {…}}`, with members in any order, or with the keys that Llama and Cohere use."""
     name, held, begun = "", "", False
     yield from source.expect("{")
     while True:
@@ -49,14 +49,14 @@ def json_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, Non
 
 
 def json_calls(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
-    """Mistral's list of such objects; a single object too."""
+    """Read Mistral's list of such objects, or a single object."""
     yield from source.spaces()
     if not (yield from source.literal("[")):
         yield from json_call(source, writer, {})
         return
     while True:
         yield from json_call(source, writer, {})
-        source.mark()  # what is told already is not content, whatever comes
+        source.mark()  # a call already emitted never becomes content
         yield from source.spaces()
         if (yield from source.literal("]")):
             return
@@ -64,7 +64,7 @@ def json_calls(source: Source, writer: Writer, _: Schemas) -> Generator[None, No
 
 
 def named_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
-    """Mistral's newer form: `name[ARGS]{…}`, with a `[CALL_ID]…` before the arguments in some."""
+    """Read Mistral's newer format: `name[ARGS]{…}`, in some models with `[CALL_ID]…` before `[ARGS]`."""
     head = yield from before(source, "[ARGS]")
     yield from _stream(source, writer, head.partition("[CALL_ID]")[0].strip())
 
@@ -72,7 +72,7 @@ def named_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, No
 def call_before(
     source: Source, writer: Writer, markers: Sequence[str], known: Container[str] | None = None
 ) -> Generator[None, None, None]:
-    """A name, one that is `known`, the markers with anything between them, and the arguments as JSON."""
+    """Read a name (one of `known`, if given), the markers with any text between them, and the arguments as JSON."""
     name = (yield from before(source, markers[0])).strip()
     if len(name.split()) > 1 or (known is not None and name not in known):
         raise Malformed
@@ -82,7 +82,7 @@ def call_before(
 
 
 def deepseek_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
-    """`name<｜tool▁sep｜>{…}` (V3.1), or `function<｜tool▁sep｜>name` and the arguments in a fence (V3, R1)."""
+    """Read `name<｜tool▁sep｜>{…}` (V3.1), or `function<｜tool▁sep｜>name` and fenced arguments (V3, R1)."""
     name = (yield from before(source, "<｜tool▁sep｜>")).strip()
     if name == "function":
         name = (yield from before(source, "\n")).strip()
@@ -94,24 +94,24 @@ def deepseek_call(source: Source, writer: Writer, _: Schemas) -> Generator[None,
 
 
 def kimi_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
-    """`functions.name:0<|tool_call_argument_begin|>{…}`."""
+    """Read `functions.name:0<|tool_call_argument_begin|>{…}`."""
     head = (yield from before(source, "<|tool_call_argument_begin|>")).strip()
     yield from _stream(source, writer, head.removeprefix("functions.").rpartition(":")[0])
 
 
-# A string to the quote that a bracket, a comma or a colon follows; there may be anything else in it.
+# A string up to a quote followed by a bracket, comma or colon. Other quotes in it need not be escaped.
 _BARE_STRING = re.compile(r"""(['"])(.*?)(?<!\\)\1(?=\s*[])},:])""", re.DOTALL)
 
 
 def _as_literal(found: re.Match[str]) -> str:
-    """What stands in quotes without being escaped, as a literal."""
+    """Return a string match as a valid Python literal, even if its text is not escaped."""
     with suppress(SyntaxError, ValueError):
         return repr(ast.literal_eval(found[0]))
     return repr(found[2])
 
 
 def keyword_calls(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
-    """LFM2's `[name(key=value, …), …]`, in Python's words."""
+    """Read LFM2's `[name(key=value, …), …]` in Python syntax."""
     text = (yield from before(source, "<|tool_call_end|>")).strip()
     try:
         try:
@@ -127,7 +127,7 @@ def keyword_calls(source: Source, writer: Writer, _: Schemas) -> Generator[None,
 
 
 def written_keywords(calls: Calls) -> str:
-    """What `keyword_calls` reads."""
+    """Return calls in the format that `keyword_calls` reads."""
     pairs = [
         (name, ", ".join(f"{key}={json_text(value)}" for key, value in _mapping(arguments).items()))
         for name, arguments in calls
@@ -136,7 +136,7 @@ def written_keywords(calls: Calls) -> str:
 
 
 def written_list(calls: Calls) -> str:
-    """Granite's list of JSON objects."""
+    """Return calls as Granite's list of JSON objects."""
     return f"<|tool_call|>{json_text([{'name': name, 'arguments': arguments} for name, arguments in calls])}"
 
 
@@ -151,7 +151,7 @@ def _keyword_call(node: ast.expr) -> tuple[str, dict[str, Any]]:
 
 
 def _literal(node: ast.expr) -> Any:
-    """A Python literal, or one of JSON's names."""
+    """Return the value of a Python literal, which may contain JSON's true, false and null, or bare names as strings."""
     if isinstance(node, ast.Name):
         return {"true": True, "false": False, "null": None}.get(node.id, node.id)
     if isinstance(node, ast.List | ast.Tuple):
@@ -167,7 +167,7 @@ _GEMMA_TOKEN = re.compile(
 
 
 def gemma_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, None, None]:
-    """`call:name{key:<|"|>text<|"|>,other:[1,true]}<tool_call|>`."""
+    """Read `call:name{key:<|"|>text<|"|>,other:[1,true]}<tool_call|>`."""
     yield from source.expect("call:")
     text = yield from before(source, "<tool_call|>")
     name, brace, rest = text.partition("{")
@@ -185,7 +185,7 @@ def gemma_call(source: Source, writer: Writer, _: Schemas) -> Generator[None, No
 
 
 def _gemma_value(tokens: Iterator[tuple[str, str]]) -> Any:
-    """The next value; raises StopIteration where there is none, and ValueError."""
+    """Return the next value. Raises StopIteration if the tokens end, and ValueError."""
     return _gemma_from(next(tokens), tokens)
 
 
@@ -217,7 +217,7 @@ def _gemma_from(first: tuple[str, str], tokens: Iterator[tuple[str, str]]) -> An
 
 
 def _stream(source: Source, writer: Writer, name: str, *, strict: bool = False) -> Generator[None, None, bool]:
-    """Tell a call whose arguments come next, as they come; `strict`: what is no object is no call."""
+    """Emit a call and its arguments as they arrive. `strict`: raise Malformed if they are not an object."""
     yield from source.spaces()
     if not name or not source.rest:
         raise Malformed
@@ -245,7 +245,7 @@ def _text(source: Source) -> Generator[None, None, str]:
 
 
 def before(source: Source, marker: str) -> Generator[None, None, str]:
-    """The text before the marker, which is taken too; raises Malformed where it does not come."""
+    """Return the text before `marker` and consume both. Raises Malformed if the marker is missing."""
     parts: list[str] = []
     if (yield from source.until((marker,), parts.append)) is None:
         raise Malformed
@@ -253,16 +253,16 @@ def before(source: Source, marker: str) -> Generator[None, None, str]:
 
 
 def _unquoted(text: str) -> str:
-    """Arguments that some models put into a string, as the object that they are."""
+    """Return the object inside arguments that a model wrote as a JSON string; "" for null."""
     if text.startswith('"'):
         text = str(_loads(text))
     return "" if text.strip() == "null" else text
 
 
 def typed(value: str, kinds: frozenset[str] | None) -> str:
-    """A parameter's text as JSON: as JSON where it is that, and of a type that is allowed; else as a string.
+    """Return a parameter's text as JSON: unchanged if it is JSON of an allowed type, otherwise as a string.
 
-    Where no string is allowed it may be Python's, as templates that print mappings by themselves have it.
+    If no string is allowed, a Python literal is converted as well, because some templates print mappings that way.
     """
     if kinds is None or kinds != {"string"}:
         with suppress(Malformed, RecursionError):

@@ -1,7 +1,7 @@
-"""Calls of a template that is of no known family: what it prints around some is its format, if that reads them back.
+"""Derives the call format of a template of no known family from how it prints test calls, if that reads them back.
 
-A call may be a JSON object, a name before JSON arguments, or elements of text. llama.cpp goes by what a template prints
-too (common/chat-auto-parser.h). What is printed in other ways has no format here.
+A call may be a JSON object, a name followed by JSON arguments, or elements with text. Other formats are not supported.
+llama.cpp derives formats from printed calls, too (common/chat-auto-parser.h).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from llamaherd_server.toolcalls.turns import (
 _ID_RULE, _NUMBER_RULE = "[a-zA-Z0-9]{9}", "[0-9]{1,3}"
 _START = re.compile(rf"{UNIT.pattern}|[<{{\[]")
 _OBJECT = re.compile(r'\{[^{}]*"(tool_)?name": ?"\Z')
-_LATER = re.compile(rf"{UNIT.pattern}|[^<>\[\]\n]+(?:{MARK.pattern})")  # words before a mark are more than it
-# A value of each type, and what may be its text.
+_LATER = re.compile(rf"{UNIT.pattern}|[^<>\[\]\n]+(?:{MARK.pattern})")  # words before a mark, too
+# A value of each type, and a pattern for how templates print it.
 _VALUES: dict[str, tuple[Any, str]] = {
     "string": ("a-text", "a-text"),
     "number": (17, "17"),
@@ -54,11 +54,11 @@ _VALUES: dict[str, tuple[Any, str]] = {
 
 
 class Shape(msgspec.Struct, frozen=True):
-    """What is printed before the first call, before and behind each name, behind each call's arguments, between calls
-    (None: there is one call only) and after the last; of elements, around a parameter's name and behind its value.
+    """What a template prints before the first call (`wrap`), before and after its name (`opening`, `middle`), after its
+    arguments (`closing`), between calls (`between`; None: it prints only one) and after the last one (`unwrap`).
 
-    `opens` is what a reader looks for, `skipped` what of the first text stands before it, `prompted` what the prompt
-    has of that already; the others: see Elements.
+    `opens`: the marker that a reader looks for; `skipped`: the text before it; `prompted`: the part of a call's start
+    that the prompt already contains. The other fields are those of Elements.
     """
 
     kind: Literal["object", "named", "elements"]
@@ -85,7 +85,7 @@ class Shape(msgspec.Struct, frozen=True):
 
 
 def shape_of(printed: Print, turn: Turn) -> Shape | None:
-    """What is around the calls of a template that is rendered by `printed`; None where that does not read them back."""
+    """Return the shape of the calls that `printed` renders; None if a reader for it does not read them back."""
     try:
         shape, text = _around(printed, turn)
         form = form_of(shape)
@@ -101,7 +101,7 @@ def shape_of(printed: Print, turn: Turn) -> Shape | None:
 
 @lru_cache(maxsize=16)
 def form_of(shape: Shape) -> Format:
-    """Raises ValueError where nothing tells a call from a text."""
+    """Return the format of a shape. Raises ValueError if nothing distinguishes a call from text."""
     if not shape.opens or not (shape.middle.strip(" ") or shape.kind == "object"):
         raise ValueError("nothing stands before a call, or behind its name")
     before = shape.wrap + shape.opening
@@ -124,7 +124,7 @@ def form_of(shape: Shape) -> Format:
 
 
 class _Body:
-    """Reads calls from behind `opens`, of what stands before the first of which `rest` is left; white space is free."""
+    """Reads calls after the marker `opens`; `rest` is the text between it and the first name. Ignores white space."""
 
     def __init__(self, shape: Shape, rest: str) -> None:
         self._shape = shape
@@ -141,8 +141,8 @@ class _Body:
         yield from _static(source, self._rest)
         while True:
             yield from self._call(source, writer, schemas)
-            source.mark()  # what has been passed on is not content, whatever comes
-            if NAME in self._shape.opening or self._shape.prompted:  # each is opened for itself
+            source.mark()  # a call already emitted never becomes content
+            if NAME in self._shape.opening or self._shape.prompted:  # each call has its own `opens`
                 return
             yield from source.spaces()
             if between := (self._shape.between or "").strip():
@@ -162,7 +162,7 @@ class _Body:
             closing = closing.partition("}")[2]
         elif shape.kind == "named":
             marks = [mark.strip() or mark for mark in re.split(f"[{ID}{NUMBER}]", shape.middle)]
-            known = None if MARK.search(shape.opens) else schemas  # a text may have what is no mark
+            known = None if MARK.search(shape.opens) else schemas  # text may contain `opens` if it is no mark
             yield from calls.call_before(source, writer, marks, known)
         else:
             yield from self.elements.call_one(source, writer, schemas)
@@ -185,7 +185,7 @@ def _rule(text: str, name: str = "") -> str:
 
 
 def _wrap_rule(shape: Shape) -> str:
-    """What stands before the first call; marks before the one that opens calls may be in the prompt already."""
+    """Return the rule for `wrap`. Marks before `opens` are optional, because the prompt may already contain them."""
     lead, opens, rest = shape.wrap.partition(shape.opens)
     if not opens or "".join(units(lead)) != lead:
         return _rule(shape.wrap)
@@ -193,7 +193,7 @@ def _wrap_rule(shape: Shape) -> str:
 
 
 def _around(printed: Print, turn: Turn) -> tuple[Shape, str]:
-    """The shape, and the calls of an assistant's turn that it is from. Raises ValueError where there is none."""
+    """Return the shape and the printed calls that it was derived from. Raises ValueError if there is no shape."""
     begin, lead, end = around_answer(printed)
     text = without_begin(_called(printed, *CALLS), begin)
     for mark in turn.thinking or ("<think>", "</think>"):
@@ -232,7 +232,7 @@ def _around(printed: Print, turn: Turn) -> tuple[Shape, str]:
 
 
 def _called(printed: Print, *made: tuple[str, dict[str, Any]]) -> str:
-    """A turn with these calls, from the prompt before it to the first result."""
+    """Return a printed turn with these calls, from after the question to the first result."""
     calls_ = [
         {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
         for call_id, (name, arguments) in zip(IDS, made, strict=False)
@@ -249,7 +249,7 @@ def _called(printed: Print, *made: tuple[str, dict[str, Any]]) -> str:
 
 
 class _Call(NamedTuple):
-    """Its kind, where its name is, what is behind that, around parameters and behind them, and where it is over."""
+    """A printed call: the offset of its name, the texts around name and parameters as in Shape, and its end offset."""
 
     kind: Literal["object", "named", "elements"]
     at: int
@@ -282,7 +282,7 @@ def _call_in(turn: str, start: int, name: str, arguments: dict[str, str]) -> _Ca
 
 
 def _opens(before: str, kind: str, plain: str, turn: Turn) -> tuple[str, tuple[str, ...]]:
-    """The first marker that is in no turn without calls, and what stands before it. Raises ValueError."""
+    """Return the first marker that only turns with calls contain, and the text before it. Raises ValueError."""
     known = (plain, *(turn.thinking or ()), turn.resumed)
     shown = before.partition("{")[0] if kind == "object" else before
     at = shown.rfind(NAME) + 1
@@ -299,7 +299,7 @@ def _opens(before: str, kind: str, plain: str, turn: Turn) -> tuple[str, tuple[s
 
 
 def _typed(printed: Print, shape: Shape) -> Shape:
-    """The shape with how parameters that are no texts are written, if in another way."""
+    """Return the shape with the template's way of marking the types of parameters, if it has one."""
     begin, behind_key = shape.parameter
     text = _called(printed, (CALLS[0][0], {f"{kind}_key": value for kind, (value, _) in _VALUES.items()}))
     tails, item = {}, ""
@@ -323,7 +323,7 @@ def _typed(printed: Print, shape: Shape) -> Shape:
 
 
 def _quoted(printed: Print, shape: Shape) -> Shape:
-    """The shape with what is around a text that has markup in it, if there is anything."""
+    """Return the shape with the quotes that the template prints around text with markup, if any."""
     value = "a <b> & c"
     rest = _called(printed, (CALLS[0][0], {"text_key": value})).partition(f"{shape.parameter[0]}text_key")[2]
     for part in (*shape.parameter[1:], dict(shape.types).get("string", ""), shape.typed):
@@ -334,13 +334,13 @@ def _quoted(printed: Print, shape: Shape) -> Shape:
 
 
 def _with_number(one: str, other: str) -> str:
-    """The text where both are it, but for a number that counts calls."""
+    """Return `one`, with numbers replaced by NUMBER if they are the only difference, because these count calls."""
     counted = re.sub(r"\d+", NUMBER, one)
     return counted if one != other and counted == re.sub(r"\d+", NUMBER, other) else one
 
 
 def _until(text: str, end: str) -> str:
-    """The text as far as it is not how a turn ends."""
+    """Return the text before the end of the turn."""
     if unit := next((unit for unit in UNIT.finditer(text) if unit[0] in units(end)), None):
         return text[: unit.start()]
     length = next((length for length in range(len(end), 0, -1) if end[:length] in text), 0)
@@ -352,7 +352,7 @@ def _common_end(one: str, other: str) -> str:
 
 
 def _from_mark(one: str, other: str) -> str:
-    """What both end with, from where a mark or a bracket begins in both."""
+    """Return the longest common ending that begins with a mark or bracket in both texts."""
     starts = [{len(text) - found.start() for found in _START.finditer(text)} for text in (one, other)]
     length = max((at for at in starts[0] & starts[1] if one[-at:] == other[-at:]), default=0)
     return one[len(one) - length :]

@@ -1,4 +1,4 @@
-"""Calls whose arguments are elements of text, one for each parameter; objects and lists may be elements in turn."""
+"""Calls whose arguments are elements with text, one per parameter. Objects and lists may be nested elements."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from llamaherd_server.toolcalls.reply import Malformed, Source, Writer
 
 @dataclass(frozen=True, slots=True)
 class Elements:
-    """What stands before and behind a function's name and a parameter's, and behind each.
+    """The texts before and after a function's name (`call`) and a parameter's (`parameter`), and at the end of both.
 
-    `padding` is around values. `types`: the word behind a parameter's name, and before `typed`, by the type of what is
-    JSON's (`string`, or of any other, an empty one). `item`: the name of a list's elements where values are elements.
-    `quotes` are around texts that have markup in them.
+    `padding`: around values. `types`: the word between a parameter's name and `typed`, by the value's JSON type
+    (`string`, or "" for any other). `item`: the name of a list's elements if values are nested elements.
+    `quotes`: around text that contains markup.
     """
 
     call: tuple[str, str]
@@ -34,11 +34,11 @@ class Elements:
     quotes: tuple[str, str] = ("", "")
 
     def body(self, source: Source, writer: Writer, schemas: Schemas) -> Generator[None, None, None]:
-        """One call, or several."""
+        """Read one or more calls."""
         yield from source.expect(self.call[0])
         while True:
             yield from self.call_one(source, writer, schemas)
-            source.mark()  # what is told already is not content, whatever comes
+            source.mark()  # a call already emitted never becomes content
             yield from source.spaces()
             if not (yield from source.literal(self.call[0])):
                 return
@@ -75,13 +75,13 @@ class Elements:
         return self.parameter_end.replace(KEY, key)
 
     def words_of(self, kinds: frozenset[str] | None) -> list[str]:
-        """The words before values of these types; where they are not known, the value is JSON."""
+        """Return the words in `types` for these JSON types. Without types, return all words except that for strings."""
         named = dict(self.types)
         wanted = ["number" if kind == "integer" else kind for kind in sorted(kinds or named.keys() - {"string"})]
         return list(dict.fromkeys(named.get(kind, named.get("")) or "" for kind in wanted))
 
     def _value(self, source: Source, key: str) -> Generator[None, None, str]:
-        """The text to the parameter's end; where elements stand in it, to the end of as many as have begun."""
+        """Return the text up to the parameter's end. Nested elements of the same name are skipped."""
         begin, end = key.join(self.parameter), self.end_of(key).strip()
         value, ended = (yield from before(source, end)), 0
         left, right = self.quotes
@@ -93,7 +93,7 @@ class Elements:
         return value[len(left) : len(value) - len(right)] if left and value.startswith(left) else value
 
     def _tree(self, text: str, schema: Any, path: tuple[str | None, ...]) -> Any:
-        """A value that may be of elements."""
+        """Return the value of a text that may consist of elements."""
         kinds = kinds_at(schema, path)
         try:
             children = list(self._children(text))
@@ -108,7 +108,7 @@ class Elements:
         return {key: self._tree(inner, schema, (*path, key)) for key, inner in children}
 
     def _children(self, text: str) -> Generator[tuple[str, str], None, None]:
-        """The elements that the text consists of; raises ValueError where it is none."""
+        """Yield the name and text of each element in `text`. Raises ValueError if it contains anything else."""
         while text := text.lstrip():
             if not text.startswith(self.parameter[0]):
                 raise ValueError("is text")
@@ -122,7 +122,7 @@ class Elements:
 
 
 def glm_call(source: Source, writer: Writer, schemas: Schemas) -> Generator[None, None, None]:
-    """`name<arg_key>key</arg_key><arg_value>value</arg_value>…`."""
+    """Read `name<arg_key>key</arg_key><arg_value>value</arg_value>…`."""
     head: list[str] = []
     mark = yield from source.until(("<arg_key>", "</tool_call>"), head.append)
     name = "".join(head).strip()

@@ -1,4 +1,4 @@
-"""How model families write reasoning and tool calls, and by what in a chat template each is known.
+"""How model families write reasoning and tool calls, and how a chat template reveals its family.
 
 Sources: the templates in llama.cpp's models/templates, the model cards, OpenAI's harmony format
 (https://github.com/openai/harmony).
@@ -22,13 +22,13 @@ THINKING = (
     ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
 )
 HARMONY_THINKING = ("<|channel|>analysis<|message|>", "<|end|>")
-# A rule for one call of a tool: its name and the name of the rule of its arguments.
+# Returns the rule for a tool's call from the tool's name and the name of its arguments' rule.
 CallRule: TypeAlias = Callable[[str, str], str]
 
 
 @dataclass(frozen=True, slots=True)
 class Keywords:
-    """Arguments as keys and values: what stands between the two, between pairs, and around a string if not JSON's."""
+    """Arguments as keys and values: the text between the two, between pairs, and around strings that are not JSON."""
 
     between: str
     separator: str
@@ -37,12 +37,12 @@ class Keywords:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One family. Its templates have all of `signs` and none of `unlike`; `opens`, `closes` stand around a call's body.
+    """A family, whose templates contain all of `signs` and none of `unlike`. `opens`, `closes`: around a call's body.
 
-    `preserved` are the control tokens that must be seen; `skipped` is passed over; `bare`: a call may also begin the
-    reply without a marker, with a brace; `joined`: what stands between two calls in a grammar, None: one call only.
-    `elements`, `keywords`: how arguments are written where they are not a JSON object; `tokens`: further control
-    tokens; `written`: calls as a content, for templates that print no calls.
+    `preserved`: control tokens that the engine must output; `skipped`: markers that are dropped; `bare`: a reply may
+    begin with a call without `opens`; `joined`: the rule between two calls, None: only one. `elements`, `keywords`: how
+    arguments are written if not as a JSON object; `tokens`: further control tokens; `written`: writes calls as
+    content, for templates that print no calls.
     """
 
     name: str
@@ -80,7 +80,7 @@ def _cohere_rule(name: str, arguments: str) -> str:
 
 
 def _element_rule(elements: Elements, name: str, arguments: str) -> str:
-    """`arguments` is here a rule of parameters, each an element."""
+    """Return the rule for a call. `arguments`: the rule for its parameters, each an element."""
     return f"{literal(name.join(elements.call))} {arguments} {literal(elements.call_end)}"
 
 
@@ -217,7 +217,7 @@ GRANITE = Format(
 
 
 def _listed(name: str, opens: str, closes: str, call_rule: CallRule, skipped: tuple[str, ...] = ()) -> Format:
-    """A list of JSON objects between two markers."""
+    """Return the format of a list of JSON objects between two markers."""
     return Format(
         name=name,
         signs=(f"{opens}[", closes),
@@ -305,14 +305,14 @@ HARMONY = Format(
     signs=("<|channel|>",),
     opens="<|channel|>",
     closes="",
-    body=calls.json_call,  # never used: harmony's own reader below
+    body=calls.json_call,  # unused: the reader has its own code for harmony
     call_rule=lambda name, arguments: (
         f"{literal(f'<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>')} {arguments}"
     ),
     joined=None,
     skipped=("<|message|>", "<|start|>", "<|end|>", "<|constrain|>"),
 )
-# The first that fits; HERMES also for models whose template knows no tools.
+# The first match applies. HERMES is also used for models whose template does not support tools.
 FORMATS = (
     *(HARMONY, QWEN_CODER, GEMMA, DEEPSEEK_V3_2, DEEPSEEK_V4, KIMI, MINIMAX, LFM2, GRANITE, GLM_4_7, GLM),
     *(MISTRAL_NAMED, MISTRAL, DEEPSEEK_FENCED, DEEPSEEK, NEMOTRON, APRIEL, COHERE, HERMES, LLAMA),
@@ -320,7 +320,7 @@ FORMATS = (
 
 
 def format_of(template: str) -> Format | None:
-    """The family of a chat template; None: it knows no tools, or writes them in a way of its own."""
+    """Return the family of a chat template; None: it does not support tools, or has a format of its own."""
     if "tools" not in template:
         return None
     return next(
@@ -334,5 +334,5 @@ def format_of(template: str) -> Format | None:
 
 
 def thinking_of(template: str) -> tuple[str, str] | None:
-    """The markers around reasoning that the template knows."""
+    """Return the markers around reasoning in the template; None: it has none that are known."""
     return next((pair for pair in THINKING if pair[1] in template), None)

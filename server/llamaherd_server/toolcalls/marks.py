@@ -1,4 +1,4 @@
-"""Markers of chat templates, and what stands for a part of their text that differs from call to call."""
+"""Markers of chat templates, and placeholders for the parts of their text that differ between calls."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 ID, NUMBER, NAME, KEY = "\0", "\1", "\2", "\3"  # a call's id, its number, its tool's name; a parameter's name
 MARK = re.compile(r"\]<\]\w+\[>\[|<[^<>\s]+>|\[[A-Z_/]+\]")
-# A mark, with the words and the mark behind it where words stand between two: `<|open|>think<|sep|>`.
+# A mark, or two marks with words between them: `<|open|>think<|sep|>`.
 UNIT = re.compile(rf"(?:{MARK.pattern})(?:[^<>\[\]\n]*\w[^<>\[\]\n]*(?:{MARK.pattern}))?")
 
 
@@ -15,5 +15,5 @@ def units(text: str) -> list[str]:
 
 
 def control_tokens(text: str) -> list[str]:
-    """The tokens that a marker may consist of."""
+    """Return the control tokens in a marker, or the whole marker if it contains none."""
     return MARK.findall(text) or [text.strip()]

@@ -1,4 +1,4 @@
-"""A reply read in its model's format, whole or bit by bit."""
+"""Reads a reply in its model's format, complete or as a stream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaherd_server.toolcalls.reply import Malformed, Message, Parser, Source,
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """What a reply is read with. `form` None: there are no tools; `thinks`: the prompt ends within reasoning.
+    """How to read a reply. `form`: None if there are no tools; `thinks`: the prompt ends within reasoning.
 
     `skipped`, `prompted`, `resumed`: see Turn.
     """
@@ -29,29 +29,29 @@ class Reader:
 
     @property
     def preserved(self) -> list[str]:
-        """The control tokens that the engine must not hide."""
+        """The control tokens that the engine must output as text."""
         marks = (*(self.form.preserved if self.form else ()), *(self.thinking or ()), *self._skipped)
         return list(dict.fromkeys(token for mark in marks for token in control_tokens(mark)))
 
     @property
     def around(self) -> tuple[str, str, str]:
-        """What the prompt has of a marker, what follows reasoning, and what else begins a text."""
+        """The part of a marker in the prompt, the text that follows reasoning, and the rest of a text's marker."""
         said = self.skipped[0].removeprefix(self.prompted) if self.prompted and self.skipped else ""
         return self.prompted, self.resumed, said
 
     @property
     def _skipped(self) -> tuple[str, ...]:
-        """The form's and the turn's, those with a tool's name for each."""
+        """The format's and the turn's markers; one with a tool's name is repeated for each tool."""
         texts = (*(self.form.skipped if self.form else ()), *self.skipped)
         return tuple(one.replace(NAME, name) for one in texts for name in (self.schemas if NAME in one else ("",)))
 
     @property
     def plain(self) -> bool:
-        """Whether a reply is nothing but its text."""
+        """Whether a reply is plain text."""
         return self.form is None and self.thinking is None and not self.skipped
 
     def whole(self, text: str) -> Message:
-        """A whole reply."""
+        """Parse a complete reply."""
         if self.plain:
             return Message(text)
         parser, message = self.parser(), Message()
@@ -60,7 +60,7 @@ class Reader:
         return message
 
     def parser(self) -> Parser:
-        """For a reply that comes bit by bit."""
+        """Return a parser for a streamed reply."""
         writer = Writer(
             most_calls=None if self.parallel else 1,
             id_length=self.form.id_length if self.form else None,
@@ -91,7 +91,7 @@ class Reader:
                 yield from _call(source, writer, form, self.schemas, mark)
 
     def _begun(self, source: Source, writer: Writer, marks: tuple[str, ...]) -> Generator[None, None, None]:
-        """Take the rest of the marker that the prompt ends with the beginning of."""
+        """Consume the rest of the marker that begins at the end of the prompt."""
         for mark in marks:
             rest = mark.removeprefix(self.prompted) if mark.startswith(self.prompted) else ""
             if rest and (yield from source.literal(rest)):
@@ -101,7 +101,7 @@ class Reader:
 
 
 def _call(source: Source, writer: Writer, form: Format, schemas: Schemas, opened: str) -> Generator[None, None, None]:
-    """One call; what is none after all is content, so that nothing is lost."""
+    """Read one call. If it is malformed, emit its text as content, so that nothing is lost."""
     before = writer.calls
     source.mark()
     try:
@@ -117,7 +117,7 @@ def _call(source: Source, writer: Writer, form: Format, schemas: Schemas, opened
 
 
 def _harmony(source: Source, writer: Writer) -> Generator[None, None, None]:
-    """Messages of `<|channel|>… to=… <|message|>…<|end|>`: analysis is reasoning, functions.* are calls."""
+    """Read messages of `<|channel|>… to=… <|message|>…<|end|>`: analysis is reasoning, functions.* are calls."""
     ends = ("<|end|>", "<|return|>", "<|call|>", "<|start|>")
     while source.rest or not source.ended:
         head: list[str] = []

@@ -1,4 +1,4 @@
-"""What a model's output is made of, told piece by piece as it comes: text, reasoning, tool calls."""
+"""The pieces of a model's output (text, reasoning, tool calls), and the parser that emits them as they arrive."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """More of what the model thinks before it answers."""
+    """More of the model's reasoning."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallBegin:
-    """The beginning of tool call `index`, counted from 0."""
+    """The start of tool call `index`, counted from 0."""
 
     index: int
     id: str
@@ -36,20 +36,20 @@ class CallBegin:
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """More of call `index`'s arguments; all of them together are one JSON object."""
+    """More of the arguments of call `index`. Together they form one JSON object."""
 
     index: int
     text: str
 
 
 Piece: TypeAlias = Content | Reasoning | CallBegin | CallArguments
-# A generator that needs more text than has come yields; what it returns is its result.
+# A generator that yields when it needs more text, and returns its result.
 Reading: TypeAlias = Generator[None, None, bool]
 
 
 @dataclass(slots=True)
 class Call:
-    """One whole tool call."""
+    """A complete tool call."""
 
     id: str
     name: str
@@ -58,7 +58,7 @@ class Call:
 
 @dataclass(slots=True)
 class Message:
-    """A whole reply."""
+    """A complete reply."""
 
     content: str = ""
     reasoning: str = ""
@@ -76,7 +76,7 @@ class Message:
 
 
 class Writer:
-    """Collects pieces. White space around reasoning and calls, which templates put there, is no content."""
+    """Collects pieces. Drops the white space around reasoning and calls, which comes from the template."""
 
     def __init__(self, *, most_calls: int | None, id_length: int | None) -> None:
         self.pieces: list[Piece] = []
@@ -101,7 +101,7 @@ class Writer:
         self.pieces.append(Reasoning(text))
 
     def edge(self) -> None:
-        """Reasoning or a call begins or ends here."""
+        """Mark the start or end of reasoning or a call."""
         self._spaces, self._begun = "", False
 
     def end(self) -> None:
@@ -133,11 +133,11 @@ class Writer:
 
 
 class Malformed(Exception):
-    """The text is not what its format says; what was taken of it is in the source's `taken`."""
+    """The text does not follow its format. The source's `taken` has the text consumed so far."""
 
 
 class Source:
-    """The output as far as it has come, for generators that read it."""
+    """The output received so far, for generators that read it."""
 
     def __init__(self) -> None:
         self.rest = ""
@@ -153,7 +153,7 @@ class Source:
         return text
 
     def until(self, markers: tuple[str, ...], emit: Callable[[str], None]) -> Generator[None, None, str | None]:
-        """Emit the text before the first of `markers`, which is taken and returned; None: none came."""
+        """Emit the text before the first of `markers`; consume and return the marker. None: the text ended first."""
         while True:
             found = [(at, -len(marker), marker) for marker in markers if (at := self.rest.find(marker)) >= 0]
             if found:
@@ -161,7 +161,7 @@ class Source:
                 if at:
                     emit(self._take(at))
                 if not self.ended and any(one != self.rest and one.startswith(self.rest) for one in markers):
-                    yield  # a longer one may be on its way
+                    yield  # a longer marker may follow
                     continue
                 self._take(len(marker))
                 return marker
@@ -173,7 +173,7 @@ class Source:
             yield
 
     def spaces(self) -> Generator[None, None, None]:
-        """Take white space."""
+        """Consume white space."""
         while True:
             self._take(len(self.rest) - len(self.rest.lstrip()))
             if self.rest or self.ended:
@@ -181,7 +181,7 @@ class Source:
             yield
 
     def literal(self, text: str) -> Reading:
-        """Take `text`, if it comes next."""
+        """Consume `text` if it comes next. Returns whether it did."""
         while len(self.rest) < len(text) and text.startswith(self.rest) and not self.ended:
             yield
         if not self.rest.startswith(text):
@@ -190,13 +190,13 @@ class Source:
         return True
 
     def expect(self, text: str) -> Generator[None, None, None]:
-        """Take white space and `text`; raises Malformed when something else comes."""
+        """Consume white space and `text`. Raises Malformed if something else comes next."""
         yield from self.spaces()
         if not (yield from self.literal(text)):
             raise Malformed
 
     def json(self, emit: Callable[[str], None]) -> Generator[None, None, None]:
-        """Emit one JSON value as it comes, to where its brackets or quotes close. Raises Malformed, at the end too."""
+        """Emit one JSON value as it arrives, up to its end. Raises Malformed, also if the text ends within it."""
         yield from self.spaces()
         value = _JsonValue()
         while True:
@@ -215,7 +215,7 @@ class Source:
 
 
 class _JsonValue:
-    """Follows a JSON value character by character to see where it ends."""
+    """Finds the end of a JSON value, character by character."""
 
     def __init__(self) -> None:
         self.closed = False
@@ -224,7 +224,7 @@ class _JsonValue:
         self._quoted = self._escaped = self._bare = False
 
     def ends_before(self, char: str) -> bool:
-        """Whether the value is over, and `char` is not part of it."""
+        """Return whether the value has ended, so that `char` is not part of it."""
         if self.closed:
             return True
         if self._quoted:
@@ -254,7 +254,7 @@ class _JsonValue:
 
 
 class Parser:
-    """Text in, pieces out: `parse` reads a source and writes to a writer."""
+    """Turns text into pieces. `parse` reads a source and writes to a writer."""
 
     def __init__(self, parse: Callable[[Source, Writer], Generator[None, None, None]], writer: Writer) -> None:
         self._source = Source()
@@ -264,17 +264,17 @@ class Parser:
 
     @property
     def calls(self) -> int:
-        """How many tool calls have begun."""
+        """The number of tool calls that have begun."""
         return self._writer.calls
 
     def feed(self, text: str) -> list[Piece]:
-        """What is certain now."""
+        """Add text and return the pieces that are now certain."""
         self._source.rest += text
         next(self._run, None)
         return self._drained()
 
     def finish(self) -> list[Piece]:
-        """What was held back, when no more text comes."""
+        """Return the pieces held back, after the last text."""
         self._source.ended = True
         for _ in self._run:
             pass

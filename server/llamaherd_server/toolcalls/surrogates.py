@@ -1,6 +1,6 @@
-"""Escaped halves of surrogate pairs in JSON text: models write them, and strict readers refuse such text.
+"""Replaces unpaired surrogate escapes in JSON text by U+FFFD.
 
-Where the other half is missing, the character U+FFFD takes the place of the escape.
+Models write such escapes, and strict parsers reject the text.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ import re
 
 _HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 _ESCAPE = re.compile(rf"{_HIGH}{_LOW}|({_HIGH}|{_LOW})|\\.", re.DOTALL)
-# An escape at the end that may go on: unfinished, or the first half of a pair.
+# An escape at the end that may continue: incomplete, or the first half of a pair.
 _UNFINISHED = re.compile(rf"(?<!\\)(?:\\\\)*((?:{_HIGH})?\\(?:u[0-9a-fA-F]{{0,3}})?|{_HIGH})\Z")
 _REPLACEMENT = "\\ufffd"
 
 
 def without_halves(text: str) -> str:
-    """The JSON text, whole in that no escape is half a character."""
+    """Return the JSON text with unpaired surrogate escapes replaced."""
     return _ESCAPE.sub(lambda escape: _REPLACEMENT if escape[1] else escape[0], text)
 
 
 class Whole:
-    """The same for text that comes in pieces."""
+    """Replaces unpaired surrogate escapes in streamed text."""
 
     def __init__(self) -> None:
         self._held = ""
 
     def feed(self, text: str) -> str:
-        """What is certain now."""
+        """Add text and return what is now certain."""
         text = self._held + text
         unfinished = _UNFINISHED.search(text)
         end = unfinished.start(1) if unfinished else len(text)
@@ -34,6 +34,6 @@ class Whole:
         return without_halves(text[:end])
 
     def finish(self) -> str:
-        """What was held back, when no more text comes."""
+        """Return the text held back, after the last text."""
         text, self._held = self._held, ""
         return without_halves(text)

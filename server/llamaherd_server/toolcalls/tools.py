@@ -1,4 +1,4 @@
-"""Tools of a request: what the model is told of them, and the grammar that holds it to them."""
+"""A request's tools: what the template gets of them, and the grammar that enforces calls and answer schemas."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llamaherd_server.toolcalls.formats import FORMATS, HARMONY, Format, Keyword
 from llamaherd_server.toolcalls.marks import KEY
 from llamaherd_server.toolcalls.reader import Reader
 
-# For the conversion of schemas: the largest of zod's and pydantic's takes 0.3 s. Beside it there is the grammar's own.
+# Limits for converting schemas, apart from compiling the grammar. The largest of zod's and pydantic's takes 0.3 s.
 _CPU_S, _PATIENCE = 1.0, 2.5
 _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -39,14 +39,14 @@ class Tool:
         return self.parameters or _NO_ARGUMENTS
 
     def for_template(self) -> dict[str, Any]:
-        """As transformers' templates expect it."""
+        """Return the tool as transformers' templates expect it."""
         function = {"name": self.name, "description": self.description or "", "parameters": self.schema}
         return {"type": "function", "function": function}
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which of the tools may, or must, be called. `must`: at least one; `parallel`: more than one at once."""
+    """The tools that may be called. `must`: at least one call is required; `parallel`: several calls are allowed."""
 
     tools: Sequence[Tool]
     must: bool = False
@@ -59,7 +59,7 @@ class Choice:
 
 
 class AnswerSchema(msgspec.Struct):
-    """The JSON schema of an answer; `field` is where the request has it."""
+    """The JSON schema of an answer. `field`: the request's field that contains it."""
 
     json_schema: Any
     field: str
@@ -67,7 +67,7 @@ class AnswerSchema(msgspec.Struct):
 
 
 class Reply(msgspec.Struct):
-    """What a reply must look like. `form`: a format's name, or its shape; the others: as of its Reader."""
+    """What the grammar of a reply depends on. `form`: a format's name, or its shape; for the others, see Reader."""
 
     form: str | Shape | None
     thinking: tuple[str, str] | None
@@ -86,9 +86,9 @@ async def reply_grammar(
     answer: AnswerSchema | None = None,
     shape: Shape | None = None,
 ) -> str | None:
-    """What the reply must look like; None: as the model likes. Raises ApiError where a schema cannot be enforced.
+    """Return the reply's grammar; None: none is needed. Raises ApiError if a schema cannot be enforced.
 
-    `shape`: what the reader's format was made from, if it is of no known family.
+    `shape`: the shape that the reader's format was derived from, if it is of no known family.
     """
     if answer is None and not (reader.form and choice.tools and choice.enforced):
         return None
@@ -102,7 +102,7 @@ async def reply_grammar(
 
 
 def grammar_of_reply(reply: Reply) -> str | None:
-    """The grammar; called in a sandboxed child. Raises ApiError."""
+    """Return the reply's grammar. Runs in a sandboxed child. Raises ApiError."""
     if isinstance(reply.form, Shape):
         form: Format | None = form_of(reply.form)
     else:
@@ -157,7 +157,7 @@ def _after_thinking(form: Format | None, reply: Reply, rules: dict[str, str]) ->
 
 
 def _arguments(form: Format, tool: Tool, name: str) -> dict[str, str]:
-    """The rules of a call's arguments, begun by `name`."""
+    """Return the rules for a call's arguments, with the start rule `name`."""
     if form.elements:
         return _elements(form.elements, tool, name)
     if form.keywords:
@@ -181,7 +181,7 @@ def _elements(form: Elements, tool: Tool, name: str) -> dict[str, str]:
 def _keywords(form: Keywords, tool: Tool, name: str) -> dict[str, str]:
     end = form.quote or None
     rules, members = bare_rules(tool.schema, "tools", name, strict=tool.strict, end=end, quote=form.quote)
-    rest, left, must = '""', '""', False  # what may follow a pair, or come first; whether something must
+    rest, left, must = '""', '""', False  # remaining pairs with, without separator; whether one is required
     for number, (key, value, required) in reversed(list(enumerate(members))):
         pair = f"{literal(key + form.between)} {value} {rest}"
         must = must or required
@@ -192,7 +192,7 @@ def _keywords(form: Keywords, tool: Tool, name: str) -> dict[str, str]:
 
 
 def with_ids_of(length: int, messages: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The messages with call ids of `length` letters and digits, which Mistral's templates insist on."""
+    """Yield the messages with call ids of `length` letters and digits, as Mistral's templates require."""
 
     def short(call_id: str) -> str:
         fits = len(call_id) == length and call_id.isalnum()

@@ -1,4 +1,4 @@
-"""What an assistant's turn has around its reasoning and text, found by rendering some: markers, channels, headers."""
+"""Finds the markers, channels and headers around an assistant's reasoning and text by rendering test turns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaherd_server.toolcalls.marks import MARK, UNIT, units
 from llamaherd_server.toolcalls.reader import Reader
 
 Print: TypeAlias = Callable[[list[dict[str, Any]], list[dict[str, Any]]], str]
-"""From messages and tools to a prompt."""
+"""Renders messages and tools as a prompt."""
 
 QUESTION, ANSWER, RESULT, MORE = "the-question", "the-answer", "the-result", "the-next"
 _THOUGHT = "the-thought"
@@ -38,10 +38,10 @@ TOOLS: list[dict[str, Any]] = [
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """`thinking` stands around reasoning (None: there is none); `skipped` around texts, and is part of none.
+    """Markers of an assistant's turn. `thinking`: around reasoning; None: none. `skipped`: around text, not part of it.
 
-    `prompted`: what the prompt ends with that would stand before a later call or text; `resumed`: what begins what
-    follows reasoning.
+    `prompted`: text at the end of the prompt that the model has to write itself before a later call or text. `resumed`:
+    what a template prints between reasoning and what follows it.
     """
 
     thinking: tuple[str, str] | None = None
@@ -51,7 +51,7 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 def turn_of(printed: Print, thinking: tuple[str, str] | None) -> Turn:
-    """The turn; `thinking`: the markers where they are known."""
+    """Return the turn's markers. `thinking`: the markers around reasoning, if known."""
     try:
         begin, lead, end = around_answer(printed)
         resumed = ""
@@ -59,7 +59,7 @@ def turn_of(printed: Print, thinking: tuple[str, str] | None) -> Turn:
             thinking, resumed = found[0], found[1].removesuffix(lead.removeprefix(found[0][1])).strip()
     except ValueError:
         return Turn(thinking)
-    stray: tuple[str, ...] = ()  # the end of no reasoning
+    stray: tuple[str, ...] = ()  # a marker printed although there is no reasoning
     for mark in thinking or ():
         if lead.strip().startswith(mark):
             lead, stray = lead.strip().removeprefix(mark), (mark,)
@@ -75,7 +75,7 @@ def turn_of(printed: Print, thinking: tuple[str, str] | None) -> Turn:
 
 
 def around_answer(printed: Print) -> tuple[str, str, str]:
-    """How a turn is begun by the prompt, what stands before its text besides, and what is between it and the next."""
+    """Return how the prompt begins a turn, what else precedes the turn's text, and what separates it from the next."""
     begin = behind(printed([USER], []), QUESTION)
     said = printed([USER, {"role": "assistant", "content": ANSWER}, {**USER, "content": MORE}], [])
     lead, _, end = behind(said, QUESTION).partition(MORE)[0].partition(ANSWER)
@@ -83,7 +83,7 @@ def around_answer(printed: Print) -> tuple[str, str, str]:
 
 
 def _thinking(printed: Print, begin: str) -> tuple[tuple[str, str], str] | None:
-    """The markers, and what stands between the last of them and a text; None where they do not read it back."""
+    """Return the markers around reasoning and the text after them; None if they do not read the reasoning back."""
     thought = {"role": "assistant", "content": ANSWER, "reasoning_content": _THOUGHT}
     call = {"id": IDS[0], "type": "function", "function": {"name": CALLS[0][0], "arguments": CALLS[0][1]}}
     called = {**thought, "content": "", "tool_calls": [call]}
@@ -103,12 +103,12 @@ def _thinking(printed: Print, begin: str) -> tuple[tuple[str, str], str] | None:
 
 
 def behind(text: str, last: str) -> str:
-    """The text behind the last `last`; raises ValueError where there is none."""
+    """Return the text after the last occurrence of `last`. Raises ValueError if there is none."""
     return text[text.rindex(last) + len(last) :]
 
 
 def without_begin(turn: str, begin: str) -> str:
-    """The turn without what its prompt ends with, or has before a thought."""
+    """Return the turn without `begin`, the end of its prompt, or without as much of that as the turn repeats."""
     if turn.startswith(begin):
         return turn[len(begin) :]
     ends = (begin[mark.start() :] for mark in MARK.finditer(begin))
@@ -122,5 +122,5 @@ def common(one: str, other: str) -> str:
 
 
 def to_mark(text: str) -> str:
-    """Without the beginning of another mark."""
+    """Return the text without an incomplete mark at its end."""
     return text[: max(text.rfind(end) for end in ">]}\n") + 1]
