@@ -228,10 +228,10 @@ def trace_ms(requests: int = 15 * 512) -> float:
             record = RequestLog(f"{number:032x}")
             record.key, record.models, record.usage, record.streamed = "bench", ("bench", "bench"), usage, True
             to.record(scope, record, "/v1/chat/completions", 200)
-            while to._made - to._exporter.taken >= 1024:
+            while to._created - to._exporter.taken >= 1024:
                 time.sleep(0.01)  # the sender's turn
         spent += time.thread_time()
-        while to._made > to._exporter.taken:
+        while to._created > to._exporter.taken:
             time.sleep(0.1)
         time.sleep(0.5)  # the last batch is on its way
         spent += time.clock_gettime(clock)

@@ -76,13 +76,13 @@ async def answer(request: Request, run: Run, shape: Shape, *, stream: bool) -> R
         await stack.enter_async_context(run)
         request.state.log.follow(run.usage, run.texts)
         if stream:
-            await begun(request.receive, run.first())
+            await first_event(request.receive, run.first())
             return EventStream(_chunks(run, shape), stack.pop_all())
         choices = await unless_gone(request.receive, _collected(run))
         return json_response(shape.whole(choices, run.usage))
 
 
-async def begun(receive: Receive, first: Awaitable[None]) -> None:
+async def first_event(receive: Receive, first: Awaitable[None]) -> None:
     """Wait up to KEEP_ALIVE_S for a stream's first event, so that an early failure can still set the HTTP status."""
     with suppress(TimeoutError):
         async with asyncio.timeout(KEEP_ALIVE_S):
@@ -108,13 +108,13 @@ class EventStream(Response):
         scope["state"]["log"].streamed = True
         async with self._stack:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            beside = asyncio.create_task(self._keep_alive(send))
+            keep_alive = asyncio.create_task(self._keep_alive(send))
             try:
                 await unless_gone(receive, self._send_all(send))
             except ClientDisconnect:
                 scope["state"]["log"].client_gone = True
             finally:
-                beside.cancel()
+                keep_alive.cancel()
 
     async def _keep_alive(self, send: Send) -> None:
         while True:
@@ -163,17 +163,17 @@ async def _collected(run: Run) -> list[Choice]:
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
     """Return the result of `work`. If the client disconnects first, cancel it and raise ClientDisconnect."""
-    doing = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
+    result = asyncio.ensure_future(work)
+    disconnected = asyncio.ensure_future(_disconnected(receive))
     try:
-        await asyncio.wait((doing, gone), return_when=asyncio.FIRST_COMPLETED)
-        if doing.done():
-            return doing.result()
+        await asyncio.wait((result, disconnected), return_when=asyncio.FIRST_COMPLETED)
+        if result.done():
+            return result.result()
         raise ClientDisconnect
     finally:
-        for task in (doing, gone):
+        for task in (result, disconnected):
             task.cancel()
-        await asyncio.gather(doing, gone, return_exceptions=True)
+        await asyncio.gather(result, disconnected, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:

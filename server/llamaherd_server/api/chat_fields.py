@@ -12,13 +12,13 @@ from llamaherd_server.api.fields import Body, Lenient
 from llamaherd_server.api.media import Collected, MediaPart
 from llamaherd_server.errors import ApiError, shown, unsupported
 from llamaherd_server.http.json_body import check_cost
-from llamaherd_server.toolcalls.surrogates import without_halves
+from llamaherd_server.toolcalls.surrogates import without_lone_surrogates
 from llamaherd_server.toolcalls.tools import Tool
 
-MOST_TOOLS = 128
+MAX_TOOLS = 128
 # Deeper arguments are passed to templates as text, because Python's json and Jinja recurse.
 MAX_DEPTH = 64
-MOST_ID = 2**16  # characters; LiteLLM puts encrypted reasoning into the ids of calls
+MAX_ID_CHARS = 2**16  # characters; LiteLLM puts encrypted reasoning into the ids of calls
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 
 
@@ -102,7 +102,7 @@ class CalledCustom(Lenient):
 class ToolCall(Lenient):
     """A call that the model made. Any name and arguments are accepted, because an earlier answer is never refused."""
 
-    id: str = Field("", max_length=MOST_ID)
+    id: str = Field("", max_length=MAX_ID_CHARS)
     function: CalledFunction | None = None
     custom: CalledCustom | None = None
 
@@ -129,9 +129,9 @@ class Message(Lenient):
         list[Part] | None, BeforeValidator(_as_parts, json_schema_input_type=str | list[Part] | None)
     ] = Field(None, description="Text, or parts, joined by line ends. Only assistants and tools may lack it.")
     name: str | None = Field(None, max_length=256, description="Given to the chat template.")
-    tool_calls: list[ToolCall] = Field([], max_length=MOST_TOOLS, description="Calls made in this turn.")
+    tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOLS, description="Calls made in this turn.")
     function_call: CalledFunction | None = Field(None, description="OpenAI's older form of `tool_calls`.")
-    tool_call_id: str | None = Field(None, max_length=MOST_ID, description="Whose result this turn is.")
+    tool_call_id: str | None = Field(None, max_length=MAX_ID_CHARS, description="Whose result this turn is.")
     reasoning_content: str | None = Field(None, description="Given to the chat template.")
     reasoning: Any = Field(None, description="Another name of `reasoning_content`.")
     refusal: str | None = Field(None, description="The content, where there is none.")
@@ -190,7 +190,7 @@ def arguments_object(arguments: str) -> dict[str, Any]:
     """Parse the arguments. Returns {"raw": arguments} if they are no JSON object, or too deep or costly to parse."""
     try:
         check_cost(arguments.encode(errors="replace"))
-        value = json.loads(without_halves(arguments) or "{}")
+        value = json.loads(without_lone_surrogates(arguments) or "{}")
     except (ApiError, ValueError, RecursionError):
         value = arguments
     return value if isinstance(value, dict) and not _nested(value, MAX_DEPTH) else {"raw": arguments}

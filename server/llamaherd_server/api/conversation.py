@@ -79,7 +79,7 @@ async def prepare(state: AppState, conversation: Conversation) -> Prepared:
     model = state.model_info()
     source = model.chat_template or template.CHATML
     choice, messages = conversation.choice, conversation.messages
-    found = await template.found(state.sandbox, model)
+    found = await template.profile_of(state.sandbox, model)
     traits, shape, turn = found.traits, found.shape, found.turn
     known = form_of(shape) if shape else None if traits.foreign_tools else format_of(source)
     form = known or HERMES if choice.tools or known is HARMONY else None
@@ -87,7 +87,7 @@ async def prepare(state: AppState, conversation: Conversation) -> Prepared:
         traits = msgspec.structs.replace(traits, foreign_tools=True)
     elif known.id_length:
         messages = list(with_ids_of(known.id_length, messages))
-    effort, tokens = _bound(conversation, source)
+    effort, tokens = _reasoning_limit(conversation, source)
     variables = {**state.settings.model.chat_template_kwargs, **effort, **conversation.variables}
     if not isinstance(thinks := variables.get("enable_thinking", True), bool):  # to a template, "false" is true
         message = f"enable_thinking {thinks!r} must be true or false"
@@ -118,7 +118,7 @@ async def prepare(state: AppState, conversation: Conversation) -> Prepared:
     )
 
 
-def _bound(conversation: Conversation, source: str) -> tuple[dict[str, Any], int | None]:
+def _reasoning_limit(conversation: Conversation, source: str) -> tuple[dict[str, Any], int | None]:
     """Return template variables that limit reasoning, or a token limit if the template has none. Raises ApiError."""
     effort, tokens = conversation.effort, conversation.reasoning_tokens
     if tokens is not None and tokens < 0:
@@ -134,7 +134,7 @@ def _bound(conversation: Conversation, source: str) -> tuple[dict[str, Any], int
     return variables, EFFORTS[effort] if tokens is None else tokens
 
 
-async def counted(state: AppState, chat: Prepared) -> Response:
+async def token_count_response(state: AppState, chat: Prepared) -> Response:
     """Return the response with the conversation's token count, in the format of OpenAI and llama-server."""
     count = await state.engine.count_tokens(chat.prompt, add_special=chat.add_special)
     return json_response({"object": "response.input_tokens", "input_tokens": count})

@@ -29,7 +29,7 @@ _TOKEN_ID = re.compile(r"-?[0-9]{1,10}")
 _FORBIDDEN = -1e6
 
 
-def _number(value: Any) -> Any:
+def _no_boolean(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("must be a number, not a boolean")
     return value
@@ -48,7 +48,7 @@ def _stricter(schema: Any) -> Any:
     strict = {name: _stricter(part) for name, part in schema.items()}
     if schema.get("type") == "list":
         return strict | {"fail_fast": True}
-    return no_info_before_validator_function(_number, strict) if schema.get("type") in ("int", "float") else strict
+    return no_info_before_validator_function(_no_boolean, strict) if schema.get("type") in ("int", "float") else strict
 
 
 class Lenient(BaseModel):
@@ -86,7 +86,7 @@ class Body(Lenient):
         return body
 
 
-def _as_list(stop: Any) -> Any:
+def _stop_list(stop: Any) -> Any:
     """Return the stop strings as a list, without empty ones, which would stop nothing."""
     stops = [stop] if isinstance(stop, str) else stop
     return [one for one in stops if one != ""] if isinstance(stops, list) else stops
@@ -177,7 +177,7 @@ class SamplingFields(Body):
 
     @model_validator(mode="before")
     @classmethod
-    def _as_here(cls, body: Any) -> Any:
+    def _normalize(cls, body: Any) -> Any:
         """Drop llama-server's fields whose value has no effect, and convert `samplers` to sampling fields."""
         if not isinstance(body, dict):
             return body
@@ -219,7 +219,7 @@ class GenerationFields(SamplingFields, OpenAiFields):
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
     n: int = Field(1, ge=1, le=128, description="Independent completions of each prompt, generated in parallel.")
     max_tokens: Limit = Field(None, description="Most tokens of a completion; -1 or null: up to the context's end.")
-    stop: Annotated[list[Text] | None, BeforeValidator(_as_list, json_schema_input_type=str | list[str] | None)] = (
+    stop: Annotated[list[Text] | None, BeforeValidator(_stop_list, json_schema_input_type=str | list[str] | None)] = (
         Field(None, max_length=_STOPS, description="Strings that end the completion; they are not part of it.")
     )
     cache_prompt: bool = Field(True, description="False: compute all of the prompt, whatever the KV cache has.")
@@ -231,5 +231,5 @@ class GenerationFields(SamplingFields, OpenAiFields):
 
     @model_validator(mode="before")
     @classmethod
-    def _named_as_here(cls, body: Any) -> Any:
+    def _rename(cls, body: Any) -> Any:
         return renamed(body, {"n_cmpl": "n"})

@@ -67,14 +67,14 @@ def timings_object(event: Finished) -> dict[str, Any]:
     return {
         "cache_n": event.cached_tokens,
         **_rates("prompt", prompt_n, event.prompt_s),
-        **_rates("predicted", event.completion_tokens, event.decode_s, begun=1),  # prompt_s includes the first
+        **_rates("predicted", event.completion_tokens, event.decode_s, untimed=1),  # prompt_s includes the first
         **(drafts if event.drafted_tokens else {}),
     }
 
 
-def _rates(name: str, count: int, seconds: float, begun: int = 0) -> dict[str, float]:
-    """Return the timing fields for `count` tokens, of which `begun` were computed before the `seconds` began."""
-    timed = max(0, count - begun)
+def _rates(name: str, count: int, seconds: float, untimed: int = 0) -> dict[str, float]:
+    """Return the timing fields for `count` tokens, of which `untimed` were computed before the `seconds` began."""
+    timed = max(0, count - untimed)
     return {
         f"{name}_n": count,
         f"{name}_ms": seconds * 1000,

@@ -45,7 +45,7 @@ _SAMPLERS: dict[str, tuple[str, dict[str, float]]] = {
 }
 SAMPLERS = [*_SAMPLERS]
 _NAMES = {letter: name for name, (letter, _) in _SAMPLERS.items()} | {
-    **{spelt: name for name in _SAMPLERS for spelt in (name, name.replace("_", "-"), name.replace("_", ""))},
+    **{spelling: name for name in _SAMPLERS for spelling in (name, name.replace("_", "-"), name.replace("_", ""))},
     **{"nucleus": "top_p", "temp": "temperature", "typ": "typ_p"},
 }
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Tag
 
-from llamaherd_server.api.chat_fields import MOST_TOOLS, by_type, only_types
+from llamaherd_server.api.chat_fields import MAX_TOOLS, by_type, only_types
 from llamaherd_server.api.fields import Body
 from llamaherd_server.errors import ApiError, shown
 from llamaherd_server.toolcalls.tools import Choice, Tool
@@ -26,7 +26,7 @@ class AllowedChoice(Body):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedChoice], only_types("function")] = Field(max_length=MOST_TOOLS)
+    tools: Annotated[list[NamedChoice], only_types("function")] = Field(max_length=MAX_TOOLS)
 
 
 def _flat(choice: Any) -> Any:

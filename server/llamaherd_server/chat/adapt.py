@@ -36,10 +36,10 @@ For each function call, return a json object with function name and arguments wi
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
 # A template that prints these conversations supports tools.
-_OF_TOOLS = ("tools", "tools and a system message", "a call", "a call with text")
-_ALL = tuple(kind.name for kind in KINDS)
+_TOOL_KINDS = ("tools", "tools and a system message", "a call", "a call with text")
+_ALL_KINDS = tuple(kind.name for kind in KINDS)
 _TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
-_FAILED = 100  # an error weighs more than any number of missing texts
+_ERROR_WEIGHT = 100  # an error weighs more than any number of missing texts
 
 
 class Traits(msgspec.Struct, frozen=True):
@@ -63,7 +63,7 @@ class Traits(msgspec.Struct, frozen=True):
     foreign_tools: bool = False  # prints no tools, or no calls and results
 
 
-class Found(msgspec.Struct):
+class TemplateProfile(msgspec.Struct):
     """The traits of a template. `failures`: what it omits despite them, or the error, by kind of conversation.
 
     `shape`: the format of its calls, if no known family has it. `turn`: the markers around its texts.
@@ -91,19 +91,19 @@ def prompt_of(prompting: Prompting) -> str:
     return render(Rendering(prompting.template, context))
 
 
-def traits_of(template: str) -> Found:
+def traits_of(template: str) -> TemplateProfile:
     """Return the traits that make the template print the most conversations completely. Runs in a sandboxed child."""
     traits, failures = Traits(), _failures(template, Traits())
     for name in Traits.__struct_fields__ * 2:  # twice: a trait may help only together with a later one
         other = msgspec.structs.replace(traits, **{name: True})
         if failures and other != traits:
             fewer = _failures(template, other)
-            kinds = _OF_TOOLS if name == "foreign_tools" else _ALL
+            kinds = _TOOL_KINDS if name == "foreign_tools" else _ALL_KINDS
             if _weight(fewer, kinds) < _weight(failures, kinds):
                 traits, failures = other, fewer
     for name in Traits.__struct_fields__:  # a later trait may have made an earlier one redundant
         other = msgspec.structs.replace(traits, **{name: False})
-        if other != traits and _weight(same := _failures(template, other), _ALL) <= _weight(failures, _ALL):
+        if other != traits and _weight(same := _failures(template, other), _ALL_KINDS) <= _weight(failures, _ALL_KINDS):
             traits, failures = other, same
     lacks = {
         kind: text if isinstance(text, str) else f"leaves out {', '.join(text)}" for kind, text in failures.items()
@@ -114,7 +114,7 @@ def traits_of(template: str) -> Found:
         turn = turn_of(printed, turn.thinking)
     if "tools" in template and not traits.foreign_tools and form is None and (shape := shape_of(printed, turn)):
         turn = msgspec.structs.replace(turn, skipped=tuple(dict.fromkeys((*turn.skipped, *shape.skipped))))
-    return Found(traits, lacks, shape, turn)
+    return TemplateProfile(traits, lacks, shape, turn)
 
 
 def _printed(template: str, traits: Traits, messages: Messages, tools: list[dict[str, Any]], **variables: Any) -> str:
@@ -141,7 +141,7 @@ def _failures(template: str, traits: Traits) -> dict[str, str | list[str]]:
 
 def _weight(failures: dict[str, str | list[str]], kinds: Iterable[str]) -> int:
     problems = (failures[kind] for kind in kinds if kind in failures)
-    return sum(_FAILED if isinstance(problem, str) else len(problem) for problem in problems)
+    return sum(_ERROR_WEIGHT if isinstance(problem, str) else len(problem) for problem in problems)
 
 
 def context_of(
@@ -152,7 +152,7 @@ def context_of(
     messages = [{**one, "role": "system"} if one["role"] == "developer" else dict(one) for one in messages]
     messages = _named_results(messages)
     if traits.foreign_tools:
-        messages, tools = told(messages, tools), []
+        messages, tools = with_tools_as_text(messages, tools), []
     elif traits.written_calls and (form := format_of(template)) and form.written:
         messages = [_with_calls(one, form.written) for one in messages]
     if name := _thought_name(template):
@@ -332,7 +332,7 @@ def _in_parts(messages: Messages) -> Messages:
     return [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
 
 
-def told(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_tools_as_text(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return messages for a template without tool support: tools in the system message, calls and results as text."""
     introduction = _INTRODUCTION.format(tools="\n".join(_json(tool) for tool in tools)) if tools else ""
     result: list[dict[str, Any]] = []

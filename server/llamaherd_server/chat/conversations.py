@@ -66,7 +66,7 @@ def _call(number: int = 1, name: str = "get_weather", **arguments: Any) -> dict[
     return {"id": f"call0000{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _broken(arguments: str) -> dict[str, Any]:
+def _invalid_call(arguments: str) -> dict[str, Any]:
     return {"id": "call00001", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
 
 
@@ -74,8 +74,8 @@ def _result(number: int = 1, text: str = "R-one") -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": f"call0000{number}", "content": text}
 
 
-_ASKED = _said("", tool_calls=[_call(place="P-one")])
-_THREE = _said("", tool_calls=[_call(place="P-one"), _call(2, "read_clock"), _call(3, place="P-three")])
+_CALL_TURN = _said("", tool_calls=[_call(place="P-one")])
+_PARALLEL_TURN = _said("", tool_calls=[_call(place="P-one"), _call(2, "read_clock"), _call(3, place="P-three")])
 
 KINDS = (
     Kind("one question", [_user()], texts=("U-one",)),
@@ -105,7 +105,7 @@ KINDS = (
     Kind("tools", [_user()], (WEATHER, CLOCK), ("U-one", "get_weather", "read_clock")),
     Kind("tools and a system message", [_system(), _user()], (WEATHER,), ("S-one", "U-one", "get_weather")),
     Kind("parameters of every type", [_user()], (SEARCH,), ("U-one", "search_all")),
-    Kind("a call", [_user(), _ASKED, _result()], (WEATHER,), ("U-one", "P-one", "R-one")),
+    Kind("a call", [_user(), _CALL_TURN, _result()], (WEATHER,), ("U-one", "P-one", "R-one")),
     Kind(
         "a call with text",
         [_user(), _said(tool_calls=[_call(place="P-one")]), _result(), _said("A-two"), _user("U-two")],
@@ -114,7 +114,7 @@ KINDS = (
     ),
     Kind(
         "parallel calls",
-        [_user(), _THREE, _result(), _result(2, "R-two"), _result(3, "R-three")],
+        [_user(), _PARALLEL_TURN, _result(), _result(2, "R-two"), _result(3, "R-three")],
         (WEATHER, CLOCK),
         ("P-one", "read_clock", "P-three", "R-one", "R-two", "R-three"),
     ),
@@ -128,7 +128,7 @@ KINDS = (
         "calls one after the other, with reasoning",
         [
             _user(),
-            {**_ASKED, "reasoning_content": "T-one"},
+            {**_CALL_TURN, "reasoning_content": "T-one"},
             _result(),
             _said("", tool_calls=[_call(2, place="P-two")], reasoning_content="T-two"),
             _result(2, "R-two"),
@@ -140,12 +140,12 @@ KINDS = (
     ),
     Kind(
         "a call whose arguments are not JSON",
-        [_user(), _said("", tool_calls=[_broken('{"place": "P-one')]), _result()],
+        [_user(), _said("", tool_calls=[_invalid_call('{"place": "P-one')]), _result()],
         (WEATHER,),
         ("P-one", "R-one"),
     ),
     Kind("a result whose call is gone", [_user(), _result(), _user("U-two")], (WEATHER,), ("U-one", "R-one", "U-two")),
-    Kind("a question after a call", [_user(), _ASKED, _user("U-two")], (WEATHER,), ("U-one", "P-one", "U-two")),
-    Kind("a question after a result", [_user(), _ASKED, _result(), _user("U-two")], (WEATHER,), ("R-one", "U-two")),
-    Kind("calls of tools that are gone", [_system(), _user(), _ASKED, _result()], (), ("S-one", "P-one", "R-one")),
+    Kind("a question after a call", [_user(), _CALL_TURN, _user("U-two")], (WEATHER,), ("U-one", "P-one", "U-two")),
+    Kind("a question after a result", [_user(), _CALL_TURN, _result(), _user("U-two")], (WEATHER,), ("R-one", "U-two")),
+    Kind("calls of tools that are gone", [_system(), _user(), _CALL_TURN, _result()], (), ("S-one", "P-one", "R-one")),
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import structlog
 
-from llamaherd_server.chat.adapt import Found, Prompting, Traits, prompt_of, traits_of
+from llamaherd_server.chat.adapt import Prompting, TemplateProfile, Traits, prompt_of, traits_of
 from llamaherd_server.errors import ApiError
 from llamaherd_server.sandbox.pool import Sandbox, SandboxError, Slow
 from llamaherd_server.wire.protocol import ModelInfo
@@ -20,26 +20,26 @@ CHATML = (
 )
 
 
-_FINDING_CPU_S = 10.0
-_found: dict[str, Found] = {}  # by template; bounded, because there is one per model
+_PROFILE_CPU_S = 10.0
+_profiles: dict[str, TemplateProfile] = {}  # by template; bounded, because there is one per model
 
 
-async def found(sandbox: Sandbox, model: ModelInfo) -> Found:
+async def profile_of(sandbox: Sandbox, model: ModelInfo) -> TemplateProfile:
     """Return the traits of the model's template, found out once. Raises ApiError if no process is available."""
     source = model.chat_template or CHATML
-    if source not in _found:
+    if source not in _profiles:
         try:
-            _found[source] = await sandbox.in_child(traits_of, source, _FINDING_CPU_S)
+            _profiles[source] = await sandbox.in_child(traits_of, source, _PROFILE_CPU_S)
         except Slow as error:
             raise ApiError(503, f"the model's chat template {error}", code="sandbox_lost", retry_after=1) from None
         except SandboxError as error:
-            _found[source] = Found(Traits(), {"every conversation": str(error)})
-    return _found[source]
+            _profiles[source] = TemplateProfile(Traits(), {"every conversation": str(error)})
+    return _profiles[source]
 
 
 async def check(sandbox: Sandbox, model: ModelInfo, name: str) -> None:
     """Log the kinds of conversations that the template of the model `name` does not print completely."""
-    if failures := (await found(sandbox, model)).failures:
+    if failures := (await profile_of(sandbox, model)).failures:
         log.warning("the chat template does not print these conversations whole", model=name, **{"not": failures})
 
 
@@ -62,7 +62,7 @@ async def render(
         template=model.chat_template or CHATML,
         messages=messages if prefill is None else messages[:-1],
         tools=tools or [],
-        traits=traits or (await found(sandbox, model)).traits,
+        traits=traits or (await profile_of(sandbox, model)).traits,
         variables={**(variables or {}), "bos_token": model.bos_token, "eos_token": model.eos_token},
     )
     try:

@@ -25,7 +25,7 @@ OWNED = frozenset(
 
 
 # Flags that have no effect here, each with the reason.
-_DEFEATED = {
+_INEFFECTIVE = {
     "--sleep-idle-seconds": "llama-server is never idle here: its slots are asked about every second",
     **dict.fromkeys(
         ("--models-max", "--models-autoload", "--no-models-autoload"),
@@ -52,5 +52,5 @@ def check_extra_args(arguments: Sequence[str]) -> None:
         name = argument.partition("=")[0]
         if name in OWNED:
             raise ValueError(f"{name} is set by the server: leave it out, and use the setting that it stands for")
-        if reason := _DEFEATED.get(name):
+        if reason := _INEFFECTIVE.get(name):
             raise ValueError(f"{name} does nothing here: {reason}; leave it out")

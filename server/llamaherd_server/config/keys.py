@@ -159,8 +159,8 @@ def read_keys(path: Path, known_as: Path | None = None) -> KeysFile:
     for key in file.keys:
         _check(key, known_as)
     names = [key.name for key in file.keys]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise KeysError(f"{known_as}: two keys have the same name, {twice!r}")
+    if duplicate := next((name for name in names if names.count(name) > 1), None):
+        raise KeysError(f"{known_as}: two keys have the same name, {duplicate!r}")
     return file
 
 

@@ -167,7 +167,7 @@ class EngineSection(Section):
         return found
 
 
-IMAGES_BYTES = 32 * 2**20
+MAX_BODY_BYTES_WITH_IMAGES = 32 * 2**20
 _ENGINE_OWN = ("kind", "binary", "extra_args", "rpc")
 
 
@@ -286,18 +286,18 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _room_for_images(cls, table: dict[str, Any]) -> dict[str, Any]:
+    def _allow_images(cls, table: dict[str, Any]) -> dict[str, Any]:
         models, limits = table.get("models", [table.get("model")]), table.get("limits", {})
         listed = models if isinstance(models, list) else []
         if not any(isinstance(one, dict) and one.get("mmproj") for one in listed) or not isinstance(limits, dict):
             return table
-        return {**table, "limits": {"max_body_bytes": IMAGES_BYTES, **limits}}
+        return {**table, "limits": {"max_body_bytes": MAX_BODY_BYTES_WITH_IMAGES, **limits}}
 
     @model_validator(mode="after")
-    def _names_differ(self) -> Settings:
+    def _require_unique_names(self) -> Settings:
         names = [name for model in self.models for name in (model.name, *model.aliases)]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"the name {twice!r} is given twice: every name and alias must be one model's")
+        if duplicate := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the name {duplicate!r} is given twice: every name and alias must be one model's")
         return self
 
     def each(self) -> list[Settings]:
@@ -320,7 +320,7 @@ class Settings(BaseSettings):
         return self.model_copy(update={"model": one, "engine": one.engine, "models": [one]})
 
     @model_validator(mode="after")
-    def _closed_beyond_loopback(self) -> Settings:
+    def _require_keys_beyond_loopback(self) -> Settings:
         if self.auth.keys_file is None and not is_loopback(self.http.host):
             raise ValueError(
                 f'http.host "{self.http.host}" can be reached from other machines but there are no keys: '
@@ -360,8 +360,8 @@ def load(path: Path) -> Settings:
         # errors in derived tables repeat those in the file's own
         derived = {"model", "engine"} if "models" in table else {"models"}
         errors = error.errors()
-        told = [item for item in errors if not derived & {*item["loc"][:1]}] or errors
-        raise SettingsError("\n".join(f"{path}: {_line(item)}" for item in told)) from None
+        reported = [item for item in errors if not derived & {*item["loc"][:1]}] or errors
+        raise SettingsError("\n".join(f"{path}: {_line(item)}" for item in reported)) from None
 
 
 def _line(item: Any) -> str:

@@ -8,7 +8,7 @@ from llamaherd_server.grammar.gbnf import literal, repeated
 from llamaherd_server.grammar.strings import MAX_LENGTH, lengths
 from llamaherd_server.grammar.subschemas import Schema, json_text, refuse
 
-_MOST_DISTINCT = 100  # values of a set that are written out
+_MAX_DISTINCT = 100  # values of a set that are written out
 
 if TYPE_CHECKING:
     from llamaherd_server.grammar.schema import Converter
@@ -77,7 +77,7 @@ def _distinct(converter: Converter, schema: Any, where: str) -> list[str] | None
             )
         else:
             return None
-    return list(values) if len(values) <= _MOST_DISTINCT else None
+    return list(values) if len(values) <= _MAX_DISTINCT else None
 
 
 def _subset(converter: Converter, values: list[str], low: int, high: int | None) -> str | None:

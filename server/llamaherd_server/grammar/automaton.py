@@ -10,7 +10,7 @@ from llamaherd_server.grammar.gbnf import literal
 from llamaherd_server.grammar.ranges import Ranges, common, minus
 
 MAX_STATES = 4000
-_INLINE = 40  # a longer character class becomes a rule of its own
+_MAX_INLINE_CHARS = 40  # a longer character class becomes a rule of its own
 # Characters that a JSON string can contain only as escapes.
 _ESCAPED: Ranges = ((0, 0x1F), (ord('"'), ord('"')), (ord("\\"), ord("\\")))
 _SHORT = {code: json.dumps(chr(code))[2] for code in (8, 9, 10, 12, 13, ord('"'), ord("\\"))}
@@ -147,7 +147,7 @@ def _class(ranges: Ranges, share: Share, *, escape: bool) -> str:
         if digits:
             symbols.append(rf'"\\u00{high}" [{digits}]')
     text = " | ".join(symbols)
-    return share(text) if len(symbols) > 1 or len(text) > _INLINE else text
+    return share(text) if len(symbols) > 1 or len(text) > _MAX_INLINE_CHARS else text
 
 
 def _code(code: int) -> str:

@@ -23,7 +23,7 @@ PRIMITIVES = {
     "array": r'"[" space (value space ("," space value space)*)? "]"',
     "value": "object | array | string | number | boolean | null",
 }
-_BLOCK = 200
+_REPEAT_BLOCK = 200
 _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
@@ -90,18 +90,18 @@ def repeated(rule: str, low: int, high: int | None, share: Callable[[str], str])
 
 
 def _exactly(rule: str, count: int, share: Callable[[str], str]) -> str:
-    if count <= _BLOCK:
+    if count <= _REPEAT_BLOCK:
         return f"{rule}{{{count}}}" if count else ""
-    blocks, rest = divmod(count, _BLOCK)
-    return f"{_exactly(share(f'{rule}{{{_BLOCK}}}'), blocks, share)} {_exactly(rule, rest, share)}".strip()
+    blocks, rest = divmod(count, _REPEAT_BLOCK)
+    return f"{_exactly(share(f'{rule}{{{_REPEAT_BLOCK}}}'), blocks, share)} {_exactly(rule, rest, share)}".strip()
 
 
 def _at_most(rule: str, count: int, share: Callable[[str], str]) -> str:
-    if count <= _BLOCK:
+    if count <= _REPEAT_BLOCK:
         return f"{rule}{{0,{count}}}" if count else ""
-    blocks, rest = divmod(count, _BLOCK)
-    block = share(f"{rule}{{{_BLOCK}}}")
-    fewer = f"{_at_most(block, blocks - 1, share)} {rule}{{0,{_BLOCK - 1}}}".strip()
+    blocks, rest = divmod(count, _REPEAT_BLOCK)
+    block = share(f"{rule}{{{_REPEAT_BLOCK}}}")
+    fewer = f"{_at_most(block, blocks - 1, share)} {rule}{{0,{_REPEAT_BLOCK - 1}}}".strip()
     return share(f"{fewer} | {_exactly(block, blocks, share)} {_at_most(rule, rest, share)}".strip())
 
 

@@ -106,9 +106,9 @@ class Converter:
         self._size = 0
         self._shared: dict[str, str] = {}
         self._automata: dict[tuple[Term, bool], str | None] = {}
-        self._made: dict[tuple[str | int, bool], str | None] = {}  # by reference, or by the id of a schema in `_kept`
+        self._memo: dict[tuple[str | int, bool], str | None] = {}  # by reference, or by the id of a schema in `_kept`
         self._kept: list[Any] = []
-        self._open: set[tuple[str | int, bool]] = set()  # schemas being converted for the same value
+        self._converting: set[tuple[str | int, bool]] = set()  # schemas being converted for the same value
         self.parts = Subschemas(root, self.cannot)
         self.terms = Terms()
         self.strings = Strings(self.terms, self.cannot)
@@ -199,18 +199,18 @@ class Converter:
     def _once(self, of: str | int, convert: Callable[[], str | None]) -> str | None:
         """Return the rule that `convert` creates, once per schema; it may refer to itself."""
         key = (of, self._bare is None)
-        if key in self._open:  # a direct self-reference allows no further values
+        if key in self._converting:  # a direct self-reference allows no further values
             return None
-        if key not in self._made:
-            name = self._made[key] = self.reserved()
-            self._open.add(key)
+        if key not in self._memo:
+            name = self._memo[key] = self.reserved()
+            self._converting.add(key)
             rule = convert()
-            self._open.discard(key)
+            self._converting.discard(key)
             if rule is None:
-                self._made[key] = None
+                self._memo[key] = None
             else:
                 self.add(name, rule)
-        return self._made[key]
+        return self._memo[key]
 
     def _simple(self, schema: Schema, where: str) -> str | None:
         """Return the rule for a schema from Subschemas.flat, which has no combining keywords."""
@@ -252,10 +252,10 @@ class Converter:
         if kind == "string":
             return self._string(schema, where)
         if kind in ("object", "array"):
-            outside = self._open, self._bare
-            self._open, self._bare = set(), None
+            outside = self._converting, self._bare
+            self._converting, self._bare = set(), None
             rule = object_rule(self, schema, where) if kind == "object" else array_rule(self, schema, where)
-            self._open, self._bare = outside
+            self._converting, self._bare = outside
             return rule
         return self._number(schema, where, whole=kind == "integer") if kind in ("integer", "number") else kind
 

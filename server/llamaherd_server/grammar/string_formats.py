@@ -67,7 +67,7 @@ FORMATS |= {
     "ip-address": FORMATS["ipv4"],
 }
 # Formats that name the purpose of a text without constraining it.
-FREE = frozenset(
+UNCONSTRAINED = frozenset(
     (
         *("binary", "password", "path", "file-path", "directory-path", "name-email", "multi-host-uri", "color"),
         *("text", "html", "markdown", "phone"),

@@ -8,12 +8,12 @@ from typing import Any
 from llamaherd_server.grammar.automaton import MAX_STATES
 from llamaherd_server.grammar.language import Term, Terms, TooLarge
 from llamaherd_server.grammar.pattern import language_of
-from llamaherd_server.grammar.string_formats import FORMATS, FREE
+from llamaherd_server.grammar.string_formats import FORMATS, UNCONSTRAINED
 from llamaherd_server.grammar.subschemas import Schema, number, refuse
 
 MAX_LENGTH = 1_000_000
-_SHORTEST_CUT = 200
-_LARGE_LENGTH = 1000  # texts with a pattern or format are rarely this long: pydantic limits URLs to 2083
+_MIN_REDUCED_LENGTH = 200
+_UNUSUAL_LENGTH = 1000  # texts with a pattern or format are rarely this long: pydantic limits URLs to 2083
 _ENCODINGS = {"base64": "base64", "base64url": "base64url"}
 
 
@@ -45,10 +45,10 @@ class Strings:
         if high is not None and both is not terms.all:
             automaton = terms.automaton(both)
             states, longest = len(automaton.edges), automaton.longest
-            if states * high > MAX_STATES and states * _SHORTEST_CUT <= MAX_STATES:
+            if states * high > MAX_STATES and states * _MIN_REDUCED_LENGTH <= MAX_STATES:
                 high = max(low, MAX_STATES // states)
             elif states * high > MAX_STATES:
-                if high < _LARGE_LENGTH and (longest is None or longest > high):
+                if high < _UNUSUAL_LENGTH and (longest is None or longest > high):
                     self._cannot(where, f"has maxLength {high}, which cannot be enforced beside its pattern or format")
                 high = None
         return terms.both(both, terms.repeat(terms.any, low, high))
@@ -64,7 +64,7 @@ class Strings:
     def _format(self, name: Any, where: str, *, beside_pattern: bool = False) -> Term:
         if isinstance(name, str) and name in FORMATS:
             return language_of(self._terms, f"^(?:{FORMATS[name]})$")
-        if not beside_pattern and (not isinstance(name, str) or name not in FREE):
+        if not beside_pattern and (not isinstance(name, str) or name not in UNCONSTRAINED):
             self._cannot(where, f"has the format {name!r:.200}, which cannot be enforced")
         return self._terms.all
 

@@ -34,7 +34,7 @@ UNENFORCEABLE = frozenset(
     )
 )
 _KNOWN = frozenset((*(word for words in ASSERTIONS.values() for word in words), "type", "enum", "const", "not"))
-_EVERY_ONE = ("pattern", "format", "contentEncoding", "not")  # combined by keeping all of them
+_ADDITIVE = ("pattern", "format", "contentEncoding", "not")  # combined by keeping all of them
 
 
 class Refused(Exception):
@@ -143,7 +143,7 @@ def _nullable(schema: Schema) -> Schema:
 
 
 def _simple(schema: Schema, where: str) -> Schema:
-    """Normalize a schema for _meet: types, values and the keywords in _EVERY_ONE become lists, old drafts current."""
+    """Normalize a schema for _meet: types, values and the keywords in _ADDITIVE become lists, old drafts current."""
     result = dict(schema)
     if "type" in result:
         types = result["type"] if isinstance(result["type"], list) else [result["type"]]
@@ -157,7 +157,7 @@ def _simple(schema: Schema, where: str) -> Schema:
         const = result.pop("const")
         listed = map(json_text, result.get("enum", [const]))
         result["enum"] = [const] if json_text(const) in listed else []
-    for word in _EVERY_ONE:
+    for word in _ADDITIVE:
         if word in result:
             result[word] = [result[word]]
     if isinstance(result.get("items"), list):  # before draft 2020-12
@@ -186,7 +186,7 @@ def _meet(a: Schema, b: Schema, where: str) -> Schema | None:
         elif word == "enum":
             texts = set(map(json_text, other))
             result[word] = [value for value in one if json_text(value) in texts]
-        elif word in _EVERY_ONE:
+        elif word in _ADDITIVE:
             result[word] = [*one, *other]
         elif word in ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties"):
             result[word] = max(number(a, word, where), number(b, word, where))

@@ -18,7 +18,7 @@ from llamaherd_server.wire.errors import EngineError
 # nginx's status for a client that closed the connection. It only appears in logs and metrics.
 CLIENT_GONE = 499
 # The server's own pydantic error types, whose messages already name the field.
-_OWN_KINDS = ("unknown_field", "unsupported")
+_OWN_ERROR_TYPES = ("unknown_field", "unsupported")
 
 
 class ErrorObject(BaseModel):
@@ -63,8 +63,8 @@ def install(app: FastAPI) -> None:
     app.exception_handler(RequestValidationError)(_on_validation_error)
     app.exception_handler(HTTPException)(_on_http_exception)
     app.exception_handler(EngineError)(_on_engine_error)
-    app.exception_handler(UnicodeEncodeError)(_on_half_a_character)
-    app.exception_handler(ClientDisconnect)(_on_client_gone)
+    app.exception_handler(UnicodeEncodeError)(_on_unpaired_surrogate)
+    app.exception_handler(ClientDisconnect)(_on_disconnect)
     app.exception_handler(Exception)(_on_bug)
 
 
@@ -79,13 +79,13 @@ async def _on_engine_error(request: Request, error: EngineError) -> Response:
     return error_response(ApiError.of_engine(error), request.scope)
 
 
-async def _on_half_a_character(request: Request, _: UnicodeEncodeError) -> Response:
+async def _on_unpaired_surrogate(request: Request, _: UnicodeEncodeError) -> Response:
     # JSON can contain an unpaired surrogate. In fields that are not typed as text, it is found only when encoded.
     error = ApiError(400, "a text in the body has an unpaired surrogate", code="invalid_value")
     return error_response(error, request.scope)
 
 
-async def _on_client_gone(request: Request, _: ClientDisconnect) -> Response:
+async def _on_disconnect(request: Request, _: ClientDisconnect) -> Response:
     request.state.log.client_gone = True
     return Response(status_code=CLIENT_GONE)
 
@@ -107,7 +107,7 @@ def of_validation(error: ValidationError) -> ApiError:
 def _of_first(first: Any, param_from: int) -> ApiError:
     kind, message = first["type"], first["msg"].removeprefix("Value error, ")
     param = ".".join(map(str, first["loc"][param_from:])) or None
-    if kind in _OWN_KINDS:
+    if kind in _OWN_ERROR_TYPES:
         nested = f"{param}." if param and kind == "unknown_field" else ""
         return ApiError(400, message, param=nested + first["ctx"]["param"], code=kind)
     return ApiError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value")

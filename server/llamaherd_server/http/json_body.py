@@ -33,7 +33,7 @@ _POOL = ThreadPoolExecutor(2, "json")
 async def json_of(request: Request) -> Any:
     """Return the request's JSON body, decoded once. Raises a 400 if it is not valid JSON or too complex."""
     if not hasattr(request.state, "json"):
-        request.state.json = await beside(request, partial(decode, await request.body()))
+        request.state.json = await run_off_loop(request, partial(decode, await request.body()))
     return request.state.json
 
 
@@ -41,12 +41,12 @@ async def validated(request: Request, adapter: TypeAdapter[T]) -> T:
     """Return the request's body validated by `adapter`. Raises a 400 that names the first error."""
     value = await json_of(request)
     try:
-        return await beside(request, partial(adapter.validate_python, value))
+        return await run_off_loop(request, partial(adapter.validate_python, value))
     except ValidationError as error:
         raise of_validation(error) from None
 
 
-async def beside(request: Request, work: Callable[[], T]) -> T:
+async def run_off_loop(request: Request, work: Callable[[], T]) -> T:
     """Return `work()`, whose cost grows with the body. Runs on a thread if the request's body is large."""
     return work() if len(await request.body()) <= INLINE_BYTES else await on_thread(work)
 

@@ -35,18 +35,18 @@ log = structlog.get_logger()
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Open without a key: probes and API documentation reveal nothing that a key protects.
-_OPEN = frozenset({"/livez", "/readyz", "/health", "/v1/health", "/docs", "/openapi.json"})
+_PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health", "/v1/health", "/docs", "/openapi.json"})
 # The status page and the metrics need no key from this machine.
-_LOCAL = frozenset({"/", "/metrics"})
-_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+_LOCAL_PATHS = frozenset({"/", "/metrics"})
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 # nginx locations to which the edge may have a request redirected if this server's part of its key's limits is used up.
 _ELSEWHERE = re.compile(r"@elsewhere_\d")
 # How often timeouts are checked while a body does not arrive.
-_TICK_S = 1.0
+_BODY_POLL_S = 1.0
 # Usage is also reported while a model loads.
-_UNSERVED = frozenset({"/v1/usage"})
+_PATHS_WITHOUT_MODEL = frozenset({"/v1/usage"})
 # Polled by machines: not logged.
-_QUIET = _OPEN | _LOCAL
+_UNLOGGED_PATHS = _PUBLIC_PATHS | _LOCAL_PATHS
 
 
 class RequestLog:
@@ -132,7 +132,7 @@ class RequestContext:
             # The route's pattern, not the path, so that clients cannot create metrics with made-up paths.
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.responses.labels(method, route, status).inc()
-            if path not in _QUIET:
+            if path not in _UNLOGGED_PATHS:
                 took_ms = _milliseconds(time.perf_counter() - record.arrived)
                 log.info("request", method=method, path=route, status=status, ms=took_ms, **record.fields())
                 if self._trace:
@@ -163,14 +163,14 @@ class Gate:
         self._http = http
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _OPEN:
+        if scope["type"] != "http" or scope["path"] in _PUBLIC_PATHS:
             await self._app(scope, receive, send)
             return
         with ExitStack() as stack:
             try:
                 scope["state"]["key"] = key = self._authenticate(scope)
                 scope["state"]["log"].key = key.name
-                send = _elsewhere(scope, self._with_limits(key, send))
+                send = _with_redirect(scope, self._with_limits(key, send))
                 caller.set(key.name)
                 self._check_served(scope)
                 if scope["method"] == "POST" and _is_api(scope):
@@ -181,21 +181,21 @@ class Gate:
                 await error_response(error, scope)(scope, receive, send)
                 return
             stack.enter_context(self._lifecycle.tracked())
-            await self._app(scope, _after(body, receive), send)
+            await self._app(scope, _replaying(body, receive), send)
 
     def _authenticate(self, scope: Scope) -> Key:
         headers, path = Headers(scope=scope), scope["path"]
         ours = self._is_ours(headers.get("host"))
         # scope["client"] is None if the connection was reset before it was read.
         local = ours and scope["client"] and is_loopback(scope["client"][0]) and "x-forwarded-for" not in headers
-        if path in _LOCAL and local:
+        if path in _LOCAL_PATHS and local:
             return ANONYMOUS
         if self._keys is None:
             # DNS rebinding: a web page can point its own host name to this machine and send requests from the browser.
             if not ours:
                 message = f"host {shown(headers['host'])} is not a name of this server: set http.allowed_hosts, or keys"
                 raise ApiError(403, message, code="host_not_allowed")
-            if scope["method"] not in _SAFE and not self._may_write(headers.get("origin")):
+            if scope["method"] not in _SAFE_METHODS and not self._may_write(headers.get("origin")):
                 message = f"origin {shown(headers['origin'])} is not allowed: set http.cors_origins, or keys"
                 raise ApiError(403, message, code="origin_not_allowed")
             if path.startswith("/admin") and not local:
@@ -216,12 +216,12 @@ class Gate:
         if key.requests_per_minute is None and key.tokens_per_minute is None:
             return send
 
-        async def telling(message: Message) -> None:
+        async def send_with_limits(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(self._quotas.headers(key))
             await send(message)
 
-        return telling
+        return send_with_limits
 
     def _is_ours(self, host: str | None) -> bool:
         if host is None:  # not from a browser, which always sends it
@@ -237,21 +237,21 @@ class Gate:
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdecimal() and int(length) > self._limits.max_body_bytes:
             raise self._too_large()
-        if _is_api(scope) and scope["path"] not in _UNSERVED and (refusal := self._lifecycle.refusal()):
+        if _is_api(scope) and scope["path"] not in _PATHS_WITHOUT_MODEL and (refusal := self._lifecycle.refusal()):
             raise refusal
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """Read the whole body. Raises ApiError if it is too large, stalls, or the server shuts down meanwhile."""
         parts: list[bytes] = []
         size, more = 0, True
-        started = heard = time.monotonic()
+        started = last_received = time.monotonic()
         while more:
             try:
-                async with asyncio.timeout(_TICK_S):
+                async with asyncio.timeout(_BODY_POLL_S):
                     message = await receive()
             except TimeoutError:
                 now = time.monotonic()
-                silent, late = now - heard, now - started
+                silent, late = now - last_received, now - started
                 if silent > self._limits.idle_client_timeout_s or late > self._limits.request_timeout_s:
                     text = f"the body stopped after {size} bytes, {silent:.0f} s ago"
                     raise ApiError(408, text, code="body_timeout", headers={"Connection": "close"}) from None
@@ -260,7 +260,7 @@ class Gate:
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             parts.append(part := message.get("body", b""))
-            size, more, heard = size + len(part), message.get("more_body", False), time.monotonic()
+            size, more, last_received = size + len(part), message.get("more_body", False), time.monotonic()
             if size > self._limits.max_body_bytes:
                 raise self._too_large()
         return b"".join(parts)
@@ -270,25 +270,25 @@ class Gate:
         return ApiError(413, message, code="body_too_large")
 
 
-def _elsewhere(scope: Scope, send: Send) -> Send:
+def _with_redirect(scope: Scope, send: Send) -> Send:
     """Wrap `send` to make nginx try the next server (X-Accel-Redirect) if this one's part of a limit is used up."""
-    next_one = Headers(scope=scope).get("x-llamaherd-elsewhere", "")
+    next_server = Headers(scope=scope).get("x-llamaherd-elsewhere", "")
 
-    async def passing(message: Message) -> None:
+    async def send_or_redirect(message: Message) -> None:
         if message["type"] == "http.response.start" and SHARE_HEADER in (headers := MutableHeaders(scope=message)):
             del headers[SHARE_HEADER]
-            if _ELSEWHERE.fullmatch(next_one):
-                headers["X-Accel-Redirect"] = next_one
+            if _ELSEWHERE.fullmatch(next_server):
+                headers["X-Accel-Redirect"] = next_server
         await send(message)
 
-    return passing
+    return send_or_redirect
 
 
 def _is_api(scope: Scope) -> bool:
-    return scope["path"] not in _LOCAL and not scope["path"].startswith("/admin")
+    return scope["path"] not in _LOCAL_PATHS and not scope["path"].startswith("/admin")
 
 
-def _after(body: bytes, receive: Receive) -> Receive:
+def _replaying(body: bytes, receive: Receive) -> Receive:
     """Return a `receive` that replays a body that has already been read."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 

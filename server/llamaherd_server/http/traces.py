@@ -46,7 +46,7 @@ log = structlog.get_logger()
 QUEUE = 2048
 _PHASES = ("llamaherd.queue_s", "llamaherd.prefill_s", "llamaherd.decode_s")
 _SCOPE = InstrumentationScope("llamaherd")
-_LOG_S = 60.0
+_REPORT_INTERVAL_S = 60.0
 # How long a shutdown waits for remaining spans to be sent.
 _FLUSH_S = 3.0
 _OPERATIONS = {
@@ -80,7 +80,7 @@ class Traces:
             }
         )
         self._propagator = TraceContextTextMapPropagator()
-        self._made = 0
+        self._created = 0
 
     def record(self, scope: Scope, request: RequestLog, route: str, status: int) -> None:
         """Create the span of a completed request. For a request that is not sampled, this takes microseconds."""
@@ -91,7 +91,7 @@ class Traces:
         sampled = self._sampler.should_sample(context, trace_id, "")
         if sampled.decision is not Decision.RECORD_AND_SAMPLE:
             return
-        if self._made - self._exporter.taken >= QUEUE:
+        if self._created - self._exporter.taken >= QUEUE:
             self._exporter.drop(1, "more spans than the collector takes")
             return
         operation, error = _OPERATIONS.get(route), _error(request, status)
@@ -119,7 +119,7 @@ class Traces:
             end_time=now,
         )
         self._processor.on_end(span)
-        self._made += 1
+        self._created += 1
 
     async def close(self) -> None:
         """Send the remaining spans, for at most _FLUSH_S."""
@@ -127,9 +127,9 @@ class Traces:
         closing = threading.Thread(target=self._processor.shutdown, daemon=True)
         closing.start()
         await asyncio.to_thread(closing.join, _FLUSH_S)
-        if left := self._made - self._exporter.taken:
+        if left := self._created - self._exporter.taken:
             self._exporter.drop(left, "the server stopped before they could be sent")
-        self._exporter.tell()
+        self._exporter.report()
 
     def _parent(self, scope: Scope) -> Context:
         headers = Headers(scope=scope)
@@ -138,27 +138,27 @@ class Traces:
 
 
 class _Exporter(SpanExporter):
-    """Wraps `to` to count the spans that were not sent, and to log them at most every _LOG_S."""
+    """Wraps `to` to count the spans that were not sent, and to log them at most every _REPORT_INTERVAL_S."""
 
     def __init__(self, to: SpanExporter, url: str, registry: CollectorRegistry) -> None:
         self.taken = 0
         self._to = to
         self._url = url
         self._dropped = Counter("llamaherd_dropped_spans", "Spans that the collector did not get", registry=registry)
-        self._untold = 0
-        self._told_at = -math.inf
+        self._unreported = 0
+        self._reported_at = -math.inf
         self._reason = ""
         self._lock = threading.Lock()
-        self._complaints = _Complaints()
+        self._first_line = _FirstLogLine()
         logger = logging.getLogger(OTLPSpanExporter.__module__)
-        logger.handlers, logger.propagate = [self._complaints], False
+        logger.handlers, logger.propagate = [self._first_line], False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self.taken += len(spans)
-        self._complaints.first = ""
+        self._first_line.first = ""
         result = self._to.export(spans)
         if result is not SpanExportResult.SUCCESS:
-            self.drop(len(spans), self._complaints.first)
+            self.drop(len(spans), self._first_line.first)
         return result
 
     def shutdown(self) -> None:
@@ -167,20 +167,20 @@ class _Exporter(SpanExporter):
     def drop(self, count: int, reason: str) -> None:
         self._dropped.inc(count)
         with self._lock:
-            self._untold += count
+            self._unreported += count
             self._reason = reason
-        if time.monotonic() - self._told_at >= _LOG_S:
-            self.tell()
+        if time.monotonic() - self._reported_at >= _REPORT_INTERVAL_S:
+            self.report()
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """Log how many spans were dropped since the last call."""
         with self._lock:
-            count, self._untold, self._told_at = self._untold, 0, time.monotonic()
+            count, self._unreported, self._reported_at = self._unreported, 0, time.monotonic()
         if count:
             log.warning("spans dropped", spans=count, collector=self._url, reason=self._reason)
 
 
-class _Complaints(logging.Handler):
+class _FirstLogLine(logging.Handler):
     """Keeps the first line that the exporter logs about a failure, which names the cause; later lines are dropped."""
 
     first = ""

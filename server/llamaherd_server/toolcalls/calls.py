@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 
 from llamaherd_server.grammar.subschemas import is_of
 from llamaherd_server.toolcalls.reply import Malformed, Source, Writer
-from llamaherd_server.toolcalls.surrogates import without_halves
+from llamaherd_server.toolcalls.surrogates import without_lone_surrogates
 
 Schemas: TypeAlias = Mapping[str, Any]  # parameter schemas by tool name
-Body: TypeAlias = Callable[[Source, Writer, Schemas], Generator[None, None, None]]
+CallReader: TypeAlias = Callable[[Source, Writer, Schemas], Generator[None, None, None]]
 Calls: TypeAlias = list[tuple[str, Any]]  # names and arguments
 _NAME, _ARGUMENTS = ("name", "tool_name"), ("arguments", "parameters")
 
@@ -277,7 +277,7 @@ def typed(value: str, kinds: frozenset[str] | None) -> str:
 
 def _loads(text: str) -> Any:
     try:
-        return json.loads(without_halves(text))
+        return json.loads(without_lone_surrogates(text))
     except (ValueError, RecursionError):
         raise Malformed from None
 

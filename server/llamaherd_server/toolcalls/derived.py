@@ -328,9 +328,9 @@ def _quoted(printed: Print, shape: Shape) -> Shape:
     rest = _called(printed, (CALLS[0][0], {"text_key": value})).partition(f"{shape.parameter[0]}text_key")[2]
     for part in (*shape.parameter[1:], dict(shape.types).get("string", ""), shape.typed):
         rest = rest.removeprefix(part)
-    left, there, rest = rest.partition(value)
+    left, found, rest = rest.partition(value)
     right = rest.partition(shape.parameter_end.partition(KEY)[0])[0]
-    return msgspec.structs.replace(shape, quotes=(left, right)) if there and left.strip() and right.strip() else shape
+    return msgspec.structs.replace(shape, quotes=(left, right)) if found and left.strip() and right.strip() else shape
 
 
 def _with_number(one: str, other: str) -> str:

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from llamaherd_server.grammar.gbnf import literal
 from llamaherd_server.toolcalls import calls
-from llamaherd_server.toolcalls.calls import Body
+from llamaherd_server.toolcalls.calls import CallReader
 from llamaherd_server.toolcalls.elements import Elements, glm_call
 
 THINKING = (
@@ -49,7 +49,7 @@ class Format:
     signs: tuple[str, ...]
     opens: str
     closes: str
-    body: Body
+    body: CallReader
     call_rule: CallRule
     joined: str | None = ""
     before: str = ""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from llamaherd_server.toolcalls.surrogates import Whole
+from llamaherd_server.toolcalls.surrogates import SurrogateFilter
 from llamaherd_server.wire.text import overlap
 
 
@@ -85,7 +85,7 @@ class Writer:
         self._id_length = id_length
         self._spaces = ""
         self._begun = False
-        self._whole = Whole()
+        self._surrogates = SurrogateFilter()
 
     def content(self, text: str) -> None:
         body = text if self._begun else text.lstrip()
@@ -119,10 +119,10 @@ class Writer:
             self.pieces.append(CallBegin(self.calls - 1, call_id, name))
 
     def arguments(self, text: str) -> None:
-        self._arguments(self._whole.feed(text))
+        self._arguments(self._surrogates.feed(text))
 
     def _end_call(self) -> None:
-        self._arguments(self._whole.finish())
+        self._arguments(self._surrogates.finish())
 
     def _arguments(self, text: str) -> None:
         if text and self._wanted():

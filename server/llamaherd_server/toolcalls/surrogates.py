@@ -14,12 +14,12 @@ _UNFINISHED = re.compile(rf"(?<!\\)(?:\\\\)*((?:{_HIGH})?\\(?:u[0-9a-fA-F]{{0,3}
 _REPLACEMENT = "\\ufffd"
 
 
-def without_halves(text: str) -> str:
+def without_lone_surrogates(text: str) -> str:
     """Return the JSON text with unpaired surrogate escapes replaced."""
     return _ESCAPE.sub(lambda escape: _REPLACEMENT if escape[1] else escape[0], text)
 
 
-class Whole:
+class SurrogateFilter:
     """Replaces unpaired surrogate escapes in streamed text."""
 
     def __init__(self) -> None:
@@ -31,9 +31,9 @@ class Whole:
         unfinished = _UNFINISHED.search(text)
         end = unfinished.start(1) if unfinished else len(text)
         self._held = text[end:]
-        return without_halves(text[:end])
+        return without_lone_surrogates(text[:end])
 
     def finish(self) -> str:
         """Return the text held back, after the last text."""
         text, self._held = self._held, ""
-        return without_halves(text)
+        return without_lone_surrogates(text)

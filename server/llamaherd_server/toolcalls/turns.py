@@ -89,11 +89,11 @@ def _thinking(printed: Print, begin: str) -> tuple[tuple[str, str], str] | None:
     called = {**thought, "content": "", "tool_calls": [call]}
     result = {"role": "tool", "tool_call_id": IDS[0], "name": CALLS[0][0], "content": RESULT}
     for messages, tools in (([USER, thought], []), ([USER, called, result], TOOLS)):
-        before, there, after = behind(printed(messages, tools), QUESTION).partition(_THOUGHT)
+        before, found, after = behind(printed(messages, tools), QUESTION).partition(_THOUGHT)
         own = before.removeprefix(begin).strip() if before.startswith(begin) else ""
         end = UNIT.match(after.partition(ANSWER)[0].lstrip())
         opening = own or (units(before) or [""])[-1]
-        if not there or not end or not opening:
+        if not found or not end or not opening:
             continue
         after = after.lstrip().removeprefix(end[0])
         read = Reader(None, (opening, end[0]), False, {}).whole(f"{opening}{_THOUGHT}{end[0]}{ANSWER}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llamaherd_server.chat.adapt import Found, Prompting, prompt_of, traits_of
+from llamaherd_server.chat.adapt import Prompting, TemplateProfile, prompt_of, traits_of
 from llamaherd_server.toolcalls.derived import form_of
 from llamaherd_server.toolcalls.reader import Reader
 from llamaherd_server.toolcalls.tools import Choice, Reply, Tool, grammar_of_reply
@@ -104,7 +104,7 @@ TEMPLATES = {
 USER: dict[str, Any] = {"role": "user", "content": "U-one"}
 
 
-def reader_of(template: str) -> tuple[Found, Reader]:
+def reader_of(template: str) -> tuple[TemplateProfile, Reader]:
     found = traits_of(template)
     turn, form = found.turn, form_of(found.shape) if found.shape else None
     schemas = {tool.name: tool.schema for tool in (FIND, CLOCK)}
@@ -112,7 +112,7 @@ def reader_of(template: str) -> tuple[Found, Reader]:
     return found, Reader(form, turn.thinking, begun, schemas, True, turn.skipped, turn.prompted, turn.resumed)
 
 
-def reply(template: str, found: Found, **answer: Any) -> str:
+def reply(template: str, found: TemplateProfile, **answer: Any) -> str:
     """What a model would print of this answer; without one, the prompt."""
     tools = [FIND.for_template(), CLOCK.for_template()]
     prompt = prompt_of(Prompting(template, [USER], tools, found.traits, {}))

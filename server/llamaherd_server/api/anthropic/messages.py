@@ -15,8 +15,8 @@ from llamaherd_server.api.answer import answer, json_response, run_of
 from llamaherd_server.api.anthropic.documents import DocumentBlock, SearchResultBlock
 from llamaherd_server.api.anthropic.messages_shape import MessagesShape
 from llamaherd_server.api.chat_fields import (
-    MOST_ID,
-    MOST_TOOLS,
+    MAX_ID_CHARS,
+    MAX_TOOLS,
     Name,
     arguments_text,
     by_type,
@@ -32,7 +32,7 @@ from llamaherd_server.api.state import state_of
 from llamaherd_server.api.tool_choice import NamedChoice, Wanted, choice_of
 from llamaherd_server.errors import unsupported
 from llamaherd_server.http.error_responses import MessagesErrorBody
-from llamaherd_server.http.json_body import beside
+from llamaherd_server.http.json_body import run_off_loop
 from llamaherd_server.toolcalls.tools import Tool
 
 router = APIRouter(route_class=ModelRoute)
@@ -73,7 +73,7 @@ class ToolUseBlock(Lenient):
     """A call that the model made, with any name and input: an earlier answer is never refused."""
 
     type: Literal["tool_use"]
-    id: str = Field("", max_length=MOST_ID)
+    id: str = Field("", max_length=MAX_ID_CHARS)
     name: str = ""
     input: Annotated[str, BeforeValidator(arguments_text, json_schema_input_type=dict[str, Any])] = "{}"
 
@@ -117,7 +117,7 @@ class ToolResultBlock(Lenient):
     """What came of a call; whether that was an error is for its content to say."""
 
     type: Literal["tool_result"]
-    tool_use_id: str = Field("", max_length=MOST_ID)
+    tool_use_id: str = Field("", max_length=MAX_ID_CHARS)
     content: Annotated[
         list[ResultBlock],
         BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock]),
@@ -238,7 +238,7 @@ class CountRequest(AccountFields):
         Field([], description="What stands before the conversation.")
     )
     tools: Annotated[list[MessagesTool], only_types(None, "custom")] = Field(
-        [], max_length=MOST_TOOLS, description="Tools that may be used; those of Anthropic's servers are left out."
+        [], max_length=MAX_TOOLS, description="Tools that may be used; those of Anthropic's servers are left out."
     )
     tool_choice: ToolChoice | None = Field(None, description="Default: auto.")
     thinking: Thinking | None = None
@@ -305,7 +305,7 @@ async def messages(body: MessagesRequest, request: Request) -> Response:
     """Answer a conversation, in Anthropic's shape."""
     state = state_of(request)
     state.check_model(body.model, request.state.key)
-    chat = await prepare(state, await beside(request, body.conversation))
+    chat = await prepare(state, await run_off_loop(request, body.conversation))
     await resolve_sampling(state, body)
     generation = chat.generate(
         body.sampling(), max_tokens=most_tokens(state, body.max_tokens), stop=body.stop_sequences
@@ -319,5 +319,5 @@ async def count_tokens(body: CountRequest, request: Request) -> Response:
     """How many tokens a conversation has in the model's own chat format."""
     state = state_of(request)
     state.check_model(body.model, request.state.key)
-    chat = await prepare(state, await beside(request, body.conversation))
+    chat = await prepare(state, await run_off_loop(request, body.conversation))
     return json_response({"input_tokens": await state.engine.count_tokens(chat.prompt, add_special=chat.add_special)})

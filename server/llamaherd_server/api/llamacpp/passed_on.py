@@ -16,7 +16,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import TypeAdapter
 
-from llamaherd_server.api.answer import EventStream, answer, begun, error_of, json_response, run_of, unless_gone
+from llamaherd_server.api.answer import EventStream, answer, error_of, first_event, json_response, run_of, unless_gone
 from llamaherd_server.api.llama_answer import generation_settings
 from llamaherd_server.api.llamacpp.completion import (
     InfillRequest,
@@ -159,7 +159,7 @@ async def _passed_on(request: Request, path: str) -> Response | None:
         return await unless_gone(request.receive, work.whole())
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(work)
-        await begun(request.receive, work.first())
+        await first_event(request.receive, work.first())
         return EventStream(work.chunks(), stack.pop_all())
 
 

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, model_validator
 
 from llamaherd_server.api.answer import answer, json_response, run_of
-from llamaherd_server.api.chat_fields import MOST_TOOLS, Message, ResponseFormat, ToolField
-from llamaherd_server.api.conversation import Conversation, counted, prepare
+from llamaherd_server.api.chat_fields import MAX_TOOLS, Message, ResponseFormat, ToolField
+from llamaherd_server.api.conversation import Conversation, prepare, token_count_response
 from llamaherd_server.api.fields import GenerationFields, Ignored, Limit
 from llamaherd_server.api.llama_fields import renamed
 from llamaherd_server.api.media import Collected
@@ -20,7 +20,7 @@ from llamaherd_server.api.state import state_of
 from llamaherd_server.api.tool_choice import ToolChoice, choice_of
 from llamaherd_server.api.wire import Options
 from llamaherd_server.errors import unsupported
-from llamaherd_server.http.json_body import beside
+from llamaherd_server.http.json_body import run_off_loop
 
 router = APIRouter(route_class=ModelRoute)
 
@@ -39,7 +39,7 @@ class ChatRequest(GenerationFields):
         None, description="How much the model should reason: the chat template's business, or a bound of tokens."
     )
     reasoning_budget_tokens: int | None = Field(None, ge=-1, description="Most tokens of reasoning; -1: no bound.")
-    tools: list[ToolField] | None = Field(None, max_length=MOST_TOOLS, description="Functions that may be called.")
+    tools: list[ToolField] | None = Field(None, max_length=MAX_TOOLS, description="Functions that may be called.")
     tool_choice: ToolChoice = None
     functions: list[Any] = Field([], description="Only empty: an older word of OpenAI's for `tools`.")
     function_call: Any = Field(None, description="Only none or auto: an older word of OpenAI's for `tool_choice`.")
@@ -117,7 +117,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     state = state_of(request)
     state.check_model(body.model, request.state.key)
     await resolve_sampling(state, body)
-    chat = await prepare(state, await beside(request, body.conversation))
+    chat = await prepare(state, await run_off_loop(request, body.conversation))
     requests = [
         chat.generate(
             body.sampling(index),
@@ -135,7 +135,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
 @router.post("/apply-template", response_class=Response)
 async def apply_template(body: ChatRequest, request: Request) -> Response:
     """The prompt that a chat becomes, without computing anything, as llama-server has it."""
-    chat = await prepare(state_of(request), await beside(request, body.conversation))
+    chat = await prepare(state_of(request), await run_off_loop(request, body.conversation))
     return json_response({"prompt": chat.prompt})
 
 
@@ -144,4 +144,4 @@ async def apply_template(body: ChatRequest, request: Request) -> Response:
 async def input_tokens(body: ChatRequest, request: Request) -> Response:
     """How many tokens a chat has in the model's own chat format, as llama-server counts them."""
     state = state_of(request)
-    return await counted(state, await prepare(state, await beside(request, body.conversation)))
+    return await token_count_response(state, await prepare(state, await run_off_loop(request, body.conversation)))

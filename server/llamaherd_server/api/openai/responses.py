@@ -13,15 +13,15 @@ from pydantic import BeforeValidator, Field, Tag, model_validator
 
 from llamaherd_server.api.answer import answer, run_of
 from llamaherd_server.api.chat_fields import (
-    MOST_ID,
-    MOST_TOOLS,
+    MAX_ID_CHARS,
+    MAX_TOOLS,
     Name,
     arguments_text,
     by_type,
     only_types,
     template_call,
 )
-from llamaherd_server.api.conversation import Conversation, counted, prepare
+from llamaherd_server.api.conversation import Conversation, prepare, token_count_response
 from llamaherd_server.api.fields import Ignored, Lenient, Limit, OpenAiFields, SamplingFields, StreamOptions
 from llamaherd_server.api.media import Collected, MediaPart
 from llamaherd_server.api.openai.responses_shape import ResponsesShape
@@ -30,7 +30,7 @@ from llamaherd_server.api.sampling import most_tokens, resolve_sampling
 from llamaherd_server.api.state import state_of
 from llamaherd_server.api.tool_choice import ToolChoice, choice_of
 from llamaherd_server.errors import ApiError, unsupported
-from llamaherd_server.http.json_body import beside
+from llamaherd_server.http.json_body import run_off_loop
 from llamaherd_server.toolcalls.tools import Tool
 
 router = APIRouter(route_class=ModelRoute)
@@ -96,7 +96,7 @@ class CallItem(Lenient):
     """A call that the model made, with any name and arguments: an earlier answer is never refused."""
 
     type: Literal["function_call"]
-    call_id: str = Field(max_length=MOST_ID)
+    call_id: str = Field(max_length=MAX_ID_CHARS)
     name: str = ""
     arguments: Annotated[str, BeforeValidator(arguments_text)] = Field("{}", description="A JSON object, as text.")
 
@@ -105,7 +105,7 @@ class CustomCallItem(Lenient):
     """A call of a tool that takes text."""
 
     type: Literal["custom_tool_call"]
-    call_id: str = Field(max_length=MOST_ID)
+    call_id: str = Field(max_length=MAX_ID_CHARS)
     name: str = ""
     input: str = ""
 
@@ -114,7 +114,7 @@ class OutputItem(Lenient):
     """What came of a call."""
 
     type: Literal["function_call_output", "custom_tool_call_output"]
-    call_id: str = Field(max_length=MOST_ID)
+    call_id: str = Field(max_length=MAX_ID_CHARS)
     output: Content = Field([])
 
 
@@ -206,7 +206,7 @@ class ResponsesRequest(SamplingFields, OpenAiFields):
     stream: bool = Field(False, description="True: server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Accepted and ignored.")
     tools: Annotated[list[FunctionTool], only_types("function")] = Field(
-        [], max_length=MOST_TOOLS, description="Functions that may be called; tools of other types are left out."
+        [], max_length=MAX_TOOLS, description="Functions that may be called; tools of other types are left out."
     )
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = Field(
@@ -300,8 +300,8 @@ def _turns(items: list[Item], media: Collected) -> list[dict[str, Any]]:
 async def response_input_tokens(body: ResponsesRequest, request: Request) -> Response:
     """How many tokens a conversation has in the model's own chat format."""
     state = state_of(request)
-    chat = await prepare(state, await beside(request, body.to_prepare))
-    return await counted(state, chat)
+    chat = await prepare(state, await run_off_loop(request, body.to_prepare))
+    return await token_count_response(state, chat)
 
 
 @router.post("/v1/responses", response_class=Response)
@@ -310,7 +310,7 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
     state = state_of(request)
     state.check_model(body.model, request.state.key)
     await resolve_sampling(state, body)
-    chat = await prepare(state, await beside(request, body.to_prepare))
+    chat = await prepare(state, await run_off_loop(request, body.to_prepare))
     generation = chat.generate(body.sampling(), max_tokens=most_tokens(state, body.max_output_tokens))
     shape = ResponsesShape(state.model_name, chat.reader, body.told_back())
     return await answer(request, run_of(request, [generation]), shape, stream=body.stream)
