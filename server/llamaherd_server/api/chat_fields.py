@@ -80,7 +80,7 @@ def arguments_text(arguments: Any) -> str:
     try:
         return arguments if isinstance(arguments, str) else json.dumps(arguments)
     except RecursionError:
-        raise ValueError("is nested too deep") from None
+        raise ValueError("is nested too deeply") from None
 
 
 class CalledFunction(Lenient):
@@ -88,7 +88,7 @@ class CalledFunction(Lenient):
 
     name: str = ""
     arguments: Annotated[str, BeforeValidator(arguments_text, json_schema_input_type=str | dict[str, Any])] = Field(
-        "", description="What the model wrote: a JSON object as text, or whatever came of the attempt."
+        "", description="The arguments as the model wrote them, usually a JSON object as text."
     )
 
 
@@ -123,18 +123,18 @@ class Message(Lenient):
     """One turn of a chat, with those fields of SDKs and other servers that a chat template can use."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"] = Field(
-        description="`function` is OpenAI's older word for `tool`."
+        description="`function` is OpenAI's older name for `tool`."
     )
     content: Annotated[
         list[Part] | None, BeforeValidator(_as_parts, json_schema_input_type=str | list[Part] | None)
-    ] = Field(None, description="Text, or parts, joined by line ends. Only assistants and tools may lack it.")
-    name: str | None = Field(None, max_length=256, description="Given to the chat template.")
+    ] = Field(None, description="Text, or parts, which newlines join. Optional only for assistants and tools.")
+    name: str | None = Field(None, max_length=256, description="Passed to the chat template.")
     tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOLS, description="Calls made in this turn.")
     function_call: CalledFunction | None = Field(None, description="OpenAI's older form of `tool_calls`.")
-    tool_call_id: str | None = Field(None, max_length=MAX_ID_CHARS, description="Whose result this turn is.")
-    reasoning_content: str | None = Field(None, description="Given to the chat template.")
+    tool_call_id: str | None = Field(None, max_length=MAX_ID_CHARS, description="The call of this result.")
+    reasoning_content: str | None = Field(None, description="Passed to the chat template.")
     reasoning: Any = Field(None, description="Another name of `reasoning_content`.")
-    refusal: str | None = Field(None, description="The content, where there is none.")
+    refusal: str | None = Field(None, description="Used as the content if that is missing.")
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -213,8 +213,8 @@ class Function(Lenient):
 
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = Field(None, description="A JSON schema; left out: no parameters.")
-    strict: bool | None = Field(None, description="True: calls always follow the schema, also with tool_choice auto.")
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema. Default: no parameters.")
+    strict: bool | None = Field(None, description="True: calls follow the schema, even with tool_choice auto.")
 
 
 class ToolField(Lenient):
@@ -234,7 +234,7 @@ class JsonSchema(Body):
     name: str | None = Field(None, description="Accepted and ignored.")
     description: str | None = Field(None, description="Accepted and ignored.")
     json_schema: Any = Field(True, alias="schema", description="See `strict`.")
-    strict: bool | None = Field(None, description="True: what of the schema cannot be enforced is a 400.")
+    strict: bool | None = Field(None, description="True: a 400 if the schema cannot be fully enforced.")
 
 
 class ResponseFormat(Body):
@@ -242,7 +242,7 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
-    unwrapped: Any = Field(None, alias="schema", description="llama-server's place for the schema, of either type.")
+    unwrapped: Any = Field(None, alias="schema", description="The schema in llama-server's place, for both types.")
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -57,7 +57,7 @@ class Prepared:
     def generate(self, sampling: Sampling, **fields: Any) -> Generate:
         """Return the engine's request for one reply, with further `fields` of Generate. Raises ApiError."""
         if self.grammar and sampling.grammar:
-            message = "grammar: not together with tools that must be called, or are strict"
+            message = "grammar: cannot be combined with required or strict tools"
             raise ApiError(400, message, param="grammar", code="unsupported")
         return Generate(
             id=0,
@@ -129,7 +129,7 @@ def _reasoning_limit(conversation: Conversation, source: str) -> tuple[dict[str,
     if effort is None or "reasoning_effort" in source:
         return variables, tokens
     if effort not in EFFORTS:
-        message = f"reasoning effort {effort!r} is not known: take one of none, {', '.join(EFFORTS)}"
+        message = f"unknown reasoning effort {effort!r}; available: none, {', '.join(EFFORTS)}"
         raise ApiError(400, message, param="reasoning_effort", code="invalid_value")
     return variables, EFFORTS[effort] if tokens is None else tokens
 

@@ -138,24 +138,24 @@ class SamplingFields(Body):
 
     temperature: float | None = Field(None, ge=0, le=100, description="0: the most likely token. Default 0.8.")
     top_k: int | None = Field(None, ge=-1, le=_INT32, description="Keep the k most likely tokens; 0: all. Default 40.")
-    top_p: float | None = Field(None, ge=0, le=1, description="Keep the likeliest tokens of this total. Default 0.95.")
-    min_p: float | None = Field(None, ge=0, le=1, description="Least probability, of the likeliest's. Default 0.05.")
+    top_p: float | None = Field(None, ge=0, le=1, description="Keep the top tokens up to this total. Default 0.95.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Minimum, relative to the top token. Default 0.05.")
     typical_p: float | None = Field(None, ge=0, le=1, description="Locally typical sampling; 1: off (default).")
-    xtc_probability: float | None = Field(None, ge=0, le=1, description="Chance of XTC at a token; 0: off (default).")
+    xtc_probability: float | None = Field(None, ge=0, le=1, description="Chance of XTC per token; 0: off (default).")
     xtc_threshold: float | None = Field(None, ge=0, le=1, description="XTC's threshold. Default 0.1.")
     repeat_penalty: float | None = Field(None, gt=0, le=100, description="Penalty on repeats; 1: off (default).")
     repeat_last_n: int | None = Field(
-        None, ge=-1, le=_INT32, description="Tokens that count as repeats; -1: all. Default 64."
+        None, ge=-1, le=_INT32, description="Last tokens checked for repeats; -1: all. Default 64."
     )
-    presence_penalty: float | None = Field(None, ge=-100, le=100, description="For each token seen. Default 0.")
-    frequency_penalty: float | None = Field(None, ge=-100, le=100, description="For each time seen. Default 0.")
+    presence_penalty: float | None = Field(None, ge=-100, le=100, description="Per token already seen. Default 0.")
+    frequency_penalty: float | None = Field(None, ge=-100, le=100, description="Per occurrence. Default 0.")
     dry_multiplier: float | None = Field(None, ge=0, le=1e6, description="Strength of DRY; 0: off (default).")
     dry_base: float | None = Field(None, ge=1, le=1e6, description="DRY's base. Default 1.75.")
-    dry_allowed_length: int | None = Field(None, ge=0, le=_INT32, description="Repeats without penalty. Default 2.")
+    dry_allowed_length: int | None = Field(None, ge=0, le=_INT32, description="Length not penalized. Default 2.")
     dry_penalty_last_n: int | None = Field(
-        None, ge=-1, le=_INT32, description="Tokens DRY looks at; -1: all. Default 64."
+        None, ge=-1, le=_INT32, description="Last tokens that DRY checks; -1: all. Default 64."
     )
-    dry_sequence_breakers: list[Text] | None = Field(None, max_length=64, description="What ends a sequence for DRY.")
+    dry_sequence_breakers: list[Text] | None = Field(None, max_length=64, description="Strings that end a repeat.")
     mirostat: int | None = Field(None, ge=0, le=2, description="Mirostat version; 0: off (default).")
     mirostat_tau: float | None = Field(None, ge=0, le=1e6, description="Mirostat's target entropy. Default 5.")
     mirostat_eta: float | None = Field(None, ge=0, le=1e6, description="Mirostat's learning rate. Default 0.1.")
@@ -168,7 +168,7 @@ class SamplingFields(Body):
     ] = Field(
         None,
         max_length=4096,
-        description="Token id, or text, to bias; false: never. Also as a list of [token, bias].",
+        description="Bias by token id or text; false forbids it. Also as a list of [token, bias].",
     )
     ignore_eos: bool | None = Field(None, description="True: never stop at the end-of-sequence token.")
     grammar: Annotated[str, AfterValidator(_without_nul)] | None = Field(
@@ -206,7 +206,7 @@ class OpenAiFields(AccountFields):
 
     user: Ignored = None
     safety_identifier: Ignored = None
-    prompt_cache_key: Any = Field(None, description="Accepted and ignored: a key's equal prefixes are always shared.")
+    prompt_cache_key: Any = Field(None, description="Accepted and ignored: a key's requests share prefixes.")
     prompt_cache_retention: Ignored = None
     prompt_cache_options: Ignored = None
 
@@ -214,17 +214,17 @@ class OpenAiFields(AccountFields):
 class GenerationFields(SamplingFields, OpenAiFields):
     """Fields that chat and completions share besides sampling."""
 
-    model: str | None = Field(None, description="A name of /v1/models; left out: the model that is served.")
+    model: str | None = Field(None, description="A name from /v1/models. Default: the first model.")
     stream: bool = Field(False, description="True: server-sent events, ended by `data: [DONE]`.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
     n: int = Field(1, ge=1, le=128, description="Independent completions of each prompt, generated in parallel.")
-    max_tokens: Limit = Field(None, description="Most tokens of a completion; -1 or null: up to the context's end.")
+    max_tokens: Limit = Field(None, description="Token limit per completion; -1 or null: the context's end.")
     stop: Annotated[list[Text] | None, BeforeValidator(_stop_list, json_schema_input_type=str | list[str] | None)] = (
         Field(None, max_length=_STOPS, description="Strings that end the completion; they are not part of it.")
     )
-    cache_prompt: bool = Field(True, description="False: compute all of the prompt, whatever the KV cache has.")
-    timings_per_token: bool = Field(False, description="Accepted; `timings` come with the end of every answer.")
-    verbose: bool = Field(False, description="True: the answer's `__verbose` is llama-server's own, with the prompt.")
+    cache_prompt: bool = Field(True, description="False: compute the whole prompt, without cached prefixes.")
+    timings_per_token: bool = Field(False, description="Accepted and ignored: `timings` end every answer.")
+    verbose: bool = Field(False, description="True: `__verbose` is llama-server's object, with the prompt.")
     store: Ignored = None
     id_slot: Any = Field(None, description="Accepted and ignored: the scheduler chooses the slot.")
     return_progress: Any = Field(None, description="Accepted and ignored.")

@@ -58,7 +58,7 @@ def without_off(body: dict[str, Any], known: frozenset[str] | set[str]) -> dict[
         if is_off is None:
             result[name] = value
         elif not _holds(is_off, value):
-            message = f"{name}: only on the engine llama-server, by /completion and /infill"
+            message = f"{name}: supported only by the engine llama-server, at /completion and /infill"
             raise unsupported(name, message)
     return result
 
@@ -78,7 +78,7 @@ def with_samplers(body: dict[str, Any]) -> dict[str, Any]:
     names = [_NAMES.get(str(one).lower()) for one in given] if isinstance(given, list | str) else [None]
     chosen = [name for name in names if name]
     if len(chosen) < len(names) or chosen != [name for name in SAMPLERS if name in chosen]:
-        message = f"samplers: in another order than {', '.join(SAMPLERS)}, or others: only on the engine llama-server"
+        message = f"samplers: must be in the order {', '.join(SAMPLERS)}; others need the engine llama-server"
         raise unsupported("samplers", message)
     left_out = {} if body.get("mirostat") else {name: off for name, off in _SAMPLERS.items() if name not in chosen}
     values = {field: value for _, off in left_out.values() for field, value in off.items()}

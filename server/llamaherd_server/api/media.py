@@ -15,7 +15,7 @@ from llamaherd_server.errors import unsupported
 from llamaherd_server.wire.protocol import Media
 
 _DATA_URL = re.compile(r"data:(?:image|audio|video)/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.ASCII)
-_NAMES = {"image_url": "an image", "input_audio": "sound", "input_video": "a film", "video_url": "a film"}
+_NAMES = {"image_url": "an image", "input_audio": "audio", "input_video": "video", "video_url": "video"}
 
 
 class MediaPart(Lenient):
@@ -53,7 +53,7 @@ class MediaPart(Lenient):
 
     def refusal(self) -> str:
         """Return the error message for a model that does not accept media."""
-        return f"messages: {_NAMES[self.type]} needs a model with mmproj on the engine llama-server"
+        return f"messages: {_NAMES[self.type]} needs a model with mmproj and the engine llama-server"
 
 
 class Collected:

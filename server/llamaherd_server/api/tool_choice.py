@@ -80,10 +80,10 @@ def choice_of(tools: list[Tool], wanted: Wanted, *, parallel: bool | None) -> Ch
 
 
 def _named(tools: list[Tool], name: str) -> list[Tool]:
-    found = [tool for tool in tools if tool.name == name]
-    if not found:
-        raise _invalid(f"names {shown(name)}, which is none of the tools" if tools else f"{shown(name)} needs tools")
-    return found
+    if found := [tool for tool in tools if tool.name == name]:
+        return found
+    available = ", ".join(tool.name for tool in tools)
+    raise _invalid(f"unknown tool {shown(name)}; available: {available}" if tools else f"{shown(name)} needs tools")
 
 
 def _invalid(what: str) -> ApiError:

@@ -40,7 +40,7 @@ async def profile_of(sandbox: Sandbox, model: ModelInfo) -> TemplateProfile:
 async def check(sandbox: Sandbox, model: ModelInfo, name: str) -> None:
     """Log the kinds of conversations that the template of the model `name` does not print completely."""
     if failures := (await profile_of(sandbox, model)).failures:
-        log.warning("the chat template does not print these conversations whole", model=name, **{"not": failures})
+        log.warning("the chat template omits parts of these conversations", model=name, **{"not": failures})
 
 
 async def render(

@@ -26,23 +26,23 @@ OWNED = frozenset(
 
 # Flags that have no effect here, each with the reason.
 _INEFFECTIVE = {
-    "--sleep-idle-seconds": "llama-server is never idle here: its slots are asked about every second",
+    "--sleep-idle-seconds": "llama-server is never idle here, because its slots are polled every second",
     **dict.fromkeys(
         ("--models-max", "--models-autoload", "--no-models-autoload"),
         "one llama-server serves one model: list others in llamaherd_more_models",
     ),
     **dict.fromkeys(
         ("--tools", "--tools-runtime", "--mcp-servers-config", "--mcp-servers-json", "--ui-mcp-proxy", "--agent"),
-        "its web pages and tools cannot be reached through this server",
+        "its web UI and tools are not reachable through this server",
     ),
     **dict.fromkeys(
         ("--cors-origins", "--cors-methods", "--cors-headers", "--cors-credentials"),
-        "browsers talk to this server: set http.cors_origins",
+        "browsers connect to this server: set http.cors_origins",
     ),
-    "--media-path": "files are not read for requests: send media in them",
-    "--slot-save-path": "slots are not saved by requests: prompts are kept by llamaherd_server_limits.prompt_cache_mib",
-    "--reasoning-format": "replies are read by this server: requests have reasoning_format",
-    "--props": "settings are changed by PUT /admin/engine",
+    "--media-path": "requests cannot name files: send media in the request",
+    "--slot-save-path": "requests cannot save slots: set llamaherd_server_limits.prompt_cache_mib to keep prompts",
+    "--reasoning-format": "this server parses replies: set reasoning_format in requests",
+    "--props": "change settings by PUT /admin/engine",
 }
 
 
@@ -51,6 +51,6 @@ def check_extra_args(arguments: Sequence[str]) -> None:
     for argument in arguments:
         name = argument.partition("=")[0]
         if name in OWNED:
-            raise ValueError(f"{name} is set by the server: leave it out, and use the setting that it stands for")
+            raise ValueError(f"{name} is set by the server: remove it and use the setting for it")
         if reason := _INEFFECTIVE.get(name):
-            raise ValueError(f"{name} does nothing here: {reason}; leave it out")
+            raise ValueError(f"{name} has no effect here: {reason}; remove it")

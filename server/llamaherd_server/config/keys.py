@@ -61,7 +61,7 @@ class Share(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if not (self.first >= 0 and 1 <= self.here <= self.servers - self.first):
-            raise ValueError("share: first and here must be numbers of servers, of which there are as many as it says")
+            raise ValueError("share: first must be at least 0, here at least 1, and first + here at most servers")
 
 
 class KeysFile(Struct, forbid_unknown_fields=True):
@@ -135,13 +135,13 @@ class KeyStore:
     def _read(self) -> KeysFile:
         file = read_keys(self._path)
         if not self._budgets and (key := next((key for key in file.keys if key.budgeted), None)):
-            remedy = "set limits.usage_dir, where it is kept what was used"
-            raise KeysError(f"{self._path}: key {key.name!r}: tokens_per_day and tokens_per_month: {remedy}")
+            needed = "limits.usage_dir, where usage is stored: set it"
+            raise KeysError(f"{self._path}: key {key.name!r}: tokens_per_day and tokens_per_month need {needed}")
         return file
 
     def _warn_if_none(self) -> None:
         if not self._file.keys:
-            log.warning("no keys: every request is refused until `llamaherd-server keys add NAME` makes one")
+            log.warning("no keys: every request is refused until `llamaherd-server keys add NAME` creates one")
 
 
 def read_keys(path: Path, known_as: Path | None = None) -> KeysFile:
@@ -150,7 +150,7 @@ def read_keys(path: Path, known_as: Path | None = None) -> KeysFile:
     try:
         table = tomllib.loads(path.read_text())
         if "keys" not in table:  # may be a file that is still being written; `keys = []` is intentional
-            raise KeysError(f"{known_as}: no keys: make one with `llamaherd-server keys add NAME`")
+            raise KeysError(f"{known_as}: no keys: create one with `llamaherd-server keys add NAME`")
         file = convert(table, KeysFile)
     except OSError as error:
         raise KeysError(f"{known_as}: {error.strerror}") from None

@@ -46,11 +46,11 @@ def placement_mistakes(placement: Mapping[str, Any], schema: Mapping[str, Mappin
     layers, devices, shares = placement["gpu_layers"], placement["devices"], placement["tensor_split"]
     if layers == "auto" and (shares or placement["cpu_moe_layers"] or placement["split_mode"] in ("row", "tensor")):
         found.append(
-            "gpu_layers auto finds tensor_split and cpu_moe_layers by itself, for split_mode layer and none: leave "
-            "them out, or set gpu_layers to a number or -1"
+            "gpu_layers auto chooses tensor_split and cpu_moe_layers itself, and needs split_mode layer or none: "
+            "remove these settings, or set gpu_layers to a number or -1"
         )
     if shares and (min(shares) < 0 or not 0 < sum(shares) < float("inf")):
-        found.append(f"tensor_split {shares} must have shares of at least 0, and one above")
+        found.append(f"tensor_split {shares} must have no negative share, and at least one above 0")
     if devices and len(shares) > len(devices):
         found.append(f"tensor_split {shares} has more shares than there are devices: {', '.join(devices)}")
     return found

@@ -161,7 +161,7 @@ class EngineSection(Section):
         libraries = os.environ.get("LLAMA_CPP_LIB_PATH")
         found = self.binary or (libraries and Path(libraries).parent / "bin" / "llama-server")
         if not found:
-            raise SettingsError("engine.binary: set it, or LLAMA_CPP_LIB_PATH, whose build has a llama-server")
+            raise SettingsError("engine.binary: set it, or set LLAMA_CPP_LIB_PATH to a build with llama-server")
         if not os.access(found, os.X_OK):
             raise SettingsError(f"engine.binary: {found} is not an executable program")
         return found
@@ -277,7 +277,7 @@ class Settings(BaseSettings):
             model = {"aliases": [ANY_NAME], **model}
             return {**table, "model": model, "models": [{**model, "engine": engine}]}
         if "model" in table:
-            raise ValueError("there are both [model] and [[models]]: put all models into [[models]]")
+            raise ValueError("[model] and [[models]] cannot be combined: put all models into [[models]]")
         if not isinstance(models, list) or not all(isinstance(one, dict) for one in models) or not models:
             raise ValueError("models must be tables: write [[models]] above each one")
         models = [{**one, "engine": {**engine, **one.get("engine", {})}} for one in models]
@@ -297,7 +297,7 @@ class Settings(BaseSettings):
     def _require_unique_names(self) -> Settings:
         names = [name for model in self.models for name in (model.name, *model.aliases)]
         if duplicate := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"the name {duplicate!r} is given twice: every name and alias must be one model's")
+            raise ValueError(f"the name {duplicate!r} is used twice: names and aliases must be unique")
         return self
 
     def each(self) -> list[Settings]:

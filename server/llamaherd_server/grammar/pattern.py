@@ -13,7 +13,7 @@ MAX_LENGTH = 4000
 def language_of(terms: Terms, pattern: Any) -> Term:
     """Return the texts in which `pattern` matches anywhere. Raises ValueError if it is invalid or not regular."""
     if not isinstance(pattern, str) or len(pattern) > MAX_LENGTH:
-        raise ValueError(f"must be a text of at most {MAX_LENGTH} characters")
+        raise ValueError(f"must be a string of at most {MAX_LENGTH} characters")
     node = read(pattern)
     later = terms.sequence(terms.any, terms.all, _term(terms, node, terms.all, first=False))
     return terms.either(_term(terms, node, terms.all, first=True), later)
@@ -34,7 +34,7 @@ def _term(terms: Terms, node: Node, then: Term, *, first: bool | None) -> Term: 
             return terms.empty if then.nullable else terms.nothing
         case "first":
             if first is None:
-                raise ValueError("uses an anchor behind what may be empty, which cannot be enforced")
+                raise ValueError("uses an anchor after a part that may be empty, which cannot be enforced")
             return then if first else terms.nothing
         case _:
             ahead = _term(terms, node.parts[0], terms.all, first=first)

@@ -77,7 +77,7 @@ def _refusals(param: str) -> Iterator[None]:
     except Refused as refused:
         problem = str(refused)
     except ValueError:
-        problem = "has a number that JSON has no form for"
+        problem = "has a number that JSON cannot represent"
     raise ApiError(400, f"{param}: the schema {problem}", param=param, code="invalid_schema") from None
 
 
@@ -179,7 +179,7 @@ class Converter:
         if schema.keys() in ({"anyOf"}, {"oneOf"}):
             [(word, schemas)] = schema.items()
             if not isinstance(schemas, list) or not schemas:
-                refuse(f"{where}/{word}", "must be a list with something in it")
+                refuse(f"{where}/{word}", "must be a non-empty list")
             return self.either(self.convert(one, f"{where}/{word}/{at}") for at, one in enumerate(schemas))
         if not schema.keys() & set(COMBINING):
             return self._flat(schema, where)

@@ -90,11 +90,11 @@ def lengths(schema: Schema, least: str, most: str, where: str, limit: int) -> tu
     """Return the values of the keywords `least` and `most` (None: no maximum). Reduces the latter to `limit`."""
     for word in (least, most):
         if word in schema and (number(schema, word, where) % 1 or number(schema, word, where) < 0):
-            refuse(where, f"has {word} {schema[word]!r}: it must be a whole number from 0 on")
+            refuse(where, f"has {word} {schema[word]!r}: it must be a non-negative integer")
     low = int(number(schema, least, where)) if least in schema else 0
     high = min(int(number(schema, most, where)), limit) if most in schema else None
     if low > limit:
-        refuse(where, f"has {least} {low}: it can be at most {limit}")
+        refuse(where, f"has {least} {low}: it must be at most {limit}")
     if high is not None and low > high:
         refuse(where, f"has {least} {low} above {most} {high}")
     return low, high

@@ -58,7 +58,7 @@ class Subschemas:
     def visit(self) -> None:
         self._nodes += 1
         if self._nodes > MAX_NODES:
-            refuse("", f"has more than {MAX_NODES} parts, references followed: simplify it")
+            refuse("", f"has more than {MAX_NODES} parts after resolving references: simplify it")
 
     def find(self, target: Any, where: str) -> Any:
         """Return the schema that a reference points to."""
@@ -131,7 +131,7 @@ def _unescaped(part: str) -> str:
 def _listed(schema: Schema, word: str, where: str) -> list[Any]:
     schemas = schema.get(word, [])
     if not isinstance(schemas, list) or (word in schema and not schemas):
-        refuse(f"{where}/{word}", "must be a list with something in it")
+        refuse(f"{where}/{word}", "must be a non-empty list")
     return schemas
 
 

@@ -26,8 +26,8 @@ class ErrorObject(BaseModel):
 
     message: str
     type: str = Field(description="invalid_request_error, authentication_error, rate_limit_error, server_error …")
-    param: str | None = Field(description="The field of the request that is to blame.")
-    code: str | None = Field(description="The reason, for programs.")
+    param: str | None = Field(description="The request field that caused the error.")
+    code: str | None = Field(description="A machine-readable reason.")
 
 
 class ErrorBody(BaseModel):
@@ -81,7 +81,7 @@ async def _on_engine_error(request: Request, error: EngineError) -> Response:
 
 async def _on_unpaired_surrogate(request: Request, _: UnicodeEncodeError) -> Response:
     # JSON can contain an unpaired surrogate. In fields that are not typed as text, it is found only when encoded.
-    error = ApiError(400, "a text in the body has an unpaired surrogate", code="invalid_value")
+    error = ApiError(400, "a string in the body has an unpaired surrogate", code="invalid_value")
     return error_response(error, request.scope)
 
 

@@ -253,9 +253,9 @@ async def test_parts_are_joined_and_a_last_assistant_turn_is_continued(serve: Se
         ({"tool_choice": "required"}, 400, "tool_choice", "needs tools"),
         (
             {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "wether"}}},
-            *(400, "tool_choice", "none of the tools"),
+            *(400, "tool_choice", "unknown tool"),
         ),
-        ({"tools": [WEATHER], "tool_choice": "required", "grammar": "root ::= []"}, 400, "grammar", "not together"),
+        ({"tools": [WEATHER], "tool_choice": "required", "grammar": "root ::= []"}, 400, "grammar", "be combined with"),
         ({"messages": [{"role": "user"}]}, 400, "messages.0", "content is missing"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0", "tool_call_id"),
         ({"functions": [{"name": "f"}]}, 400, "functions", "send tools"),

@@ -110,5 +110,5 @@ def test_what_is_ours_is_refused_as_an_extra_argument(argument: str) -> None:
 
 @pytest.mark.parametrize("argument", ["--sleep-idle-seconds", "--media-path=/srv", "--cors-origins"])
 def test_what_would_do_nothing_is_refused_with_the_reason(argument: str) -> None:
-    with pytest.raises(ValueError, match=r"does nothing here: .+; leave it out"):
+    with pytest.raises(ValueError, match=r"has no effect here: .+; remove it"):
         check_extra_args([argument, "1"])

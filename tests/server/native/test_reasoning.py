@@ -59,7 +59,7 @@ def test_an_effort_that_nobody_knows_is_refused(http: httpx.Client, model: str) 
     assert chat(http, model, reasoning_effort="low").status_code == 200
     refused = chat(http, model, reasoning_effort="loads")
     assert refused.status_code == 400
-    assert "'loads' is not known: take one of none, minimal, low" in refused.json()["error"]["message"]
+    assert "unknown reasoning effort 'loads'; available: none, minimal, low" in refused.json()["error"]["message"]
 
 
 def test_with_a_schema_too(http: httpx.Client) -> None:
