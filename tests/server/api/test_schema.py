@@ -298,7 +298,7 @@ def _without_nullable(schema: Any) -> Any:
             ({"type": "string", "pattern": pattern}, "is not a regular expression: .* at character")
             for pattern in ("(", ")", "[a", "a**", "[z-a]", "a{3,1}", r"\q", "(?>a)", "\\", r"\u{110000}")
         ),
-        ({"type": "string", "pattern": 1}, "must be a text"),
+        ({"type": "string", "pattern": 1}, "must be a string"),
         ({"type": "string", "format": "star-date"}, "has the format 'star-date'"),
         (
             {"type": "string", "format": "hostname", "maxLength": 253},
