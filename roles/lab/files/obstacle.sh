@@ -1,6 +1,6 @@
 #!/bin/sh
-# Prints why this machine cannot boot lab hosts and exits with 1; prints nothing where it can. Leaves nothing behind.
-# The first argument is the directory whose file system takes the hosts' overlays.
+# Prints why this machine cannot boot lab hosts and exits with 1; prints nothing if it can. Leaves nothing behind.
+# The first argument is the directory whose file system will hold the hosts' overlays.
 set -u
 refuse() {
   echo "$1"

@@ -1,7 +1,7 @@
 # shellcheck shell=sh
-# load.sh KEPT FILES: makes nginx run what its files say, and prints "loaded"; nothing where it runs that already. Where nginx
-# cannot, it runs what it ran before, and the exit status is 1. KEPT holds a copy of what was loaded last, so that a run
-# which ended too early loses nothing; FILES, below it, is the folder of certificates that stays.
+# load.sh KEPT FILES: makes nginx load its configuration and prints "loaded"; does nothing if nginx runs it already. If nginx
+# cannot load it, restores the former configuration and exits with 1. KEPT has a copy of what nginx loaded last, so that an
+# interrupted run loses nothing. FILES is the directory of certificates below KEPT that is not removed.
 set -u
 kept=$1 files=$2
 conf=/etc/nginx/nginx.conf
@@ -19,7 +19,7 @@ load() {
     fi
     before=$(workers)
     systemctl reload nginx || return
-    # The master has taken a configuration when it has a new worker; one that it cannot use is a line in the log only.
+    # A new worker shows that the master has accepted the configuration. nginx only logs one that it cannot use.
     for _ in $(seq 100); do
         for worker in $(workers); do
             case "$before" in *"$worker"*) ;; *) return 0 ;; esac
