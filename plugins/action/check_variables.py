@@ -1,8 +1,8 @@
-"""check_variables: holds every llamaherd_* variable of a host against all roles' argument_specs.
+"""check_variables: checks every llamaherd_* variable of a host against the argument_specs of all roles.
 
-Fails with one line for each mistake, before anything is changed: an unknown name with the nearest right one, a wrong
-type, a value outside its choices or of another form (module_utils/value_formats.py), a missing or unknown key. Runs on
-the controller and never connects.
+Before anything changes, fails with one line for each mistake: an unknown name with the nearest known one, a wrong
+type, a value outside its choices or in a wrong format (module_utils/value_formats.py), a missing or unknown key. Runs
+on the controller and never connects to a host.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 
 @lru_cache(maxsize=1)
 def known_variables() -> dict[str, Spec]:
-    """Every documented variable of every role by its name."""
+    """Return the specs of all documented variables of all roles, by name."""
     known: dict[str, Spec] = {}
     for path in sorted(ROLES.glob("*/meta/argument_specs.yml")):
         for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["argument_specs"].values():
@@ -43,7 +43,7 @@ def known_variables() -> dict[str, Spec]:
 
 
 def unknown_variable(name: str, known: Mapping[str, Spec]) -> str:
-    """The line for a name that nobody reads; keys of mappings are candidates too: llamaherd_parallel."""
+    """Return the message for an unknown name. Suggests keys of mappings too, as for llamaherd_parallel."""
     candidates = {key.removeprefix(PREFIX): key for key in known}
     for variable, spec in known.items():
         if spec.get("type") == "dict":
@@ -57,7 +57,7 @@ def nearest(name: str, candidates: Mapping[str, str]) -> str:
 
 
 def mistakes(name: str, value: Any, spec: Spec) -> Iterator[str]:
-    """What is wrong with `value`, one line each, by the rules of an argument_specs entry."""
+    """Yield a message for each way in which `value` breaks the rules of an argument_specs entry."""
     if value is None:
         yield f"{name} is null: give it a value, or remove it, which leaves it at its default"
         return
@@ -80,7 +80,7 @@ def mistakes(name: str, value: Any, spec: Spec) -> Iterator[str]:
 def _mapping_mistakes(name: str, value: Mapping[str, Any], options: Mapping[str, Spec]) -> Iterator[str]:
     for key, item in value.items():
         if item is None and options.get(key, {}).get("required"):
-            continue  # as if it were missing
+            continue  # reported below as missing
         if key in options:
             yield from mistakes(f"{name}.{key}", item, options[key])
         else:
@@ -115,7 +115,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
             try:
                 value = self._templar.template((task_vars or {})[name])
             except AnsibleUndefinedVariable:
-                continue  # made from facts that nobody has read yet; whoever uses it will see
+                continue  # depends on facts that are not read yet; the task that uses it reports the error
             except AnsibleError as error:
                 found.append(f"{name} cannot be computed: {error.message}")
                 continue

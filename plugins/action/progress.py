@@ -1,8 +1,8 @@
 """progress: runs a long command on a host and prints its progress; documented in plugins/modules/progress.py.
 
-The command runs in the background with its output in a log on the host; every few seconds the log's newest line is
-printed with the time. If the controller dies the command goes on, and the same task of the next run follows it to
-its end.
+The command runs in the background and writes its output to a log on the host. Every few seconds the plugin prints the
+newest line of the log with the elapsed time. If the controller dies, the command continues, and the same task of the
+next run follows it to its end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ansible.utils.display import Display
 POLL_S = 1.0
 TAIL_LINES = 30
 _NINJA = re.compile(r"^\[(\d+)/(\d+)\]")
-# After a reboot the number may be another process's, which a look at its command line tells.
+# After a reboot, another process may have the pid, so the command line is checked too.
 _RUNS = """
 runs() {{
   pid=$(cat {log}.pid 2>/dev/null) && kill -0 "$pid" 2>/dev/null || return 1
@@ -26,10 +26,10 @@ runs() {{
 }}
 """
 _EXISTS = 'for path in {creates}; do [ ! -e "$path" ] || exit 0; done; exit 1'
-# In a host's own language, too, a full disk is told by these words: commands run in English.
+# Commands run with an English locale, so these messages match on any host.
 _FULL = re.compile("No space left on device|Disk quota exceeded|Errno 28")
-_FULL_BELOW_KIB = 1024  # where not even the log could be written
-# The environment is in no process's arguments, which all users of a host may read: it can hold a token.
+_FULL_BELOW_KIB = 1024  # with less space left, even the log may not have been written
+# The environment can contain a token, so it is not passed in arguments, which all users of a host can read.
 _START = (
     _RUNS
     + """
@@ -41,7 +41,7 @@ export LC_ALL=C.UTF-8
 echo $! >{log}.pid
 """
 )
-# Ends the background command's output with its exit code in one rename, so that a reader never sees half of it.
+# The rename makes the exit code appear at once, so that a reader never sees half of it.
 _JOB = "{command}; echo $? >{log}.rc.new; mv {log}.rc.new {log}.rc; rm -f {log}.pid"
 _POLL = (
     _RUNS
@@ -62,7 +62,7 @@ def elapsed(seconds: float) -> str:
 
 
 def summary(line: str, seconds: float) -> str:
-    """One line of progress: ninja's `[120/224] …` becomes `[120/224] 54 % 3m12s`; others keep their words."""
+    """Return one line of progress: ninja's `[120/224] …` becomes `[120/224] 54 % 3m12s`; others keep their text."""
     found = _NINJA.match(line)
     if found:
         done, total = map(int, found.groups())
@@ -71,16 +71,16 @@ def summary(line: str, seconds: float) -> str:
 
 
 def newest(shown: str, lines: list[str]) -> str:
-    """The line that says how far the command is: the last one, or of a build the last that counts its steps."""
+    """Return the line that best shows the progress: the last one, or in a ninja build the last one with step counts."""
     said = [line for line in lines if line.strip()]
     steps = [line for line in said if _NINJA.match(line)]
-    if _NINJA.match(shown) or steps:  # what stands between are a compiler's warnings
+    if _NINJA.match(shown) or steps:  # lines in between are compiler warnings
         return steps[-1] if steps else shown
     return said[-1] if said else shown
 
 
 def fullest(df: str) -> tuple[str, int]:
-    """Of the file systems that `df -Pk` printed: where the one with the least space left is mounted, and its KiB."""
+    """Return mount point and free KiB of the file system with the least free space in the output of `df -Pk`."""
     rows = [line.split(None, 5) for line in df.splitlines()[1:]]
     return min(((row[5], int(row[3])) for row in rows if len(row) == 6), key=lambda row: row[1], default=("", 0))
 
@@ -115,12 +115,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
         return result
 
     def _exists(self, pattern: str) -> bool:
-        # Quoted, but for the stars.
+        # Stars stay unquoted, so that the shell expands them.
         script = _EXISTS.format(creates=shlex.quote(pattern).replace("*", "'*'"))
         return bool(self._shell(script)["rc"] == 0)
 
     def _full(self, words: list[str], tail: list[str]) -> str:
-        """Where no space is left and what to do, if that is why a command with these paths failed; else empty."""
+        """Return the full file system and the remedy if that is why a command with these paths failed; otherwise ""."""
         named = {path for word in words if (path := word.rpartition("=")[2]).startswith("/")}
         paths = named | {"/tmp"}  # noqa: S108 (only looked at)
         answer = self._shell(f"LC_ALL=C df -Pk {' '.join(map(shlex.quote, sorted(paths)))} 2>/dev/null")
@@ -149,19 +149,19 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
             job=shlex.quote(_JOB.format(command=shlex.join(argv), log=quoted)),
         )
         answer = self._shell(script)
-        if answer["rc"] != 0 and not _FULL.search(answer["stderr"]):  # of a full disk the caller tells
+        if answer["rc"] != 0 and not _FULL.search(answer["stderr"]):  # the caller reports a full disk
             raise RuntimeError(f"cannot start in {chdir}: {answer['stderr'] or answer['stdout']}")
 
     def _shell(self, script: str) -> dict[str, Any]:
-        """Run `script` on the host; through standard input, because a terminal would end the background command."""
-        # Where sudo asks for a password, Ansible's local connection gives a terminal and no input unless it pipelines.
+        """Run `script` on the host. It is sent on stdin, because a terminal would end the background command."""
+        # If sudo asks for a password, Ansible's local connection uses a terminal without stdin unless it pipelines.
         if self._connection.has_option("pipelining"):
             self._connection.set_option("pipelining", True)
         answer: dict[str, Any] = self._low_level_execute_command("sh -s", in_data=script.encode())
         return answer
 
     def _follow(self, log: str, label: str, show_all: bool, interval: float, started: float) -> tuple[int, list[str]]:
-        """Read the log as it grows until the command ends; returns its exit code and the log's last lines."""
+        """Follow the log until the command ends and return its exit code and the last lines of the log."""
         display = Display()
         lines: list[str] = []
         line = ""
@@ -173,7 +173,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
             state, _newline, text = answer["stdout"].partition("\n")
             offset += len(text.encode("utf-8", "surrogateescape"))
             *new, rest = (rest + text).split("\n")
-            # A progress bar rewrites its line with \r: only what it says last counts.
+            # A progress bar rewrites its line with \r, so only the last version counts.
             new = [line.rstrip("\r").rpartition("\r")[2] for line in new]
             lines = [each for each in [*lines, *new] if each.strip()][-TAIL_LINES:]
             line = newest(line, new)
@@ -184,5 +184,5 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
             elif line and state == "running" and now - shown_at >= interval:
                 display.display(f"  {label} {summary(line, now - started)}")
                 shown_at = now
-            if state.startswith("rc="):  # and nothing more where the disk was full
+            if state.startswith("rc="):  # the exit code is missing if the disk was full
                 return int(state.removeprefix("rc=") or 1), [*lines, *([rest] if rest.strip() else [])]

@@ -1,9 +1,9 @@
-"""send: a large file from the controller to a host; documented in plugins/modules/send.py.
+"""send: copies large files from the controller to a host; documented in plugins/modules/send.py.
 
-ansible.builtin.copy brings a file to the ssh user's ~/.ansible/tmp first, where a model may not fit. This one appends
-to `dest` through the task's own connection and become, piece by piece, after it has seen that the rest fits. An
-existing `dest` is taken for the beginning of the same file: the caller verifies the whole by its sha256. Of several
-files none is begun unless all of them fit.
+ansible.builtin.copy stores a file in the ssh user's ~/.ansible/tmp first, where a model may not fit. This plugin
+checks that the file fits, then appends it to `dest` in chunks through the task's own connection and become. It treats
+an existing `dest` as the start of the same file, so the caller must verify the sha256 of the result. It sends none of
+several files unless all of them fit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-CHUNK = 1 << 25  # more costs memory on the controller, less a round trip each
+CHUNK = 1 << 25  # larger chunks need more memory on the controller, smaller ones more round trips
 _LOOK = "test ! -e {dest} || wc -c <{dest}; echo; LC_ALL=C df -Pk {folder}"
 
 
@@ -48,7 +48,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
             raise OSError(f"{name} is not there on this machine; give its absolute path") from None
 
     def _send_all(self, files: list[tuple[Path, str]], label: str) -> dict[str, Any]:
-        """Send what the host lacks of each; raises OSError with the remedy where that cannot be done."""
+        """Send the missing part of each file. Raises OSError with the remedy if one does not fit or cannot be sent."""
         missing = {}
         for source, dest in files:
             size, (resumed, free) = source.stat().st_size, self._look(dest)
@@ -65,7 +65,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
         return {"resumed": size - sum(missing.values()), "size": size}
 
     def _send(self, source: Path, dest: str, size: int, resumed: int, label: str) -> None:
-        """Append to `dest` what comes after `resumed` bytes of `source`."""
+        """Append `source` to `dest`, from byte `resumed` on."""
         started = shown = time.monotonic()
         with source.open("rb") as file:
             done = file.seek(resumed)
@@ -84,7 +84,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
                     shown = now
 
     def _look(self, dest: str) -> tuple[int, int]:
-        """How many bytes `dest` has, and how many more its file system takes."""
+        """Return the size of `dest` (0 if it does not exist) and the free space of its file system, in bytes."""
         script = _LOOK.format(dest=shlex.quote(dest), folder=shlex.quote(dest.rpartition("/")[0]))
         answer = self._shell(script)
         if answer["rc"] != 0:
@@ -98,10 +98,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible is untyped
         return f"{folder} has {free / 2**30:.2f} GiB left, {source.name} needs {needed / 2**30:.2f} GiB more: make room"
 
     def _shell(self, command: str, data: bytes = b"") -> dict[str, Any]:
-        # Where sudo asks for a password, Ansible's local connection gives a terminal and no input unless it pipelines.
+        # If sudo asks for a password, Ansible's local connection uses a terminal without stdin unless it pipelines.
         if self._connection.has_option("pipelining"):
             self._connection.set_option("pipelining", True)
-        if not data:  # without input, ssh gives a terminal too, whose lines end in \r and have errors among them
+        if not data:  # without stdin, ssh uses a terminal too, which adds \r and mixes in stderr
             command, data = "sh -s", command.encode()
         answer: dict[str, Any] = self._low_level_execute_command(command, in_data=data)
         return answer

@@ -1,4 +1,4 @@
-"""What is wrong with a certificate and its key, before a host gets them."""
+"""Filters that check a certificate and its key before they are copied to a host."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ try:
 except ImportError:  # ansible-core depends on it; ansible-test's own environments load plugins without it
     x509 = None  # type: ignore[assignment]
 
-# What OpenSSL's client has against a certificate: X509_V_ERR_… in x509_vfy.h.
+# Verification errors of OpenSSL's client: X509_V_ERR_… in x509_vfy.h.
 _UNKNOWN_ISSUER = (2, 20, 21)
 _OTHER_NAME = (62, 64)
 
 
 class _UnusableError(Exception):
-    """nginx cannot load the pair; the message says why."""
+    """nginx cannot load the certificate and key; the message says why."""
 
 
 def certificate_mistakes(paths: Sequence[str], texts: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
-    """Why a certificate with its key cannot be loaded (unusable), or why clients refuse it (refused), one line each.
+    """Return why nginx cannot load a certificate with its key (unusable) or why clients reject it (refused, doubtful).
 
-    `paths` are the files of the certificate and of the key, `texts` what is in them, `names` the names and IP addresses
-    that clients use. A TLS handshake in memory for each name shows what clients do, with the roots that this machine
-    trusts and those in the file. doubtful: only clients that know a root which this machine does not know accept it.
+    `paths` are the files of certificate and key, `texts` their contents, `names` the names and IP addresses that
+    clients use. Each name is tried in a TLS handshake in memory, with the roots that this machine trusts and those in
+    the file. doubtful: only clients with a root that this machine does not trust accept the certificate. One line each.
     """
     found: dict[str, list[str]] = {"unusable": [], "refused": [], "doubtful": []}
     try:
@@ -66,12 +66,12 @@ def certificate_mistakes(paths: Sequence[str], texts: Sequence[str], names: Sequ
 
 
 def certificate_until(text: str) -> str:
-    """Until when the first certificate of a PEM text is valid, as in `2027-01-31 00:00 UTC`."""
+    """Return when the first certificate of a PEM text expires, as in `2027-01-31 00:00 UTC`."""
     return _time(x509.load_pem_x509_certificate(text.encode()).not_valid_after_utc)
 
 
 def _chain(paths: Sequence[str], texts: Sequence[str]) -> list[x509.Certificate]:
-    """The certificates of the file; raises _UnusableError."""
+    """Return the certificates of the file. Raises _UnusableError if nginx cannot load them with the key."""
     path, key_path = paths
     try:
         chain = x509.load_pem_x509_certificates(texts[0].encode())
@@ -103,7 +103,7 @@ def _chain(paths: Sequence[str], texts: Sequence[str]) -> list[x509.Certificate]
 
 
 def _remedy(path: str, text: str, command: str) -> str:
-    """What to do with a file whose text is not what OpenSSL's `command` writes."""
+    """Return what to do with a file whose text is not in the format that OpenSSL's `command` writes."""
     if label := re.search(r"-----BEGIN ([A-Z0-9 ]+)-----", text):
         return f"it begins with a {label[1]}; name the right file, whole"
     return f"convert it: openssl {command} -inform DER -in {path}, or for .p12 and .pfx: openssl pkcs12 -in {path}"
@@ -120,7 +120,7 @@ def _dates(path: str, chain: Sequence[x509.Certificate]) -> Iterator[str]:
 
 
 def _server(texts: Sequence[str]) -> ssl.SSLContext:
-    """A server with this certificate and key; raises SSLError where OpenSSL, and so nginx, does not take them."""
+    """Return a server context with this certificate and key. Raises SSLError if OpenSSL (and so nginx) rejects them."""
     with tempfile.TemporaryDirectory() as folder:
         certificate, key = Path(folder, "crt"), Path(folder, "key")
         for path, text in zip((certificate, key), texts, strict=True):
@@ -133,9 +133,9 @@ def _server(texts: Sequence[str]) -> ssl.SSLContext:
 def _handshake(
     texts: Sequence[str], anchors: Sequence[x509.Certificate], name: str
 ) -> ssl.SSLCertVerificationError | None:
-    """What a client that calls `name`, and trusts `anchors` too, has against the certificate; None for nothing."""
+    """Return the verification error of a client that connects to `name` and also trusts `anchors`, or None."""
     trusting = ssl.create_default_context()
-    trusting.hostname_checks_common_name = False  # browsers and Go look at subjectAltName alone
+    trusting.hostname_checks_common_name = False  # browsers and Go check only subjectAltName
     for anchor in anchors:
         trusting.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         trusting.load_verify_locations(cadata=anchor.public_bytes(Encoding.PEM).decode())

@@ -1,4 +1,4 @@
-"""What a unit tells llama-server, as llamaherd's variables."""
+"""Filter that converts the flags of a llama-server unit to llamaherd's variables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from ansible_collections.llamaherd.llamaherd.plugins.module_utils import gguf
 
-# llama-server --help: every spelling of a flag that says what a variable of ours says. Flags go before variables.
+# All spellings, from llama-server --help, of flags that have a variable here. Flags override environment variables.
 _MODEL = ("-m", "--model", "LLAMA_ARG_MODEL")
 _HUB = ("-hf", "-hfr", "--hf-repo", "LLAMA_ARG_HF_REPO")
 _ALIAS = ("-a", "--alias", "LLAMA_ARG_ALIAS")
@@ -36,7 +36,7 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], Callable[[str], Any]]] = {
     "ubatch": (("-ub", "--ubatch-size", "LLAMA_ARG_UBATCH"), int),
     "kv_type_k": (("-ctk", "--cache-type-k", "LLAMA_ARG_CACHE_TYPE_K"), str),
     "kv_type_v": (("-ctv", "--cache-type-v", "LLAMA_ARG_CACHE_TYPE_V"), str),
-    # Without a value: on, as builds of before September 2025 had it.
+    # Without a value it means on, as in builds before September 2025.
     "flash_attention": (("-fa", "--flash-attn", "LLAMA_ARG_FLASH_ATTN"), lambda word: _WORDS.get(word, word)),
     "threads": (("-t", "--threads", "LLAMA_ARG_THREADS"), int),
     "threads_batch": (("-tb", "--threads-batch"), int),
@@ -55,18 +55,18 @@ _PLACEMENT: dict[str, tuple[tuple[str, ...], Callable[[str], Any]]] = {
     "load_mode": (("-lm", "--load-mode", "LLAMA_ARG_LOAD_MODE"), str),
     "numa": (("--numa", "LLAMA_ARG_NUMA"), str),
 }
-# Flags that --load-mode has replaced.
+# --load-mode has replaced these flags.
 _MLOCK = ("--mlock", "LLAMA_ARG_MLOCK")
 _NO_MMAP = ("--no-mmap", "LLAMA_ARG_NO_MMAP")
 _ALL_LAYERS = 512  # LLAMA_MAX_LAYERS
 _CPU_MOE = ("-cmoe", "--cpu-moe", "LLAMA_ARG_CPU_MOE")
 _MMPROJ = ("-mm", "--mmproj", "LLAMA_ARG_MMPROJ")
 _CHAT_TEMPLATE = ("--chat-template-file", "LLAMA_ARG_CHAT_TEMPLATE_FILE")
-# Both may be given more than once, and each may list several.
+# Both can be repeated, and each can list several adapters.
 _LORA = "--lora"
 _LORA_SCALED = "--lora-scaled"
 _NOT_UNIFIED = ("-no-kvu", "--no-kv-unified")
-# What llamaherd always does, or does in a way of its own.
+# Flags for what llamaherd always does or does differently.
 _COVERED = {
     **dict.fromkeys(("--host", "LLAMA_ARG_HOST"), "nginx listens, the server stays on loopback"),
     **dict.fromkeys(
@@ -80,13 +80,13 @@ _COVERED = {
 
 
 def adopt_llama_server(service: Sequence[str], environment_files: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a service's ExecStart, Environment and WorkingDirectory, and the texts of its environment files.
+    """Convert a service's ExecStart, Environment, WorkingDirectory and environment files to llamaherd's variables.
 
-    `service` has a line of each, as `busctl --json=short get-property` prints them: drop-ins, continued lines, quotes
-    and specifiers are systemd's own reading. Returns path (the GGUF, "" where the unit names none), parts (the paths of
-    all its files), hub (what -hf names), mmproj and chat_template (paths, or ""), lora (name, path and scale of each),
-    name, aliases, port, gpu_layers, settings and placement (with what the unit says alone), ctx_size and parallel as
-    llama-server counts them (0: not said), and left: flag and reason for the rest.
+    `service` has one line for each property, as `busctl --json=short get-property` prints them; systemd has already
+    resolved drop-ins, continued lines, quotes and specifiers. Returns path (the GGUF, or ""), parts (paths of all its
+    files), hub (the value of -hf), mmproj and chat_template (paths, or ""), lora (name, path and scale of each), name,
+    aliases, port, gpu_layers, settings and placement (only what the unit sets), ctx_size and parallel as llama-server
+    counts them (0: not set), and left (flag and reason for each flag that was not converted).
     """
     commands, assignments, folder = (json.loads(line)["data"] for line in service)
     environment = {name: value for name, _equals, value in (each.partition("=") for each in assignments)}
@@ -151,7 +151,7 @@ def adopt_llama_server(service: Sequence[str], environment_files: Sequence[str] 
 
 
 def _layers(word: str) -> int | str:
-    """A number of layers, or auto; all are -1."""
+    """Return the number of layers, `auto`, or -1 for all."""
     return word if word == "auto" else int(word) if word.isdigit() else -1
 
 
@@ -160,24 +160,24 @@ def _loras(value: str) -> list[tuple[str, float]]:
 
 
 def _scaled_loras(value: str) -> list[tuple[str, float]]:
-    """Those of FNAME:SCALE,…; raises ValueError where one has no scale."""
+    """Return path and scale of each adapter in FNAME:SCALE,…. Raises ValueError if a scale is missing."""
     pairs = [item.rpartition(":") for item in next(csv.reader([value]))]
     return [(file, float(scale)) for file, _colon, scale in pairs]
 
 
 def _assignments(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The variables of lines NAME=value, as systemd.exec(5) reads an EnvironmentFile."""
+    """Yield name and value of each line NAME=value, parsed like an EnvironmentFile in systemd.exec(5)."""
     for line in map(str.strip, lines):
         name, equals, value = line.partition("=")
         if equals and not line.startswith(("#", ";")):
             try:
                 yield name.strip(), " ".join(shlex.split(value))
-            except ValueError:  # a lone quote is text
+            except ValueError:  # an unmatched quote is literal
                 yield name.strip(), value
 
 
 def _expanded(words: Sequence[str], environment: Mapping[str, str]) -> Iterator[str]:
-    """Words with $NAME and ${NAME} put in, as systemd.service(5) does it; of a shell's script each word."""
+    """Yield words with $NAME and ${NAME} expanded as in systemd.service(5), and each word of a `sh -c` script."""
     for number, word in enumerate(words):
         if number and words[number - 1] in ("-c", "-lc") and PurePosixPath(words[0]).name in ("sh", "bash", "dash"):
             yield from _expanded(shlex.split(word), environment)
@@ -188,7 +188,7 @@ def _expanded(words: Sequence[str], environment: Mapping[str, str]) -> Iterator[
 
 
 def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each flag after the program with its value; the program may stand behind others, such as numactl."""
+    """Yield each flag after llama-server with its value. Other programs, such as numactl, may precede llama-server."""
     programs = [number for number, word in enumerate(words) if PurePosixPath(word).name == "llama-server"]
     words = words[programs[0] + 1 if programs else 1 :]
     for number, word in enumerate(words):

@@ -15,7 +15,7 @@ from ansible_collections.llamaherd.llamaherd.plugins.module_utils import setting
 
 
 def tree_hash(root: str) -> str:
-    """The sha256 of all files under `root` with their relative names, less what tools leave behind."""
+    """Return the sha256 of the relative names and contents of all files under `root`, except hidden and cache files."""
     found = hashlib.sha256()
     base = Path(root)
     for path in sorted(base.rglob("*")):
@@ -27,23 +27,23 @@ def tree_hash(root: str) -> str:
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
-    """The lines of one flat TOML table of plain values and lists. JSON writes them as TOML does, but for DEL."""
+    """Return the lines of a flat TOML table of scalars and lists. Their JSON is valid TOML, except for DEL."""
     lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items())
     return "\n".join(lines).replace("\x7f", "\\u007f")
 
 
 def gib(size: float) -> str:
-    """Bytes as a person reads them: `1.5 GiB`."""
+    """Format a number of bytes, as in `1.50 GiB`."""
     return f"{size / 2**30:.2f} GiB"
 
 
 def shell_split(line: str) -> list[str]:
-    """The words of a shell command line."""
+    """Split a shell command line into words."""
     return shlex.split(line)
 
 
 def server_instances(more: Sequence[Mapping[str, Any]], first: Mapping[str, Any]) -> list[Any]:
-    """The instances of a host's server: `first` and those of llamaherd_instances, each with its number and unit."""
+    """Return a host's server instances: `first` and those of llamaherd_instances, each with its number and unit."""
     return [
         {"settings": {}, "devices": "", **one, "number": number, "suffix": suffix, "unit": f"llamaherd-server{suffix}"}
         for number, one in enumerate((first, *more))
@@ -52,7 +52,7 @@ def server_instances(more: Sequence[Mapping[str, Any]], first: Mapping[str, Any]
 
 
 def instance_mistakes(instances: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is wrong with a host's `server_instances`, one line each."""
+    """Return the mistakes in a host's `server_instances`, one line each."""
     found = [
         f"llamaherd_instances: the name {one['name']!r} may have small letters, digits and - only"
         for one in instances[1:]
@@ -74,8 +74,9 @@ _PLACEMENT_SCHEMA = json.loads((_META / "placement.json").read_text())
 
 
 def setting_mistakes(served: Sequence[Mapping[str, Any]], instances: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the server would refuse of settings and placement of its `served_models` and `server_instances`, one line
-    each.
+    """Return the mistakes for which the server would reject settings or placement, one line each.
+
+    `served` are `served_models`, `instances` are `server_instances`.
     """
     placed = [
         f"model {model['name']}: {mistake}"
@@ -90,10 +91,10 @@ def setting_mistakes(served: Sequence[Mapping[str, Any]], instances: Sequence[Ma
 
 
 def rpc_mistakes(own: Mapping[str, Any], group: Sequence[str], inference: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Why a host cannot compute with others over llama.cpp's RPC backend, one line each.
+    """Return why a host cannot use, or be, a worker of llama.cpp's RPC backend, one line each.
 
-    `own` has its name (host), address, workers, engines and instances; `group` is the group rpc, `inference` are the
-    variables of all hosts for inference. A worker serves one connection after the other: a second host would wait.
+    `own` has the host's name (host), address, workers, engines and instances; `group` is the group rpc, `inference` has
+    the variables of all inference hosts. A worker serves one connection at a time, so a second host would wait.
     """
     host, workers, found = own["host"], own["workers"], []
     if not _is_private(own["address"]):
@@ -124,12 +125,12 @@ def _is_private(address: str) -> bool:
 
 
 def gpu_layers(log: str) -> int:
-    """How many layers llama.cpp's log says that it put on an accelerator; 0 where it says nothing of it."""
+    """Return the number of layers on an accelerator according to llama.cpp's log; 0 if the log does not mention it."""
     found = re.findall(r"offloaded (\d+)/\d+ layers to GPU", log)
     return int(found[-1]) if found else 0
 
 
-# The CUDA toolkits that know an architecture: from this version on, and before that one.
+# CUDA toolkits that support an architecture: from the first version on, and before the second.
 # https://docs.nvidia.com/cuda/cuda-toolkit-release-notes (architectures added and removed)
 _TOOLKITS = {
     **dict.fromkeys(("50", "52", "60", "61", "70"), ("0", "13")),
@@ -148,10 +149,10 @@ _TOOLKITS = {
 
 
 def cuda_mistakes(facts: Mapping[str, Any], architectures: str) -> list[str]:
-    """Why this host's driver, its CUDA toolkit and its GPUs do not go together, one line each.
+    """Return why this host's driver, CUDA toolkit and GPUs are incompatible, one line each.
 
-    `facts` is ansible_facts.llamaherd, `architectures` is llamaherd_llama_cpp_cuda_architectures. A toolkit that is not
-    there yet is no mistake. A driver runs what any toolkit of its own major version made, and of the ones before:
+    `facts` is ansible_facts.llamaherd, `architectures` is llamaherd_llama_cpp_cuda_architectures. A missing toolkit is
+    not a mistake. A driver runs programs of toolkits of its own and of earlier major versions:
     https://docs.nvidia.com/deploy/cuda-compatibility
     """
     driver, toolkit = facts["cuda"]["driver"], facts["cuda"]["toolkit"]
@@ -185,7 +186,7 @@ def _number(version: str) -> tuple[int, ...]:
 
 
 def table(rows: Sequence[Sequence[Any]]) -> list[str]:
-    """The rows as lines, their columns aligned. All rows are equally long."""
+    """Format rows of equal length as lines with aligned columns."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     return ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

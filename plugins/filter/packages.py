@@ -1,4 +1,4 @@
-"""What went wrong with packages, in one line with the remedy."""
+"""Filter that explains a failed package installation in one line with the remedy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# As ansible.builtin.apt, apt-get, ansible.builtin.dnf and dnf name one that no source has.
+# How ansible.builtin.apt, apt-get, ansible.builtin.dnf and dnf report a package that no source has.
 _MISSING = (
     r"No package\(?s?\)? matching '([^']+)'",
     r"candidate for (\S+)",
@@ -18,9 +18,9 @@ _MISSING = (
 
 
 def package_mistake(result: Mapping[str, Any], packages: Sequence[str]) -> str:
-    """One line for the `result` of ansible.builtin.apt or dnf that was to install `packages`; empty where it did.
+    """Return one line for a failed `result` of ansible.builtin.apt or dnf on `packages`, or "" if it succeeded.
 
-    They fail with their whole command line, or with pages.
+    Their own messages contain the whole command line or pages of output.
     """
     message = re.sub(r"(?s)^'.*' failed: ", "", str(result.get("msg", "")))
     if not message or message.startswith("Nothing to do"):

@@ -1,4 +1,4 @@
-"""Filters for playbooks/models.yml: whether a published model fits a host, and where its entry goes in an inventory."""
+"""Filters for playbooks/models.yml: how a published model fits a host, and where to put its entry in an inventory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEW_FILE = "---\n# What may be served; playbooks/models.yml adds to it, and leav
 def model_fits(
     found: Mapping[str, Any], settings: Mapping[str, Any], memory_bytes: int, free_bytes: int
 ) -> list[list[str]]:
-    """A row for each of the choices that published_model `found`, below a row of headings."""
+    """Return a row of headings and a row for each choice that published_model `found`."""
     model = gguf.Shape(**found["shape"])
     given = {**gguf.DEFAULTS, **settings}
     longest = {**given, "ctx_per_slot": model.n_ctx_train}
@@ -47,10 +47,10 @@ def _gib(size: float) -> str:
 
 
 def model_listing(entry: Mapping[str, Any], inventory_dir: str, inventory_file: str) -> dict[str, Any]:
-    """Where `entry` goes: `path` with its new `content`, or the `reason` why it is only to be shown; and its `lines`.
+    """Return the `path` to write `entry` to and its new `content`, or the `reason` why not; and the entry's `lines`.
 
-    The file that has llamaherd_models gets it; where none has, group_vars/all does, as a file of its own unless
-    all.yml stands there. An entry of the same name keeps all but its sha256 and source.
+    That is the file with llamaherd_models. If there is none, it is a new file in group_vars/all, or group_vars/all.yml
+    if that exists. Of an existing entry with the same name, only sha256 and source change.
     """
     lines = _item(entry)
     listing = {"path": "", "content": "", "reason": "", "lines": [f"{VARIABLE}:", *(f"  {line}" for line in lines)]}
@@ -68,7 +68,7 @@ def model_listing(entry: Mapping[str, Any], inventory_dir: str, inventory_file: 
 
 
 class ListingError(ValueError):
-    """The text is such that an entry cannot be put into it without touching what is not ours."""
+    """The entry cannot be added to the text without changing other parts of it."""
 
 
 def _sources(folder: Path, inventory: Path) -> Iterator[Path]:
@@ -79,7 +79,7 @@ def _sources(folder: Path, inventory: Path) -> Iterator[Path]:
 
 
 def _new_place(group_vars: Path) -> Path:
-    """Ansible reads group_vars/all.yml, or the folder all: with both, the file would be left out."""
+    """Return the file for a new llamaherd_models. Ansible ignores group_vars/all.yml beside a directory `all`."""
     for name in ("all.yml", "all.yaml"):
         if (group_vars / name).exists() and not (group_vars / "all").exists():
             return group_vars / name
@@ -90,11 +90,11 @@ def _composed(path: Path) -> yaml.Node | None:
     try:
         return yaml.compose(path.read_text(), yaml.SafeLoader)
     except yaml.YAMLError:
-        return None  # encrypted, or a mistake that Ansible itself names
+        return None  # encrypted, or a syntax error that Ansible itself reports
 
 
 def _models(node: yaml.Node | None) -> list[yaml.Node]:
-    """The values of all keys llamaherd_models, however deep: an inventory has variables in its groups."""
+    """Return the values of all llamaherd_models keys at any depth, because an inventory has variables in its groups."""
     if not isinstance(node, yaml.MappingNode):
         return []
     own = [value for key, value in node.value if key.value == VARIABLE]
@@ -102,7 +102,7 @@ def _models(node: yaml.Node | None) -> list[yaml.Node]:
 
 
 def listed(text: str, entry: Mapping[str, Any]) -> str:
-    """`text` with `entry` in its llamaherd_models; raises ListingError where that cannot be done."""
+    """Return `text` with `entry` in its llamaherd_models. Raises ListingError if that is not possible."""
     nodes = _models(yaml.compose(text, yaml.SafeLoader))
     if len(nodes) != 1 or not isinstance(nodes[0], yaml.SequenceNode):
         raise ListingError(f"has {VARIABLE} more than once, or not as a list")
@@ -127,7 +127,7 @@ def listed(text: str, entry: Mapping[str, Any]) -> str:
 
 
 def _keys(node: yaml.Node) -> dict[str, tuple[Any, yaml.Node]]:
-    """The keys of an entry, each with its value if that is a scalar, and the value's node."""
+    """Return the keys of an entry, each with its value (None unless a scalar) and the node of its value."""
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     return {key.value: (value.value if isinstance(value, yaml.ScalarNode) else None, value) for key, value in pairs}
 
@@ -148,7 +148,7 @@ def _replaced(text: str, keys: Mapping[str, tuple[Any, yaml.Node]], entry: Mappi
 
 
 def _end(node: yaml.Node) -> int:
-    """Where the node's own text ends; a block's mark is only at what comes after the comments behind it."""
+    """Return the index where the node's text ends. The end mark of a block is only after the comments that follow."""
     if not isinstance(node, yaml.CollectionNode) or node.flow_style or not node.value:
         return int(node.end_mark.index)
     last = node.value[-1]
@@ -156,7 +156,7 @@ def _end(node: yaml.Node) -> int:
 
 
 def _plain(node: Any) -> Any:
-    """What a node says, without how it is written; tags such as !vault count."""
+    """Return the content of a node, independent of its style. Tags such as !vault count."""
     if isinstance(node, yaml.MappingNode):
         return node.tag, {_plain(key): _plain(value) for key, value in node.value}
     if isinstance(node, yaml.SequenceNode):
@@ -165,7 +165,7 @@ def _plain(node: Any) -> Any:
 
 
 def _verify(before: str, after: str, entry: Mapping[str, Any]) -> None:
-    """Raises ListingError unless the two differ in the entry alone."""
+    """Raise ListingError unless the two texts differ only in the entry."""
     old, new = (yaml.compose(text, yaml.SafeLoader) for text in (before, after))
     [models], [changed] = _models(old), _models(new)
     [wanted] = [one for one in changed.value if _keys(one).get("name", ("", None))[0] == entry["name"]]
@@ -194,7 +194,7 @@ def _item(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _flow(value: Any) -> str:
-    """A value as YAML on one line; Ansible's own kinds of strings become plain ones on the way through JSON."""
+    """Return a value as one line of YAML. The detour through JSON converts Ansible's string types to plain strings."""
     plain = [json.loads(json.dumps(value))]
     line = yaml.safe_dump(plain, default_flow_style=True, width=1 << 30, allow_unicode=True, sort_keys=False)
     return str(line).strip()[1:-1]

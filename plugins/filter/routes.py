@@ -1,4 +1,4 @@
-"""Filters that tell which hosts of a fleet serve which model, for edges and rollouts."""
+"""Filters for edges and rollouts: which hosts of a fleet serve which model."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from urllib.parse import quote, quote_plus
 import yaml
 
 ANY_NAME = "*"
-# A text in JSON, and what stands between texts and brackets. Possessive throughout: no byte is looked at twice, and no
-# length of a body costs stack.
+# A JSON string, and what comes between strings and brackets. Possessive throughout, so that no byte is examined twice
+# and a long body uses no stack.
 _TEXT = r'"(?:[^"\\]++|\\.)*+"'
 _PLAIN = r'[^"\[\]{}]++'
 _DEPTH = 24
 _MESSAGE_DEPTH = 6
-# nginx takes no longer parameter than 4096 bytes.
+# nginx limits a parameter to 4096 bytes.
 _HEADER_BYTES = 3000
 
 
 def model_routes(hosts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Which `hosts` an edge sends a request for which model to; empty where all serve the same.
+    """Return to which `hosts` an edge sends a request for each model; empty if all hosts serve the same models.
 
-    `hosts` are the variables of each host that the edge balances over. The result has sets of hosts, each with its
-    upstream's name, its hosts and what requests for it call a model (names, and patterns, which are regular
-    expressions); the model that a request without a name gets (first); the upstream for unknown names; a regular
-    expression that finds the model that a body names (in_body); and all models, also as values of a header (listed).
+    `hosts` has the variables of each host that the edge balances over. The result has `sets` of hosts, each with the
+    name of its upstream, its hosts, and the model names that requests use for it (`names`, and `patterns` as regular
+    expressions); the model of requests without a name (`first`); the upstream for unknown names (`unknown`); a regular
+    expression that finds the model in a body (`in_body`); and all models, also as header values (`listed`).
     """
     names = [host["inventory_hostname"] for host in hosts]
     by_hosts: dict[tuple[str, ...], list[str]] = {}
@@ -56,9 +56,9 @@ def model_routes(hosts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def route_mistakes(balanced: Sequence[Mapping[str, Any]], inference: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why edges cannot route by model, one line each.
+    """Return why edges cannot route by model, one line each.
 
-    `balanced` are the variables of the hosts that an edge balances over, `inference` those of all hosts that serve.
+    `balanced` has the variables of the hosts that an edge balances over, `inference` those of all inference hosts.
     """
     found = []
     meanings: dict[str, dict[str, list[str]]] = {}
@@ -76,7 +76,7 @@ def route_mistakes(balanced: Sequence[Mapping[str, Any]], inference: Sequence[Ma
     serving = _serving(balanced)
     drained = {host["inventory_hostname"] for host in balanced if host.get("llamaherd_drained")}
     models = [name for name in serving if name not in aliases]
-    if any(set(serving[name]) - drained for name in models):  # a fleet that is drained as a whole is meant so
+    if any(set(serving[name]) - drained for name in models):  # draining the whole fleet is intended
         found += [
             f"model {name} would have no host: llamaherd_drained is true on {' and '.join(serving[name])}, and no "
             "other host serves it; return one to service, or list the model on another"
@@ -93,9 +93,9 @@ def route_mistakes(balanced: Sequence[Mapping[str, Any]], inference: Sequence[Ma
 
 
 def upstreams(hosts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """nginx's upstreams for model_routes of the same `hosts`: all of them first, as `inference`; then other sets.
+    """Return nginx's upstreams for model_routes of the same `hosts`: first `inference` with all hosts, then other sets.
 
-    Each has its name (upstream), its hosts, and how many servers those have.
+    Each has its name (upstream), its hosts, and the number of their servers.
     """
     running = {host["inventory_hostname"]: _n_servers(host) for host in hosts}
     sets = [{"upstream": "inference", "hosts": list(running)}]
@@ -107,10 +107,10 @@ def upstreams(hosts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def key_share(balanced: Sequence[Mapping[str, Any]], host: str, instances: int) -> dict[str, int]:
-    """Where the servers of `host` stand among those that hold keys' limits together: servers, first and here.
+    """Return the position of the servers of `host` among those that share keys' limits: servers, first and here.
 
-    Those are the ones that a request can be sent to in its place: of hosts that serve a model in common, or each one in
-    common with another of them. `instances`: how many `host` has.
+    Hosts that serve a model in common share limits, directly or through others, because a request can go to any of
+    them. `first` is the number of servers before those of `host`; `instances` is how many `host` has.
     """
     together = {host}
     serving = [set(hosts) for hosts in _serving(balanced).values()]
@@ -132,21 +132,21 @@ def _n_servers(host: Mapping[str, Any]) -> int:
 
 @cache
 def _default_models() -> list[Mapping[str, Any]]:
-    """llamaherd_models where the inventory has none: variables of other hosts come without the roles' defaults."""
+    """Return llamaherd_models of the roles' defaults, which hostvars of other hosts do not include."""
     defaults = Path(__file__).resolve().parents[2] / "roles/common/defaults/main.yml"
     models: list[Mapping[str, Any]] = yaml.safe_load(defaults.read_text())["llamaherd_models"]
     return models
 
 
 def _served(host: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The entries of llamaherd_models that a host with these variables serves; the default one first."""
+    """Return the entries of llamaherd_models that a host with these variables serves, llamaherd_model first."""
     listed = {model["name"]: model for model in host.get("llamaherd_models") or _default_models()}
     first = host.get("llamaherd_model", next(iter(listed), ""))
     return [listed[name] for name in (first, *host.get("llamaherd_more_models", ())) if name in listed]
 
 
 def _serving(hosts: Sequence[Mapping[str, Any]], *, aliases: bool = True) -> dict[str, list[str]]:
-    """The hosts that serve each name and, with `aliases`, each alias."""
+    """Return the hosts that serve each name and, with `aliases`, each alias."""
     found: dict[str, list[str]] = {}
     for host in hosts:
         for model in _served(host):
@@ -158,10 +158,10 @@ def _serving(hosts: Sequence[Mapping[str, Any]], *, aliases: bool = True) -> dic
 def rollout_batches(
     hosts: Sequence[Mapping[str, Any]], inference: Sequence[Mapping[str, Any]], serial: int | str | Sequence[int | str]
 ) -> list[list[str]]:
-    """The names of `hosts` in batches of a rollout; a model that several hosts have in service keeps one of them.
+    """Return the names of `hosts` in rollout batches. A model on several hosts always keeps one of them in service.
 
-    `inference` are the variables of all hosts that serve. `serial` is what Ansible takes by that name, and counts among
-    hosts that serve the same models: the first batch has a canary of each kind.
+    `inference` has the variables of all inference hosts. `serial` is as in Ansible, but applies to each group of hosts
+    that serve the same models, so that the first batch has a canary of each kind.
     """
     serving = _in_service(inference)
     models = {host["inventory_hostname"]: tuple(sorted(_own_models(host))) for host in hosts}
@@ -187,15 +187,14 @@ def rollout_batches(
 
 
 def irreplaceable_models(hosts: Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    """The models that of `hosts` only the one called `name` has in service."""
+    """Return the models that only the host `name` has in service."""
     return [model for model, on in _in_service(hosts).items() if on == {name}]
 
 
 def model_status(hosts: Sequence[Mapping[str, Any]], samples: Mapping[str, Sequence[Sequence[str]]]) -> list[list[str]]:
-    """A row for each model of `hosts`: its name, its hosts, how many of them have it up, busy and all slots, requests
-    in queues.
+    """Return a row for each model of `hosts`: name, hosts, hosts where it is up, busy and total slots, queued requests.
 
-    `samples` are by host (name of a metric, model, value) as its server counts them; a host without any is down.
+    `samples` has the samples (metric, model, value) of each host's server; a host without samples is down.
     """
     rows = []
     for model, names in _serving(hosts, aliases=False).items():
@@ -209,7 +208,7 @@ def model_status(hosts: Sequence[Mapping[str, Any]], samples: Mapping[str, Seque
 
 
 def _split(names: Sequence[str], serial: int | str | Sequence[int | str]) -> list[list[str]]:
-    """Batches as Ansible makes them: the last size repeats, a share is of all and at least one."""
+    """Split names as Ansible's `serial` does: the last size repeats; a percentage is of all names, and at least one."""
     sizes = [serial] if isinstance(serial, int | str) else list(serial)
     batches: list[list[str]] = []
     done = 0
@@ -226,7 +225,7 @@ def _own_models(host: Mapping[str, Any]) -> list[str]:
 
 
 def _in_service(hosts: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
-    """The hosts of each model that are not drained."""
+    """Return the hosts of each model that are not drained."""
     found: dict[str, set[str]] = {}
     for host in hosts:
         for model in _own_models(host):
@@ -240,7 +239,7 @@ def _sums(model: Mapping[str, Any]) -> str:
 
 
 def _spellings(name: str) -> list[str]:
-    """How a request may write the name: in a path, in JSON, in a query."""
+    """Return the ways in which a request can spell the name: in a path, in JSON, in a query."""
     json_forms = [name, json.dumps(name)[1:-1], json.dumps(name, ensure_ascii=False)[1:-1]]
     json_forms += [form.replace("/", r"\/") for form in json_forms]
     encoded = [quote(name), quote(name, safe=""), quote_plus(name)]
@@ -249,33 +248,33 @@ def _spellings(name: str) -> list[str]:
 
 
 def _pattern(text: str) -> str:
-    """A regular expression, in an nginx parameter, that fits this text only; upper and lower case differ."""
+    """Return a case-sensitive regular expression for an nginx parameter that matches only this text."""
     plain = re.compile(r"[A-Za-z0-9_/:@=,~ -]")
     return "".join(chr(b) if plain.match(chr(b)) else f"\\x{b:02x}" for b in text.encode())
 
 
 def _named_in_body() -> str:
-    """A regular expression that finds the value of "model" in a JSON object, but not in what the object holds."""
+    """Return a regular expression that finds the value of "model" in a JSON object, but not in nested objects."""
     return rf'^[^{{"]*+{{{_before("model", _DEPTH)}"(?<llamaherd_named>(?:[^"\\]++|\\.)*+)"'
 
 
 def message_pattern(role: str) -> str:
-    """A regular expression, for nginx.conf, that finds the first message of this role in a body.
+    """Return a regular expression for nginx.conf that finds the first message of this role in a body.
 
-    Messages nest less than tools, and each object of a body is looked at for its role.
+    Its depth is smaller, because messages nest less than tools and every object of a body is tried.
     """
     whole = rf"(?:{_PLAIN}|{_TEXT}|{_held(_MESSAGE_DEPTH)})*+"
     return _quoted(rf'(?<llamaherd_message>{{(?={_before("role", _MESSAGE_DEPTH)}"{role}"){whole}}})')
 
 
 def _before(name: str, depth: int) -> str:
-    """What is within a JSON object up to the value that it has by this name."""
+    """Return a regular expression for a JSON object's content up to the value of the key `name`."""
     key = rf'"{name}"\s*+:'
     return rf'(?:(?!{key})(?:[^"\[\]{{}}]|{_TEXT}|{_held(depth)}))*+{key}\s*+'
 
 
 def _held(depth: int) -> str:
-    """An array or object, which may hold others to this depth."""
+    """Return a regular expression for an array or object with others nested to this depth."""
     held = ""
     for level in range(depth):
         held = rf"[\[{{](?:{_PLAIN}|{_TEXT}{'|' if level else ''}{held})*+[\]}}]"
@@ -283,12 +282,12 @@ def _held(depth: int) -> str:
 
 
 def _quoted(text: str) -> str:
-    """The text within double quotes in nginx.conf."""
+    """Escape the text for double quotes in nginx.conf."""
     return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
 def _listed(models: Sequence[str]) -> list[str]:
-    """The names, percent-encoded and with commas between them, in as many values as nginx needs."""
+    """Return the percent-encoded names, separated by commas, in values that are short enough for nginx."""
     values = [""]
     for name in models:
         encoded = quote(name, safe="")

@@ -1,4 +1,4 @@
-"""A filter that holds what a server is asked against what it was tuned for."""
+"""Filter that compares a server's traffic with the workload that it was tuned for."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Fewer say nothing of an average, which must be off by such a factor.
+# Fewer requests say nothing about an average. An average has moved if it differs by this factor.
 _LEAST_REQUESTS = 100
 _FACTOR = 1.5
 
 
 def traffic_moves(page: str, provenance: Mapping[str, Any], model: str) -> list[str]:
-    """How prompts and answers of `model` differ from those that its tuned settings were measured with, a line at most.
+    """Return how prompts and answers of `model` differ from those it was tuned with, as a list of at most one line.
 
-    `page` is the server's /metrics since its start, `provenance` that of an entry of llamaherd_tuned.
+    `page` is the server's /metrics, which count from its start; `provenance` is from an entry of llamaherd_tuned.
     """
     asked = {kind: _mean(page, f"llamaherd_{kind}_tokens", model) for kind in ("prompt", "output")}
     tuned = provenance.get("mean_tokens", {})
@@ -30,7 +30,7 @@ def traffic_moves(page: str, provenance: Mapping[str, Any], model: str) -> list[
 
 
 def _mean(page: str, histogram: str, model: str) -> float:
-    """Of all its observations; 0 where they are few."""
+    """Return the mean of the histogram's observations, or 0 if there are too few."""
     sums = {
         part: sum(
             float(value)

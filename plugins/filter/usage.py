@@ -1,4 +1,4 @@
-"""What keys used, as servers' GET /v1/usage has it, summed and as CSV."""
+"""Filters for the responses of GET /v1/usage: sums over servers, and CSV."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _COUNTS = ("num_model_requests", "input_tokens", "input_cached_tokens", "output_
 
 
 def usage_rows(pages: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
-    """Rows of month, key, model and the counts, summed over pages; one without data counts as nothing."""
+    """Return rows of month, key, model and counts, summed over pages. A page without data is skipped."""
     sums: Counter[tuple[str, str, str, str]] = Counter()
     rows = set()
     for bucket in (bucket for page in pages for bucket in page.get("data", ())):
@@ -25,7 +25,7 @@ def usage_rows(pages: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
 
 
 def to_csv(rows: Iterable[Sequence[Any]]) -> str:
-    """The rows as RFC 4180 has it, but for the line ends."""
+    """Format the rows as in RFC 4180, except for the line ends (LF)."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()

@@ -1,6 +1,6 @@
-"""What a hub of models, or a web server, has of a GGUF: its files with their sha256, and its header by range requests.
+"""Client of a model hub, or of a web server: lists files with their sha256 and reads GGUF headers by range requests.
 
-The hub's API: https://huggingface.co/docs/hub/api. A token goes to the hub alone, never on to where it redirects.
+The hub's API: https://huggingface.co/docs/hub/api. A token is sent only to the hub, never to where it redirects.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from ansible.module_utils.urls import open_url
 from ansible_collections.llamaherd.llamaherd.plugins.module_utils.gguf import MAX_HEADER
 
 TIMEOUT_S = 20
-HEADER_S = 120  # for all of a header
+HEADER_S = 120  # for the whole header
 LONGEST_WAIT_S = 30
 MAX_LISTING = 1 << 26
 _FIRST, _CHUNK = 1 << 20, 1 << 18
 
 
 class HubError(Exception):
-    """What was asked for cannot be had; the message is one line for the operator."""
+    """The repository or file is not available; the message is one line for the operator."""
 
 
 class Hub:
-    """A hub by its address; `token`, of the inventory's `variable`, may be empty. Raises HubError."""
+    """A hub at `url`. `token` may be empty; messages name `variable` as where to set it. Methods raise HubError."""
 
     def __init__(self, url: str, token: str, variable: str = "llamaherd_model_hf_token") -> None:
         self.url, self.token, self.variable = url.rstrip("/"), token, variable
 
     def listing(self, repo: str, revision: str) -> tuple[str, list[dict[str, Any]]]:
-        """The commit that `revision` is, and of each file there its path, size and sha256 ("" where git has it)."""
+        """Return the commit of `revision`, and path, size and sha256 of its files ("" if a file is in git itself)."""
         address = f"{self.url}/api/models/{repo}/revision/{urllib.parse.quote(revision, safe='')}?blobs=true"
         with self._open(address, f"{repo}@{revision}") as answer:
             text = answer.read(MAX_LISTING)
@@ -100,9 +100,9 @@ class Hub:
 
 
 class RemoteFile(io.RawIOBase):
-    """A file behind an address, of which as much is fetched as is read; at most MAX_HEADER bytes, within HEADER_S.
+    """A remote file, of which only what is read is fetched: at most MAX_HEADER bytes, within HEADER_S.
 
-    `size` is the whole file's, 0 where the server does not say; `sha256` is what the hub says of it, else empty.
+    `size` is that of the whole file, or 0 if the server does not report it.
     """
 
     def __init__(self, hub: Hub, url: str, what: str) -> None:
@@ -131,12 +131,12 @@ class RemoteFile(io.RawIOBase):
         return found
 
     def _grow(self, end: int) -> None:
-        """Fetch up to byte `end`; raises HubError where that takes too long or brings nothing."""
+        """Fetch up to byte `end`. Raises HubError if that takes too long or returns nothing."""
         begin, end = len(self._content), min(end, MAX_HEADER)
         with self._hub._open(self._url, self._what, f"{begin}-{end - 1}") as answer:
             if answer.status == http.client.PARTIAL_CONTENT:
                 self.size = int(answer.headers.get("Content-Range", "").rpartition("/")[2].strip("*") or 0)
-            else:  # ranges are ignored: all of it comes, of which we read a part
+            else:  # the server ignores ranges and sends everything, of which this reads a part
                 self.size, begin = int(answer.headers.get("Content-Length") or 0), 0
                 self._content.clear()
             while len(self._content) < end and (chunk := answer.read(min(_CHUNK, end - len(self._content)))):
@@ -152,7 +152,7 @@ def _host(url: str) -> str:
 
 
 def _wait_s(headers: Message) -> int | None:
-    """Seconds by Retry-After, or by the hub's RateLimit ("api";r=0;t=55); None where neither says."""
+    """Return the seconds of Retry-After or of the hub's RateLimit ("api";r=0;t=55), or None without either."""
     found = re.search(r"^\s*(\d+)\s*$", headers.get("Retry-After") or "")
     found = found or re.search(r";\s*t=(\d+)", headers.get("RateLimit") or "")
     return int(found[1]) if found else None

@@ -1,4 +1,4 @@
-"""What a host's nginx serves that llamaherd did not put there."""
+"""Finds the nginx sites of a host that llamaherd does not own."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _LISTEN = re.compile(r"(?:^|[{;])\s*listen\s+(unix:)?(?:\S*:)?(?:(\d+)(?=[\s;]))
 
 
 def nginx(root: Path = Path("/")) -> dict[str, Any]:
-    """Sites beside llamaherd's, and why nginx refuses what is there.
+    """Return the sites other than llamaherd's, and why nginx rejects the configuration.
 
-    sites: [{path, listens [{line, port}]}], the files in conf.d and sites-enabled other than the distribution's own,
-    and nginx.conf where somebody put a server into it. complaint: what `nginx -t` says against what is not llamaherd's.
+    sites: [{path, listens [{line, port}]}], the files in conf.d and sites-enabled except the distribution's own, and
+    nginx.conf if it has a server of its own. complaint: the error of `nginx -t`, unless it is in a file of llamaherd.
     """
     folder = root / "etc/nginx"
     packaged = _packaged(root)
@@ -49,7 +49,7 @@ def _listens(path: Path) -> list[dict[str, int]]:
 
 
 def _packaged(root: Path) -> dict[str, str]:
-    """The configuration files of dpkg's packages in /etc/nginx, with their MD5 sums."""
+    """Return the configuration files of dpkg's packages in /etc/nginx with their MD5 sums."""
     try:
         status = (root / "var/lib/dpkg/status").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -58,7 +58,7 @@ def _packaged(root: Path) -> dict[str, str]:
 
 
 def _is_packaged(path: Path, root: Path, packaged: dict[str, str]) -> bool:
-    """Whether the file is as a package of the distribution brought it."""
+    """Whether the file is unchanged from a package of the distribution."""
     file = path.resolve()
     if packaged:
         name = f"/{file.relative_to(root.resolve())}" if file.is_relative_to(root.resolve()) else str(file)
@@ -79,5 +79,5 @@ def _complaint() -> str:
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    # Without an AnsibleModule, whose run_command ansible-test asks for. pylint: disable-next=ansible-bad-function
+    # There is no AnsibleModule here for its run_command. pylint: disable-next=ansible-bad-function
     return subprocess.run(command, capture_output=True, text=True, check=False)

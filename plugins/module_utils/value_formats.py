@@ -1,4 +1,4 @@
-"""What the values of variables look like beyond their types: ports, names, addresses, sizes, times, folders."""
+"""Formats of variables' values, beyond their types: ports, names, addresses, sizes, times, directories."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ansible_collections.llamaherd.llamaherd.plugins.module_utils.setting_rules 
 
 _LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
 _DNS_NAME = re.compile(rf"(?=.{{1,253}}$)(\*\.)?{_LABEL}(\.{_LABEL})*")
-# Build tools, units and shells each give some of these a meaning of their own.
+# Some of these are special characters in build tools, units or shells.
 _MISREAD = re.compile(r"""[\x00-\x1f:;&|<>(){}*?\[\]$`"'\\#%~!,]""")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _TEXTS = ("llamaherd_upgrade_prompt",)
-# What a deploy would give to the service user, and reset.yml remove.
+# Shared directories, which a deploy must not give to the service user, nor reset.yml remove.
 _SHARED = re.compile(
     r"/(bin|boot|dev|etc|home|lib\w*|media|mnt|opt|private|proc|root|run|sbin|srv|sys|tmp|usr|var|Applications|Library|"
     r"System|Users|Volumes)?|/usr/(bin|include|lib\w*|local|sbin|share|src)|/usr/local/(bin|etc|lib|sbin|share|src)|"
@@ -39,7 +39,7 @@ _is_network = partial(_reads, partial(ipaddress.ip_network, strict=False))
 
 def _is_host(value: str) -> bool:
     return _is_address(value) or (
-        bool(_DNS_NAME.fullmatch(value)) and not value.rpartition(".")[2].isdigit()  # 10.0.0.999 is no name
+        bool(_DNS_NAME.fullmatch(value)) and not value.rpartition(".")[2].isdigit()  # 10.0.0.999 is not a name
     )
 
 
@@ -60,9 +60,9 @@ def _matches(pattern: str) -> Callable[[str], bool]:
 
 _TIME = r"(\d+(ms|[smhdwMy])? ?)+"
 _SIZE = r"infinity|\d+(\.\d+)?[KMGT]?|\d+(\.\d+)?%"
-_MOST = 2**31  # what programs that these are passed to read
+_MOST = 2**31  # the limit of the programs that get these values
 _HTTP = _matches(r"https?://[^\s/]\S*")
-# Of a variable's name, without llamaherd_, and of a list's or mapping's entries: what to hold, and the words for it.
+# By name without llamaherd_, with [] and .key for entries: the check, and its words for messages.
 _FORMATS: dict[str, tuple[Callable[[Any], bool], str]] = {
     r"\w*port|instances\.port": (lambda value: 1 <= value <= 65535, "a port, 1 to 65535"),
     r"nginx_certificate_days": (lambda value: 1 <= value <= 36500, "between 1 and 36500"),
@@ -96,9 +96,9 @@ _ALL = tuple((re.compile(f"llamaherd_({pattern})"), check, words) for pattern, (
 
 
 def format_mistakes(name: str, value: Any, spec: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the form of a value of the right type, a line; what may be empty is left to whoever reads it.
+    """Yield a message if a value of the right type has a wrong format; "" passes where it is a default or a switch.
 
-    `name` is the variable's, with the entry's index or key: llamaherd_nginx_names[0], llamaherd_instances[0].port.
+    `name` is that of the variable, with an entry's index or key: llamaherd_nginx_names[0], llamaherd_instances[0].port.
     """
     if value == "" and (spec.get("default") == "" or name == "llamaherd_server_prompt_cache_dir"):  # "" turns it off
         return

@@ -140,12 +140,12 @@ _LOCAL = Path("/usr/local")
 _DRM = Path("/sys/class/drm")
 _DRI = Path("/dev/dri")
 _VULKAN_HEADER = Path("/usr/include/vulkan/vulkan_core.h")
-_VULKAN_VENDORS = {"0x1002": "an AMD GPU", "0x8086": "an Intel GPU"}  # NVIDIA's, 0x10de, has CUDA
-_PATIENCE_S = 60  # nvidia-smi may hang for ever on a broken card
+_VULKAN_VENDORS = {"0x1002": "an AMD GPU", "0x8086": "an Intel GPU"}  # NVIDIA (0x10de) has CUDA
+_PATIENCE_S = 60  # nvidia-smi can hang forever on a broken card
 
 
 def memory_bytes() -> int:
-    """Physical memory, or the control group's limit where that is lower."""
+    """Return the physical memory in bytes, or the limit of the control group if that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         text = _read(path).strip()
@@ -155,7 +155,7 @@ def memory_bytes() -> int:
 
 
 def accelerator(nvidia: list[dict[str, Any]]) -> dict[str, Any]:
-    """The best accelerator that this host has, why, and its memory in bytes; `nvidia`: what `gpus` found."""
+    """Return the host's best accelerator, the reason, and its memory in bytes. `nvidia` is the result of `gpus`."""
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         return {
             "accelerator": "metal",
@@ -187,9 +187,9 @@ def accelerator(nvidia: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """NVIDIA's GPUs as nvidia-smi tells them; `architecture` is CMake's name, such as 90 for compute capability 9.0.
+    """Return NVIDIA's GPUs according to nvidia-smi, with CMake's `architecture`: 90 for compute capability 9.0.
 
-    One that shares the host's memory (Grace, Jetson, DGX Spark) says [N/A] for its own.
+    GPUs that share the host's memory (Grace, Jetson, DGX Spark) report [N/A] for their own.
     """
     answer = _output(
         "nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits"
@@ -208,7 +208,10 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def cuda() -> dict[str, str]:
-    """Versions as `major.minor`. A toolkit that the driver runs goes before others, then PATH's, then a newer one."""
+    """Return versions of driver and toolkit as `major.minor`.
+
+    Prefers toolkits that the driver supports, then the one in PATH, then the newest.
+    """
     said = _output("nvidia-smi").strip()
     driver = _version(r"CUDA(?: \w+)? Version *: *(\d+\.\d+)", said)
     missing = "its driver has no libcuda" if "Driver Version" in said else said.partition("\n")[0]
@@ -230,16 +233,16 @@ def cuda() -> dict[str, str]:
 
 
 def rocm() -> dict[str, str]:
-    """Where ROCm is and its C++ compiler, as hipconfig tells them; empty where there is none."""
+    """Return the root of ROCm and its C++ compiler according to hipconfig; empty strings without ROCm."""
     hipconfig = shutil.which("hipconfig") or "/opt/rocm/bin/hipconfig"
     root, programs = _output(hipconfig, "--rocmpath").strip(), _output(hipconfig, "--hipclangpath").strip()
     return {"root": root, "compiler": f"{programs}/clang++" if programs else ""}
 
 
 def render_nodes() -> list[dict[str, Any]]:
-    """The render nodes of GPUs: path, PCI vendor, and memory in bytes (0 where it is the host's, or not reported).
+    """Return the render nodes of GPUs: path, PCI vendor, and memory in bytes (0 if shared or not reported).
 
-    Only chips of a card's own memory have a maker: amdgpu reports none for what firmware sets apart of the host's.
+    amdgpu reports a memory vendor only for a card's own chips, not for host memory that the firmware reserves for it.
     Mesa's software device has no render node.
     """
     found = []
@@ -253,7 +256,7 @@ def render_nodes() -> list[dict[str, Any]]:
 
 
 def vulkan_headers() -> str:
-    """The version of the Vulkan headers, such as 1.4.309; empty where there are none."""
+    """Return the version of the Vulkan headers, such as 1.4.309, or "" without headers."""
     text = _read(str(_VULKAN_HEADER))
     complete = _version(r"VK_HEADER_VERSION_COMPLETE VK_MAKE_API_VERSION\(0, (\d+, \d+), VK_HEADER_VERSION\)", text)
     patch = _version(r"#define VK_HEADER_VERSION (\d+)", text)
@@ -270,7 +273,7 @@ def _number(version: str) -> tuple[int, ...]:
 
 
 def _output(*command: str) -> str:
-    """What `command` prints; empty where there is no such program."""
+    """Return what `command` prints, "" if the program does not exist, or a complaint after a timeout."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -281,7 +284,7 @@ def _output(*command: str) -> str:
 
 
 def free_bytes(path: str) -> int:
-    """What may still be written below `path`."""
+    """Return the free space in bytes at `path` or at its nearest existing parent."""
     folder = Path(path)
     while not folder.exists():
         folder = folder.parent
@@ -289,13 +292,13 @@ def free_bytes(path: str) -> int:
 
 
 def installed(packages: list[str]) -> list[str]:
-    """Those of `packages` that dpkg has; apt itself takes seconds to say so."""
+    """Return those of `packages` that dpkg has installed. Reads its status file, because apt takes seconds."""
     found = re.findall(r"^Package: (\S+)\nStatus: \S+ ok installed$", _read("/var/lib/dpkg/status"), re.MULTILINE)
     return sorted(set(packages).intersection(found))
 
 
 def listeners() -> list[dict[str, Any]]:
-    """Listening TCP sockets (Linux) with the process and the systemd unit that owns each, where we may see it."""
+    """Return listening TCP sockets (Linux), each with its process and systemd unit if this user may see them."""
     found: dict[str, dict[str, Any]] = {}
     for path, family in (("/proc/net/tcp", socket.AF_INET), ("/proc/net/tcp6", socket.AF_INET6)):
         for line in _read(path).splitlines()[1:]:

@@ -98,13 +98,13 @@ Choice = dict[str, Any]
 
 
 def quantization(path: str) -> str:
-    """The last word of a file's name that is the name of a quantization; empty where there is none."""
+    """Return the last word of a file name that is a quantization, or ""."""
     found = _QUANTIZATION.findall(PurePosixPath(path).name.upper())
     return found[-1] if found else ""
 
 
 def choices(repo: str, commit: str, files: list[dict[str, Any]]) -> list[Choice]:
-    """The models among the files of a repository, the smallest first; a set that lacks parts says which (missing)."""
+    """Return the models among the files of a repository, smallest first. `missing` lists parts that it lacks."""
     ggufs = {one["path"]: one for one in files if one["path"].endswith(".gguf") and not _NO_MODEL.search(one["path"])}
     found = []
     for first in dict.fromkeys(part_names(path)[0] for path in ggufs):
@@ -126,7 +126,7 @@ def choices(repo: str, commit: str, files: list[dict[str, Any]]) -> list[Choice]
 
 
 def chosen(repo: str, found: list[Choice], wanted: str, file: str) -> Choice:
-    """The one of this quantization, or of this file; raises HubError where it is none or several."""
+    """Return the choice with this quantization or file. Raises HubError unless there is exactly one."""
     if file:
         if _NO_MODEL.search(file):
             raise HubError(f"{file} is a projector or an importance matrix, not a model")
@@ -152,7 +152,7 @@ def chosen(repo: str, found: list[Choice], wanted: str, file: str) -> Choice:
 
 
 class Search:
-    """One search by the module's parameters; raises HubError, GgufError, OSError."""
+    """One search with the module's parameters. Raises HubError, GgufError, OSError."""
 
     def __init__(self, params: dict[str, Any]) -> None:
         self._params = params
@@ -165,7 +165,7 @@ class Search:
         return self._address(model) if re.match("https?://", model) else self._local(model)
 
     def _named(self) -> str:
-        """The model; a page or file of the hub as hf:… names it."""
+        """Return the model, with the URL of a page or file of the hub converted to hf:…."""
         model = str(self._params["model"])
         if not model.startswith(f"{self._hub.url}/"):
             return model
@@ -186,7 +186,7 @@ class Search:
             raise HubError(f"{repo} has no GGUF model: look for a repository of its GGUFs, often named {repo}-GGUF")
         if wanted or file:
             found = [chosen(repo, found, wanted, file)]
-        # All quantizations of a model have one shape; of a repository of several models each named one is read.
+        # Quantizations of a model share one shape, so one header is enough; a model that is named is read itself.
         first = next((one for one in found if not one["missing"]), found[0])
         header = self._header(self._hub, self._hub.address(repo, commit, first["file"]), f"{repo}/{first['file']}")[0]
         _check_split(header, first["parts"])

@@ -1,4 +1,4 @@
-"""Documents the action plugin of this name (plugins/action), which does all of the work on the controller."""
+"""Documentation of the action plugin of this name (plugins/action), which does all of the work on the controller."""
 
 from __future__ import annotations
 
