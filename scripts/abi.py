@@ -1,7 +1,7 @@
-"""Writes roles/llama_cpp/files/abi.c: what the worker takes of llama.cpp, as the pinned Python binding has it.
+"""Writes roles/llama_cpp/files/abi.c: the part of llama.cpp's C interface that the worker uses through the binding.
 
-A C compiler that accepts it says that another llama.cpp has the same structures, numbers and functions.
-`python -m scripts.abi SOURCE` writes it, of the binding that is installed and the headers of its own llama.cpp.
+If it compiles against another llama.cpp, that one has the same structures, constants and functions. Run
+`python -m scripts.abi SOURCE`, where SOURCE is the llama.cpp of the installed binding.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ HEAD = """\
 
 
 def used() -> set[str]:
-    """Functions and numbers of libllama that the worker names."""
+    """Return the functions and constants of libllama that the worker uses."""
     text = "\n".join(path.read_text() for path in WORKER.glob("*.py"))
     return {*re.findall(r"lib\.((?:llama|LLAMA)_\w+)", text)}
 
 
 def layout(lib: Any) -> list[str]:
-    """An assertion a structure and a field; sizes and offsets in bytes."""
+    """Return one assertion for the size of each structure and for the offset of each field, in bytes."""
     lines = []
     for name in STRUCTURES:
         kind = getattr(lib, name)
@@ -48,13 +48,13 @@ def layout(lib: Any) -> list[str]:
 
 
 def numbers(lib: Any) -> list[str]:
-    """An assertion an enumerator."""
+    """Return one assertion for each constant."""
     modes = (f"{kind}_{mode}" for kind, some in _MODES.items() for mode in some)
     found = {name: int(getattr(lib, name)) for name in {*modes, *used()} if name.startswith("LLAMA_")}
     found |= {f"GGML_TYPE_{name.upper()}": value for name, value in KV_TYPES.items()}
     names = {"auto": "AUTO", "off": "DISABLED", "on": "ENABLED"}
     found |= {f"LLAMA_FLASH_ATTN_TYPE_{names[name]}": value for name, value in FLASH.items()}
-    del found["LLAMA_MAX_DEVICES"]  # a function's value, which the binding reads
+    del found["LLAMA_MAX_DEVICES"]  # the binding gets its value from a function
     return [f'_Static_assert({name} == {value}, "{name}");' for name, value in sorted(found.items())]
 
 
@@ -66,7 +66,7 @@ _MODES = {
 
 
 def functions(header: str) -> list[str]:
-    """A pointer a function, of the type that its declaration has."""
+    """Return one function pointer for each function, with the type of its declaration."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", header, flags=re.DOTALL)
     declared = {
         found[2]: " ".join(f"{found[1]}(*const check_{found[2]}){found[3]} = {found[2]};".split())

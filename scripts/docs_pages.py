@@ -1,4 +1,4 @@
-"""The pages of the site that are made from what they describe, so that they cannot say something else.
+"""Generates the pages of the site that describe variables, metrics and the API, so that they match the code.
 
 A mkdocs hook: https://www.mkdocs.org/user-guide/configuration/#hooks
 """
@@ -27,7 +27,7 @@ ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CH
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that no file in docs/ holds."""
+    """Add the pages that are not files in docs/."""
     pages = {"variables.md": variables(), "metrics.md": metrics(), "api.md": api()}
     pages |= {page: beside(name) for name, page in ROOT_PAGES.items()}
     for name, text in pages.items():
@@ -36,13 +36,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def beside(name: str) -> str:
-    """A page of the repository's root, whose links into docs/ and to its like are links beside it here."""
+    """Return a page of the repository's root with its links changed to those of the site."""
     text = re.sub(r"\]\(docs/", "](", (ROOT / name).read_text())
     return re.sub(r"\]\(([A-Z]+\.md)\)", lambda link: f"]({ROOT_PAGES[link[1]]})", text)
 
 
 def variables() -> str:
-    """Every variable of every role, from the argument_specs that the plays hold the inventory against."""
+    """Return the page of all variables of all roles, from the argument_specs that plays check inventories with."""
     lines = [
         "# Variables",
         "",
@@ -62,14 +62,14 @@ def variables() -> str:
 
 
 def table(options: dict[str, Any]) -> Iterator[str]:
-    """A Markdown table of argument_specs options; those of a dictionary follow it, by their path."""
+    """Yield a Markdown table of argument_specs options. Those of a dictionary follow it, named by their path."""
     yield "| name | type | default | what it is |"
     yield "| --- | --- | --- | --- |"
     yield from rows("", options)
 
 
 def rows(prefix: str, options: dict[str, Any]) -> Iterator[str]:
-    """A table row for each option."""
+    """Yield a table row for each option."""
     for name, option in options.items():
         kind = option.get("type", "str")
         if "elements" in option:
@@ -83,16 +83,16 @@ def rows(prefix: str, options: dict[str, Any]) -> Iterator[str]:
 
 
 def code(value: object) -> str:
-    """A default as one would write it in YAML, safe in a table."""
+    """Format a default as YAML for a table cell."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
     return f"`{text}`".replace("|", "\\|")
 
 
 class _Engine:
-    """As much of an engine as metrics and routes ask for before the first request."""
+    """The part of an engine that metrics and routes use before the first request."""
 
     def observe(self, listener: object) -> None:
-        """Nothing happens here."""
+        """Do nothing: this engine has no events."""
 
     def status(self) -> EngineStatus:
         numbers = dict.fromkeys(Stats.__struct_fields__, 0)
@@ -100,7 +100,7 @@ class _Engine:
 
 
 def metrics() -> str:
-    """Every metric, as the server itself registers and describes it."""
+    """Return the page of all metrics, as the server registers and describes them."""
     lines = [
         "# Metrics",
         "",
@@ -116,7 +116,7 @@ def metrics() -> str:
 
 
 def api() -> str:
-    """Every route with its fields, from the OpenAPI document."""
+    """Return the page of all routes with their fields, from the OpenAPI document."""
     document = application().openapi()
     lines = [
         "# API",
@@ -140,13 +140,13 @@ def api() -> str:
 
 @functools.cache
 def application() -> FastAPI:
-    """The server's app with all that it may have, and an engine that computes nothing."""
+    """Return the server's app with all optional parts and an engine that computes nothing."""
     telemetry = {"otlp_endpoint": "http://localhost:4318"}
     settings = Settings.model_validate({"model": {"name": "model", "path": ROOT / "README.md"}, "telemetry": telemetry})
     return create_app(settings, lambda _: cast(Engine, _Engine()))
 
 
 def sentence(text: str | list[str]) -> str:
-    """A description's C(code) as Markdown's."""
+    """Return a description with C(code) converted to Markdown."""
     text = " ".join(text) if isinstance(text, list) else text
     return re.sub(r"C\(([^)]*)\)", r"`\1`", text).replace("|", "\\|")

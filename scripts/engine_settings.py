@@ -1,7 +1,7 @@
-"""Hands the engine's settings and a model's placement on to the playbooks, from llamaherd_server.wire.protocol.
+"""Generates files for the playbooks from the engine settings and placement in llamaherd_server.wire.engine_settings.
 
-`python -m scripts.engine_settings` writes the schema that filters read, the roles' argument_specs and their defaults;
-with `--check` it says which of them are stale, and fails.
+`python -m scripts.engine_settings` writes the schemas that filters read, and the roles' argument_specs and defaults.
+With `--check` it prints which of them are stale, and fails.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TYPES = {"integer": "int", "boolean": "bool", "string": "str", "array": "list",
 
 
 def files() -> Iterator[tuple[Path, str]]:
-    """Each file that settings are written into, and what it should hold."""
+    """Yield each generated file and its content."""
     settings, placement = schema(EngineSettings), schema(Placement)
     yield ROOT / "meta/engine_settings.json", json.dumps(settings, indent=1) + "\n"
     yield ROOT / "meta/placement.json", json.dumps(placement, indent=1) + "\n"
@@ -54,7 +54,7 @@ def _option(one: dict[str, Any]) -> dict[str, Any]:
 
 
 def _yaml(values: dict[str, Any], indent: int) -> str:
-    """One line an entry."""
+    """Return one line of YAML for each entry."""
     entries = (yaml.safe_dump({name: one}, default_flow_style=True, width=10_000) for name, one in values.items())
     return "".join(f"{' ' * indent}{entry.strip()[1:-1]}\n" for entry in entries)
 

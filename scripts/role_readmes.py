@@ -1,6 +1,6 @@
-"""Writes requirements, an example play and the table of variables into each role's README, from its meta folder.
+"""Writes requirements, an example play and the table of variables into each role's README, from its meta directory.
 
-What stands above the first of these headings is written by hand; one without gets it from argument_specs.
+Text above the first of these headings is kept. In a new README, it comes from argument_specs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import yaml
 from scripts.docs_pages import ROOT, sentence, table
 
 HEADING = "## Requirements"
-# The hosts of an example play, where they are not those of group inference.
+# Hosts of the example plays that do not run on group inference.
 HOSTS = {
     "bundle": "inference:edge",
     "common": "all",
@@ -29,7 +29,7 @@ HOSTS = {
 
 
 def readme(role: Path) -> str:
-    """The README that `role`, a folder, should have."""
+    """Return the README of `role`, a directory."""
     lines: list[str] = []
     for entry in yaml.safe_load((role / "meta/argument_specs.yml").read_text())["argument_specs"].values():
         lines += [f"# {role.name}", "", f"{sentence(entry['short_description'])}.", ""]
@@ -42,7 +42,7 @@ def readme(role: Path) -> str:
 
 
 def requirements(role: Path) -> list[str]:
-    """What the role needs, and a play that runs it."""
+    """Return the requirements of the role and an example play."""
     meta: dict[str, Any] = yaml.safe_load((role / "meta/main.yml").read_text())
     info = meta["galaxy_info"]
     platforms = (f"{one['name']} ({', '.join(one['versions'])})" for one in info["platforms"])

@@ -1,7 +1,7 @@
-"""Draws the server's rooms and what each takes from which: docs/images/rooms.svg, from the code's own imports.
+"""Draws the packages of the server and their imports, as found in the code: docs/images/rooms.svg.
 
-`python -m scripts.rooms` writes it; with `--check` it fails where the drawing is stale. The floors are those that
-import-linter holds, in pyproject.toml.
+`python -m scripts.rooms` writes it; with `--check` it fails if the drawing is stale. The layers are those of
+import-linter in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ WIDTH, FLOOR, BOX_WIDTH, BOX_HEIGHT = 620, 64, 150, 36
 
 
 def floors() -> list[list[str]]:
-    """The rooms by floor, the topmost first."""
+    """Return the packages by layer, the topmost first."""
     contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
     return [[name.strip().removeprefix(f"{PACKAGE}.") for name in layer.split("|")] for layer in contract["layers"]]
 
 
 def imports(rooms: set[str]) -> set[tuple[str, str]]:
-    """Which room takes from which, without what another room on the way takes too."""
+    """Return pairs of packages of which the first imports the second, without those implied by other pairs."""
     graph = grimp.build_graph(PACKAGE, cache_dir=None)
     found: dict[str, set[str]] = {room: set() for room in rooms}
     for module in graph.modules - {PACKAGE}:
@@ -40,7 +40,7 @@ def imports(rooms: set[str]) -> set[tuple[str, str]]:
 
 
 def drawing() -> str:
-    """The SVG."""
+    """Return the SVG."""
     plan = floors()
     places = {
         room: (WIDTH * (2 * column + 1) // (2 * len(rooms)), FLOOR * row + FLOOR // 2)

@@ -1,7 +1,7 @@
-"""Draws the end of `make demo` as a terminal: docs/images/demo.svg, from demo/recorded.json by the demo's own code.
+"""Draws the end of `make demo` as a terminal: docs/images/demo.svg, from demo/recorded.json with the demo's own code.
 
-`python -m scripts.terminal` writes it; with `--check` it fails where the drawing is stale; with `--record` it takes
-what the last `make demo` on this machine left in build/demo.json, without its key and this machine's paths.
+`python -m scripts.terminal` writes it; with `--check` it fails if the drawing is stale. With `--record` it first
+updates the recording from build/demo.json of the last `make demo`, without the key and this machine's paths.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from demo.show import summary
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED, PICTURE = ROOT / "demo/recorded.json", ROOT / "docs/images/demo.svg"
 COLUMNS = 112
-# Rich's own format asks another host for its font.
+# Rich's own format loads its font from another host.
 FORMAT = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <title>The end of make demo: the settings measured, the choice, the time each stage took, a curl line</title>
 <style>.{unique_id}-matrix{{font-family:monospace;font-size:{char_height}px;line-height:{line_height}px}}{styles}</style>
@@ -36,7 +36,7 @@ def record() -> None:
 
 
 def drawing() -> str:
-    """The SVG."""
+    """Return the SVG."""
     with Path(os.devnull).open("w") as nowhere:
         console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True, color_system="truecolor")
         console.print(Text("$ make demo", style="bold"), Text("…", style="dim"))

@@ -1,6 +1,6 @@
-"""Prints each line that uses a term which another one replaced, and what to write; exits with 1 where there is one.
+"""Prints each line that uses a replaced term, with its replacement; exits with 1 if there are any.
 
-One term a thing: what the texts call a thing is what the metrics, variables and messages call it.
+Texts, metrics, variables and messages use the same term for the same thing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PATTERN = re.compile(
 
 
 def found(text: str) -> Iterator[tuple[int, str, str]]:
-    """Line, term and replacement of each term that left."""
+    """Yield line number, term and replacement of each replaced term in `text`."""
     for number, line in enumerate(text.splitlines(), 1):
         for match in PATTERN.finditer(line):
             yield number, match[0], list(TERMS.values())[(match.lastindex or 1) - 1]

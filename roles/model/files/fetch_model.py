@@ -1,11 +1,11 @@
-"""Brings a model's files into the store: from URLs (resumed where cut off), a wheel, or as they were sent.
+"""Brings a model's files into the store: from URLs (with resumption), from a wheel, or as the controller sent them.
 
-Runs on the host with nothing but Python. A file gets its final name only after its sha256 and its magic were checked;
-on any mistake one line says what was expected and what was found, and nothing is left under the final name. The parts
-of a split model are fetched beside each other; one that is in the store already is left alone.
+Runs on the host and needs only Python. A file gets its final name only after its sha256 and magic are verified. On a
+mismatch it prints one line with the expected and the found value and leaves nothing under the final name. The parts
+of a split model are downloaded in parallel; parts that are already in the store are skipped.
 """
 
-# ruff: noqa: T201 (what it prints is its answer)
+# ruff: noqa: T201 (its output is what it prints)
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ TIMEOUT_S = 60
 
 
 class FetchError(Exception):
-    """The model cannot be had as asked for; the message is for the operator."""
+    """The model cannot be downloaded or verified; the message is for the operator."""
 
 
 class Meter:
-    """Prints how far a transfer is, once a second; several threads may add to it."""
+    """Prints the progress of a transfer once a second. Several threads can call `add`."""
 
     def __init__(self, verb: str, total: int | None, done: int = 0) -> None:
         self.verb, self.total, self.done = verb, total, done
@@ -58,7 +58,7 @@ class Meter:
 
 
 def see_room(folder: Path, needed: int) -> None:
-    """Raises FetchError where `needed` bytes would not fit into `folder`."""
+    """Raise FetchError if `folder` has less than `needed` bytes of free space."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise FetchError(f"{folder} has {free / 2**30:.2f} GiB left, {needed / 2**30:.2f} GiB are needed: make room")
@@ -71,16 +71,16 @@ def copy(source: IO[bytes] | http.client.HTTPResponse, target: BinaryIO, meter: 
 
 
 def download(url: str, partial: Path, token: str, together: Meter | None = None) -> None:
-    """Get `url` into `partial`, going on from what is there; retries what may pass, raises FetchError on the rest.
+    """Download `url` to `partial`, resuming from its size. Retries temporary errors; raises FetchError on others.
 
-    `together` counts what all parts of a model have.
+    `together` is the meter that all parts of a model share.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
             _download_rest(url, partial, token, together)
             return
         except urllib.error.HTTPError as error:
-            if error.code == 416:  # what is there is already all of it, or of another file: start afresh
+            if error.code == 416:  # the partial file is complete or of another file: start again
                 partial.unlink()
             elif error.code < 500 and error.code != 429:
                 hint = "; set the token variable" if error.code in (401, 403) else ""
@@ -98,7 +98,7 @@ def _request(url: str, token: str, span: str) -> urllib.request.Request:
     request = urllib.request.Request(url, headers={"User-Agent": "llamaherd"})  # noqa: S310 (the inventory named it)
     if span:
         request.add_header("Range", f"bytes={span}")
-    if token:  # not sent on to where a hub redirects
+    if token:  # must not reach the host to which a hub redirects
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     return request
 
@@ -108,7 +108,7 @@ def _size(path: Path) -> int:
 
 
 def size_of(url: str, token: str) -> int:
-    """How many bytes are behind `url`; 0 where that cannot be found out: the download shows why."""
+    """Return the size of `url` in bytes, or 0 if that is unknown; the download then reports the reason."""
     with suppress(OSError, http.client.HTTPException, ValueError):
         request = _request(url, token, "0-0")
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310 (the inventory named it)
@@ -134,7 +134,7 @@ def _download_rest(url: str, partial: Path, token: str, together: Meter | None) 
 
 
 def unpack(wheel: Path, member: str, partial: Path) -> None:
-    """Take `member` out of `wheel`, whose name may be a pattern."""
+    """Extract `member` of `wheel`, whose name can be a glob pattern, to `partial`."""
     wheels = sorted(wheel.parent.glob(wheel.name))
     if len(wheels) != 1:
         raise FetchError(f"{wheel} is {len(wheels)} wheels instead of one")
@@ -160,7 +160,7 @@ def digest(path: Path) -> str:
 
 
 def verify(path: Path, name: str, expected: str) -> None:
-    """Raises FetchError unless `path` is the GGUF with this sha256."""
+    """Raise FetchError unless `path` is a GGUF with the sha256 `expected`."""
     found = digest(path)
     if found != expected:
         raise FetchError(
@@ -174,7 +174,7 @@ def verify(path: Path, name: str, expected: str) -> None:
 
 
 def fetch(bring: Callable[[Path], None], dest: Path, name: str, expected: str, *, resumable: bool) -> None:
-    """Bring, verify, then rename. A resumed file that does not verify may be two files' halves: once more from zero."""
+    """Call `bring`, verify and rename. A resumed file that fails may be of two files and is fetched again from zero."""
     partial = dest.with_suffix(".partial")
     resumed = resumable and partial.exists()
     if not resumable:
@@ -190,7 +190,7 @@ def fetch(bring: Callable[[Path], None], dest: Path, name: str, expected: str, *
 
 
 def place(partial: Path, dest: Path, name: str, expected: str) -> None:
-    """Verify `partial` and give it its name; one that does not verify is removed."""
+    """Verify `partial` and rename it to `dest`. Removes it and raises FetchError if it does not verify."""
     try:
         verify(partial, name, expected)
     except FetchError:
@@ -203,11 +203,11 @@ def place(partial: Path, dest: Path, name: str, expected: str) -> None:
     print(f"{name} is verified and in place", flush=True)
 
 
-Part = tuple[Path, str, str]  # where it goes, its sha256, and where it is from
+Part = tuple[Path, str, str]  # destination, sha256, origin
 
 
 def fetch_urls(name: str, parts: list[Part], token: str, at_once: int) -> None:
-    """Fetch the parts, so many at once; none is begun unless there is room for all. Raises the first FetchError."""
+    """Download the parts, `at_once` in parallel, if there is room for all. Raises the first FetchError."""
     pool = ThreadPoolExecutor(at_once)
     meter = None
     if len(parts) > 1:
@@ -250,7 +250,7 @@ def main() -> None:
                 fetch(partial(unpack, args.wheel, member), dest, args.name, sha256, resumable=False)
     except (FetchError, OSError) as error:
         print(error, file=sys.stderr, flush=True)
-        os._exit(1)  # other parts' downloads end here too; the next run goes on from what they have
+        os._exit(1)  # ends the downloads of other parts too; the next run resumes them
 
 
 if __name__ == "__main__":
