@@ -1,1 +1,1 @@
-"""Side-by-side benchmarks against peers: each group prints ratios from one run and writes build/bench/<group>.json."""
+"""Benchmarks beside peers: each group prints ratios from one run and writes build/bench/<group>.json."""

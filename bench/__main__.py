@@ -7,7 +7,7 @@ import sys
 
 from bench.table import write
 
-# Each with its module.
+# Groups and their modules.
 GROUPS = {
     "serving": "serving",
     "hostbound": "hostbound",

@@ -1,4 +1,4 @@
-"""A streaming client that costs every server the same: plain asyncio, one connection a request."""
+"""A streaming client with the same cost for every server: plain asyncio, one connection for each request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaherd_loadtest.sse import END, parse_line
 
 @dataclass
 class Sample:
-    """One streamed completion; times in seconds on one clock. `arrivals` holds one entry a content event."""
+    """One streamed completion. Times are in seconds on one clock; `arrivals` has an entry for each content event."""
 
     sent: float
     arrivals: list[float] = field(default_factory=list)
@@ -33,13 +33,13 @@ class Sample:
 async def complete(
     port: int, prompt: str, max_tokens: int, temperature: float = 0.8, *, model: str = "bench", key: str = "none"
 ) -> Sample:
-    """Stream one /v1/completions; raises RuntimeError when the server answers with anything but a full stream."""
+    """Stream one /v1/completions. Raises RuntimeError unless the server returns a complete stream."""
     fields = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature}
     return await _stream(port, "/v1/completions", fields, key)
 
 
 async def chat(port: int, messages: list[dict[str, str]], tokens: int) -> Sample:
-    """Stream a greedy /v1/chat/completions of so many tokens; raises RuntimeError, as `complete` does."""
+    """Stream a greedy /v1/chat/completions of exactly `tokens` tokens. Raises RuntimeError as `complete` does."""
     fields = {"model": "bench", "messages": messages, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     return await _stream(port, "/v1/chat/completions", fields, "none")
 
@@ -55,7 +55,7 @@ async def _stream(port: int, path: str, fields: dict[str, object], key: str) -> 
     sample = Sample(sent=time.perf_counter())
     other = b""
     finished = False
-    # Every server here sends an event as a chunk of its own, so that chunk sizes are lines to skip.
+    # All servers here send each event as a chunk of its own, so chunk sizes are on lines that can be skipped.
     async for line in reader:
         now = time.perf_counter()
         chunk = parse_line(line)

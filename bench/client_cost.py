@@ -1,7 +1,7 @@
-"""What an event costs a load test's client in CPU: ours, guidellm's and aiperf's on the same paced server.
+"""CPU cost of one event in the clients of load tests: ours, guidellm's and aiperf's on the same paced server.
 
-The peers are installed from PyPI, each into an environment of its own under ~/.cache/llamaherd/bench. Torch (some GB)
-is left out of guidellm's: its HTTP client does without.
+The peers are installed from PyPI, each in an environment of its own in ~/.cache/llamaherd/bench. guidellm's has no
+torch (several GB), which its HTTP client does not need.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def run() -> Result:
 
 
 def rounds(pythons: dict[str, Path], streams: int) -> dict[str, list[float]]:
-    """Every product in every round, so that a slow minute hits all of them."""
+    """Measure all products in each round, so that a slow minute affects all of them."""
     costs: dict[str, list[float]] = {product: [] for product in pythons}
     for number in range(ROUNDS):
         for product, python in pythons.items():
@@ -53,7 +53,7 @@ def measure(python: Path, product: str, url: str, streams: int) -> float:
 
 
 def install(peer: str) -> Path:
-    """The Python of a peer's environment, made where there is none."""
+    """Return the Python of a peer's environment, which is created if it is missing."""
     home = CACHE / "bench" / peer
     python, done = home / "bin/python", home / ".installed"
     if not done.exists():

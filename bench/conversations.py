@@ -1,8 +1,8 @@
-"""Chats of several turns, four times as many as slots: what stays of their computed prompts, beside llama-server.
+"""How much of computed prompts chats with several turns find again when there are more chats than slots.
 
-`turns_*`: 16 chats by turns over 4 slots; their second and later turns count. `restart_*`: 4 long chats over 2 slots,
-one request at a time; each phase is a turn of all of them. The models: dense (SmolLM2), hybrid and sliding-window
-(random weights). llama-server has its prompt cache and checkpoints as by default.
+`turns_*`: 16 chats take turns on 4 slots; the second and later turns count. `restart_*`: 4 long chats on 2 slots, one
+request at a time; each phase is one turn of all chats. Models are dense (SmolLM2), hybrid and sliding-window (random
+weights). Compared with llama-server, whose prompt cache and checkpoints have their defaults.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SERVER = Path(__file__).resolve().parent.parent / "server/llamaherd_server"
 
 
 class Chat:
-    """A conversation, with the answers so far in its history."""
+    """A conversation with the answers so far in its history."""
 
     def __init__(self, seed: str, length: int) -> None:
         self._generator = random.Random(seed)
@@ -78,7 +78,7 @@ def turns(name: str, model: str | None) -> dict[str, Metric]:
 
 
 async def _by_turns(port: int, seed: int) -> Figures:
-    """As many clients as slots; each takes the chat whose turn it is."""
+    """Run one client for each slot. Each client takes the chat whose turn is next."""
     chats = [Chat(f"{seed} {number}", PROMPT_WORDS) for number in range(CHATS)]
     await Chat("warm up", NEXT_WORDS).turn(port)
 
@@ -105,7 +105,7 @@ async def _by_turns(port: int, seed: int) -> Figures:
 
 
 def restart(name: str, model: str | None) -> dict[str, Metric]:
-    """Ratios to the same round's warm and cold turns; llama-server keeps nothing over its restart."""
+    """Return TTFTs and their ratios to the same round's warm and cold turns. A restart empties llama-server's cache."""
     rounds: dict[str, Rounds] = {}
     for number in range(ROUNDS):
         for product, measure in {"ours": _our_restarts, "llama_server": _llama_server_restart}.items():
@@ -119,7 +119,7 @@ def restart(name: str, model: str | None) -> dict[str, Metric]:
 
 
 def _our_restarts(model: str | None, seed: int) -> Figures:
-    """A turn of all chats cold, warm, after kill -9 of the worker, a restart, and one as another release."""
+    """Measure one turn of all chats: cold, warm, after kill -9 of the worker, after a restart, and after an upgrade."""
     phase = partial(_phase, _long_chats(seed))
     WORK.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORK) as folder:
@@ -146,7 +146,7 @@ def _llama_server_restart(model: str | None, seed: int) -> Figures:
         return figures | phase(server, "restarted")
 
 
-# Half as many slots as chats: a warm turn has its prompt from where it went when it left its slot.
+# Half as many slots as chats, so that even a warm turn finds its prompt in the cache and not in a slot.
 LONG_FLAGS = Flags(LONG_CHATS // 2, ctx_per_slot=6144, unified=True)
 
 

@@ -1,8 +1,8 @@
-"""What nginx adds to a first token: the server over the worker that paces its tokens, asked directly and through nginx.
+"""What nginx adds to TTFT: requests to a server with a paced worker, directly and through nginx.
 
-nginx is Debian's, on loopback, with the configuration that the role renders: once for a host that is its own edge, and
-once for an edge before a host with an nginx of its own, TLS both ways in between. Direct and through nginx take turns.
-TTFT counts from the request's send on a connection that stands, as for a client that keeps its connections.
+nginx is Debian's, on loopback, with the configuration that the role renders: once for a host that is its own edge, once
+for an edge in front of a host with its own nginx and mutual TLS. Requests alternate between direct and through nginx.
+TTFT starts when the request is sent on an established connection, as for a client that keeps its connections.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run() -> Result:
 
 
 def through(variables: dict[str, Any]) -> dict[str, Metric]:
-    """TTFT in milliseconds, less the engine's own time for the prompt."""
+    """Return TTFTs in milliseconds, without the engine's time for the prompt."""
     port = free_port()
     ports = {"llamaherd_nginx_port": port, "llamaherd_nginx_inner_port": free_port()}
     limits = {"llamaherd_nginx_exempt": ["127.0.0.1"]}

@@ -1,7 +1,7 @@
-"""What the front end costs and adds, over a worker that paces its tokens by the clock (tests/server/paced_worker.py).
+"""CPU cost and added latency of the front end, on a worker that paces its tokens (tests/server/paced_worker.py).
 
-Process, socket and supervisor are the real ones; each token's text says when its engine sent it, on the clock that the
-client reads too. `bound` is the most that a figure may be.
+Process, socket and supervisor are the real ones. The text of each token is the time at which the engine sent it, on
+the client's clock. `bound` is the maximum of a figure.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TIMINGS = re.compile(rb'"prompt_ms":([\d.]+)')
 
 @dataclass
 class Stream(asyncio.Protocol):
-    """One streamed completion: what came and when. It is parsed only at the end, so that the client costs little."""
+    """One streamed completion: data and arrival times. It is parsed only at the end, which keeps the client cheap."""
 
     request: bytes
     sent: float = 0.0
@@ -69,7 +69,7 @@ class Stream(asyncio.Protocol):
             self.done.set_result(None)
 
     def tokens(self) -> list[tuple[float, float]]:
-        """When the engine sent each token, and when it came; raises RuntimeError when the stream broke off."""
+        """Return when the engine sent each token and when it arrived. Raises RuntimeError for an incomplete stream."""
         if b"data: [DONE]" not in self.data:
             raise RuntimeError(f"no full stream: {bytes(self.data[-500:])!r}")
         stamps = _STAMP.finditer(self.data)
@@ -79,7 +79,7 @@ class Stream(asyncio.Protocol):
         return self.tokens()[0][1] - self.sent
 
     def ttft_added(self) -> float:
-        """The client's TTFT without the engine's own time for the prompt."""
+        """Return the client's TTFT without the engine's time for the prompt, in seconds."""
         timings = _TIMINGS.search(self.data)
         assert timings  # noqa: S101 (llama-server always sends them)
         return self.ttft() - float(timings[1]) / 1000
@@ -93,7 +93,7 @@ async def stream(
 
 
 async def complete(port: int, body: dict[str, object], *, key: str = "", tls: ssl.SSLContext | None = None) -> Stream:
-    """One streamed /v1/completions."""
+    """Stream one /v1/completions."""
     content = json.dumps({**body, "stream": True}).encode()
     request = (
         b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nConnection: close\r\n"
@@ -115,7 +115,7 @@ def run() -> Result:
 
 
 def loaded() -> dict[str, Metric]:
-    """64 streams at once, 5,000 tokens/s in all."""
+    """Measure 64 concurrent streams with 5,000 tokens/s in total."""
     figures: dict[str, list[float]] = {"frontend_cores": [], "itl_added_p95_ms": [], "output_tokens_per_s": []}
 
     async def load(server: Running) -> None:
@@ -140,7 +140,7 @@ def loaded() -> dict[str, Metric]:
 
 
 def unloaded() -> dict[str, Metric]:
-    """One request after the other: TTFT against the engine's own timings, the median and the 95th percentile."""
+    """Measure requests one after the other: TTFT less the engine's own timings, median and 95th percentile."""
 
     async def load(server: Running) -> list[list[float]]:
         await stream(server.port, 2)
@@ -155,7 +155,7 @@ def unloaded() -> dict[str, Metric]:
 
 
 def fairness() -> dict[str, Metric]:
-    """A key sends one request after the other, first alone, then while another key has sent 200 at once."""
+    """Measure a key that sends one request after the other: first alone, then with 200 requests of another key."""
 
     async def load(server: Running) -> tuple[float, float]:
         async def light(count: int) -> float:
@@ -188,9 +188,9 @@ def fairness() -> dict[str, Metric]:
 
 
 def traces() -> dict[str, Metric]:
-    """What a trace adds to the front end's CPU time of a request, and the share that this is of the load of `loaded`.
+    """Measure the CPU time that a trace adds to a request in the front end, also as a share of the cost in `loaded`.
 
-    The two are measured apart: under load the difference would be less than the noise.
+    The two are measured separately, because under load the difference would be less than the noise.
     """
     added = [trace_ms() for _ in range(ROUNDS)]
     costs: dict[int, list[float]] = {TOKENS: [], TOKENS // 8: []}
@@ -214,7 +214,7 @@ def traces() -> dict[str, Metric]:
 
 
 def trace_ms(requests: int = 15 * 512) -> float:
-    """CPU time of a streamed chat's trace: what makes its span, and the thread that sends them, 512 at a time."""
+    """Return the CPU time of a streamed chat's trace in ms: creating its span, and sending spans, 512 at a time."""
     scope = {"type": "http", "method": "POST", "headers": []}
     usage = Usage(200, 100, 64, entered_s=0.001, queued_s=0.01, ttft_s=0.1, ended_s=0.9, outcomes=["stop"])
     with collecting() as collector:

@@ -1,7 +1,7 @@
-"""What tuning gains on a host: the tuner's choice, beside our defaults and llama-server's own, by another client.
+"""What tuning gains on a host: the tuner's choice compared with our defaults and with llama-server's.
 
-The host is the demo's lab host, deployed and tuned through its https address as any host is. The figures are then taken
-by `bench.client` from the servers' own ports, in rounds that start each server anew.
+The host is the demo's lab host, deployed and tuned through its https address like any host. A client other than the
+tuner's, `bench.client`, then measures the servers at their own ports, in rounds that restart each server.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TUNING = {
         *("parallel=1,2,4,8,16", "batch=512,2048", "ubatch=64,128,256,512", "kv_unified=true,false"),
     ],
 }
-# As `distinct` asks.
+# The same lengths as `distinct`.
 WORKLOAD = "name: gain\ndescription: About 100 tokens in, 64 out.\nprompt: {median: 100}\noutput: {median: 64}\n"
 
 
@@ -38,7 +38,7 @@ def run() -> Result:
     except StageFailed as failure:
         sys.exit(f"bench: {failure}")
     ask = partial(complete, model=MODEL, key=key(INVENTORY))
-    scenario = distinct(USERS, requests_per_stream=3, apart_s=0.5, ask=ask)  # people do not come all at once
+    scenario = distinct(USERS, requests_per_stream=3, apart_s=0.5, ask=ask)  # users do not arrive all at once
     products: dict[str, Callable[[Flags], AbstractContextManager[Running]]] = {
         "ours": lambda _: deployed(),
         "our_defaults": lambda _: deployed("-e", json.dumps({"llamaherd_tuned": []})),
@@ -56,7 +56,7 @@ def run() -> Result:
 
 
 def tune() -> None:
-    """Boot, deploy and tune from our defaults on, within the limit, for so many users."""
+    """Boot and deploy the host and tune it for USERS users, starting from our defaults."""
     playbook(str(INVENTORY), "lab.yml")
     forget_tuning(str(INVENTORY), HOST)
     playbook(str(INVENTORY), "deploy.yml")

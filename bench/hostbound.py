@@ -1,7 +1,7 @@
-"""What is left where a step is fast, as on a GPU: the host's own work, beside llama-server's.
+"""Cost of the host's own work, which dominates where a step is fast, as on a GPU; compared with llama-server.
 
-The stand-in is one small layer with a real vocabulary, computed by one thread. Both servers run all the time, and get
-the same load by turns, with other prompts in each round.
+The model is one small layer with a real vocabulary, computed by one thread. Both servers run all the time and get the
+same load in turns, with new prompts in each round.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench.table import Metric, Result, metric
 from tests.random_models import RandomModel
 
 VOCABULARIES = {"49k": 49_152, "152k": 151_936}  # SmolLM2's and Qwen's
-# Streams at once, the tokens of each, and the least ratio of tokens/s to llama-server's by vocabulary.
+# Concurrent streams, tokens of each, and the minimum ratio of tokens/s to llama-server's for each vocabulary.
 STREAMS = {1: (1500, (1.0, 1.0)), 8: (600, (1.4, 1.15)), 32: (300, (1.4, 1.3))}
 _USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
 
@@ -56,7 +56,7 @@ def run_scenario(name: str) -> dict[str, Metric]:
 
 
 def measure(server: Running, streams: int, tokens: int, seed: int, *, ours: bool) -> Figures:
-    """Processor time is the server's, its children's too; what is outside llama_decode is the rest of the wall time."""
+    """Measure one load. CPU time includes the server's children; `outside` is the wall time not in llama_decode."""
     page, cpu, began = server.metrics() if ours else "", server.cpu_s, time.perf_counter()
     count = uvloop.run(load(server, streams, tokens, seed))
     took, cpu = time.perf_counter() - began, server.cpu_s - cpu
@@ -70,7 +70,7 @@ def measure(server: Running, streams: int, tokens: int, seed: int, *, ours: bool
 
 
 async def load(server: Running, streams: int, tokens: int, seed: int) -> int:
-    """So many completions at once, sampled as llama-server does by default; how many tokens came."""
+    """Run `streams` completions at once, sampled with llama-server's defaults, and return the number of tokens."""
     generator = random.Random(seed)
     bodies = [
         {"prompt": words(generator, 8), "max_tokens": tokens, "stream_options": {"include_usage": True}}

@@ -1,7 +1,7 @@
-"""What one hostile request costs others: eight streams of another key go on while the corpus comes, one at a time.
+"""What a hostile request costs others: eight streams of another key run while the corpus is sent, one at a time.
 
-`bound` is the most that a figure may be. BENCH_ENGINES and BENCH_KINDS narrow a run down; build/bench/hostile-*.jsonl
-has a line for each request.
+`bound` is the maximum of a figure. BENCH_ENGINES and BENCH_KINDS restrict a run; build/bench/hostile-*.jsonl has a line
+for each request.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from bench.servers import WORK, Flags, Running
 from bench.table import BUILD, Metric, Result
 
 STREAMS = 8
-TOKENS = 100  # of one stream, which begins anew until the end
+TOKENS = 100  # of one stream, which is restarted until the end
 ANSWER_S = 5.0
 GIVEN_UP_S = 20.0
-QUIET_S = 20.0  # how long the streams are watched without an attack
-AFTER_S = 0.5  # what an answered request may still have left behind shows by then
+QUIET_S = 20.0  # how long streams are measured without an attack
+AFTER_S = 0.5  # by then, effects that outlast a response are visible
 MALFORMED = 10_000
 _RESTARTS = re.compile(r"^llamaherd_engine_restarts_total(?:\{[^}]*\})? (\S+)", re.MULTILINE)
 
@@ -66,7 +66,7 @@ def _request(method: str, path: str, key: str, body: bytes = b"") -> bytes:
 
 @dataclass
 class Exchange(asyncio.Protocol):
-    """One request on a connection of its own; parsed only at its end, so that the client never stands."""
+    """One request on its own connection. It is parsed only at the end, so that the client never blocks."""
 
     request: bytes
     data: bytearray = field(default_factory=bytearray)
@@ -87,7 +87,7 @@ class Exchange(asyncio.Protocol):
 
     @property
     def status(self) -> int:
-        """0 where no answer came."""
+        """Return the HTTP status, or 0 without a response."""
         return int(self.data[9:12] or b"0")
 
 
@@ -101,13 +101,13 @@ async def _exchange(port: int, request: bytes, limit_s: float) -> Exchange:
 
 
 class Watch:
-    """Streams that go on, probes and the front end's memory, until `stop`."""
+    """Keeps streams running and measures probes and the front end's memory, until `stop`."""
 
     def __init__(self, server: Running) -> None:
         self.server = server
         self.lost = 0
         self.rss_mib = self.probe_s = 0.0
-        self._gaps: list[tuple[float, float]] = []  # when each ended, and its seconds
+        self._gaps: list[tuple[float, float]] = []  # when each gap ended, and its length in seconds
         self._open: dict[int, Exchange] = {}
         self._tasks = [asyncio.create_task(self._stream(number)) for number in range(STREAMS)]
         self._tasks += [asyncio.create_task(self._probe()), asyncio.create_task(self._memory())]
@@ -118,7 +118,7 @@ class Watch:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def largest_gap_s(self, since: float) -> float:
-        """Of any stream, the one that has not ended yet too."""
+        """Return the largest gap of any stream in seconds, including gaps that have not ended yet."""
         now = time.monotonic()
         running = [now - max(one.times[-1], since) for one in self._open.values() if one.times]
         return max([*running, *(gap for ended, gap in self._gaps if ended >= since)], default=0.0)
@@ -156,7 +156,7 @@ class Watch:
 
 
 def rss_mib(pid: int) -> float:
-    """Of the front end alone."""
+    """Return the resident memory of one process, without its children."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
@@ -169,7 +169,7 @@ async def _restarts(server: Running) -> float:
 
 
 async def _attacked(server: Running, attacks: list[Attack], log: Path) -> dict[str, Metric]:
-    for path in ("/v1/completions", "/v1/chat/completions"):  # what is made once
+    for path in ("/v1/completions", "/v1/chat/completions"):  # warms up what is created only once
         fields = {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
         body = json.dumps({**fields, "max_tokens": 2}).encode()
         await _exchange(server.port, _request("POST", path, "attack", body), GIVEN_UP_S)
@@ -226,7 +226,7 @@ def _report(log: Path, rows: list[dict[str, Any]], quiet_s: float) -> None:
 
 
 async def _malformed(server: Running) -> dict[str, Metric]:
-    """The front end's memory after a first tenth, and after all of them."""
+    """Measure the growth of the front end's memory between the first tenth of the requests and the last."""
     bodies = [
         b"{",
         b"[]",

@@ -1,6 +1,6 @@
-"""Requests that try to cost others more than their share, by kind: each a name, a path and a body as bytes.
+"""Requests that try to take more than their share, by kind: each has a name, a path and a body as bytes.
 
-`refused` says whether the answer has to be an error; the others may be served, as long as they cost nobody else.
+`refused`: the response must be an error. Other requests can be served as long as nobody else pays for it.
 """
 
 from __future__ import annotations

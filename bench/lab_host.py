@@ -1,4 +1,4 @@
-"""A lab host as a place for servers: what is deployed there, or llama-server in its place, each by a tunnel."""
+"""Servers on a lab host, reached through a tunnel: the deployed one, or llama-server in its place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SERVICE, _OTHER = "llamaherd-server", "bench-llama-server"
 
 @dataclass(frozen=True)
 class OnHost(Running):
-    """`pid` is the host's."""
+    """A server on the host; `pid` is that of the host."""
 
     @property
     def rss_mib(self) -> float:
@@ -32,7 +32,7 @@ def key(inventory: Path) -> str:
 
 
 def ssh(inventory: Path, address: str, *options: str) -> list[str]:
-    """The command that reaches a lab host; what to run there follows."""
+    """Return the ssh command for a lab host, to which the remote command is appended."""
     secrets = inventory / ".secrets"
     known = ["-i", str(secrets / "lab_ed25519"), "-o", f"UserKnownHostsFile={secrets / 'known_hosts'}"]
     return ["ssh", *known, *options, f"root@{address}"]
@@ -40,7 +40,7 @@ def ssh(inventory: Path, address: str, *options: str) -> list[str]:
 
 @contextmanager
 def deployed(*arguments: str) -> Iterator[Running]:
-    """Our service with the settings that `deploy.yml --tags config` and `arguments` give it, started anew."""
+    """Restart our service with the settings of `deploy.yml --tags config` and `arguments`."""
     playbook(str(INVENTORY), "deploy.yml", "--tags", "config", *arguments)
     sh(f"systemctl restart {_SERVICE}")
     with _tunnel(8080, "/readyz") as tunnel:
@@ -49,7 +49,7 @@ def deployed(*arguments: str) -> Iterator[Running]:
 
 @contextmanager
 def llama_server() -> Iterator[Running]:
-    """llama-server of the same build with the same model and its own defaults, while our service is stopped."""
+    """Run llama-server of the same build with the same model and its own defaults, while our service is stopped."""
     sh(f"systemctl stop {_SERVICE}")
     program = f"/opt/llamaherd/llama.cpp/current/bin/llama-server --model /var/lib/llamaherd/models/{MODEL}.gguf"
     sh(f"systemd-run --quiet --collect --unit={_OTHER} {program} --alias {MODEL} --port 8081")
@@ -69,6 +69,6 @@ def _pid(unit: str) -> int:
 
 
 def _tunnel(port: int, health: str) -> AbstractContextManager[Running]:
-    """Ready when the host's `port` is; its `pid` is the tunnel's own."""
+    """Open a tunnel that is ready when the host's `port` is; its `pid` is the tunnel's own."""
     here = free_port()
     return process(ssh(INVENTORY, ADDRESS, "-N", "-L", f"127.0.0.1:{here}:127.0.0.1:{port}"), here, health)

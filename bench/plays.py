@@ -1,7 +1,7 @@
-"""How long the plays take on lab hosts that have everything already: one host, four hosts, one changed setting.
+"""Duration of plays on lab hosts that are already deployed: one host, four hosts, one changed setting.
 
-The hosts stand on a bridge of their own, each its own edge, and are removed at the end. The controller and all of them
-share this machine's cores.
+The hosts are on a bridge of their own, each is its own edge, and they are removed at the end. The controller and all
+hosts share this machine's cores.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SETTINGS = {"parallel": 2, "ctx_per_slot": 1024}
 BOUND_S, BOUND_FOUR, BOUND_SETTING_S = 25.0, 1.5, 15.0
 
 
-# Asks the server itself until it has so many slots.
+# Polls the server until it has `parallel` slots.
 WAIT = """python3 -c '
 import json, time, urllib.request
 request = urllib.request.Request("http://127.0.0.1:8080/slots", headers={{"Authorization": "Bearer {key}"}})
@@ -65,7 +65,7 @@ def run() -> Result:
 
 @contextmanager
 def hosts() -> Iterator[Path]:
-    """The inventory of four hosts on which everything is deployed."""
+    """Yield the inventory of four deployed hosts."""
     inventory = WORK / "plays"
     inventory.mkdir(parents=True, exist_ok=True)
     (inventory / "hosts.yml").write_text(yaml.safe_dump(described()))
@@ -103,7 +103,7 @@ def described() -> dict[str, Any]:
 
 
 def deploy(inventory: Path, *arguments: str) -> tuple[float, float]:
-    """Its seconds, and how many of this machine's cores were busy with it and with all else, proc_stat(5)."""
+    """Return the duration of a deploy in seconds and the average number of busy cores on this machine, proc_stat(5)."""
     began, idle = time.monotonic(), idle_s()
     playbook(str(inventory), "deploy.yml", *arguments)
     took = time.monotonic() - began
@@ -111,13 +111,13 @@ def deploy(inventory: Path, *arguments: str) -> tuple[float, float]:
 
 
 def idle_s() -> float:
-    """Of all cores together, since boot."""
+    """Return the idle time of all cores since boot in seconds, including time spent waiting for I/O."""
     idle, waiting = Path("/proc/stat").read_text().split()[4:6]
     return (int(idle) + int(waiting)) / os.sysconf("SC_CLK_TCK")
 
 
 def in_force_after(inventory: Path, parallel: int) -> float:
-    """From the command's start until the first host's server says that it has so many slots."""
+    """Return the seconds from the start of the command until the first host's server has `parallel` slots."""
     wait = WAIT.format(key=key(inventory), parallel=parallel)
     settings = json.dumps({"llamaherd_settings": SETTINGS | {"parallel": parallel}})
     began = time.monotonic()

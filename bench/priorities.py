@@ -1,9 +1,9 @@
-"""A batch behind a preemptible key beside chats: what chats wait, and what the batch gets.
+"""A batch with a preemptible key together with chats: how long chats wait, and how much the batch gets.
 
-`chats`: a chat of about 100 tokens every 2 s on average, 24 tokens out. `batch`: three times as many requests as slots
-at a time, each of about 200 tokens in and 64 out, without a pause. Each alone, then both. Chats' TTFT p95 beside the
-batch may be 1.2 x that of chats alone. The batch's tokens beside chats are held against 0.85 of what it has alone, in
-the time that chats, by their own speed alone, leave it.
+`chats`: a chat of about 100 tokens every 2 s on average, 24 tokens out. `batch`: three times as many concurrent
+requests as slots, each of about 200 tokens in and 64 out, without a pause. Each runs alone, then both together. TTFT
+p95 of chats with the batch may be 1.2 x that of chats alone. With chats, the batch should reach 0.85 of its speed alone
+in the share of the time that chats alone leave idle.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def _keys() -> str:
 
 
 async def _chats(port: int, seed: int, phase: str) -> tuple[float, float]:
-    """TTFT p95, and for how many seconds any of them was at work, of open arrivals over SECONDS.
+    """Return TTFT p95 in seconds, and for how many seconds of SECONDS any chat was running, of open arrivals.
 
-    They come at the same times in each phase, with prompts of its own.
+    Chats arrive at the same times in each phase, with different prompts.
     """
     dice, texts = random.Random(seed), random.Random(f"{seed} {phase}")
     began, at, tasks = time.perf_counter(), 0.0, []
@@ -81,7 +81,7 @@ async def _chats(port: int, seed: int, phase: str) -> tuple[float, float]:
 
 
 async def _batch(port: int, seed: int, seconds: float) -> float:
-    """Tokens of the batch that came within so many seconds."""
+    """Return the number of batch tokens that arrived within `seconds`."""
     came, until = 0, time.perf_counter() + seconds
 
     async def client(number: int) -> None:

@@ -1,4 +1,4 @@
-"""Starting each product on a free port with the same model, the same libllama and the same flags."""
+"""Starts each product on a free port with the same model, the same libllama and the same flags."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORK = Path(__file__).resolve().parent.parent / "build/bench/work"
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags that every product gets. Threads that wait for each other crawl beside other work: BENCH_THREADS=1."""
+    """Flags for every product. Beside other work, threads that wait for each other are slow: set BENCH_THREADS=1."""
 
     parallel: int
     ctx_per_slot: int
@@ -40,16 +40,16 @@ class Running:
 
     @property
     def rss_mib(self) -> float:
-        """Resident memory of the process and its children, mapped weights included, counted once a process."""
+        """Return the resident memory of the process and its children. Mapped weights count once for each process."""
         return sum(_rss_mib(pid) for pid in _tree(self.pid))
 
     @property
     def cpu_s(self) -> float:
-        """Processor time of the process and its children."""
+        """Return the CPU time of the process and its children in seconds."""
         return sum(cpu_s(pid) for pid in _tree(self.pid))
 
     def kill_worker(self) -> None:
-        """End our server's engine process by SIGKILL, and wait until another one is ready."""
+        """Kill our server's engine process with SIGKILL and wait until another one is ready."""
         killed = self._worker()
         assert killed  # noqa: S101 (a server that is ready has one)
         os.kill(killed, signal.SIGKILL)
@@ -71,7 +71,7 @@ class Running:
 def ours(
     flags: Flags, config_lines: str = "", environment: Mapping[str, str] | None = None, *, model: str | None = None
 ) -> Iterator[Running]:
-    """`config_lines`: further tables of server.toml."""
+    """Run our server. `config_lines` are further lines and tables of server.toml, after [engine]."""
     port = free_port()
     WORK.mkdir(parents=True, exist_ok=True)
     config = WORK / f"server-{port}.toml"
@@ -88,7 +88,7 @@ def ours(
 
 @contextmanager
 def llama_server(flags: Flags | None, *more: str, model: str | None = None) -> Iterator[Running]:
-    """Without `flags` by its own defaults."""
+    """Run llama-server; without `flags`, with its own defaults."""
     port = free_port()
     context = [] if flags is None else _flags(flags)
     command = [
@@ -112,7 +112,7 @@ def _flags(flags: Flags) -> list[str]:
 
 @contextmanager
 def lcp_example(flags: Flags) -> Iterator[Running]:
-    """llama-cpp-python's example server, out of the pinned source distribution."""
+    """Run llama-cpp-python's example server from the pinned source distribution."""
     port = free_port()
     config = WORK / f"example-{port}.json"
     script = _example_server()
@@ -205,7 +205,7 @@ def _command(pid: int) -> str:
 
 
 def cpu_s(pid: int) -> float:
-    """Processor time of the one process, without its children: user and system, proc(5)."""
+    """Return user and system CPU time of one process without its children in seconds, proc(5)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

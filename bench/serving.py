@@ -1,7 +1,7 @@
-"""The bundled server beside llama-server and llama-cpp-python's example server: same build, same GGUF, same flags.
+"""Our server beside llama-server and llama-cpp-python's example server: same build, same GGUF, same flags.
 
-Every round runs all products one after the other with fresh prompts, so that a slow minute hits all of them.
-A product that has two KV layouts runs in both, and its better one (by tokens per second) is what counts.
+Each round runs all products one after the other with new prompts, so that a slow minute affects all of them.
+A product with two KV layouts runs in both, and the better one (by tokens per second) counts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Ask = Callable[[int, str, int], Coroutine[None, None, Sample]]
 
 @dataclass(frozen=True)
 class Scenario:
-    """One load; `load` gets a port and a seed and returns the samples that count; `ask` sends one request of it."""
+    """One load. `load` takes a port and a seed and returns the samples that count; `ask` sends one of its requests."""
 
     flags: Flags
     load: Callable[[int, int], Coroutine[None, None, list[Sample]]]
@@ -50,9 +50,9 @@ def words(generator: random.Random, count: int) -> str:
 
 
 def distinct(streams: int, requests_per_stream: int = 2, apart_s: float = 0, ask: Ask = complete) -> Scenario:
-    """About 100 tokens in, 64 out, temperature 0.8; every stream sends its next request when one ends.
+    """About 100 tokens in, 64 out, temperature 0.8. Each stream sends its next request when the previous one ends.
 
-    Each stream begins `apart_s` seconds after the one before.
+    Each stream starts `apart_s` seconds after the one before.
     """
 
     async def load(port: int, seed: int) -> list[Sample]:
@@ -69,7 +69,7 @@ def distinct(streams: int, requests_per_stream: int = 2, apart_s: float = 0, ask
 
 
 def shared_prefix(streams: int) -> Scenario:
-    """A system prompt of about 512 tokens that is new in each round, and all streams at once: a cold cache."""
+    """A system prompt of about 512 tokens, which is new in each round, sent by all streams at once: a cold cache."""
 
     async def load(port: int, seed: int) -> list[Sample]:
         generator = random.Random(seed)
@@ -81,7 +81,7 @@ def shared_prefix(streams: int) -> Scenario:
 
 
 def long_arrival(streams: int) -> Scenario:
-    """One prompt of about 4096 tokens arrives among running streams; the running streams' samples count."""
+    """A prompt of about 4096 tokens arrives while other streams are running, whose samples count."""
 
     async def load(port: int, seed: int) -> list[Sample]:
         generator = random.Random(seed)
@@ -165,12 +165,12 @@ def better_layout(rounds: dict[str, list[Figures]], product: str) -> list[Figure
 
 
 def scheduler_share(page: str) -> float:
-    """The worker's own time over the whole time of its steps, from the server's histograms."""
+    """Return the share of the worker's own time in the time of all steps, from the server's histograms."""
     overhead = step_s(page, "overhead")
     return overhead / (overhead + step_s(page, "decode") + step_s(page, "sample"))
 
 
 def step_s(page: str, part: str) -> float:
-    """Seconds that all steps have spent in `part`."""
+    """Return the seconds that all steps have spent in `part`."""
     pattern = rf"^llamaherd_step_{part}_seconds_sum(?:{{[^}}]*}})? (\S+)$"
     return sum(float(value) for value in re.findall(pattern, page, re.MULTILINE))

@@ -1,7 +1,7 @@
-"""Speculative decoding beside llama-server's, where an answer repeats its prompt (`edit`) and where none does (`chat`).
+"""Speculative decoding compared with llama-server's, for answers that repeat their prompt (`edit`) or do not (`chat`).
 
-`edit`: SmolLM2 goes on greedily with code that it has seen once in the prompt and that begins again. `chat`: answers to
-questions, sampled. All servers run all the time, and get the same load by turns, with other prompts in each round.
+`edit`: SmolLM2 greedily continues code of which the prompt repeats the first lines. `chat`: sampled answers to
+questions. All servers run all the time and get the same load in turns, with new prompts in each round.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from bench.table import Metric, Result, metric
 from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.wire.protocol import WorkerConfig
 
-STREAMS = {1: 192, 4: 128, 16: 64}  # tokens of each
-LINES = 24  # of code, in a prompt of `edit`
-# Least ratio of tokens/s to that without drafts, and of `edit` at one stream to llama-server's best type.
+STREAMS = {1: 192, 4: 128, 16: 64}  # tokens of each stream
+LINES = 24  # lines of code in a prompt of `edit`
+# Minimum ratio of tokens/s to that without drafts; for `edit` with one stream also to llama-server's best type.
 BOUNDS = {"edit_1": 1.5}
 NEVER_BELOW, BEST_TYPE = 0.97, 1.0
 TYPES = ("ngram-simple", "ngram-map-k", "ngram-mod")
-STEPS = (1, 2, 4, 8, 16, 32, 64)  # tokens computed at once
+STEPS = (1, 2, 4, 8, 16, 32, 64)  # tokens in one step
 
 
 def run() -> Result:
@@ -71,7 +71,7 @@ def run_scenario(name: str) -> dict[str, Metric]:
 
 
 def measure(server: Running, kind: str, streams: int, seed: int, *, ours: bool) -> Figures:
-    """`drafted`: tokens drafted for each that came; `accepted`: the share of them that sampling gave too."""
+    """Measure one load. `drafted`: tokens drafted for each output token; `accepted`: the acceptance rate."""
     before, began = server.metrics() if ours else "", time.perf_counter()
     count = asyncio.run(load(server, kind, streams, STREAMS[streams], seed))
     figures = {"output_tokens_per_s": count / (time.perf_counter() - began)}
@@ -89,7 +89,7 @@ def total(page: str, name: str) -> float:
 
 
 async def load(server: Running, kind: str, streams: int, tokens: int, seed: int) -> int:
-    """So many completions at once; how many tokens came."""
+    """Run `streams` completions at once and return the number of tokens."""
     rng = random.Random(seed)
     prompt, temperature = (edit, 0.0) if kind == "edit" else (chat, 0.8)
     jobs = (complete(server.port, prompt(rng), tokens, temperature) for _ in range(streams))
@@ -97,7 +97,7 @@ async def load(server: Running, kind: str, streams: int, tokens: int, seed: int)
 
 
 def edit(rng: random.Random) -> str:
-    """Code, and its first lines again."""
+    """Return a prompt of code followed by its first lines again."""
     lines = rng.choice(sorted(Path(__file__).parent.glob("*.py"))).read_text().splitlines()
     start = rng.randrange(max(1, len(lines) - LINES))
     code = lines[start : start + LINES]
@@ -111,7 +111,7 @@ def chat(rng: random.Random) -> str:
 
 @dataclass
 class One:
-    """The only sequence of a context, as a batch takes it."""
+    """The only sequence of a context, with the attributes that Batch needs."""
 
     tokens: list[int]
     computed: int = 0
@@ -124,7 +124,7 @@ class One:
 
 
 def step_times() -> dict[str, Metric]:
-    """Milliseconds of a step by the tokens that it computes of one sequence, and over those of one."""
+    """Return the milliseconds of a step by its number of tokens, all of one sequence, and their ratio to one token."""
     from llamaherd_server.worker import lib as llama  # noqa: PLC0415 (llama_cpp is not there in every group)
     from llamaherd_server.worker.batch import Batch  # noqa: PLC0415 (loads llama.cpp)
     from llamaherd_server.worker.context import new_context  # noqa: PLC0415 (llama_cpp is not there in every group)

@@ -1,8 +1,8 @@
-"""One product's streaming client at work: `python stream_clients.py PRODUCT URL KEY STREAMS TOKENS`.
+"""Runs the streaming client of one product: `python stream_clients.py PRODUCT URL KEY STREAMS TOKENS`.
 
-Runs under the product's own Python. STREAMS requests of TOKENS events each are read at once; prints the CPU that this
-process spent on them, microseconds an event: from the prompt to the record of the request, as the product's own load
-generator makes it. A first round warms up what is made once, connections among it.
+Runs under the product's own Python. Reads STREAMS concurrent requests of TOKENS events each and prints the CPU time of
+this process in microseconds per event. That covers everything from the prompt to the record of the request, as in the
+product's own load generator. A first round warms up connections and whatever else is created only once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
 
 
 def ours(url: str, key: str, streams: int, tokens: int) -> float:
-    """A load session, as Locust's users run it, and its samples as JSON."""
+    """Run a load session as Locust's users do, and write its samples as JSON."""
     import gevent
 
     from llamaherd_loadtest.client import ChatClient, Target
@@ -49,7 +49,7 @@ def ours(url: str, key: str, streams: int, tokens: int) -> float:
 
 
 def guidellm(url: str, key: str, streams: int, tokens: int) -> float:
-    """Its OpenAI backend, from the request to the compiled response."""
+    """Run guidellm's OpenAI backend, from the request to the compiled response."""
     from guidellm.backends.openai.http import OpenAIHTTPBackend
     from guidellm.schemas import GenerationRequest, RequestInfo
     from guidellm.schemas.backends.openai_http import OpenAIHTTPBackendArgs
@@ -81,8 +81,8 @@ def guidellm(url: str, key: str, streams: int, tokens: int) -> float:
 
 
 def aiperf(url: str, key: str, streams: int, tokens: int) -> float:
-    """What its worker does with a request, on the same loop and without garbage collection: the record goes to another
-    process as JSON (the socket is left out), and its responses are parsed."""
+    """Do what aiperf's worker does with a request, on the same loop and without garbage collection: the record becomes
+    JSON for another process (but is not sent), and its responses are parsed."""
     import gc
 
     import uvloop

@@ -1,8 +1,8 @@
-"""Models on demand, one in memory at a time: what a swap costs, and whether a mixed load loses any request.
+"""Models on demand with one in memory at a time: the cost of a swap, and whether a mixed load loses requests.
 
-`turns`: a request of one token by turns to two models, so that each waits for its model to be loaded. `mixed`: 60
-streams of 16 tokens to both within 10 s. Both are the same file by two names; llama-server is its router, with
---models-max 1. `lost` counts answers that did not end as they should.
+`turns`: requests of one token alternate between two models, so that each waits until its model is loaded. `mixed`: 60
+streams of 16 tokens to both within 10 s. Both models are the same file with two names. llama-server runs as a router
+with --models-max 1. `lost` counts responses that did not complete.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def run() -> Result:
 
 
 async def _turns(port: int) -> float:
-    """Median seconds of a request whose model has to be loaded first."""
+    """Return the median seconds of a request whose model has to be loaded first."""
     taken = []
     for number in range(SWAPS + 1):
         began = time.perf_counter()

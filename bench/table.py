@@ -1,4 +1,4 @@
-"""The form of every result: scenario → metric → {ours, <peer>: figure, ratio: {<peer>: ours / peer}}."""
+"""The format of all results: scenario → metric → {ours, <peer>: figure, ratio: {<peer>: ours / peer}}."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from statistics import median
 from typing import Any
 
 BUILD = Path(__file__).resolve().parent.parent / "build/bench"
-Rounds = dict[str, list[float]]  # product → one figure a round, in the same order
+Rounds = dict[str, list[float]]  # product → a figure for each round, in order
 Metric = dict[str, Any]
 Result = dict[str, dict[str, Metric]]
 
 
 def metric(rounds: Rounds) -> Metric:
-    """Medians of each product, and the median of the ratios taken round by round, so that drift cancels out."""
+    """Return the median of each product, and the median of the ratios of each round, in which drift cancels out."""
     figures: Metric = {name: round(median(values), 4) for name, values in rounds.items()}
     ours = rounds["ours"]
     figures["ratio"] = {

@@ -1,10 +1,10 @@
-"""The tuner's decisions on simulated hosts whose truth is known, by the minutes that it has.
+"""Decisions of the tuner on simulated hosts whose true performance is known, by its time budget.
 
-Two families. `plain`: three knobs, 80 settings, a surface that is not of the form of the prior. `hosts`: seven knobs,
-2268 settings, finite windows, slow models, drift, invalid windows, settings that do not fit. For each budget the share
-of servers on which the choice is within 5 % of the best and keeps the limits; Optuna's TPE and random search beside it,
-for a quarter of an hour on `plain`: they measure the current settings first, and choose the best mean of the windows
-that kept the limits. BENCH_SEEDS servers (200 if not set) from BENCH_FIRST on (0): the method was made with 0 to 199.
+Two families. `plain`: three knobs, 80 settings, a surface of another form than the prior's. `hosts`: seven knobs, 2268
+settings, finite windows, slow models, drift, invalid windows, settings that do not fit. Reports for each budget the
+share of servers on which the choice is within 5 % of the best and within the limits. Peers are Optuna's TPE and random
+search, with 15 minutes on `plain`: they measure the current settings first, and choose the best mean among settings
+that on average kept the limits. BENCH_SEEDS servers (200) from BENCH_FIRST (0) on; 0 to 199 were used in development.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from tests.loadtest.simulated import CURRENT, KNOBS, LIMITS, SimulatedServer, se
 
 SEEDS = range(first := int(os.environ.get("BENCH_FIRST", "0")), first + int(os.environ.get("BENCH_SEEDS", "200")))
 BUDGETS_S = {"150_s": 150.0, "6_min": 360.0, "15_min": 900.0, "30_min": 1800.0}
-WINDOW_S = 18.0  # of the peers, as long as the tuner's own in a quarter of an hour
+WINDOW_S = 18.0  # of the peers; as long as the tuner's own with 15 minutes
 DRIFT = math.log(0.8)
 INVALID = 0.05
 
 
 class Outcome(Struct, frozen=True):
-    """What one search did on one server. `empty`: no choice, though the budget was enough for one."""
+    """Result of one search on one server. `empty`: no choice, although the budget was enough for one."""
 
     within_5_percent: bool
     breaks_limits: bool = False
@@ -82,7 +82,7 @@ def plain(optimiser: str, budget_s: float, seed: int, *, flat: bool = False) -> 
 
 
 def host(budget_s: float, seed: int, *, drift: float = 0.0, spoiled: float = 0.0) -> Outcome | None:
-    """None where no setting keeps the limits. A budget that is refused as too small is a miss."""
+    """Tune one host; None if no setting keeps its limits. A budget that is rejected as too small counts as a miss."""
     server = simulated_hosts.Host(seed, drift=drift, budget_s=budget_s, spoiled=spoiled)
     best, current = server.best(), simulated_hosts.CURRENT
     if best is None:
@@ -98,7 +98,7 @@ def host(budget_s: float, seed: int, *, drift: float = 0.0, spoiled: float = 0.0
 
 
 def best_already(budget_s: float, seed: int, *, drift: float = 0.0) -> Outcome | None:
-    """The current settings are the best: any change is for nothing, unless it is to others as good as those."""
+    """Tune a host whose current settings are the best, so that a change is useless, unless others are as good."""
     server = simulated_hosts.Host(seed, drift=drift, budget_s=budget_s)
     if (best := server.best()) is None:
         return None
@@ -137,7 +137,7 @@ def peer(sampler: Callable[[int], optuna.samplers.BaseSampler]) -> Optimiser:
 
 
 def misses(measured: Measurement) -> list[float]:
-    """How far each limit is exceeded, as a logarithm; at most 0 where it is kept."""
+    """Return by how much each limit is exceeded, as a logarithm; at most 0 if it is kept."""
     return [math.log(measured.observed[limit.name] / limit.ms) if measured.observed else 1.0 for limit in LIMITS]
 
 
