@@ -46,7 +46,7 @@ def variables() -> str:
     lines = [
         "# Variables",
         "",
-        "What an inventory may say. Each play checks names and types before it changes anything.",
+        "Variables that an inventory can set. Each play checks names and types before it changes anything.",
         "",
     ]
     for path in sorted(ROOT.glob("roles/*/meta/argument_specs.yml"), key=lambda one: (one.parts[-3] != "common", one)):
@@ -104,7 +104,7 @@ def metrics() -> str:
     lines = [
         "# Metrics",
         "",
-        "What `/metrics` tells, in Prometheus' text format. `llamacpp:` names are llama-server's own.",
+        "Metrics of `/metrics`, in Prometheus' text format. Names with `llamacpp:` are llama-server's own.",
         "",
     ]
     lines += ["| name | type | what it is |", "| --- | --- | --- |"]

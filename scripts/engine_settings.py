@@ -35,7 +35,7 @@ def files() -> Iterator[tuple[Path, str]]:
     text = _between(
         defaults.read_text(), "_common_settings_defaults:\n", "_common_placement_defaults:\n", _defaults(settings)
     )
-    yield defaults, _between(text, "_common_placement_defaults:\n", "# Of llamaherd_model first", _defaults(placement))
+    yield defaults, _between(text, "_common_placement_defaults:\n", "# llamaherd_model is first", _defaults(placement))
 
 
 def _options(settings: dict[str, Any]) -> str:

@@ -99,8 +99,8 @@ def rpc_mistakes(own: Mapping[str, Any], group: Sequence[str], inference: Iterab
     host, workers, found = own["host"], own["workers"], []
     if not _is_private(own["address"]):
         found.append(
-            f"llamaherd_rpc_address of {host} is {own['address']!r}, no IPv4 address of a private network; the RPC "
-            "backend encrypts nothing and asks for no key: name the host's address in a network of its own"
+            f"llamaherd_rpc_address of {host} is {own['address']!r}, not an IPv4 address of a private network; the RPC "
+            "backend has neither encryption nor authentication: set an address in a network of its own"
         )
     if strangers := [name for name in workers if name not in group]:
         found.append(f"llamaherd_rpc_workers has {', '.join(strangers)}, not in the group rpc; put each worker into it")
@@ -161,7 +161,7 @@ def cuda_mistakes(facts: Mapping[str, Any], architectures: str) -> list[str]:
     if not driver:
         return ["there is an NVIDIA device but no driver; install it, or set llamaherd_accelerator to cpu"]
     if not facts["gpus"]:
-        return ["nvidia-smi tells no GPU's compute capability; install a driver of 510 or newer"]
+        return ["nvidia-smi reports no compute capability; install driver 510 or newer"]
     if not toolkit:
         return []
     found = []

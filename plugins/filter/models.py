@@ -116,7 +116,7 @@ def engine_mistakes(served: Sequence[Mapping[str, Any]]) -> list[str]:
         needing = [key for key in ("mmproj", "extra_args") if model.get(key)]
         needing += ["speculative mtp"] if drafts == "mtp" else []
         if model["engine"] == "embedded":
-            remedy = "needs the engine llama-server; set it where embedded is from, tuned.yml too"
+            remedy = "needs the engine llama-server; change embedded where it is set, which may be tuned.yml"
             found += [f"model {model['name']}: {key} {remedy}" for key in needing]
         if drafts == "draft" and not model.get("draft"):
             remedy = "needs draft, the entry of a smaller model of the same vocabulary"
@@ -159,7 +159,7 @@ def model_mistakes(models: Sequence[Mapping[str, Any]], names: Sequence[str], mo
         if not model.get("idle_s", 1) > 0:
             found.append(f"model {model['name']}: idle_s is {model['idle_s']}, not above 0: seconds without a request")
     if served and served[0]["name"] == names[0] and served[0].get("residence") == "on_demand":
-        remedy = "make it resident, or take another llamaherd_model and list this one in llamaherd_more_models"
+        remedy = "make it resident, or choose another llamaherd_model and list this one in llamaherd_more_models"
         found.append(f"model {names[0]} is llamaherd_model and cannot be on_demand: {remedy}")
     at_once = loaded_at_once(served, models_loaded)
     shares = [model["memory_share"] for model in at_once if "memory_share" in model]

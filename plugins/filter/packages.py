@@ -31,8 +31,8 @@ def package_mistake(result: Mapping[str, Any], packages: Sequence[str]) -> str:
     if missing := sorted({name.rstrip(".,") for pattern in _MISSING for name in re.findall(pattern, text)}):
         return (
             f"the host's package sources have no {', '.join(missing)}; run `apt update` (`dnf makecache`) there, "
-            "enable the component or repository that has it, or install its like and set llamaherd_install_packages to "
-            "false"
+            "enable the component or repository that has it, or install an equivalent and set "
+            "llamaherd_install_packages to false"
         )
     if re.search("No space left on device|don't have enough free space", text):
         return f"no space left to install {', '.join(packages)}: make room in /var and /usr, then run the play again"

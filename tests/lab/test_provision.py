@@ -29,7 +29,7 @@ def current(herd: Herd, host: str) -> str:
 def test_a_host_whose_builder_failed_says_so_and_keeps_what_it_has(pair: Herd) -> None:
     run = bring(pair, SHARED | {"llamaherd_llama_cpp_targets": ["no-such-program"]})
     assert run.rc != 0
-    assert any("t2 waits for the release that t1 builds" in line for line in run.errors)
+    assert any("t2 needs the release that t1 builds" in line for line in run.errors)
     assert current(pair, "t1") == current(pair, "t2") == ""
 
 

@@ -171,7 +171,7 @@ def test_chosen_settings_that_do_not_verify_are_taken_back(herd: Herd, chooser: 
     finally:
         herd.sh("t1", f"rm {DROP_IN} && systemctl daemon-reload && systemctl restart llamaherd-server")
     assert run.rc != 0
-    assert "has its former ones back" in run.output
+    assert "its former settings are restored" in run.output
     assert not tuned.exists()
     assert herd.sh("t1", "cat /etc/llamaherd/server.toml") == before
 
@@ -253,7 +253,7 @@ def test_adopt_prints_an_inventory_from_a_llama_server_unit(herd: Herd, tmp_path
     check = checker()
     known = check.known_variables()
     assert [line for name, value in variables.items() for line in check.mistakes(name, value, known[name])] == []
-    assert "is not there, or runs nothing" in herd.play("adopt.yml", "-e", "llamaherd_adopt_unit=none.service").output
+    assert "does not exist, or runs nothing" in herd.play("adopt.yml", "-e", "llamaherd_adopt_unit=none.service").output
     herd.sh("t1", "rm -r /run/systemd/system/llama-server@* /run/llama-one /srv/llama; systemctl daemon-reload")
 
 

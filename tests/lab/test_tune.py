@@ -193,7 +193,7 @@ def test_settings_that_are_not_better_in_service_are_taken_back(slow: Herd, tmp_
     script.chmod(0o755)
     before = tuned(slow, "t1").read_text(), slow.sh("t1", "cat /etc/llamaherd/server.toml")
     run = tune(slow, "--limit", "t1", "-e", f"llamaherd_loadgen_python={script}")
-    assert "t1 has its former settings back. Keep parallel" in words(run)
+    assert "The former settings of t1 are restored. Keep parallel" in words(run)
     assert verdict("t1")["verdict"] == "keep"
     assert "in service, compared with the previous settings: -" in words(run)
     assert (tuned(slow, "t1").read_text(), slow.sh("t1", "cat /etc/llamaherd/server.toml")) == before
