@@ -1,1 +1,1 @@
-"""Engines: what turns prompts into tokens, each a supervised child process behind the protocol in base.py."""
+"""Inference engines: each runs in a supervised child process and implements the protocol in base.py."""

@@ -1,4 +1,4 @@
-"""What a model says of itself before it is loaded."""
+"""Reads a model's metadata before the model is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = structlog.get_logger()
 
 
 async def about(settings: Settings) -> ModelInfo | None:
-    """None where it cannot be read, or, without the binding of llama.cpp, not without loading it."""
+    """Return the model's metadata; None if the file cannot be read or llama-cpp-python is not installed."""
     model = settings.model
     if importlib.util.find_spec("llama_cpp") is None:
         return None

@@ -1,4 +1,4 @@
-"""Asks a module of worker/ what libllama knows of a model, in a process of its own: the front end does not load it."""
+"""Runs modules of worker/ that use libllama in short-lived processes, because the front end does not load libllama."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextlib import suppress
 
 import msgspec
 
-# What such a process ends with where the answer is a refusal, whose reason is its output.
+# Exit code of a refusal; standard output then holds the reason.
 REFUSED = 3
 _TIMEOUT_S = 60.0
 
 
 async def asked(module: str, *configs: msgspec.Struct) -> tuple[int, bytes]:
-    """Its exit code and what it wrote to standard output; nothing where it took longer than a minute."""
+    """Run `worker.<module>` and return its exit code and standard output, which is empty after a timeout."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", f"llamaherd_server.worker.{module}"),
         *(msgspec.json.encode(one).decode() for one in configs),

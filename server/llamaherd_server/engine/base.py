@@ -1,4 +1,4 @@
-"""The Engine protocol: all that the front end knows of an engine."""
+"""The Engine protocol: everything the front end knows about an engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaherd_server.wire.protocol import Delta, Embed, Embedded, Finished, Gen
 
 EngineState = Literal["loading", "ready", "restarting", "failed", "stopped", "unloaded"]
 Event = Started | Delta | Finished
-# How many processes a request may lose before its answer begins: beyond that it may be what they die of.
+# How many engine processes may die on a request before its answer begins. After that, the request may be the cause.
 LIVES = 2
 
 
@@ -23,8 +23,8 @@ LIVES = 2
 class EngineStatus:
     """A snapshot for /readyz, /metrics and /admin/engine. `heartbeat_age_s` is the time since the last step.
 
-    `intake_age_s` is how long what takes requests in has not answered; 0: it has. A model on demand is `unloaded` until
-    it answers, and has been loaded `loads` times.
+    `intake_age_s` is how long the thread that accepts requests has left a probe unanswered; 0 if none is pending. A
+    model on demand is `unloaded` until it answers requests, and has been loaded `loads` times.
     """
 
     kind: EngineKind
@@ -45,24 +45,24 @@ class OwnApi(Protocol):
     """The HTTP API of llama-server."""
 
     async def get(self, path: str) -> Any:
-        """The JSON that a GET is answered with; raises EngineError."""
+        """Return the JSON response of a GET; raises EngineError."""
 
     def asked(self, path: str, body: dict[str, Any]) -> AbstractAsyncContextManager[httpx.Response]:
-        """A 200 whose body is still to be read; raises EngineError, then too. Leaving it cancels the work."""
+        """POST and yield the unread 200 response; raises EngineError, also while it is read. Leaving cancels it."""
 
 
 class Engine(Protocol):
-    """A model behind a supervised process. Requests that were queued outlive a crash; running ones get an error."""
+    """A model in a supervised process. If the process crashes, queued requests survive and running ones fail."""
 
     @property
     def own_api(self) -> OwnApi | None:
-        """What requests of llama-server's own form are passed on to; None: the engine has no such API."""
+        """The API to which requests in llama-server's own format are forwarded; None if the engine has none."""
 
     async def start(self) -> None:
-        """Start the process and return when the model answers; raises EngineError when it never will."""
+        """Start the process and return when the model is ready; raises EngineError if the start fails."""
 
     async def stop(self) -> None:
-        """End the process; requests still running fail with `engine_stopped`."""
+        """Stop the process; requests that are still running fail with `engine_stopped`."""
 
     def status(self) -> EngineStatus: ...
 
@@ -72,28 +72,28 @@ class Engine(Protocol):
     def generate(self, request: Generate) -> AsyncGenerator[Event, None]:
         """Yield Started, Deltas, then Finished; raises EngineError. Closing the generator early cancels the request.
 
-        The engine assigns `request.id`. A request that had not started when the worker died is sent to the next one.
+        The engine assigns `request.id`. If the worker dies before the request has started, the next worker gets it.
         """
 
     async def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
-        """The text's tokens; raises EngineError, for more than MOST_TOKENS too."""
+        """Return the tokens of the text; raises EngineError, also if there are more than MOST_TOKENS."""
 
     async def count_tokens(self, text: str, *, add_special: bool = False) -> int:
-        """How many tokens the text has; raises EngineError."""
+        """Return the number of tokens in the text; raises EngineError."""
 
     async def detokenize(self, tokens: list[int]) -> str: ...
 
     async def pieces(self, tokens: list[int]) -> list[bytes]:
-        """The bytes of each token, which may be a part of a character."""
+        """Return the bytes of each token, which may end inside a UTF-8 character."""
 
     async def embed(self, question: Embed) -> Embedded:
-        """Embeddings or scores; the engine assigns `question.id`, cancelling ends the work. Raises EngineError."""
+        """Return embeddings or scores; raises EngineError. The engine assigns `question.id`; cancelling ends it."""
 
     async def evaluate(self, question: Evaluate) -> Evaluated:
-        """Log probabilities of given tokens; the engine assigns `question.id`, cancelling ends the work.
+        """Return log probabilities of given tokens. The engine assigns `question.id`; cancelling ends the work.
 
-        Raises EngineError, `unsupported` where the engine has no way to tell them.
+        Raises EngineError, with code `unsupported` if the engine cannot compute them.
         """
 
     async def retune(self, settings: EngineSettings) -> EngineSettings:
-        """Put other settings in force without reloading weights; raises EngineError and keeps the old ones."""
+        """Apply other settings and return them; raises EngineError and keeps the old ones if that fails."""

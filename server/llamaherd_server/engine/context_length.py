@@ -1,4 +1,4 @@
-"""How long a context is where the settings leave it open: decided once, before the engine is made."""
+"""Chooses the context length if the settings do not fix it, once, before the engine is created."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIB = 2**20
 
 
 def decided(settings: Settings, among: int) -> EngineSettings:
-    """The engine's settings of a model that is one of so many, with a `ctx_per_slot`."""
+    """Return the engine settings with `ctx_per_slot` filled in; `among` models share the host's memory."""
     given = settings.engine.settings
     if given.ctx_per_slot:
         return given
@@ -27,7 +27,7 @@ def decided(settings: Settings, among: int) -> EngineSettings:
     memory = model.memory_mib * MIB if model.memory_mib else (total_bytes() or math.inf) / among
     try:
         kind = shape(read_header(files[0]))
-    except GgufError:  # llama.cpp may know it nevertheless
+    except GgufError:  # llama.cpp may still be able to load it
         return msgspec.structs.replace(given, ctx_per_slot=LEAST_CTX)
     beside = [file for one in (model.mmproj, model.draft) if one for file in part_paths(one)]
     spare = memory - sum(file.stat().st_size for file in (*files, *beside))

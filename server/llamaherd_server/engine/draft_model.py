@@ -1,4 +1,4 @@
-"""Whether a draft model has the vocabulary of the model that it drafts for; llama-server drafts nothing otherwise."""
+"""Checks that a draft model has the vocabulary of its target model; otherwise llama-server drafts nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST_APART = 128  # tokens: SPEC_VOCAB_MAX_SIZE_DIFFERENCE in llama.cpp's commo
 
 
 def check_vocabulary(model: Path, draft: Path) -> None:
-    """By their headers; raises SettingsError that names what differs."""
+    """Compare the vocabularies in the GGUF headers; raises SettingsError that names the differences."""
     try:
         one, other = read_header(model), read_header(draft)
     except (GgufError, OSError) as error:

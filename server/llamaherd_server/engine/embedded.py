@@ -1,4 +1,4 @@
-"""The embedded engine: our worker process over libllama, and the requests that it has not answered yet."""
+"""The embedded engine: our worker process over libllama, and the requests that it has not finished yet."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ T = TypeVar("T", Retuned, Tokens, Text, Embedded, Evaluated)
 
 @dataclass(eq=False, slots=True)
 class _Call:
-    """A question that has not been answered to its end."""
+    """A request to the worker that has not been fully answered."""
 
     question: Question
     frame: bytes
@@ -65,7 +65,7 @@ class _Call:
 
     @property
     def survives(self) -> bool:
-        """Whether the next worker can still be asked, after one has gone."""
+        """Count a lost worker; return whether the request may go to the next one."""
         self.lives -= 1
         return isinstance(self.question, Generate) and not self.started and self.lives > 0
 
@@ -106,7 +106,7 @@ class EmbeddedEngine:
         self._ids = itertools.count(1)
         self._open: dict[int, _Call] = {}
         self._probing: asyncio.Task[None] | None = None
-        self._probed: float | None = None  # when a probe was sent that is not answered yet
+        self._probed: float | None = None  # when the pending probe was sent; None: none is pending
         self._prompts = Prompts()
         self._open_prompts = partial(open_prompts, prompt_cache_mib, prompt_cache_share, prompt_cache_dir)
         self._supervisor = Supervisor(self._config, self, heartbeat_timeout_s, self._process, load_timeout_s)
@@ -181,7 +181,7 @@ class EmbeddedEngine:
     async def retune(self, settings: EngineSettings) -> EngineSettings:
         return (await self._answer(Retune(next(self._ids), settings), Retuned)).settings
 
-    # --- what the supervisor tells -------------------------------------------------------------------------------
+    # --- callbacks of the supervisor -----------------------------------------------------------------------------
 
     def on_ready(self, ready: Ready) -> None:
         self._model = ready.model
@@ -209,7 +209,7 @@ class EmbeddedEngine:
             self._end(list(self._open.values()), EngineError("engine_stopped", refusal))
 
     async def _probe(self) -> None:
-        """Ask the worker for a trifle again and again, by the way of all requests."""
+        """Tokenize an empty text every PROBE_S seconds, on the same path as all requests, for `intake_age_s`."""
         while True:
             self._probed = time.monotonic()
             with suppress(EngineError):
@@ -217,7 +217,7 @@ class EmbeddedEngine:
             self._probed = None
             await asyncio.sleep(PROBE_S)
 
-    # --- questions and answers -----------------------------------------------------------------------------------
+    # --- requests to the worker ----------------------------------------------------------------------------------
 
     def _config(self) -> bytes:
         config = msgspec.structs.replace(self._worker, settings=self._settings, prompts=self._prompts.config)
@@ -242,7 +242,7 @@ class EmbeddedEngine:
         return answer
 
     def _ask(self, question: Question) -> _Call:
-        """Send the question; while there is no worker to take it, it waits for the next one."""
+        """Send a request to the worker; without a ready worker, `on_ready` sends it to the next one."""
         if refusal := self._supervisor.refusal:
             raise EngineError("engine_stopped", refusal)
         try:
@@ -253,7 +253,7 @@ class EmbeddedEngine:
         return call
 
     def _deliver(self, answer: Answer) -> None:
-        """To whoever still waits for it."""
+        """Pass an answer to its caller, unless the caller has gone."""
         call = self._open.get(answer.id)
         if call is None:
             return

@@ -1,4 +1,4 @@
-"""llama-server's command line, for the build that this version is pinned to."""
+"""The command line of llama-server, for the pinned version of llama.cpp."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from llamaherd_server.wire.protocol import NativeConfig
 from llamaherd_server.worker.fit import context_arguments
 
 _FLAG = re.compile(r"--?[A-Za-z][\w-]*")
-_HELP_S = 60.0  # a build with a backend for devices looks for them first
+_HELP_S = 60.0  # builds with a device backend enumerate devices first
 
 _PLACEMENT_FLAGS = {
     **{"gpu_layers": "--gpu-layers", "cpu_moe_layers": "--n-cpu-moe", "devices": "--device"},
     **{"split_mode": "--split-mode", "tensor_split": "--tensor-split", "main_gpu": "--main-gpu"},
     **{"load_mode": "--load-mode", "numa": "--numa"},
 }
-NGRAM = 12  # tokens that llama-server looks for, as by default
-MTP_DEPTH = 3  # as by default: each head's guess rests on the one before
-DRAFT_DEPTH, DRAFT_LEAST = 16, 0.75  # a draft ends at the first token that the draft model finds less probable
+NGRAM = 12  # length of the n-gram that llama-server looks up, its default
+MTP_DEPTH = 3  # llama-server's default: each MTP head builds on the guess of the previous one
+DRAFT_DEPTH, DRAFT_LEAST = 16, 0.75  # a draft ends before the first token with a lower probability in the draft model
 
 
 def flags(config: NativeConfig, socket: str) -> list[str]:
-    """The arguments of a llama-server that listens on the Unix `socket`. Its key is given by LLAMA_API_KEY."""
+    """Return the arguments for a llama-server that listens on the Unix `socket`; it gets its key in LLAMA_API_KEY."""
     settings, fits = config.settings, config.placement.gpu_layers == "auto"
     arguments = {
-        # before all that names devices: these become some
+        # first, because RPC servers become devices that later flags may name
         **({"--rpc": ",".join(config.rpc)} if config.rpc else {}),
         "--host": socket,
         "--model": config.path,
         "--alias": config.name,
         **_placement(config.placement),
-        # what does not fit is to fail, not to become something else
+        # settings that do not fit must fail; llama-server would otherwise change them
         "--fit": "on" if fits else "off",
         **context_arguments(settings),
-        # a stream holds a thread; tokenising and the heartbeat need some as well
+        # each stream occupies a thread; tokenization and the heartbeat need more
         "--threads-http": 2 * settings.parallel + 8,
         "--log-colors": "off",
-        "--log-verbosity": 4 if fits else 2,  # 4 is the first that says where the layers went
+        "--log-verbosity": 4 if fits else 2,  # 4 is the lowest level that logs where layers were placed
     }
     if settings.kv_unified:
         arguments["--kv-unified-per-slot"] = settings.ctx_per_slot
@@ -66,18 +66,18 @@ def _speculative(settings: EngineSettings, draft: str | None) -> dict[str, objec
     if settings.speculative == "mtp":
         return {"--spec-type": "draft-mtp", "--spec-draft-n-max": min(depth, MTP_DEPTH)}
     if settings.speculative == "draft":
-        # as surely as each is drafted, so long is the draft
+        # a draft is meant to end by DRAFT_LEAST before it reaches the maximum
         sure = {"--spec-draft-n-max": min(depth, DRAFT_DEPTH), "--spec-draft-p-min": DRAFT_LEAST}
         return {"--spec-type": "draft-simple", "--spec-draft-model": draft, **sure}
     return {
         "--spec-type": "ngram-simple",
-        "--spec-ngram-simple-size-n": min(depth, NGRAM),  # it drafts at least as many as it looks for
+        "--spec-ngram-simple-size-n": min(depth, NGRAM),  # llama-server never drafts fewer tokens than it looks up
         "--spec-ngram-simple-size-m": depth,
     }
 
 
 def unknown(arguments: Sequence[str], binary: str) -> list[str]:
-    """The flags among the arguments that the binary's own `--help` lacks; raises ValueError where that says nothing."""
+    """Return the flags that `binary --help` does not list; raises ValueError if the help is unusable."""
     try:
         answer = subprocess.run([binary, "--help"], capture_output=True, text=True, timeout=_HELP_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -92,7 +92,7 @@ def unknown(arguments: Sequence[str], binary: str) -> list[str]:
 
 
 def _placement(placement: Placement) -> dict[str, object]:
-    """What is not the binary's default, and the layers on the accelerator: auto is its default, ours all."""
+    """Return flags for values other than the default, and always --gpu-layers: llama-server's default is auto."""
     given: dict[str, object] = {}
     for name, flag in _PLACEMENT_FLAGS.items():
         value = getattr(placement, name)

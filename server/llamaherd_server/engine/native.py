@@ -1,7 +1,7 @@
-"""The llama-server engine: the native binary of the same build, and our requests in its own API.
+"""The llama-server engine: the native binary of the same build, driven through its own HTTP API.
 
-Its streams leave out the log probabilities of tokens that end inside a UTF-8 character; nothing else of
-engine.base.Engine is lost.
+Unlike the embedded engine, it omits log probabilities of tokens that end inside a UTF-8 character, evaluates no given
+texts, combines no reasoning budget with a grammar, never preempts, and shares cached prefixes among all keys.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from llamaherd_server.wire.protocol import (
 from llamaherd_server.wire.sampling_values import BadValue, checked
 from llamaherd_server.worker.forkserver import SHORT_CHARS
 
-# How long running generations get before other settings come into force.
+# How long a reconfiguration waits for running generations before it ends them.
 RETUNE_DRAIN_S = 30.0
 _EXIT_S = 1.0
 
@@ -97,7 +97,7 @@ class NativeEngine:
         self._preparation = Preparation(model_path)
 
     def check_flags(self) -> None:
-        """Raise SettingsError for what this binary has no flag for."""
+        """Raise SettingsError if the settings need a flag that this binary lacks."""
         try:
             lacking = unknown(flags(self._native, "socket"), self._native.binary)
         except ValueError as error:
@@ -162,7 +162,7 @@ class NativeEngine:
                 yield event
 
     async def _with_media(self, prompt: str, media: Media) -> dict[str, Any]:
-        """A prompt as llama-server takes it with media; it adds the BOS token by itself."""
+        """Return the prompt in llama-server's format for media, without BOS, which llama-server adds itself."""
         marker = (await self.get("/props"))["media_marker"]
         if self._model is not None and self._model.add_bos:
             prompt = prompt.removeprefix(self._model.bos_token)
@@ -178,7 +178,7 @@ class NativeEngine:
 
     async def _tokens(self, text: str, *, add_special: bool, parse_special: bool, room: int | None = None) -> list[int]:
         if self._is_long(text):
-            await self._serving()  # else there is nobody to take the tokens
+            await self._serving()  # fail first if there will be no process to use the tokens
             return await self._preparation.tokenize(
                 text, add_special=add_special, parse_special=parse_special, room=room
             )
@@ -191,7 +191,7 @@ class NativeEngine:
 
     async def pieces(self, tokens: list[int]) -> list[bytes]:
         answer = await self._answer("/tokenize", {"content": tokens, "with_pieces": True})
-        pieces = [one["piece"] for one in answer["tokens"]]  # bytes where they are not text
+        pieces = [one["piece"] for one in answer["tokens"]]  # a list of bytes if it is not valid UTF-8
         return [piece.encode() if isinstance(piece, str) else bytes(piece) for piece in pieces]
 
     async def embed(self, question: Embed) -> Embedded:
@@ -208,16 +208,16 @@ class NativeEngine:
         )
 
     async def evaluate(self, question: Evaluate) -> Evaluated:
-        """Never: llama-server returns probabilities of what it generates, not of a prompt's tokens."""
+        """Raise EngineError: llama-server returns probabilities of generated tokens only, not of a prompt's."""
         del question
         message = "llama-server returns no log probabilities of given texts: use engine embedded"
         raise EngineError("unsupported", message, "engine")
 
     async def retune(self, settings: EngineSettings) -> EngineSettings:
-        """Start the binary again with other flags; where it does not come up, with the old ones.
+        """Restart the binary with other flags; if it does not start, restart it with the old ones.
 
-        New requests wait. Running ones get RETUNE_DRAIN_S to finish, then they fail with `engine_crashed`. What has no
-        room in memory is refused before anything ends.
+        New requests wait. Running ones get RETUNE_DRAIN_S to finish, then they fail with `engine_crashed`. Settings
+        that do not fit into memory are refused before the old process is stopped.
         """
         old = self._native
         new = msgspec.structs.replace(old, settings=settings)
@@ -235,10 +235,10 @@ class NativeEngine:
                 await self._restart(old)
                 raise EngineError("does_not_fit", f"llama-server does not start with that: {error.message}") from None
             finally:
-                asyncio.get_running_loop().call_soon(self._tell)  # when the lock is free
+                asyncio.get_running_loop().call_soon(self._tell)  # after the lock is released
         return self._native.settings
 
-    # --- for what is passed on as it is ---------------------------------------------------------------------------
+    # --- llama-server's own API -----------------------------------------------------------------------------------
 
     async def get(self, path: str) -> Any:
         response = await self._sent("GET", path, None)
@@ -267,7 +267,7 @@ class NativeEngine:
         return len(text) > SHORT_CHARS and self._preparation.possible
 
     def _bounded(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The body with sampling values that llama.cpp can take; raises EngineError."""
+        """Return the body with sampling values within llama.cpp's limits; raises EngineError."""
         n_vocab = self._model.n_vocab if self._model else 2**31
         try:
             return checked(body, n_vocab=n_vocab, context=self._native.settings.ctx_per_slot)
@@ -280,7 +280,7 @@ class NativeEngine:
             return response.json()
 
     async def _sent(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
-        """The head of the answer; until it has come, the process may be lost and another one be asked."""
+        """Return the unread 200 response, after LIVES attempts if processes die before it; raises EngineError."""
         for _ in range(LIVES):
             process = await self._serving()
             request = process.http.build_request(method, path, json=body)
@@ -297,14 +297,14 @@ class NativeEngine:
         raise EngineError("engine_crashed", "the engine ended before it began with this request")
 
     async def _serving(self) -> NativeProcess:
-        """The process, once there is one that takes requests."""
+        """Wait for a process that accepts requests and return it; raises EngineError if there will be none soon."""
         while self.status().state != "ready" or not self._process.alive:
             if refusal := self._supervisor.refusal:
                 raise EngineError("engine_stopped", refusal)
             await self._change()
         return self._process
 
-    # --- what the supervisor asks and tells ------------------------------------------------------------------------
+    # --- callbacks of the supervisor -------------------------------------------------------------------------------
 
     def on_ready(self, ready: Ready) -> None:
         self._model = ready.model

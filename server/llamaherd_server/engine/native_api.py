@@ -1,4 +1,4 @@
-"""llama-server's own API: what is sent there for a generation, and what it answers as our events and errors.
+"""Converts generations to requests of llama-server's own API, and its responses to our events and errors.
 
 Source: tools/server/README.md of the pinned llama.cpp.
 """
@@ -32,12 +32,12 @@ _ITS_FAILURE = re.compile("Compute error|Context size has been exceeded|failed t
 
 
 def completion_body(request: Generate, prompt: str | list[int] | dict[str, Any]) -> dict[str, Any]:
-    """The body of POST /completion. Sampling's fields bear llama-server's own names."""
+    """Return the body of POST /completion. The fields of Sampling have llama-server's names."""
     sampling = msgspec.structs.asdict(request.sampling)
     return {
         **{name: value for name, value in sampling.items() if value is not None},
         "seed": -1 if request.sampling.seed is None else request.sampling.seed,
-        # no JSON has infinity: llama-server's word for never is false
+        # JSON has no infinity; llama-server takes false as a bias of minus infinity
         "logit_bias": [(token, bias > -math.inf and bias) for token, bias in request.sampling.logit_bias.items()],
         "prompt": prompt,
         "n_predict": -1 if request.max_tokens is None else request.max_tokens,
@@ -52,12 +52,13 @@ def completion_body(request: Generate, prompt: str | list[int] | dict[str, Any])
 
 
 def _reasoning(budget: ReasoningBudget) -> dict[str, Any]:
-    begun = {"generation_prompt": budget.begin} if budget.begun else {}  # what the prompt ends with, for its sampler
+    # llama-server's sampler does not see the prompt: pass it the tag if the prompt ends inside the reasoning
+    begun = {"generation_prompt": budget.begin} if budget.begun else {}
     return {
         "reasoning_budget_tokens": budget.tokens,
         "reasoning_budget_start_tag": budget.begin,
         "reasoning_budget_end_tags": [budget.end],
-        "reasoning_budget_message": "",  # without it nothing is written
+        "reasoning_budget_message": "",  # required: without this field llama-server does not write the end tag
         **begun,
     }
 
@@ -105,7 +106,7 @@ def _logprob(token: dict[str, Any], wanted: int | None) -> TokenLogprob:
 
 
 def error_of(text: str) -> EngineError:
-    """llama-server's error object as ours."""
+    """Convert llama-server's error object to an EngineError."""
     try:
         body = json.loads(text)
     except ValueError:
@@ -122,8 +123,8 @@ def error_of(text: str) -> EngineError:
         return EngineError("unsupported", message + hint)
     if status == 503:
         return EngineError("engine_stopped", message)
-    if "too large to process" in message:  # a text to embed, longer than a ubatch
+    if "too large to process" in message:  # an embedding input longer than a ubatch
         code: ErrorCode = "context_length_exceeded"
-    else:  # it answers with 500 to most of what it cannot read, too
+    else:  # llama-server also responds with 500 to most malformed requests
         code = "internal" if status != 400 and _ITS_FAILURE.search(message) else "invalid_value"
     return EngineError(code, message)

@@ -1,4 +1,4 @@
-"""One llama-server process: its command, its private socket and key, its heartbeat."""
+"""One llama-server process with its command line, private socket, key and heartbeat."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llamaherd_server.worker.lib import ON_GPU
 _LOADING_POLL_S = 0.05
 _HEARTBEAT_S = 1.0
 _RANDOM_SEED = 2**32 - 1
-# Below the 5 s after which llama-server closes an idle connection.
+# llama-server closes idle connections after 5 s; ours must expire earlier.
 _KEEPALIVE_S = 2.0
 _PARTIAL = re.compile(r"layers \( *(\d+) overflowing\)")
 _PR_SET_PDEATHSIG = 1
@@ -45,10 +45,10 @@ _entries = msgspec.json.Decoder(_Entry)
 
 
 class NativeProcess(ChildProcess):
-    """Speaks to a supervisor as engine.process.WorkerProcess does; requests go over `http`.
+    """Implements engine.supervisor.Process; requests go over `http`.
 
-    The socket lies in a folder that only this user can enter; the key is in the process's environment, never among its
-    arguments. Both are new for every process.
+    The socket is in a folder that only this user can enter. The key is passed in the environment, never as an argument.
+    Every process gets a new socket and a new key.
     """
 
     http: httpx.AsyncClient
@@ -58,7 +58,7 @@ class NativeProcess(ChildProcess):
         self._folder = Path(tempfile.mkdtemp(prefix="llamaherd-"))
         socket = str(self._folder / "llama-server.sock")
         key = secrets.token_urlsafe(32)
-        # the binary reads LLAMA_ARG_* as if they were flags: what is in force is what the settings say
+        # the binary reads LLAMA_ARG_* like flags, and only the settings may configure it
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
         self._began = time.monotonic()
         self._ready = False
@@ -79,7 +79,7 @@ class NativeProcess(ChildProcess):
             ),
             base_url="http://llama-server",
             headers={"Authorization": f"Bearer {key}"},
-            timeout=None,  # noqa: S113 (requests have the front end's deadlines; the heartbeat tells a wedged one)
+            timeout=None,  # noqa: S113 (the front end has deadlines; the heartbeat detects a wedged process)
         )
         self._log = asyncio.create_task(self._pass_on_log())
 
@@ -88,38 +88,38 @@ class NativeProcess(ChildProcess):
         return self._process.returncode is None
 
     async def exited(self, timeout_s: float) -> bool:
-        """Whether it ends within `timeout_s` seconds."""
+        """Wait up to `timeout_s` seconds; return whether the process has ended."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._process.wait(), timeout_s)
             return True
         return False
 
     def send(self, frame: bytes) -> None:
-        """Nothing: requests go over HTTP."""
+        """Do nothing: requests go over HTTP."""
 
     async def receive(self, timeout_s: float | None) -> FromWorker | None:
-        """Ready once, then a heartbeat each second; None when the process has ended. Raises TimeoutError."""
+        """Return Ready once, then a Step each second as heartbeat; None once the process ended. Raises TimeoutError."""
         async with asyncio.timeout(timeout_s):
             while not await self.exited(_HEARTBEAT_S if self._ready else _LOADING_POLL_S):
-                with suppress(httpx.HTTPError):  # it does not listen yet, still loads, or ends
+                with suppress(httpx.HTTPError):  # it is not listening yet, still loading, or ending
                     message: FromWorker = await (self._beat() if self._ready else self._introduce())
                     return message
         return None
 
     async def ended(self) -> str:
-        """Wait for its end; how it ended and, where it wrote any, its last words."""
+        """Wait for the process to end; return how it ended and the last line of its log, if any."""
         how = await super().ended()
         await self.http.aclose()
         shutil.rmtree(self._folder, ignore_errors=True)
         return how
 
     async def _pass_on_log(self) -> None:
-        """Where it places layers its log is JSON on standard output; what it dies of is on standard error."""
+        """Read both streams: with --log-jsonl the log is on standard output, fatal errors on standard error."""
         stdout = self._read(self._process.stdout, self._pass_on_entry)
         await asyncio.gather(stdout, self._read(self._process.stderr, self._pass_on))
 
     def _pass_on_entry(self, line: bytes) -> None:
-        """Warnings, errors, and the layers on an accelerator: the rest is of each request, and has texts of models."""
+        """Log warnings, errors and the placement of layers; other entries are per request and contain model output."""
         try:
             entry = _entries.decode(line)
         except msgspec.DecodeError:
@@ -132,7 +132,7 @@ class NativeProcess(ChildProcess):
             self._pass_on(entry.msg.strip().replace("\n", "\\n").encode())
 
     async def get(self, path: str) -> Any:
-        """The JSON of a GET; raises httpx.HTTPError."""
+        """Return the JSON response of a GET; raises httpx.HTTPError."""
         return (await self.http.get(path)).raise_for_status().json()
 
     async def _introduce(self) -> Ready:
@@ -144,7 +144,7 @@ class NativeProcess(ChildProcess):
         return Ready(
             model=ModelInfo(
                 description=str(meta.get("ftype", "")),
-                architecture="",  # it does not tell
+                architecture="",  # llama-server does not return it
                 n_params=meta["n_params"],
                 size_bytes=meta["size"],
                 n_ctx_train=meta["n_ctx_train"],
@@ -164,7 +164,7 @@ class NativeProcess(ChildProcess):
         )
 
     async def _beat(self) -> Step:
-        """The slots are answered by the thread that computes, so an answer says that it turns."""
+        """Query the slots: llama-server's compute thread answers, so a response shows that its loop is running."""
         slots = await self.get("/slots")
         self._beats += 1
         used = sum(slot.get("n_prompt_tokens", 0) for slot in slots)
@@ -191,12 +191,12 @@ def _cells(settings: EngineSettings) -> int:
 
 
 def _end_with_parent() -> None:
-    """Linux ends the process when the front end is killed, which no handler of ours could do (prctl(2))."""
+    """Have Linux kill the process when the front end dies, even by a SIGKILL that no handler can catch (prctl(2))."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _defaults(params: dict[str, Any]) -> dict[str, int | float]:
-    """What the GGUF and the command line say of sampling, where that is not llama-server's default anyway."""
+    """Return the sampling values of the GGUF and the command line that differ from llama-server's defaults."""
     usual = msgspec.structs.asdict(Sampling()) | {"seed": _RANDOM_SEED, "max_tokens": -1}
     return {
         name: value

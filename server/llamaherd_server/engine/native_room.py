@@ -1,4 +1,4 @@
-"""Asks, before a llama-server is started, whether there is memory for it."""
+"""Checks before the start of a llama-server whether it fits into memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ log = structlog.get_logger()
 
 
 async def check_room(config: NativeConfig, beside: NativeConfig | None = None) -> None:
-    """Raises EngineError with the numbers where there is too little memory, once the process of `beside` has ended.
+    """Raise EngineError with the figures if there is too little memory, counting what the process of `beside` frees.
 
-    Prebuilt archives of llama.cpp come without the binding that reads a model: there nothing is asked, nor where other
-    hosts hold a part of it.
+    The check is skipped without llama-cpp-python, which reads the model and which prebuilt archives of llama.cpp lack,
+    and for models that are partly on other hosts (`rpc`).
     """
     if config.rpc or importlib.util.find_spec("llama_cpp") is None:
         return
@@ -25,5 +25,5 @@ async def check_room(config: NativeConfig, beside: NativeConfig | None = None) -
     if code == REFUSED:
         raise EngineError("does_not_fit", output.decode())
     if code:
-        # what cannot be asked is llama-server's to find out
+        # the check itself failed: leave it to llama-server
         log.warning("it is not known whether the model fits into memory", exit_code=code)

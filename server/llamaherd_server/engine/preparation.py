@@ -1,6 +1,6 @@
-"""What llama-server had better not do with a request's texts itself, done in a child process before it gets them.
+"""Tries grammars and tokenizes long texts in child processes before llama-server gets them.
 
-It would print a grammar that does not compile, or die of it; and long texts would take its few HTTP threads.
+llama-server would print a grammar that does not compile, or crash on it; long texts would block its few HTTP threads.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from llamaherd_server.worker.forkserver import MOST_TOKENS, Forkserver, Job, Pre
 
 log = structlog.get_logger()
 
-# Tokens that it is tried for, and what each may cost: in llama-server that is every stream's time.
+# Tokens of a grammar's trial and the cost limit of each, stricter than forkserver's: a slow grammar delays all streams.
 TRIAL_TOKENS, TRIAL_COST = 16, 12.0
 AT_ONCE, LEFT_FOR_OTHERS = 4, 1
 
 
 class Preparation:
-    """Runs some children at once; the result for a grammar is remembered.
+    """Runs at most AT_ONCE child processes at a time and caches the verdict on each grammar.
 
-    Prebuilt archives of llama.cpp come without the binding that a child needs: there texts go on as they are.
+    Children need llama-cpp-python. Without it, as with prebuilt archives of llama.cpp, texts are passed on unchecked.
     """
 
     def __init__(self, model_path: Path) -> None:
@@ -36,19 +36,19 @@ class Preparation:
             log.warning("llama-cpp-python is not installed: grammars go to llama-server untried")
 
     async def try_grammar(self, grammar: str) -> None:
-        """Raises EngineError for a grammar that is refused."""
+        """Try the grammar in a child process; raises EngineError if it is refused."""
         if self.possible and not self._forkserver.has_passed(grammar):
             await self._run(Job(grammar=grammar, trial=TRIAL_TOKENS, trial_cost=TRIAL_COST))
 
     async def tokenize(
         self, text: str, *, add_special: bool, parse_special: bool, room: int | None = None
     ) -> list[int]:
-        """The text's tokens; raises EngineError, also where a slot of `room` tokens has no room for it."""
+        """Return the tokens of the text; raises EngineError, also if they do not fit into a slot of `room` tokens."""
         prepared = await self._run(Job([text], add_special, parse_special, room, MOST_TOKENS if room is None else None))
         return prepared.tokens[0]
 
     async def count_tokens(self, text: str, *, add_special: bool) -> int:
-        """How many tokens the text has; raises EngineError."""
+        """Return the number of tokens in the text; raises EngineError."""
         return (await self._run(Job([text], add_special, counted=True))).count
 
     async def _run(self, job: Job) -> Prepared:
@@ -63,5 +63,5 @@ class Preparation:
             raise EngineError(error.code, error.message, error.param, error.details) from None
 
     def close(self) -> None:
-        """End the process that children are forked from."""
+        """Stop the process from which children are forked."""
         self._forkserver.close()

@@ -1,4 +1,4 @@
-"""One process of an engine: its end, and the last lines that it wrote to standard error; a worker has a socket too."""
+"""Child processes of engines: signals, exit status and log, and the message socket of a worker."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from llamaherd_server.worker.channel import LENGTH_BYTES
 
 PROGRAM: tuple[str, ...] = ("-m", "llamaherd_server.worker")  # what Python runs as the worker
 KEPT_LINES, LAST_CHARS = 20, 500
-LINE_BYTES = 2**15  # longer ones are cut in pieces
-LOG_S = 5.0  # what a process of the engine's own leaves open is not waited for
+LINE_BYTES = 2**15  # longer lines are split
+LOG_S = 5.0  # a child process of the engine may keep the pipe open: do not wait for it any longer
 GRACE_S = 5.0
 _decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 
 
 class ChildProcess:
-    """A subclass starts `_process`, with standard error as a pipe, and `_log`."""
+    """Base class. Subclasses start `_process`, with standard error as a pipe, and the task `_log`."""
 
     _process: asyncio.subprocess.Process
     _log: asyncio.Task[None]
@@ -41,7 +41,7 @@ class ChildProcess:
         self._signal(signal.SIGKILL)
 
     async def ended(self) -> str:
-        """Wait for its end; how it ended and, where it wrote any, its last words."""
+        """Wait for the process to end; return how it ended and the last line of its log, if any."""
         code = await self._process.wait()
         await asyncio.wait((self._log,), timeout=LOG_S)
         self._log.cancel()
@@ -50,7 +50,7 @@ class ChildProcess:
         return f"the engine ended with {how}{last}"
 
     async def end(self) -> None:
-        """Ask it to end, and kill it when that takes too long."""
+        """Terminate the process, and kill it after GRACE_S."""
         self._ask_to_end()
         try:
             async with asyncio.timeout(GRACE_S):
@@ -63,7 +63,7 @@ class ChildProcess:
         self._signal(signal.SIGTERM)
 
     def _signal(self, number: signal.Signals) -> None:
-        if self._process.returncode is None:  # else the pid may be another's
+        if self._process.returncode is None:  # otherwise the pid may belong to another process
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
@@ -71,8 +71,8 @@ class ChildProcess:
         await self._read(self._process.stderr, self._pass_on)
 
     async def _read(self, pipe: asyncio.StreamReader | None, handle: Callable[[bytes], None]) -> None:
-        """Line by line. It never stops: a process whose pipe is full would stand still in the middle of a request."""
-        assert pipe is not None  # noqa: S101 (it was asked for as a pipe)
+        """Call `handle` for each line until the pipe closes: a full pipe would block the engine during a request."""
+        assert pipe is not None  # noqa: S101 (the process was started with a pipe)
         rest = b""
         while part := await pipe.read(LINE_BYTES):
             *lines, rest = (rest + part).split(b"\n")
@@ -85,15 +85,15 @@ class ChildProcess:
     def _pass_on(self, line: bytes) -> None:
         if text := line.decode(errors="replace").rstrip():
             self._last_lines.append(text[:LAST_CHARS])
-            with contextlib.suppress(OSError):  # a disk that is full
+            with contextlib.suppress(OSError):  # the disk may be full
                 sys.stderr.write(f"{text}\n")
 
 
 class WorkerProcess(ChildProcess):
-    """Started by `start`; `receive` until it gives None, then `ended` says why it has gone."""
+    """Call `start`, then `receive` until it returns None, then `ended` for the reason."""
 
     def __init__(self, inherited: Sequence[int] = ()) -> None:
-        """`inherited`: file descriptors that the worker gets under the same numbers."""
+        """`inherited`: file descriptors that the worker inherits under the same numbers."""
         super().__init__()
         self._inherited = inherited
 
@@ -110,11 +110,11 @@ class WorkerProcess(ChildProcess):
         self._log = asyncio.create_task(self._pass_on_log())
 
     def send(self, frame: bytes) -> None:
-        """A message with its length before it."""
+        """Send a length-prefixed message."""
         self._writer.write(frame)
 
     async def receive(self, timeout_s: float | None) -> FromWorker | None:
-        """The next message; None when there will be no more. Raises TimeoutError."""
+        """Return the next message, or None after the last one; raises TimeoutError."""
         try:
             async with asyncio.timeout(timeout_s):
                 size = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "big")
@@ -124,11 +124,11 @@ class WorkerProcess(ChildProcess):
         return message
 
     async def ended(self) -> str:
-        """Wait for its end; how it ended and, where it wrote any, its last words."""
+        """Wait for the process to end; return how it ended and the last line of its log, if any."""
         how = await super().ended()
         self._writer.close()
         return how
 
     def _ask_to_end(self) -> None:
-        """Close the socket, which ends the worker after its step."""
+        """Close the socket; the worker ends after its current step."""
         self._writer.close()

@@ -1,4 +1,4 @@
-"""The front end's side of the prompt cache: memory that outlives a worker, and a folder that outlives the server."""
+"""The front end's part of the prompt cache: memory that outlives a worker, and a folder that outlives the server."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from llamaherd_server.worker.prompt_files import store
 log = structlog.get_logger()
 
 MIB = 2**20
-DEFAULT_MIB = 8192  # llama-server's
-SHARE = 0.25  # of the memory that is available, at most, by default
+DEFAULT_MIB = 8192  # llama-server's default
+SHARE = 0.25  # of the available memory: upper limit of the default
 STORE_S = 10.0
 
 
 @dataclass
 class Prompts:
-    """What a worker is given; `fd` -1: nothing is kept."""
+    """The memory and the folder that a worker gets. `fd` is -1 if prompts are not kept."""
 
     fd: int = -1
     bytes: int = 0
@@ -38,7 +38,7 @@ class Prompts:
         return PromptStore(fd=self.fd, bytes=self.bytes, folder=None if self.folder is None else str(self.folder))
 
     async def close(self) -> None:
-        """Write what there is to the folder, where there is one, and let go of it."""
+        """Write the prompts to the folder, if there is one, and release the memory."""
         if self.fd < 0:
             return
         fd, self.fd = self.fd, -1
@@ -52,9 +52,9 @@ class Prompts:
 
 
 def open_prompts(mib: int | None, share: float, folder: Path | None) -> Prompts:
-    """Memory for `mib` MiB of prompts (0: none; None: this model's `share` of what the host has for all), and a folder.
+    """Allocate `mib` MiB for prompts (0: none; None: this model's `share` of the host's default) and open the folder.
 
-    What cannot be is one line in the log: the server serves without it.
+    If the memory or the folder is unavailable, this logs one line and the server runs without it.
     """
     available = available_bytes()
     size = int(share * min(DEFAULT_MIB * MIB, SHARE * available if available else math.inf))

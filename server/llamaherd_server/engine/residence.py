@@ -1,8 +1,8 @@
-"""Models on demand: they are loaded for the requests that name them, and share the room of a few.
+"""Models on demand: loaded when a request names them, a limited number at once.
 
-One loads at a time, in the order they were asked for. Where the room is full, one that nobody uses gives way, the least
-recently used first; else the one that was loaded first finishes what it has, and takes nothing new meanwhile. It stays
-for as long as its loading took, so that models which are asked for by turns spend half of the time at work, at least.
+They load one at a time, in the order of the requests. If all places are taken, the least recently used idle model is
+unloaded. If no model is idle, the one loaded first drains and is unloaded, but not before it has been in memory as long
+as its load took: models that are requested in turn thus serve at least half of the time.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from llamaherd_server.wire.errors import EngineError
 
 log = structlog.get_logger()
 
-# Requests for a model that could not be loaded are refused for so long before it is tried again.
+# How long requests for a model are refused after it failed to load.
 RETRY_S = 10.0
 _TICK_S = 1.0
-# What the task holds.
+# The models that the current task keeps loaded.
 _holding: ContextVar[tuple[Guest, ...]] = ContextVar("holding", default=())
 
 
 @dataclass(eq=False)
 class Guest:
-    """A model on demand. `load` raises EngineError; `users` are its requests, `waiting` those that it is loaded for."""
+    """A model on demand. `load` may raise EngineError. `users` are running requests, `waiting` those before a load."""
 
     name: str
     idle_s: float
@@ -42,28 +42,28 @@ class Guest:
     since: float = 0.0  # when it was loaded
     used: float = 0.0  # when its last request ended
     coming: asyncio.Task[None] | None = None
-    refused: tuple[float, EngineError] | None = None  # until when, and with what, since it last could not be loaded
+    refused: tuple[float, EngineError] | None = None  # after a failed load: until when to refuse, and the error
     users: set[object] = field(default_factory=set)
     waiting: set[object] = field(default_factory=set)
     unused: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Residence:
-    """Room for `most` models on demand at once."""
+    """Keeps at most `most` models on demand loaded."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._guests: list[Guest] = []
-        self._turn = asyncio.Lock()  # whoever loads or unloads
+        self._turn = asyncio.Lock()  # held during a load or an unload
 
     def add(self, guest: Guest) -> None:
         self._guests.append(guest)
 
     @asynccontextmanager
     async def held(self, guest: Guest) -> AsyncIterator[None]:
-        """The model is loaded, and stays so until the block ends; raises the EngineError of one that cannot be.
+        """Load the model if necessary and keep it loaded until the block ends; raises EngineError if the load fails.
 
-        Within a block of the same task it is held already, and whoever asks for room waits for the outer one.
+        Nested blocks of one task do nothing: the outer block keeps the model loaded.
         """
         outer = _holding.get()
         if guest in outer:
@@ -88,7 +88,7 @@ class Residence:
                 guest.unused.set()
 
     async def run(self) -> None:
-        """Unload, for ever, what nobody has used for its `idle_s`."""
+        """Unload models that have been idle for their `idle_s`, until cancelled."""
         while True:
             await asyncio.sleep(_TICK_S)
             for guest in filter(_idle, self._guests):
@@ -97,7 +97,7 @@ class Residence:
                         await self._leave(guest)
 
     async def close(self, guest: Guest) -> None:
-        """Load it no more; who waits for it gets an EngineError."""
+        """Cancel a load in progress; requests that wait for it get an EngineError."""
         if guest.coming:
             guest.coming.cancel()
             await asyncio.wait((guest.coming,))

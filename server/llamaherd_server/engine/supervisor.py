@@ -1,4 +1,4 @@
-"""Keeps one worker running: starts it, kills it when it is wedged, starts the next one when it has gone."""
+"""Keeps a worker running: starts it, kills it if it is wedged, and starts another one after it has ended."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ log = structlog.get_logger()
 
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 60.0
-# From so many failures in a row on, requests are refused until there is a worker, rather than kept waiting for one.
+# After this many failures in a row, requests are refused instead of waiting for the next worker.
 REFUSED_FROM_FAILURES = 3
 _LEAST_WAIT_S = 0.1
-# A worker that has been ready for this long has put the failures before it behind.
+# A worker that has been ready for longer than this resets the count of failures in a row.
 SETTLED_S = 60.0
 
 
 class Listener(Protocol):
-    """Who is told of the workers."""
+    """Receives events about the workers."""
 
     def on_ready(self, ready: Ready) -> None:
-        """A worker, the first or the next, takes requests."""
+        """Called when a worker is ready, the first one or a replacement."""
 
     def on_message(self, message: FromWorker) -> None:
-        """Whatever else a worker says."""
+        """Called with any other message of a worker."""
 
     def on_gone(self) -> None:
-        """A worker has gone. The supervisor's state says whether another one will come."""
+        """Called when a worker has ended; the supervisor's state says whether another one will start."""
 
 
 class Process(Protocol):
-    """What a supervisor needs of an engine's process; engine.process.WorkerProcess has the words for it."""
+    """What a supervisor needs from an engine's process; documented at engine.process.WorkerProcess."""
 
     @property
     def pid(self) -> int: ...
@@ -57,11 +57,11 @@ class Process(Protocol):
 
 
 class Supervisor:
-    """`config` is asked for the worker's configuration before each start.
+    """Calls `config` for the worker's configuration before each start.
 
-    A worker that is ready speaks once a second, and after every step: one whose computing thread is silent for
-    `heartbeat_timeout_s` is wedged, as is one that is not ready after `load_timeout_s`. A first one that never became
-    ready is not started again. Once there was one, the next is started after a back-off, however many fail.
+    A ready worker sends a message every second and after every step. It is killed if its compute thread is silent for
+    `heartbeat_timeout_s`, or if it is not ready after `load_timeout_s`. If the first worker ends before it is ready,
+    none follows. Afterwards every worker that ends is replaced after a back-off, however many fail.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class Supervisor:
         self._process: Process | None = None
         self._task: asyncio.Task[None] | None = None
         self._failures = 0  # in a row
-        self._beat = time.monotonic()  # when the thread that computes last spoke
-        self._settled = asyncio.Event()  # the first worker is ready, or never will be
+        self._beat = time.monotonic()  # time of the compute thread's last message
+        self._settled = asyncio.Event()  # set once the first worker is ready or has failed
 
     @property
     def pid(self) -> int | None:
@@ -92,7 +92,7 @@ class Supervisor:
 
     @property
     def refusal(self) -> str | None:
-        """Why there is no worker, nor will be soon."""
+        """Why no worker is available now or soon; None if requests may wait for one."""
         gone = self.state in ("failed", "stopped")
         if gone or (self.state == "restarting" and self._failures >= REFUSED_FROM_FAILURES):
             return self.last_error or f"the engine is {self.state}"
@@ -103,7 +103,7 @@ class Supervisor:
         return time.monotonic() - self._beat if self._process else 0.0
 
     async def start(self) -> None:
-        """Return when the first worker is ready, or when there will be none: `state` tells which."""
+        """Start, and return when the first worker is ready or has failed; `state` says which."""
         self._task = asyncio.create_task(self._run())
         settled = asyncio.create_task(self._settled.wait())
         await asyncio.wait((self._task, settled), return_when=asyncio.FIRST_COMPLETED)
@@ -120,16 +120,16 @@ class Supervisor:
             await self._process.end()
 
     def send(self, frame: bytes) -> None:
-        """To the worker that is ready; otherwise to nobody."""
+        """Send a frame to the ready worker; without one, drop it."""
         if self._process and self.state == "ready":
             self._process.send(frame)
 
     async def _run(self) -> None:
-        """One worker after the other, until the first one cannot start."""
+        """Run one worker after another; stop if the first one does not start."""
         while self.state != "failed":
             try:
                 lived_s = await self._run_one()
-            except Exception as error:  # no process could be started, for want of memory or file descriptors
+            except Exception as error:  # the process could not start, for lack of memory or file descriptors
                 self.last_error, lived_s = f"the engine's process could not be run: {error!r}", 0.0
                 if self._process:
                     self._process.kill()
@@ -146,11 +146,11 @@ class Supervisor:
         self._settled.set()
 
     def _patience_s(self, until: float | None) -> float:
-        """How long to wait for the next message: until then, or until the heartbeat's timeout."""
+        """Return how long to wait for the next message: up to `until`, or up to the heartbeat timeout if None."""
         return max(_LEAST_WAIT_S, (until or self._beat + self._heartbeat_timeout_s) - time.monotonic())
 
     async def _run_one(self) -> float:
-        """A worker's life; for how many seconds it was ready."""
+        """Run one worker until it ends; return for how many seconds it was ready."""
         process = self._new_process()
         load_until = time.monotonic() + self._load_timeout_s
         await process.start(self._config())
@@ -158,7 +158,7 @@ class Supervisor:
         refusal = silence = ready_at = None
         try:
             while message := await process.receive(self._patience_s(load_until if ready_at is None else None)):
-                if not isinstance(message, Tokens | Text | Failed):  # these come from the threads beside it
+                if not isinstance(message, Tokens | Text | Failed):  # these come from other threads of the worker
                     self._beat = time.monotonic()
                 if isinstance(message, Ready):
                     ready_at = time.monotonic()

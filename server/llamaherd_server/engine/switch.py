@@ -1,6 +1,6 @@
-"""The engine in force of a model.
+"""A model's current engine.
 
-It gives way to one of the other kind while requests wait; that of a model on demand comes and goes.
+It can be replaced by an engine of the other kind while requests wait. For a model on demand, it is loaded and unloaded.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from llamaherd_server.wire.protocol import Embed, Embedded, Generate, ModelInfo,
 
 
 class Switch:
-    """Implements engine.base.Engine by the engine `in_force`, which `make` makes of the settings."""
+    """Implements engine.base.Engine by the current engine, `in_force`, which `make` creates from the settings."""
 
     def __init__(
         self, settings: Settings, make: Callable[[Settings], Engine], residence: Residence | None = None
     ) -> None:
-        """Raises what `make` raises. `residence`: where a model on demand is loaded."""
+        """`residence` is for models on demand. Raises what `make` raises."""
         self._settings = settings
         self._residence = residence
         self._guest = Guest(settings.model.name, settings.model.idle_s, self._load, self._unload)
@@ -40,7 +40,7 @@ class Switch:
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._open = asyncio.Event()  # clear while one engine gives way to another
+        self._open = asyncio.Event()  # cleared while one engine replaces another
         self._open.set()
         self._changing = asyncio.Lock()
         self._stopped = False
@@ -54,7 +54,7 @@ class Switch:
         return self._residence is not None
 
     async def start(self) -> None:
-        """Start the engine; of a model on demand, read what it says of itself."""
+        """Start the engine; for a model on demand, read its metadata only."""
         if self._residence:
             self._model = await about(self._settings)
         else:
@@ -77,11 +77,11 @@ class Switch:
         return status if self._open.is_set() else replace(status, state="restarting", model=self._model)
 
     def held(self) -> AbstractAsyncContextManager[None]:
-        """The model is loaded until the block ends; raises the EngineError of one on demand that cannot be."""
+        """Keep the model loaded until the block ends; raises EngineError if a model on demand fails to load."""
         return self._residence.held(self._guest) if self._residence else nullcontext()
 
     async def _load(self) -> None:
-        """Start an engine like the one that was ended, or never started."""
+        """Start a new engine of the same kind and with the same settings as the previous one."""
         before = self.in_force.status()
         try:
             self.in_force = self._make(self._settings.with_engine(before.kind, before.settings))
@@ -141,9 +141,9 @@ class Switch:
 
     @asynccontextmanager
     async def using(self) -> AsyncIterator[Engine]:
-        """The engine in force, once there is one; it stays loaded meanwhile.
+        """Wait for the current engine, loading the model if necessary, and keep it until the block ends.
 
-        A switch waits for the block to end, RETUNE_DRAIN_S at most.
+        A switch to another engine waits for the block, at most RETUNE_DRAIN_S.
         """
         async with self.held():
             await self._open.wait()
@@ -164,7 +164,7 @@ class Switch:
 
     @asynccontextmanager
     async def peeked(self) -> AsyncIterator[Engine | None]:
-        """As `using`, but None where the model is not loaded: who only looks does not load it."""
+        """Like `using`, but yield None if the model is not loaded: a mere query must not load it."""
         if self.status().state == "unloaded":
             yield None
             return
@@ -172,10 +172,10 @@ class Switch:
             yield engine
 
     async def retune(self, settings: EngineSettings, kind: EngineKind | None = None) -> EngineSettings:
-        """Put other settings in force, on an engine of that `kind`; raises EngineError and keeps the old ones.
+        """Apply other settings, on an engine of `kind`; raises EngineError and keeps the old ones if that fails.
 
-        Where that is another kind, new requests wait, and running ones get RETUNE_DRAIN_S to finish, then they fail
-        with `engine_crashed`.
+        If the kind changes, new requests wait. Running ones get RETUNE_DRAIN_S to finish, then they fail with
+        `engine_crashed`.
         """
         async with self.held(), self._changing:
             before = self.in_force.status()
@@ -204,7 +204,7 @@ class Switch:
             return self.in_force.status().settings
 
     async def _put(self, engine: Engine) -> None:
-        """End the engine in force and start this one in its place; raises what starting it raises."""
+        """Stop the current engine and start this one in its place; raises what its start raises."""
         await self.in_force.stop()
         if self._stopped:
             raise EngineError("engine_stopped", "the server is stopping")
@@ -214,7 +214,7 @@ class Switch:
 
 
 class _SwitchedAway(EngineError):
-    """For a request whose engine was ended under it."""
+    """Raised for a request whose engine was stopped by a switch."""
 
     def __init__(self) -> None:
         super().__init__("engine_crashed", "the engine ended while it worked on this request")
