@@ -1,1 +1,1 @@
-"""From an admitted request to its answer: fairness, limits, the engine, and what is counted."""
+"""From an admitted request to its answer: fair queueing, limits, the engine and accounting."""

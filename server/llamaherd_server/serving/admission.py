@@ -1,12 +1,12 @@
 """Admission: a bounded queue before the engine, fair among keys.
 
 Start-time fair queueing (Goyal, Vin, Cheng 1996): each key's next request has a virtual start time, the smallest goes
-first, and a request moves its key's clock on by cost / priority. A key that floods only fills its own clock. Ageing: a
-key that has waited long since it was last served is moved forward, so that a small priority never starves.
+first, and a request advances its key's clock by cost / priority. A key that floods the queue only delays itself.
+Ageing: the longer a key has waited since it was last served, the earlier it is served, so low priorities never starve.
 
-So that a key with little to ask need not wait for another's whole completion, a key leaves some slots to the others as
-long as there are others: see RESERVED and SHARED_S. Preemptible keys come after all others, and need leave nothing: an
-engine that preempts gets the others' requests beside theirs, and takes their slots.
+While several keys are active, each leaves some slots to the others, so that a key with few requests does not wait for
+another's whole completion: see RESERVED and SHARED_S. Preemptible keys come after all others and reserve no slots: an
+engine that can preempt accepts the others' requests in addition to theirs and takes their slots.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from llamaherd_server.config.keys import Key
 from llamaherd_server.errors import ApiError
 
-# A minute of waiting puts a key 600 tokens, about one chat turn, before the others.
+# A minute of waiting moves a key ahead by 600 tokens, about one chat turn.
 AGEING_TOKENS_PER_S = 10.0
-# While others have asked within SHARED_S seconds, a key holds all slots but one in RESERVED, and at least one.
+# If other keys sent requests within the last SHARED_S seconds, a key may use all slots but one in RESERVED, at least 1.
 RESERVED = 8
 SHARED_S = 300.0
-# Weight of the newest request in the running mean of service times that Retry-After is computed from.
+# Weight of the latest request in the moving average of service times from which Retry-After is computed.
 _SMOOTHING = 0.1
 
 
@@ -35,8 +35,8 @@ _SMOOTHING = 0.1
 class Ticket:
     """A place in the queue and then in the engine. `cost` is the expected prompt and completion length in tokens.
 
-    `slots` of the engine are taken and given back together: a request that held some while it waited for more could
-    wait for another that does the same.
+    All `slots` are acquired and released together, because two requests that each hold some slots while waiting for
+    more could deadlock.
     """
 
     key: Key
@@ -49,11 +49,11 @@ class Ticket:
 
 @dataclass(slots=True)
 class _Flow:
-    """One key's requests. `finish` is the virtual time at which its last dispatched request would have been done."""
+    """One key's requests. `finish` is the virtual finish time of its last dispatched request."""
 
     preemptible: bool = False
     waiting: deque[Ticket] = field(default_factory=deque)
-    cost: float = 0.0  # of those that wait
+    cost: float = 0.0  # of all waiting requests
     running: int = 0
     finish: float = 0.0
     since: float = 0.0
@@ -61,7 +61,7 @@ class _Flow:
 
 
 class Admission:
-    """Hands requests to the engine: as many as it has slots, and a few more so that a freed slot never idles."""
+    """Passes requests to the engine: one per slot, and a few more so that a freed slot does not idle."""
 
     def __init__(
         self,
@@ -91,17 +91,17 @@ class Admission:
         self.set_parallel(parallel)
 
     def set_parallel(self, parallel: int) -> None:
-        """Follow the engine's number of slots."""
+        """Set the engine's number of slots."""
         self._parallel = parallel
         self.limit = parallel + max(1, parallel // 4)
         self._dispatch()
 
     def enter(self, key: Key, costs: list[float], slots: int = 1) -> list[Ticket]:
-        """Queue one request a cost, all or none; raises the 429 when they do not fit. Pair each with `leave`.
+        """Queue one request for each cost, all or none, and return their tickets. Call `leave` for each of them.
 
-        Each takes so many `slots` at once, or as many as its key may have. In a full queue the key that fills most of
-        it makes room: its newest request gets the 429. A request that is larger than the queue in tokens is let into an
-        empty one.
+        Each takes `slots` at once, or as many as its key may use. If the queue is full, the key with the largest share
+        of it gives way: its latest request fails with a 429. If that is this key, raises the 429. An empty queue also
+        accepts a request of more tokens than its limit. Raises a 400 for too many generations.
         """
         if (generations := len(costs) * slots) > self._max_generations:
             message = (
@@ -131,7 +131,7 @@ class Admission:
         return tickets
 
     async def admitted(self, ticket: Ticket) -> None:
-        """Wait for the ticket's turn; raises the 503 at the deadline. Leaving is still the caller's part."""
+        """Wait for the ticket's turn; raises a 503 at the deadline. The caller must still call `leave`."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 await ticket.admitted
@@ -141,7 +141,7 @@ class Admission:
 
     @asynccontextmanager
     async def place(self, ticket: Ticket, used: Callable[[], int]) -> AsyncIterator[None]:
-        """The ticket's turn, until the block ends; `used` says then how many tokens it had. Raises as `admitted`."""
+        """Wait like `admitted`; at the end of the block, leave with the token count that `used` returns."""
         try:
             await self.admitted(ticket)
             yield
@@ -149,9 +149,9 @@ class Admission:
             self.leave(ticket, used())
 
     def leave(self, ticket: Ticket, tokens: int) -> None:
-        """Give the place back, queued or running; a second time it does nothing.
+        """Release the place in the queue or the engine; a second call does nothing.
 
-        The `tokens` it used correct what its key was charged.
+        The key is charged the actual number of `tokens` instead of the expected cost.
         """
         if ticket.left:
             return
@@ -181,7 +181,7 @@ class Admission:
             flow = min(flows, key=lambda one: (one.preemptible, one.finish - (now - one.since) * AGEING_TOKENS_PER_S))
             slots = min(flow.waiting[0].slots, self._most(flow, now))
             if flow.running + slots > self._most(flow, now) or slots > self._room(flow):
-                return  # none goes before it, or it would wait for ever
+                return  # no other request may overtake it, or it could wait forever
             ticket = flow.waiting.popleft()
             self._unqueue(flow, ticket)
             if not self._holds(ticket.key):
@@ -193,11 +193,11 @@ class Admission:
             flow.since = ticket.started_at = now
             flow.running += slots
             self.running += slots
-            if not ticket.admitted.done():  # a caller that has gone will leave in a moment
+            if not ticket.admitted.done():  # the caller was cancelled and is about to leave
                 ticket.admitted.set_result(None)
 
     def _most(self, flow: _Flow, now: float) -> int:
-        """How many a key may have running: all that there is, or what leaves a slot for the others."""
+        """Return how many slots the key may use: all of them, or those not reserved for other keys."""
         preempts = self._preempts()
         others = [one for one in self._flows.values() if one is not flow and not (preempts and one.preemptible)]
         alone = all(now - other.asked > SHARED_S for other in others) or (preempts and flow.preemptible)
@@ -206,14 +206,14 @@ class Admission:
         return self._parallel - max(1, self._parallel // RESERVED)
 
     def _room(self, flow: _Flow) -> int:
-        """How many slots the key's requests may be given now."""
+        """Return how many slots the key's requests could get now, counting those that they may preempt."""
         yields = not flow.preemptible and self._preempts()
         return (
             self.limit - self.running + sum(one.running for one in self._flows.values() if yields and one.preemptible)
         )
 
     def _share(self, requests: int, tokens: float) -> float:
-        """How full the queue is with so much in it; above 1: too full."""
+        """Return the fraction of the queue's limits that this load would use; above 1 it does not fit."""
         return max(requests / self._max_queue, tokens / self._max_queue_tokens)
 
     def _push_out(self, flow: _Flow) -> None:
@@ -238,5 +238,5 @@ class Admission:
 
 
 def _refuse(ticket: Ticket, error: ApiError) -> None:
-    if not ticket.admitted.done():  # a caller that has gone will leave in a moment
+    if not ticket.admitted.done():  # the caller was cancelled and is about to leave
         ticket.admitted.set_exception(error)

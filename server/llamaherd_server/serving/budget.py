@@ -1,4 +1,4 @@
-"""Per-key budgets: tokens of a day and of a month in UTC; of this host's part, by what the ledger has counted here."""
+"""Per-key budgets of tokens per day and month in UTC: this host's part of each, against the usage in its ledger."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaherd_server.serving.quota import SHARE_HEADER
 
 
 def check_budget(ledger: Ledger, key: Key, tokens: float, mine: Part) -> None:
-    """Raise the 429 for a request whose `tokens` go beyond the key's budgets, the 503 while what it used is unknown."""
+    """Raise a 429 if a request of `tokens` exceeds one of the key's budgets, a 503 while the key's usage is unknown."""
     if not key.budgeted:
         return
     if not ledger.readable:
@@ -33,6 +33,6 @@ def check_budget(ledger: Ledger, key: Key, tokens: float, mine: Part) -> None:
                 f"request may use {max(1, tokens):.0f}: the budget begins anew at {anew:%Y-%m-%dT%H:%M:%SZ}"
             )
             wait_s = math.ceil((anew - ledger.clock()).total_seconds())
-            # openai's clients would send it again, to the same end
+            # OpenAI's clients would otherwise retry, in vain
             headers = {"X-Should-Retry": "false", SHARE_HEADER: "used up"}
             raise ApiError(429, message, code="insufficient_quota", retry_after=wait_s, headers=headers)

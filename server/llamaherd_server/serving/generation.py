@@ -1,4 +1,4 @@
-"""The generations of one HTTP request: queued, run, measured and, whatever happens, released."""
+"""Runs the generations of one HTTP request: queues and measures them, and releases their resources in any case."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from llamaherd_server.serving.quota import Quotas
 from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.protocol import Delta, Finished, Generate, Started
 
-# For the cost that the queue expects of a request: what it is taken to generate unless its max_tokens is less, and the
-# characters taken to make one token. What it really used is put right at its end.
+# A request's estimated cost in the queue: EXPECTED_OUTPUT tokens, or max_tokens if less, plus the prompt's characters
+# at CHARS_PER_TOKEN. The actual usage replaces the estimate when the request ends.
 EXPECTED_OUTPUT = 256
 CHARS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What a generation needs of the server."""
+    """The parts of the server that a generation of one model uses."""
 
     engine: Switch
     admission: Admission
-    embeddings: Admission  # to the context for embeddings
+    embeddings: Admission  # queue of the embedding context
     quotas: Quotas
     ledger: Ledger
     metrics: Metrics
@@ -51,9 +51,9 @@ class Serving:
     def reserve(
         self, key: Key, usage: Usage, *, tokens: float, costs: list[float], slots: int = 1, to: Admission | None = None
     ) -> Iterator[list[Ticket]]:
-        """The way in: places in the queue `to` the engine, one a cost, of `slots` each, within the key's limits.
+        """Check the key's limits and queue one ticket of `slots` for each cost, in `to` or the engine's queue.
 
-        `tokens` of the key's are taken; at the end what `usage` has stands in their place. Raises ApiError.
+        Charges the key `tokens` at first, and at the end the tokens in `usage` instead. Raises ApiError.
         """
         queue, tickets = to or self.admission, list[Ticket]()
         check_budget(self.ledger, key, tokens, self.quotas.part(key))
@@ -62,35 +62,35 @@ class Serving:
             try:
                 yield (tickets := queue.enter(key, costs, slots))
             finally:
-                for ticket in tickets:  # of a task that was cancelled before it began
+                for ticket in tickets:  # a task cancelled before its start has not released its ticket
                     queue.leave(ticket, 0)
                 self.quotas.settle(key, tokens, usage.tokens)
 
     @asynccontextmanager
     async def place(self, ticket: Ticket, used: Callable[[], int]) -> AsyncIterator[None]:
-        """As Admission.place, once a model on demand is loaded; raises EngineError too where it cannot be."""
+        """Load a model on demand, then wait as in Admission.place; raises EngineError if the load fails."""
         async with self.engine.held(), self.admission.place(ticket, used):
             yield
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What one generation was asked and answered, for the log of an operator who wants it."""
+    """Prompt and output of one generation, for the log if log.texts is set."""
 
     prompt: str | list[int]
     output: list[str] = field(default_factory=list)
 
 
 class Run:
-    """Runs `requests` at once and yields their events as (index, event) in the order they come.
+    """Runs `requests` concurrently and yields their events as (index, event) in order of arrival.
 
-    The `n` completions of a prompt lie side by side in `requests`. An async context manager: leaving it cancels what
-    still runs. A generation that fails ends the iteration with an error. `first` waits until the first one has a slot,
-    so that what fails before that can still be told by the HTTP status.
+    The `n` completions of a prompt are adjacent in `requests`. An async context manager; leaving it cancels the running
+    generations. If one fails, the iteration ends with its error. `first` waits for the first token, so that earlier
+    errors can still set the HTTP status.
     """
 
     def __init__(self, serving: Serving, key: Key, requests: list[Generate], *, n: int, arrived: float) -> None:
-        """`arrived`: the perf_counter reading when the HTTP request came."""
+        """`arrived`: the perf_counter reading at the arrival of the HTTP request."""
         self.usage = Usage()
         self.texts = [Text(request.prompt) for request in requests] if serving.log.texts else []
         if serving.log.prefixes:
@@ -107,10 +107,10 @@ class Run:
         self._events: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._peeked: deque[tuple[int, Event]] = deque()
-        self._crashed = False  # whether the engine may have ended at one of the requests
+        self._crashed = False  # whether one of the requests may have crashed the engine
 
     async def __aenter__(self) -> Self:
-        """Take the places in the queue; raises ApiError when a limit stands against it."""
+        """Check the limits and queue the generations; raises ApiError if a limit is exceeded."""
         serving, key = self._serving, self._key
         tokens, costs = await self._expected_tokens(), [_cost(request) for request in self._requests]
         tickets = self._reserved.enter_context(serving.reserve(key, self.usage, tokens=tokens, costs=costs))
@@ -136,7 +136,7 @@ class Run:
         self._reserved.close()
 
     async def _expected_tokens(self) -> float:
-        """What the generations may use: their prompts, and each one's max_tokens."""
+        """Return the tokens to reserve: prompts, and each `max_tokens` or EXPECTED_OUTPUT; 0 without a token limit."""
         if not self._key.counts_tokens:
             return 0
         engine = self._serving.engine
@@ -145,14 +145,14 @@ class Run:
         return outputs + await prompt_tokens(engine, [request.prompt for request in self._requests[:: self._n]])
 
     async def first(self) -> None:
-        """Wait for the first token; raises what came instead of it."""
+        """Wait for the first token; raises the error if a generation fails before it."""
         event: Event | None = None
         while event is None or isinstance(event, Started):
             index, event = await self._event()
             self._peeked.append((index, event))
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """All events from the first on, until every generation has finished or one has failed."""
+        """Yield all events from the start, until every generation has finished; raises the first error."""
         left = len(self._requests)
         while left:
             index, event = self._peeked.popleft() if self._peeked else await self._event()
@@ -166,7 +166,7 @@ class Run:
         return index, event
 
     async def _pump(self, index: int, request: Generate, ticket: Ticket, meter: Meter) -> None:
-        """One generation, from its place in the queue to its last event."""
+        """Run one generation, from the queue to its last event."""
         serving = self._serving
         outcome, begun = "cancelled", False
         try:
@@ -186,7 +186,7 @@ class Run:
                         if isinstance(event, Finished):
                             outcome = event.reason
         except Exception as error:
-            # One that has had tokens is hardly what the engine died of, and a switch of engines is nobody's doing.
+            # A request that has produced tokens hardly caused the crash; a switch of engines raises a subclass.
             self._crashed |= type(error) is EngineError and error.code == "engine_crashed" and not begun
             told = (
                 late_error(serving.limits, whole=whole.expired()) if isinstance(error, TimeoutError) else _told(error)
@@ -198,11 +198,11 @@ class Run:
 
 
 async def prompt_tokens(engine: Switch, prompts: Iterable[str | list[int]]) -> int:
-    """How many tokens the prompts have, texts counted as one."""
+    """Return the number of tokens in the prompts; texts are joined and counted together."""
     prompts = list(prompts)
     text = "\n".join(prompt for prompt in prompts if isinstance(prompt, str))
     counted = 0
-    if text:  # to wait for a model on demand is not this one's part
+    if text:  # counting must not load a model on demand
         away = engine.status().state == "unloaded"
         counted = len(text) // CHARS_PER_TOKEN if away else await engine.count_tokens(text)
     return counted + sum(len(prompt) for prompt in prompts if not isinstance(prompt, str))
@@ -214,15 +214,15 @@ def _cost(request: Generate) -> float:
 
 
 def _told(error: Exception) -> Exception:
-    """The error as the client is told of it; a bug stays what it is."""
+    """Convert an EngineError to the ApiError for the client; other exceptions are bugs and stay unchanged."""
     return ApiError.of_engine(error) if isinstance(error, EngineError) else error
 
 
 def late_error(limits: LimitSettings, *, whole: bool) -> ApiError:
-    """For the end of a request's time, as a `whole` or until its first token."""
+    """Return the 504 for a request that took too long, as a `whole` or until its first token."""
     if whole:
         code, message = "request_timeout", f"the request took longer than {limits.request_timeout_s:g} s"
     else:
         code, message = "first_token_timeout", f"no token came within {limits.first_token_timeout_s:g} s of the start"
-    # openai's clients would send it again, to the same end
+    # OpenAI's clients would otherwise retry, in vain
     return ApiError(504, message, code=code, headers={"X-Should-Retry": "false"})

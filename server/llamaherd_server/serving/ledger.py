@@ -1,7 +1,7 @@
-"""What each key used, by day and model: counted in memory as it comes, and kept in a small SQLite database.
+"""Token usage of each key by day and model: counted in memory and persisted in a small SQLite database.
 
-Servers of one host that name the same folder count into the same rows. The event loop only adds numbers; a thread reads
-and writes.
+Servers on one host with the same folder add to the same rows. The event loop only adds numbers; a thread reads and
+writes the database.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ log = structlog.get_logger()
 P = ParamSpec("P")
 T = TypeVar("T")
 
-TICK_S = 0.5  # what a server that is killed does not tell any more
-_BUSY_S = 5.0  # for another server's write
+TICK_S = 0.5  # interval of writes: a killed server loses at most this much usage
+_BUSY_S = 5.0  # how long to wait for another server's write
 _CREATE = """
     CREATE TABLE IF NOT EXISTS usage (
         day TEXT, key TEXT, model TEXT,
@@ -48,7 +48,7 @@ _FIND = "SELECT * FROM usage WHERE day BETWEEN ? AND ? AND ifnull(?, key) = key 
 
 
 class Row(NamedTuple):
-    """Whose usage; `day` in UTC, as in 2026-01-31."""
+    """Key of a row. `day` is in UTC, such as 2026-01-31."""
 
     day: str
     key: str
@@ -56,7 +56,7 @@ class Row(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """How much; a request counts once the engine has taken it in. `prompt_tokens` include the cached ones."""
+    """Usage of a row. A request counts once it has used tokens. `prompt_tokens` includes cached ones."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -65,7 +65,7 @@ class Counts(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """What a budget counts."""
+        """Tokens that count towards budgets."""
         return self.prompt_tokens + self.completion_tokens
 
 
@@ -75,7 +75,7 @@ def now() -> datetime.datetime:
 
 @dataclass(slots=True, eq=False)
 class Account:
-    """A request under way, and what of its usage has been counted already. `reserved`: tokens that it may use."""
+    """A running request. `counted`: the part of its usage in the ledger; `reserved`: tokens reserved for it."""
 
     key: str
     model: str
@@ -94,9 +94,9 @@ class Account:
 
 
 class Ledger:
-    """`folder` None: nothing is kept beyond this process. Rows of more than `days` days ago go.
+    """Usage of all keys. `folder` None keeps it in memory only. Rows older than `days` days are deleted.
 
-    It does nothing until `start`. `readable`: whether what was used before this process is known.
+    Call `start` first. `readable`: whether the usage before this process started is known.
     """
 
     def __init__(
@@ -109,12 +109,12 @@ class Ledger:
         self._tick_s = tick_s
         self._open: set[Account] = set()
         self._unwritten: dict[Row, Counts] = {}
-        self._used: Counter[tuple[str, str]] = Counter()  # tokens by day and key, this month's, written and unwritten
+        self._used: Counter[tuple[str, str]] = Counter()  # this month's tokens by day and key, written or not
         self._thread = ThreadPoolExecutor(1, "ledger")
         self._turn = asyncio.Lock()
         self._database: sqlite3.Connection | None = None
-        self._version = -1  # of what others wrote
-        self._day = ""  # when the database was last cleared of old rows
+        self._version = -1  # SQLite's data_version, which changes when another server writes
+        self._day = ""  # when old rows were last deleted
         self._failed = False
 
     @contextmanager
@@ -129,7 +129,7 @@ class Ledger:
             self._open.discard(account)
 
     def used(self, key: str) -> tuple[float, float]:
-        """Tokens that the key has used today and this month, with those that its running requests may still use."""
+        """Return the key's tokens today and this month, including those that its running requests may still use."""
         self._count(self._open)
         today = self._today()
         month = sum(tokens for (day, name), tokens in self._used.items() if name == key and day[:7] == today[:7])
@@ -137,26 +137,26 @@ class Ledger:
         return self._used[today, key] + running, month + running
 
     async def start(self) -> None:
-        """Read what was used before; a disk that does not answer is not waited for."""
+        """Read the usage so far; waits for a slow disk for _BUSY_S at most."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_BUSY_S):
                 await asyncio.shield(self.flush())
 
     async def run(self) -> None:
-        """Write what was counted, again and again."""
+        """Write the counts every `tick_s`, until cancelled."""
         while True:
-            await asyncio.shield(self.flush())  # a thread that writes cannot be called back
+            await asyncio.shield(self.flush())  # the writing thread cannot be cancelled
             await asyncio.sleep(self._tick_s)
 
     async def flush(self) -> None:
-        """Write what was counted until now; what cannot be written is one line in the log, and stays to be written."""
+        """Write the counts so far. If that fails, log it once and keep them for the next attempt."""
         async with self._turn:
             await self._flush()
 
     async def read(
         self, *, key: str | None = None, model: str | None = None, first: str = "", last: str = "9"
     ) -> list[tuple[Row, Counts]]:
-        """The rows of these days, in order, of this key and this model, or of all; raises ApiError."""
+        """Return the sorted rows from day `first` to `last`, of one or all keys and models; raises ApiError."""
         async with self._turn:
             await self._flush()
             try:
@@ -212,10 +212,10 @@ class Ledger:
     async def _beside(self, work: Callable[P, T], *args: P.args, **_: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
 
-    # On the thread.
+    # These run on the thread.
 
     def _write(self, batch: Mapping[Row, Counts]) -> dict[tuple[str, str], int] | None:
-        """Returns the tokens by day and key of this month, where another server or this one may have changed them."""
+        """Write the batch; return this month's tokens by day and key if the day or another server's rows changed."""
         database = self._database or self._opened()
         today = self._today()
         with database:

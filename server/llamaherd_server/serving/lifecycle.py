@@ -1,5 +1,5 @@
-"""From loading to exit: readiness, the watchdog, reloading on SIGHUP, draining on SIGTERM, and giving up when the
-engine has failed.
+"""The server's lifecycle: readiness, the systemd watchdog, reload on SIGHUP, drain on SIGTERM, and exit if an engine
+fails.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from llamaherd_server.wire.errors import EngineError
 log = structlog.get_logger()
 
 _TICK_S = 1.0
-# Loading has no deadline of its own: as long as this process turns, systemd is asked for this much more time.
+# systemd must not limit the load time: while the event loop runs, each tick requests this much more time.
 _START_EXTENSION_S = 30
 _RETRY_AFTER_S = 5
-_INTAKE_S = 5.0  # an engine that has taken nothing in for so long is not ready
-# How long streams get to send their last error event once the engine has been stopped under them.
+_INTAKE_S = 5.0  # an engine with a probe unanswered for this long is not ready
+# How long streams get to send their last error event after their engine was stopped.
 _FLUSH_S = 5.0
 
 
 class Lifecycle:
-    """Owns the engines' lives. `over` is called once, when the process should exit with `exit_code`."""
+    """Starts, watches and stops the engines. Calls `over` when the process should exit with `exit_code`."""
 
     def __init__(self, servings: list[Serving], limits: LimitSettings, totals: Totals, keys: KeyStore | None) -> None:
         self.exit_code = 0
@@ -42,8 +42,8 @@ class Lifecycle:
         self._limits = limits
         self._totals = totals
         self._keys = keys
-        self._told = (time.monotonic(), 0)  # when the status was last told, and the tokens until then
-        self.tokens_per_s = 0.0  # of the last second
+        self._told = (time.monotonic(), 0)  # time and token count of the last status report
+        self.tokens_per_s = 0.0  # between the last two status reports
         self._notifier = Notifier()
         self.draining = False
         self._started = False
@@ -53,14 +53,14 @@ class Lifecycle:
         self._drain_task: asyncio.Task[None] | None = None
 
     def alive(self) -> bool:
-        """Whether the step loops still turn; an engine that is being loaded or restarted has none to watch."""
+        """Whether the step loops of all ready engines are running; loading and restarting ones have none."""
         statuses = [engine.status() for engine in self._engines]
         return all(
             status.state != "ready" or status.heartbeat_age_s < self._limits.heartbeat_timeout_s for status in statuses
         )
 
     def ready(self) -> bool:
-        """Whether a request would be taken in now, by each engine; one on demand takes it whenever it comes."""
+        """Whether every engine would accept a request now; models on demand always do and are not checked."""
         statuses = [engine.status() for engine in self._engines if not engine.on_demand]
         return (
             self._started
@@ -69,9 +69,9 @@ class Lifecycle:
         )
 
     def refusal(self, serving: Serving | None = None) -> ApiError | None:
-        """The 503 for a new request to that model, or to whichever is up; None where it is taken.
+        """Return the 503 for a new request to that model, or to any model; None if the request is accepted.
 
-        While an engine restarts, requests are taken and wait for it.
+        While an engine restarts, requests are accepted and wait for it.
         """
         if self.draining:
             return ApiError(503, "the server is shutting down", code="shutting_down", retry_after=_RETRY_AFTER_S)
@@ -80,7 +80,7 @@ class Lifecycle:
 
     @contextmanager
     def tracked(self) -> Iterator[None]:
-        """A request that draining waits for."""
+        """Count a request, for which a drain waits."""
         self._in_flight += 1
         self._idle.clear()
         try:
@@ -91,7 +91,7 @@ class Lifecycle:
                 self._idle.set()
 
     async def run(self) -> None:
-        """Start the engine, then watch it until it fails or the process ends."""
+        """Start the engines, then watch them until one fails or the task is cancelled."""
         starting = asyncio.create_task(self._start())
         try:
             while not starting.done():
@@ -112,7 +112,7 @@ class Lifecycle:
         await self._watch()
 
     def reload(self) -> None:
-        """Read the keys again, changed or not, and tell systemd so (sd_notify(3): RELOADING)."""
+        """Read the keys file again, changed or not, and notify systemd (sd_notify(3): RELOADING)."""
         if ready := self.ready():
             self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
         if self._keys:
@@ -121,17 +121,17 @@ class Lifecycle:
             self._notifier.send("READY=1")
 
     def drain(self) -> None:
-        """Begin to shut down: no new requests, the running ones get until the deadline. A second call does nothing."""
+        """Start to drain: refuse new requests, let running ones finish until the deadline. Idempotent."""
         if self._drain_task is None:
             self.draining = True
             self._drain_task = asyncio.get_running_loop().create_task(self._drain())
 
     async def stop(self) -> None:
-        """Stop the engines that still run."""
+        """Stop the engines that are still running."""
         await asyncio.gather(*(engine.stop() for engine in self._engines if engine.status().state != "stopped"))
 
     async def _start(self) -> None:
-        """One after the other, so that each finds the memory taken that those before it need."""
+        """Start the engines one by one, so that each one's memory check counts the memory of those before it."""
         for serving in self._servings:
             await serving.engine.start()
             if serving.engine.on_demand:

@@ -1,4 +1,4 @@
-"""What one HTTP request used and how long it took, measured from the events that pass."""
+"""Measures tokens and times of one HTTP request from its engine events."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from llamaherd_server.wire.protocol import Delta, Started
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens of all generations of a request (a prompt counts once, however many completions it has).
+    """Tokens of all generations of a request. A prompt counts once, however many completions it has.
 
-    Times are seconds since the request arrived; NaN: not yet. Of several generations `entered_s` (into the queue),
-    `queued_s` (how long it was there) and `ttft_s` are the first one's, `ended_s` the last one's. `decode_s` is the
-    engine's figure, where tokens are not seen as they come. `outcomes`: each generation's finish reason, an error's
-    code, or `cancelled`. `prefixes` are of the first prompt, of `prompt_chars` characters, where the log asks for them.
+    Times are in seconds since the request arrived, NaN until known. With several generations, `entered_s` (entry into
+    the queue), `queued_s` (time in the queue) and `ttft_s` are of the first, `ended_s` is of the last. `decode_s` is
+    the engine's figure, set if tokens are not streamed. `outcomes`: finish reason, error code or `cancelled` of each
+    generation. `prefixes` and `prompt_chars` describe the first prompt and are set only if log.prefixes is.
     """
 
     prompt_tokens: int = 0
@@ -35,12 +35,12 @@ class Usage:
 
     @property
     def tokens(self) -> int:
-        """What a key's limit counts."""
+        """Tokens that count towards a key's limits."""
         return self.prompt_tokens + self.completion_tokens
 
 
 class Meter:
-    """Observes one generation of a request into its `usage` and the server's metrics."""
+    """Records one generation of a request in its `usage` and in the server's metrics."""
 
     def __init__(
         self, metrics: Metrics, usage: Usage, *, by: tuple[str, str], arrived: float, counts_prompt: bool
@@ -58,17 +58,17 @@ class Meter:
         self._inter_token = metrics.inter_token.labels(*by)
         self._last = math.nan
         self._tokens = 0
-        self.computed = 0  # tokens that the engine worked for: prompt without cached ones, and completion
+        self.computed = 0  # tokens that the engine computed: the prompt without cached ones, and the completion
 
     def admitted(self) -> None:
-        """The generation left the queue."""
+        """Record that the generation left the queue."""
         waited = time.perf_counter() - self._queued
         self._metrics.queue_wait.labels(*self._by).observe(waited)
         if math.isnan(self._usage.queued_s):
             self._usage.queued_s = waited
 
     def see(self, event: Event) -> None:
-        """Count an event at the moment it came."""
+        """Record an event, now."""
         now = self._since_arrival()
         if isinstance(event, Delta):
             self._token(event.n_tokens, now)
@@ -79,13 +79,13 @@ class Meter:
                 self._usage.cached_tokens += event.cached_tokens
         else:
             self._usage.completion_tokens += event.completion_tokens - self._tokens
-            self._tokens = 0  # what is passed on as it is may be several generations
+            self._tokens = 0  # a forwarded llama-server request may contain several generations
             if math.isnan(self._usage.ttft_s):
                 self._usage.decode_s = event.decode_s
             self._metrics.finished(self._by, event, now)
 
     def ended(self, outcome: str) -> None:
-        """The generation is over: its finish reason, an error's code, or `cancelled`."""
+        """Record the end of the generation: its finish reason, an error code or `cancelled`."""
         self._metrics.generations.labels(*self._by, outcome).inc()
         self._usage.outcomes[self._index] = outcome
         self._usage.ended_s = self._since_arrival()

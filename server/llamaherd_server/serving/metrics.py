@@ -1,4 +1,4 @@
-"""The /metrics page: histograms and counters by key and model, the engine's state, llama-server's names as aliases."""
+"""The /metrics page: counts by key and model, the engines' state, and aliases under llama-server's metric names."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _TOKENS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65
 _OVERHEAD_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
 _BY = ("key", "model")
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, which nothing reads
+disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the number of series and nothing reads them
 
 
 class Metrics:
-    """All that is counted."""
+    """All metrics of the server."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -71,12 +71,12 @@ class Metrics:
         ProcessCollector(registry=registry)
 
     def follow(self, model: str, engine: Engine, admission: Admission) -> None:
-        """Tell of this model's engine and queue too, whenever the page is read."""
+        """Add this model's engine and queue to the page."""
         self._engines.followed.append((model, engine.status, admission))
         engine.observe(self.step)
 
     def finished(self, by: tuple[str, str], event: Finished, took_s: float) -> None:
-        """Count a generation that went well; `by` is key and model, `took_s` since its request arrived."""
+        """Count a successful generation of `by` (key and model); `took_s` is the time since its request arrived."""
         self.e2e.labels(*by).observe(took_s)
         self.prompt_tokens.labels(*by).observe(event.prompt_tokens)
         self.output_tokens.labels(*by).observe(event.completion_tokens)
@@ -91,7 +91,7 @@ class Metrics:
         self.totals.longest = max(self.totals.longest, event.prompt_tokens + event.completion_tokens)
 
     def step(self, stats: Stats) -> None:
-        """Count a step of the engine; an idle one is only a heartbeat."""
+        """Count a step of an engine; steps without tokens are heartbeats and do not count."""
         if stats.batch_tokens:
             self.totals.steps += 1
             self.totals.busy_slots += stats.slots_busy
@@ -100,14 +100,14 @@ class Metrics:
             self._step_overhead.observe(stats.overhead_s)
 
     def page(self) -> bytes:
-        """The page in Prometheus' text format."""
+        """Return the page in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class Totals:
-    """Sums over all ended generations, for llama-server's names. Times are seconds in the engine.
+    """Sums over all successful generations, for llama-server's metric names. Times are seconds in the engine.
 
-    `streamed` counts output tokens as they come, of generations that have not ended or will not end well too.
+    `streamed` counts output tokens as they arrive, including those of running and failed generations.
     """
 
     def __init__(self) -> None:
@@ -119,18 +119,18 @@ class Totals:
         self.decode_s = 0.0
         self.steps = 0
         self.busy_slots = 0  # summed over the steps
-        self.longest = 0  # sequence, in tokens
+        self.longest = 0  # tokens of the longest sequence
 
 
 class _EngineCollector(Collector):
-    """The engines' and their queues' state at the moment of the scrape, by model; llama-server's names: in all."""
+    """Collects the state of engines and queues at each scrape: by model, and the sum under llama-server's names."""
 
     def __init__(self, totals: Totals) -> None:
         self.followed: list[tuple[str, Callable[[], EngineStatus], Admission]] = []
         self._totals = totals
 
     def describe(self) -> list[Metric]:
-        return []  # names differ with the engine's state; nothing to check for duplicates before the first scrape
+        return []  # the names depend on the engine's state, so the registry cannot check them for duplicates
 
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
@@ -176,7 +176,7 @@ class _EngineCollector(Collector):
 
 
 def _of_engine(status: EngineStatus, admission: Admission) -> Iterator[tuple[Metric, float]]:
-    """What is told of one model, as a family without samples and its value."""
+    """Yield one model's metrics, each as a family without samples and a value."""
     waits = status.state == "unloaded" and not status.last_error
     yield _by_model("up", "1 when the model answers, or would be loaded to"), status.state == "ready" or waits
     yield _by_model("loaded", "1 when the model is in memory"), status.state == "ready"
@@ -201,7 +201,7 @@ def _of_engine(status: EngineStatus, admission: Admission) -> Iterator[tuple[Met
 
 
 def _cached_tokens(stats: Stats) -> dict[str, int]:
-    """By where they were found."""
+    """Return the cached tokens by the tier in which they were found."""
     left = {"memory": stats.cached_memory_tokens, "disk": stats.cached_disk_tokens}
     return {"slot": stats.cached_tokens - sum(left.values()), **left}
 

@@ -1,4 +1,4 @@
-"""What of a prompt the log may tell: salted hashes of its beginning, by which requests that share one are known."""
+"""Salted hashes of prompt prefixes for the log: they identify requests that share a prefix without showing text."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ BLOCK_CHARS = 256
 BLOCK_TOKENS = 64
 _MOST_BLOCKS = 512
 _HASH_BYTES = 6
-_SALT = secrets.token_bytes(16)  # in no file: what this process logged can be held against no guess later
+_SALT = secrets.token_bytes(16)  # never stored, so that nobody can later test guessed prompts against the log
 
 
 def prefixes(prompt: str | list[int]) -> list[int]:
-    """A number for each whole block of the prompt, 512 at most; it stands for the block and all before it."""
+    """Return a hash for each full block of the prompt, at most 512; it covers the block and all blocks before it."""
     size = BLOCK_CHARS if isinstance(prompt, str) else BLOCK_TOKENS
     found, last = list[int](), b""
     for end in range(size, min(len(prompt), size * _MOST_BLOCKS) + 1, size):

@@ -1,6 +1,6 @@
-"""Per-key limits: requests and tokens a minute as token buckets, and requests at a time.
+"""Per-key limits: requests and tokens per minute as token buckets, and concurrent requests.
 
-Servers of a fleet each have a part of them. The edge asks the next server where one's part is used up.
+Each server of a fleet has a part of each limit. When a part is used up, the edge tries the next server.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from llamaherd_server.errors import ApiError
 log = structlog.get_logger()
 
 WINDOW_S = 60.0
-# What OpenAI's API tells a client of its limits: https://platform.openai.com/docs/guides/rate-limits
+# OpenAI's rate limit headers: https://platform.openai.com/docs/guides/rate-limits
 RATE_HEADERS = tuple(
     f"X-RateLimit-{what}-{kind}" for kind in ("Requests", "Tokens") for what in ("Limit", "Remaining", "Reset")
 )
-# On a refusal that another server's part of the limit may not share; Gate turns it into what nginx goes by.
+# Marks a refusal because this server's part is used up. Gate converts it for nginx, which tries another server.
 SHARE_HEADER = "X-Llamaherd-Share"
 
 
 class Bucket:
-    """An allowance that refills evenly to `per_minute`. What is larger than it takes a full one and overdraws it."""
+    """A token bucket, refilled at `per_minute`, its capacity. Larger amounts need a full bucket and overdraw it."""
 
     def __init__(self, per_minute: float, now: float) -> None:
         self.per_minute = per_minute
@@ -37,7 +37,7 @@ class Bucket:
         self._at = now
 
     def wait_s(self, needed: float, now: float) -> float:
-        """How long until `needed` are there; 0: now. Asks for no more than a full bucket."""
+        """Return the seconds until `needed` tokens, or a full bucket if that is less, are available."""
         self.level = min(self.per_minute, self.level + (now - self._at) * self.per_minute / WINDOW_S)
         self._at = now
         if not self.per_minute:
@@ -49,15 +49,15 @@ class Bucket:
         self.level -= amount
 
 
-# A key whose requests had begun, and had no token yet, in so many crashes within CRASH_WINDOW_S is refused for
-# CRASH_REFUSED_S.
+# A key is refused for CRASH_REFUSED_S after CRASHES crashes within CRASH_WINDOW_S at which one of its requests had
+# started and had no token yet.
 CRASHES = 4
 CRASH_WINDOW_S = 600.0
 CRASH_REFUSED_S = 300.0
 
 
 class Quotas:
-    """What each key has used; kept by name, so that a reloaded key with the same limit keeps its account."""
+    """Counts each key's use by its name, so that a reloaded key with the same limit keeps its counts."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Quotas:
         instance: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`share`: this host's now; `instance`: which of its servers this one is."""
+        """`share` returns this host's current share; `instance` is this server's number on the host."""
         self._share = share
         self._instance = instance
         self._clock = clock
@@ -74,12 +74,12 @@ class Quotas:
         self._crashes: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=CRASHES))
 
     def part(self, key: Key) -> Part:
-        """Of the key's limits: this server's."""
+        """Return this server's part of the key's limits."""
         return part_of(self._share(), self._instance, key)
 
     @contextmanager
     def request(self, key: Key) -> Iterator[None]:
-        """Count a request for as long as it runs; raises the 429 that names the limit it meets."""
+        """Count a request while it runs; raises a 429 that names the exceeded limit."""
         if wait := self._crash_wait_s(key):
             message = f"the engine ended at {CRASHES} requests of key {key.name!r}: try again in {math.ceil(wait)} s"
             raise ApiError(429, message, code="engine_crashed", retry_after=math.ceil(wait))
@@ -94,16 +94,16 @@ class Quotas:
             self._running[key.name] -= 1
 
     def reserve(self, key: Key, tokens: float) -> None:
-        """Take the prompt and completion tokens that a request may use, or raise the 429. Pair with `settle`."""
+        """Take the prompt and completion tokens that a request may use; raises a 429. Pair with `settle`."""
         self._take(key, "tokens", key.tokens_per_minute, tokens)
 
     def settle(self, key: Key, reserved: float, used: float) -> None:
-        """Correct what `reserve` took by what was used."""
+        """Replace the tokens that `reserve` took by those that were used."""
         if bucket := self._bucket(key, "tokens", key.tokens_per_minute):
             bucket.take(used - reserved)
 
     def headers(self, key: Key) -> dict[str, str]:
-        """RATE_HEADERS as they stand now, of the limits that the key has; the reset is when all will be there again."""
+        """Return the RATE_HEADERS of the key's limits. Reset is the time until the bucket is full."""
         told: dict[str, str] = {}
         for names, kind in ((RATE_HEADERS[:3], "requests"), (RATE_HEADERS[3:], "tokens")):
             if bucket := self._bucket(key, kind, getattr(key, f"{kind}_per_minute")):
@@ -111,7 +111,7 @@ class Quotas:
                 limit = getattr(key, f"{kind}_per_minute")
                 level = (
                     bucket.level * limit / (bucket.per_minute or math.inf)
-                )  # as if the other servers had as much left
+                )  # assumes that the other servers have as much left
                 values = (f"{limit:.12g}", str(max(0, int(level))), duration(full_s))
                 told |= dict(zip(names, values, strict=True))
         return told
@@ -123,7 +123,7 @@ class Quotas:
             bucket.take(amount)
 
     def crashed(self, key: Key) -> None:
-        """Note that the engine ended at a request of the key. Who has no key is nobody: others would be refused too."""
+        """Record a crash at a request of the key. Anonymous ones do not count: all clients would be refused."""
         if key is ANONYMOUS:
             return
         self._crashes[key.name].append(self._clock())
@@ -147,7 +147,7 @@ class Quotas:
 
 
 def duration(seconds: float) -> str:
-    """As OpenAI writes it: 12ms, 1s, 6m0s, 1h2m3.5s."""
+    """Format a duration as OpenAI does: 12ms, 1s, 6m0s, 1h2m3.5s."""
     thousandths = math.ceil(seconds * 1000)
     if thousandths < 1000:
         return f"{thousandths}ms"
