@@ -1,1 +1,1 @@
-"""What the server has of its process and host."""
+"""The server's own process and its host: logging, priority, systemd, and turns for expensive work."""

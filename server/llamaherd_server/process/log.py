@@ -1,6 +1,6 @@
 """Structured logs on stderr: JSON for the journal, readable lines on a terminal.
 
-Never keys; prompts and outputs only where log.texts asks for them.
+Logs never contain keys, and contain prompts and outputs only if log.texts is set.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import structlog
 
 
 def configure() -> None:
-    """Set up structlog, and send what uvicorn and other libraries warn of the same way."""
+    """Set up structlog, and route the warnings of uvicorn and other libraries through it."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -36,7 +36,7 @@ def configure() -> None:
 
 
 class _Stderr:
-    """Standard error, as a file that never fails: a full disk must not end what is logged."""
+    """Standard error as a file that never fails: a full disk must not fail the code that logs."""
 
     def write(self, text: str) -> None:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Less of the CPU for a process that takes much of it, so that those who compute tokens have it."""
+"""Lowers the CPU priority of expensive helper threads and processes, so that inference gets the CPU first."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ SLOW_S, SLOW_NICE, START_NICE = 0.05, 10, 5
 
 
 def lower() -> None:
-    """Lower the calling thread's priority, and no other's: what it forks later from another thread has the old one."""
-    if sys.platform == "linux":  # elsewhere threads have none of their own
+    """Lower the calling thread's priority; other threads, and processes forked from them, keep theirs."""
+    if sys.platform == "linux":  # elsewhere threads have no priority of their own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + START_NICE)
 
 
 class Patience:
-    """Watches a child at one piece of work: beyond SLOW_S of CPU time (on macOS: of time) its priority is lowered."""
+    """Lowers a child's priority once a task has taken SLOW_S of its CPU time (on macOS: of wall time)."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._began = 0.0
         self.again()
-        self.lost = False  # whether the priority was lowered, from which there is no way back
+        self.lost = False  # whether the priority was lowered, which cannot be undone
 
     def again(self) -> None:
-        """Another piece of work begins."""
+        """Start the clock for a new task."""
         self._began = self._clock()
 
     @property
     def used_s(self) -> float:
-        """Of this piece of work."""
+        """CPU time of the current task in seconds (on macOS: wall time)."""
         return self._clock() - self._began
 
     def look(self) -> None:
@@ -46,6 +46,6 @@ class Patience:
         if sys.platform != "linux":
             return time.monotonic()
         try:
-            return time.clock_gettime(~self._pid << 3 | 2)  # clock_getcpuclockid(3), which Python has for threads only
-        except OSError:  # it has ended
+            return time.clock_gettime(~self._pid << 3 | 2)  # clock_getcpuclockid(3); Python only has it for threads
+        except OSError:  # the child has ended
             return self._began

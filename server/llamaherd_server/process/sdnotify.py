@@ -1,4 +1,4 @@
-"""sd_notify(3): tells systemd about the service's state through the datagram socket it names in the environment."""
+"""sd_notify(3): reports the service's state to systemd through the datagram socket named in the environment."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 
 
 class Notifier:
-    """Sends to NOTIFY_SOCKET; without one, calls do nothing. `watchdog_s` None: systemd asked for no watchdog."""
+    """Sends to NOTIFY_SOCKET; without it, calls do nothing. `watchdog_s` is None if systemd runs no watchdog."""
 
     def __init__(self) -> None:
         address = os.environ.get("NOTIFY_SOCKET")
@@ -21,9 +21,9 @@ class Notifier:
         self._unsent: dict[str, str] = {}
 
     def send(self, *assignments: str) -> None:
-        """Send NAME=value assignments; while systemd's queue is full they wait for the next call, the newest of a name.
+        """Send NAME=value assignments. If systemd's queue is full, keep each name's latest value for the next call.
 
-        A systemd that does not listen must not take the service down, nor hold it up.
+        A systemd that does not read must neither fail nor block the service.
         """
         if self._socket is None or self._address is None:
             return
@@ -34,7 +34,7 @@ class Notifier:
             self._socket.sendto("\n".join(self._unsent.values()).encode(), self._address)
             self._unsent.clear()
         except BlockingIOError:
-            self._unsent.pop("WATCHDOG", None)  # a heartbeat that comes late would be a lie
+            self._unsent.pop("WATCHDOG", None)  # a delayed heartbeat would hide a wedged server
         except OSError:
             self._socket.close()
             self._socket = None

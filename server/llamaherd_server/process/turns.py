@@ -1,4 +1,4 @@
-"""Places for costly work, shared among those who ask for it."""
+"""Limits how much expensive work runs at once, in total and for one caller."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 
-# For whom work is done: the name of the request's key.
+# Name of the key whose request is being served.
 caller: ContextVar[str] = ContextVar("caller", default="")
 
 
 class Turns:
-    """`most` places, of which one caller never has the last ones, `left_for_others`."""
+    """A semaphore with `most` places, `left_for_others` of which a single caller cannot take."""
 
     def __init__(self, most: int, left_for_others: int) -> None:
         self._most = most
@@ -23,7 +23,7 @@ class Turns:
 
     @asynccontextmanager
     async def one(self) -> AsyncIterator[None]:
-        """A place, once there is one for this caller."""
+        """Wait for a place for the current caller, and hold it until the block ends."""
         who = caller.get()
         async with self._freed:
             await self._freed.wait_for(lambda: self._free(who))

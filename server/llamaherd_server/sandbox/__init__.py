@@ -1,1 +1,1 @@
-"""Processes that work on untrusted input, and may die of it."""
+"""Child processes for untrusted input that might crash or block them."""

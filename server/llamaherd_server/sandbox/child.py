@@ -1,8 +1,8 @@
-"""A process that may die: it runs functions of this package on untrusted input; pool.py starts it.
+"""An expendable process, started by pool.py, that runs functions of this package on untrusted input.
 
-A frame is 4 bytes of length and a body. A call's body is a `Call` as JSON, an answer's is one byte and JSON: `+` and
-the function's value, `-` and an `ApiError`'s fields, or `!` and the message of any other exception.
-RLIMIT_AS bounds its memory and a timer the CPU time of a call: exceeding either ends this process and nothing else.
+A frame is 4 bytes of length (big endian) and a body. A call's body is a `Call` as JSON. An answer's body is one byte
+and data: `+` and the return value as JSON, `-` and an ApiError as JSON (`Refused`), or `!` and the message of any other
+exception. RLIMIT_AS limits its memory and a timer the CPU time of each call; exceeding either ends only this process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MEMORY_BYTES = 256 * 2**20
 
 
 class Call(msgspec.Struct):
-    """`function` is "module:name"; its one argument and its value are of the types that its annotations name."""
+    """A call of `function` ("module:name") with one argument; its annotations give the types for decoding."""
 
     function: str
     cpu_s: float
@@ -41,14 +41,14 @@ class Refused(msgspec.Struct):
 
 
 def main() -> None:
-    """Import the modules named by the arguments, then answer calls until the other end closes."""
+    """Import the modules given as arguments, then answer calls until the other end closes."""
     for module in sys.argv[1:]:
         importlib.import_module(module)
-    with suppress(ValueError, OSError):  # macOS has no such limit; the timer still bounds what a call can fill
+    with suppress(ValueError, OSError):  # macOS lacks this limit; there, only the timer bounds a call's memory
         limit = _address_space() + MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     calls, answers = sys.stdin.buffer, sys.stdout.buffer
-    _write(answers, b"")  # the imports are done: the time of a call starts with the call
+    _write(answers, b"")  # signals the end of the imports, so that they do not count against the first call
     while head := calls.read(4):
         call = msgspec.json.decode(calls.read(int.from_bytes(head, "big")), type=Call)
         signal.setitimer(signal.ITIMER_PROF, call.cpu_s)
@@ -66,14 +66,14 @@ def main() -> None:
 
 
 def function_named(name: str) -> Callable[[Any], Any]:
-    """The function that a `Call` names."""
+    """Return the function named in a `Call`."""
     module, _, function = name.partition(":")
     found: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
     return found
 
 
 def decoded(raw: msgspec.Raw, function: Callable[[Any], Any]) -> Any:
-    """A call's argument, in the type that the function takes."""
+    """Decode a call's argument to the type of the function's parameter."""
     [argument, *_] = get_type_hints(function).values()
     return msgspec.json.decode(raw, type=argument)
 

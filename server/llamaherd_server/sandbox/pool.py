@@ -1,8 +1,8 @@
-"""Runs functions on untrusted input in processes that may die: chat templates, grammars, whatever may take long.
+"""Runs functions that are slow or handle untrusted input, such as chat templates, in expendable child processes.
 
-There are a few such processes, so that a call that burns its budget delays no other one; of them, one caller may keep
-all but a few busy. What a call does to its process, it pays for; what others do to it (a SIGKILL, a SIGSTOP) costs a
-second try.
+Several processes run in parallel, so that a call that uses up its time does not delay the others, and a single caller
+cannot occupy all of them. A call that kills its process fails; if a process is killed or stopped from outside (SIGKILL,
+SIGSTOP), its call is retried.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 CPU_S = 2.0
-# On a busy host a slow call may take so many times its CPU time; a process that was stopped is noticed sooner.
+# Wall-clock limit of a call as a multiple of its CPU time, for busy hosts. Stopped processes are detected sooner.
 _PATIENCE = 15
-_SLOW_SHARE = 0.15  # of its CPU time: who has had that much is slow, whatever the host
-_OVERLOADED_S = 15.0  # who has had less is waited for longer: the host is slow
+_SLOW_SHARE = 0.15  # of its CPU time: a call that used this much is slow itself, even on a busy host
+_OVERLOADED_S = 15.0  # a call that used less may take at least this long, because the host is slow
 _MOST = 8
 _LEFT_FOR_OTHERS = 2
 _KEPT = 2
-# A call waits for a process that has other work, unless that is slow: starting one costs more than most calls.
+# How long a call waits for a busy process, unless all calls are slow: starting one costs more than most calls.
 _SOON_S = 1.0
 _TRIES = 3
 _LARGEST_ANSWER = 64 * 2**20
-# How a process ends that somebody else ended.
+# Exit codes of a process that was killed from outside.
 _ENDED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 
 
 class SandboxError(Exception):
-    """The call failed or went over its limits; the message is for the client."""
+    """The call failed or exceeded its limits; the message is for the client."""
 
 
 class Slow(SandboxError):
-    """The call had a good part of its CPU time, and not all of it while the caller waited."""
+    """The call exceeded its wall-clock limit after using _SLOW_SHARE of its CPU time, but not all of it."""
 
 
 class _Lost(Exception):
-    """The process ended, and not by what it was given."""
+    """The process was killed or stopped from outside, not by its call."""
 
 
 class Sandbox:
-    """Supervised child processes, started when they are needed.
+    """Supervised child processes, started on demand.
 
-    They import `modules` first: a call is not slow, nor is its CPU time used up, for what the first one has to import.
+    They import `modules` at their start, so that imports neither slow down the first call nor use up its CPU time.
     """
 
     def __init__(self, most: int = _MOST, modules: Sequence[str] = ()) -> None:
@@ -73,19 +73,19 @@ class Sandbox:
         self._idle.put_nowait(await self._new())
 
     async def stop(self) -> None:
-        """End the processes, and with them the calls that still run."""
+        """Kill the processes; calls that are still running fail."""
         self._stopped = True
         await asyncio.gather(*(child.kill() for child in self._children))
 
     async def in_child(
         self, function: Callable[[A], R], argument: A, cpu_s: float = CPU_S, patience: float = _PATIENCE
     ) -> R:
-        """`function(argument)`, computed in a child within `cpu_s` seconds of CPU time, and `patience` times as many.
+        """Return `function(argument)`, computed in a child process.
 
-        `function` is one of this package, by name; argument and value go as JSON of the types that it is annotated
-        with. Raises the ApiError that it raises, SandboxError for any other exception and for exceeded limits (Slow
-        where another time may do), and ApiError (503) when its processes are ended from outside again and again, or
-        the host has no time for them.
+        `cpu_s` limits the CPU time in seconds, `cpu_s * patience` the wall time. `function` must be a module-level
+        function of this package; argument and return value are sent as JSON of their annotated types. Re-raises its
+        ApiError. Raises SandboxError for other exceptions and exceeded limits (Slow if a retry may succeed), and
+        ApiError (503) if its processes are killed from outside _TRIES times or the host is overloaded.
         """
         call = Call(f"{function.__module__}:{function.__name__}", cpu_s, msgspec.Raw(msgspec.json.encode(argument)))
         body = msgspec.json.encode(call)
@@ -107,7 +107,7 @@ class Sandbox:
 
     @asynccontextmanager
     async def _child(self) -> AsyncIterator[_Child]:
-        """A child for one call, once there is one for this caller."""
+        """Wait for the caller's turn, and yield a child for one call."""
         async with self._turns.one():
             child = await self._soon_idle() or await self._new()
             try:
@@ -137,7 +137,7 @@ class Sandbox:
                 503, "no process for this request could be started", code="sandbox_lost", retry_after=1
             ) from None
         self._children.add(child)
-        if self._stopped:  # in the meantime
+        if self._stopped:  # during the start of the child
             await child.kill()
         self._refuse_if_stopped()
         return child
@@ -148,7 +148,7 @@ class Sandbox:
 
 
 class _Child:
-    """One process. `usable`: between two calls."""
+    """One child process. `usable` is true if it can take another call."""
 
     def __init__(
         self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -161,7 +161,7 @@ class _Child:
 
     @property
     def quick(self) -> bool:
-        """Whether its call, if it has one, may end soon."""
+        """Whether its call, if any, has not proved slow yet."""
         return not self._patience.lost
 
     @classmethod
@@ -184,8 +184,8 @@ class _Child:
         return child
 
     async def answer(self, body: bytes, cpu_s: float, wait_s: float) -> bytes:
-        """Its answer to a call; raises SandboxError, and _Lost."""
-        self.usable = False  # until the answer has been read, or the next call would read it
+        """Return its answer to a call; raises SandboxError, _Lost and ApiError (503)."""
+        self.usable = False  # an answer that was not read here would be taken for the next call's
         self._patience.again()
         asked = asyncio.create_task(self._ask(body))
         began = time.monotonic()
@@ -225,7 +225,7 @@ class _Child:
         return await self._read()
 
     def _is_stopped(self) -> bool:
-        """Whether a signal has stopped it; where there is no /proc that cannot be seen."""
+        """Whether a signal has stopped the process; always false without /proc."""
         with suppress(OSError):
             state = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0]
             return state in {"T", "t"}

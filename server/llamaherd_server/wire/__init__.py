@@ -1,1 +1,1 @@
-"""What the front end and a worker say to each other."""
+"""Messages between the front end and a worker."""

@@ -1,4 +1,4 @@
-"""What an engine is built from, and where its model is: the settings that operators give and hosts are tuned by."""
+"""Settings of an engine and the placement of its model, as set by operators and by the tuner."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ Speculative = Literal["off", "ngram", "auto", "draft", "mtp"]  # the last for ll
 
 
 def _within(low: int, high: int, description: str) -> Meta:
-    """For the schema alone: a worker decodes what the front end has checked."""
+    """Bounds for the schema only; decoding does not enforce them, because the front end has validated the settings."""
     return Meta(description=description, extra_json_schema={"minimum": low, "maximum": high})
 
 
 class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a context is built from; every field can be changed without reloading the weights.
+    """Parameters of a llama.cpp context; all of them can be changed without reloading the weights.
 
-    The total context is `parallel * ctx_per_slot` tokens in either KV layout, unless `kv_cells` says that sequences
-    share fewer (unified KV only): then one is preempted whenever they run short.
+    The total context is `parallel * ctx_per_slot` tokens in either KV layout, unless `kv_cells` gives the sequences
+    fewer to share (unified KV only); a sequence is then preempted whenever cells run short.
 
-    Bounds and descriptions are those of the playbooks too: `python -m scripts.engine_settings` hands them on. What
-    settings must agree on is in config/setting_rules.py.
+    `python -m scripts.engine_settings` copies the bounds and descriptions to the playbooks. Constraints between
+    settings are in config/setting_rules.py.
     """
 
-    # llama.cpp's llama_max_parallel_sequences(), and what a 32-bit token position can address
+    # the bounds are llama_max_parallel_sequences() and the range of llama.cpp's 32-bit token positions
     parallel: Annotated[int, _within(1, 256, "Number of slots, which are sequences computed at once.")] = 4
     batch: Annotated[int, _within(1, 2**31 - 1, "Maximum number of tokens in one decode step.")] = 2048
     ubatch: Annotated[int, _within(1, 2**31 - 1, "Maximum number of tokens computed at once within a step.")] = 512
@@ -52,7 +52,7 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Placement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Where a model's weights are, and how they get there; to change it is to load them again.
+    """Where a model's weights are placed and how they are loaded; a change reloads them.
 
     Names and meanings are those of llama.cpp's flags.
     """
@@ -92,9 +92,9 @@ class Placement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Placed(Struct, kw_only=True):
-    """Where llama.cpp put a model: so many of its layers, the output's among them, are on accelerators.
+    """Where llama.cpp placed a model: `gpu_layers` of its `layers`, including the output layer, are on accelerators.
 
-    Of `partial_layers` of these the experts, or some matrices, stayed in the host's memory.
+    `partial_layers` of these have experts or some matrices in host memory.
     """
 
     gpu_layers: int

@@ -1,4 +1,4 @@
-"""What fails a request, in a worker and in the front end, and what ends a worker."""
+"""Exceptions that fail a request, in a worker or in the front end, and one that ends a worker."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from llamaherd_server.wire.protocol import ErrorCode
 
 
 class RequestError(ValueError):
-    """A request that cannot be done; it fails alone. `param` names the field; `details` go into the error object."""
+    """A request cannot be served; others are unaffected. `param` names the field, `details` go into the response."""
 
     def __init__(self, code: ErrorCode, param: str | None, message: str, details: dict[str, int] | None = None) -> None:
         super().__init__(message)
@@ -17,17 +17,17 @@ class RequestError(ValueError):
 
 
 def too_long(tokens: int, room: int, about: str = "") -> RequestError:
-    """A prompt that no slot has room for; `about` says how exactly its tokens were counted."""
+    """Return the error for a prompt that does not fit into a slot; `about` qualifies the count, such as "at least "."""
     message = f"the prompt has {about}{tokens} tokens, a slot holds {room}: shorten it or raise ctx_per_slot"
     return RequestError("context_length_exceeded", "prompt", message, {"n_prompt_tokens": tokens, "n_ctx": room})
 
 
 class DecodeFailed(RuntimeError):
-    """llama_decode failed in a way that leaves the context unusable."""
+    """llama_decode failed and left the context unusable."""
 
 
 class EngineError(Exception):
-    """A request, or the engine itself, could not do what was asked; `code` says whose fault it is."""
+    """A request to the engine failed; `code` says why, and whether the client or the server is at fault."""
 
     def __init__(
         self, code: ErrorCode, message: str, param: str | None = None, details: dict[str, int] | None = None

@@ -1,4 +1,4 @@
-"""Evaluation of given tokens: how probable the model finds each of them after those before it."""
+"""Evaluation of given tokens: the probability of each one after its predecessors, according to the model."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from msgspec import Struct, field
 
 
 class EvaluatedInput(Struct):
-    """Token ids; from position `start` (at least 1) on, each one's probability is asked for, and the next token's."""
+    """Token ids. Probabilities are computed from position `start` (at least 1) to the one after the last token."""
 
     tokens: list[int]
     start: int
 
 
 class Evaluate(Struct, tag="evaluate"):
-    """Log probabilities of each input's tokens, and of the `top` most likely ones in their place.
+    """Requests log probabilities of each input's tokens and of the `top` most likely tokens at each position.
 
-    They are computed with KV cells of `kv_types` (type_k, type_v), those in force where None.
+    `kv_types`: types of the KV cells (type_k, type_v) for the computation; None: the current ones.
     """
 
     id: int
@@ -25,10 +25,10 @@ class Evaluate(Struct, tag="evaluate"):
 
 
 class Evaluation(Struct):
-    """Of one input. Native arrays, one row a position from `start` to the one after the last token.
+    """Result for one input: native arrays with one row per position, from `start` to the one after the last token.
 
-    `logprobs`: f32, of the input's own token, NaN in the last row; `top_tokens`: i32, rows of `top`, the most likely
-    first; `top_logprobs`: f32, likewise.
+    `logprobs`: f32, of the input's own token, NaN in the last row; `top_tokens`: i32, `top` values per row, most likely
+    first; `top_logprobs`: f32, of the same tokens.
     """
 
     logprobs: bytes
@@ -37,7 +37,7 @@ class Evaluation(Struct):
 
 
 class Evaluated(Struct, tag="evaluated"):
-    """One evaluation for each input; `pieces` are the bytes of all tokens in it."""
+    """One evaluation for each input; `pieces` maps every token in them to its bytes."""
 
     id: int
     evaluations: list[Evaluation]

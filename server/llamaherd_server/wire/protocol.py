@@ -1,7 +1,7 @@
 """The messages between the front end and an engine's worker process.
 
-One direction each, msgpack on a Unix socket, length-prefixed (4 bytes, big endian). A worker sends all that a
-step produced in one `Step`, never one message per token. Times are seconds; sizes are bytes; lengths are tokens.
+They are one-way msgpack messages on a Unix socket, prefixed by their length (4 bytes, big endian). A worker sends all
+output of a step in one `Step`, never a message per token. Times are in seconds, sizes in bytes, lengths in tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llamaherd_server.wire.evaluation import Evaluate, Evaluated
 
 FinishReason = Literal["stop", "length"]
 Pooling = Literal["mean", "cls", "last", "rank"]
-# What a client did wrong (its request fails alone) against what went wrong here.
+# The first five are errors of a client, which fail only its own request; the others are failures of the server.
 ErrorCode = Literal[
     "context_length_exceeded",
     "invalid_value",
@@ -57,14 +57,14 @@ class Sampling(Struct, frozen=True, kw_only=True):
 
 
 class Adapter(Struct):
-    """A LoRA's GGUF, and how strongly it is applied."""
+    """A LoRA adapter's GGUF and its scaling factor."""
 
     path: str
     scale: float
 
 
 class PromptStore(Struct, kw_only=True):
-    """Where computed prompts are kept: memory of the front end's, and files of an earlier server's."""
+    """Where computed prompts are kept: memory owned by the front end, and files that an earlier server wrote."""
 
     fd: int
     bytes: int
@@ -72,9 +72,9 @@ class PromptStore(Struct, kw_only=True):
 
 
 class WorkerConfig(Struct, kw_only=True):
-    """What a worker is started with, as JSON on its command line.
+    """Configuration of a worker, passed as JSON on its command line.
 
-    `chat_template`: a file, before the GGUF's own. `draft`: a draft model's GGUF.
+    `chat_template`: a file that replaces the GGUF's template. `draft`: the draft model's GGUF.
     """
 
     path: str
@@ -87,9 +87,9 @@ class WorkerConfig(Struct, kw_only=True):
 
 
 class NativeConfig(Struct, kw_only=True):
-    """What a llama-server is started with; `mmproj`: its multimodal projector's GGUF, `draft`: its draft model's."""
+    """Configuration of a llama-server; `mmproj`: GGUF of the multimodal projector, `draft`: GGUF of the draft model."""
 
-    name: str  # of the model, in answers
+    name: str  # of the model, in responses
     binary: str
     path: str
     settings: EngineSettings
@@ -106,16 +106,16 @@ class NativeConfig(Struct, kw_only=True):
 
 
 class Media(Struct):
-    """Images and the like, in base64; `marker` stands in the prompt where each belongs."""
+    """Images and other media in base64; the prompt contains `marker` at the place of each."""
 
     marker: str
     data: list[str]
 
 
 class ReasoningBudget(Struct, kw_only=True):
-    """Of reasoning, which stands between `begin` and `end`, at most `tokens`; then `end` is written for the model.
+    """Limits reasoning, the text between `begin` and `end`, to `tokens`; the engine then inserts `end` itself.
 
-    `begun`: the prompt ends within it.
+    `begun`: whether the prompt ends inside the reasoning.
     """
 
     begin: str
@@ -125,22 +125,22 @@ class ReasoningBudget(Struct, kw_only=True):
 
 
 class Generate(Struct, tag="generate", kw_only=True):
-    """Complete `prompt` (text, or token ids). `max_tokens` None: until a stop or the slot's context is full."""
+    """Complete `prompt` (text or token ids). `max_tokens` None: until a stop, or until the slot's context is full."""
 
     id: int
     prompt: str | list[int]
-    add_special: bool = True  # BOS where the model asks for it; false for a rendered chat template
+    add_special: bool = True  # add BOS if the model uses it; false for a rendered chat template
     parse_special: bool = True
     max_tokens: int | None = None
     stop: list[str] = field(default_factory=list)
     sampling: Sampling = field(default_factory=Sampling)
-    logprobs: int | None = None  # None: off; n: the chosen token's and the n most likely ones'
+    logprobs: int | None = None  # None: off; n: of the chosen token and of the n most likely ones
     cache_prompt: bool = True
-    cache_scope: str = ""  # the KV cells of a prefix are shared among requests of the same one
-    media: Media | None = None  # only where the prompt is text and the engine llama-server
-    preemptible: bool = False  # leaves its slot to requests that are not
-    owner: str = ""  # whose it is: what is slow to make ready is done in turns among owners
-    preserved: list[str] = field(default_factory=list)  # control tokens that are text here: others are not told
+    cache_scope: str = ""  # only requests of the same scope share the KV cells of a prefix
+    media: Media | None = None  # only with a text prompt, and only for llama-server
+    preemptible: bool = False  # gives up its slot to requests that are not preemptible
+    owner: str = ""  # name of the key; owners take turns for slow preparation
+    preserved: list[str] = field(default_factory=list)  # control tokens to output as text; others are left out
     reasoning: ReasoningBudget | None = None
 
 
@@ -149,14 +149,14 @@ class Cancel(Struct, tag="cancel"):
 
 
 class Retune(Struct, tag="retune"):
-    """Rebuild the context with `settings`; running requests are finished or parked and resumed."""
+    """Rebuild the context with `settings`; running requests are finished, or preempted and resumed."""
 
     id: int
     settings: EngineSettings
 
 
 class Tokenize(Struct, tag="tokenize"):
-    """`counted`: how many tokens there are is all that is asked."""
+    """Tokenize a text; with `counted`, return only the number of tokens."""
 
     id: int
     text: str
@@ -167,7 +167,7 @@ class Tokenize(Struct, tag="tokenize"):
 
 
 class Detokenize(Struct, tag="detokenize"):
-    """`apart`: the bytes of each token are asked for, not the text of all."""
+    """Convert tokens to text; with `apart`, return the bytes of each token instead."""
 
     id: int
     tokens: list[int]
@@ -176,7 +176,7 @@ class Detokenize(Struct, tag="detokenize"):
 
 
 class Embed(Struct, tag="embed"):
-    """The embedding of each input, text or token ids; with a `query`, the relevance of each input to it instead."""
+    """Compute an embedding of each input (text or token ids), or with `query` the relevance of each input to it."""
 
     id: int
     inputs: list[str | list[int]]
@@ -191,7 +191,7 @@ ToWorker = Generate | Cancel | Retune | Tokenize | Detokenize | Embed | Evaluate
 
 
 class ModelInfo(Struct, tag="model", kw_only=True):
-    """What the GGUF says of itself; the chat template is untrusted input."""
+    """Metadata from the GGUF; the chat template is untrusted input."""
 
     description: str
     architecture: str
@@ -204,13 +204,13 @@ class ModelInfo(Struct, tag="model", kw_only=True):
     bos_token: str
     eos_token: str
     chat_template: str | None
-    pooling: Pooling = "mean"  # of its embeddings; rank: it has scores for /v1/rerank instead
-    fim: tuple[str, str, str] | None = None  # what stands before a text, its suffix, and the middle to be filled in
+    pooling: Pooling = "mean"  # of its embeddings; rank: the model computes scores for /v1/rerank instead
+    fim: tuple[str, str, str] | None = None  # fill-in-the-middle tokens: before the prefix, the suffix and the middle
     sampling: dict[str, int | float] = field(
         default_factory=dict
-    )  # its defaults by the names of Sampling, and max_tokens
+    )  # the model's defaults, with the field names of Sampling, and max_tokens
     build: str  # llama.cpp's system info line
-    placed: Placed | None = None  # None: there is no accelerator, or llama-server did not place it
+    placed: Placed | None = None  # None: no accelerator, or llama-server did not choose the placement
 
 
 class Loading(Struct, tag="loading"):
@@ -218,10 +218,10 @@ class Loading(Struct, tag="loading"):
 
 
 class Ready(Struct, tag="ready", kw_only=True):
-    """Sent when a first token has been computed: the model answers."""
+    """Sent after a first token has been computed, which shows that the model works."""
 
     model: ModelInfo
-    settings: EngineSettings  # in force, with threads resolved
+    settings: EngineSettings  # the current ones, with the actual numbers of threads
     load_s: float
 
 
@@ -239,15 +239,15 @@ class TokenLogprob(Struct, array_like=True):
 
 
 class Started(Struct, tag="started"):
-    """The prompt was tokenised and got a slot. Sent before it is computed: if that ends the worker, it is known."""
+    """The prompt was tokenized and got a slot. Sent before its computation, which may crash the worker."""
 
     id: int
     prompt_tokens: int
-    cached_tokens: int  # of these, found in the KV cache
+    cached_tokens: int  # the part of them found in the KV cache
 
 
 class Delta(Struct, tag="delta", kw_only=True):
-    """New text: whole UTF-8 characters, nothing that may yet become a stop string. May be empty with n_tokens 1."""
+    """New text: whole UTF-8 characters, and no start of a possible stop string. May be empty with n_tokens 1."""
 
     id: int
     text: str
@@ -256,7 +256,7 @@ class Delta(Struct, tag="delta", kw_only=True):
 
 
 class Finished(Struct, tag="finished", kw_only=True):
-    """The end of a request that went well; `prompt_s` and `decode_s` are wall times in the engine."""
+    """The successful end of a request; `prompt_s` and `decode_s` are wall times in the engine."""
 
     id: int
     reason: FinishReason
@@ -267,11 +267,11 @@ class Finished(Struct, tag="finished", kw_only=True):
     decode_s: float
     stop: str | None = None  # the stop string that ended it
     drafted_tokens: int = 0
-    accepted_tokens: int = 0  # of the drafted ones
+    accepted_tokens: int = 0  # the part of them that was accepted
 
 
 class Failed(Struct, tag="failed"):
-    """The end of a request, a retune or a call that did not go well."""
+    """The failure of a generation, a reconfiguration or any other request."""
 
     id: int
     code: ErrorCode
@@ -281,7 +281,7 @@ class Failed(Struct, tag="failed"):
 
 
 class Stats(Struct, kw_only=True):
-    """The worker's state after a step. `overhead_s` is the step's time outside llama_decode and native sampling."""
+    """The worker's state after a step. `overhead_s` is its time outside llama_decode and native sampling."""
 
     step: int
     slots_busy: int
@@ -293,21 +293,21 @@ class Stats(Struct, kw_only=True):
     decode_s: float
     sample_s: float
     overhead_s: float
-    preemptions: int  # for want of KV cells; since the start, as are those below
+    preemptions: int  # for lack of KV cells; this and the counts below are since the start
     cached_tokens: int
     prompt_tokens: int
-    cached_memory_tokens: int = 0  # of the cached ones: from prompts that had left their slots
+    cached_memory_tokens: int = 0  # the part of cached_tokens from prompts that had left their slots
     cached_disk_tokens: int = 0
     prompt_evictions: int = 0
-    prompt_bytes: int = 0  # of prompts that have left their slots, now
+    prompt_bytes: int = 0  # currently used for prompts that have left their slots
     prompt_limit_bytes: int = 0
     drafted_tokens: int = 0  # since the start
     accepted_tokens: int = 0
-    slots_taken: int = 0  # from preemptible requests, for others
+    slots_taken: int = 0  # preemptions of preemptible requests in favor of others
 
 
 class Step(Struct, tag="step"):
-    """All that one turn of the loop has to say; an idle worker sends one each second as its heartbeat."""
+    """All results of one step; an idle worker sends one each second as its heartbeat."""
 
     events: list[Started | Delta | Finished | Failed]
     stats: Stats
@@ -328,11 +328,11 @@ class Tokens(Struct, tag="tokens"):
 class Text(Struct, tag="text"):
     id: int
     text: str
-    pieces: list[bytes] = field(default_factory=list)  # where they were asked for, instead of the text
+    pieces: list[bytes] = field(default_factory=list)  # instead of the text, if `apart` was set
 
 
 class Embedded(Struct, tag="embedded"):
-    """For each input a vector of f32 numbers, native, of length 1 (Euclidean); where a query was given, its score."""
+    """A vector of native f32 numbers for each input, with Euclidean length 1; with a query, the input's score."""
 
     id: int
     vectors: list[bytes]

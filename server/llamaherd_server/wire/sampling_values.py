@@ -1,4 +1,4 @@
-"""What the sampling fields may be, for either engine: the values that llama.cpp would stumble over never reach it."""
+"""Checks sampling fields for both engines, so that values that llama.cpp cannot handle never reach it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-# Lowest and highest value. `CLAMPED` ones are set to the nearest bound, where the meaning stays; others are refused.
+# Lowest and highest value of each field; values outside are refused.
 _FLOAT = (-1e6, 1e6)
 _BOUNDS: dict[str, tuple[float, float]] = {
     "temperature": _FLOAT,
@@ -29,19 +29,19 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "mirostat_tau": (1e-3, 1e6),
     "mirostat_eta": (1e-6, 1e6),
     "min_keep": (0, 2**31 - 1),
-    **dict.fromkeys(("n_probs", "logprobs"), (0, 100)),  # llama-server keeps those of all tokens to the end
+    **dict.fromkeys(("n_probs", "logprobs"), (0, 100)),  # llama-server keeps the values of all tokens until the end
 }
 _ABOVE_0 = ("repeat_penalty", "dry_base", "mirostat_tau", "mirostat_eta")
 _LAST_N = ("repeat_last_n", "dry_penalty_last_n")
-LEAST_TEMPERATURE = 1e-3  # below it a float's range ends: the most likely token has all of the probability anyway
-MOST_BIAS = 1e4  # more is the same: no logit comes near it
+LEAST_TEMPERATURE = 1e-3  # below it the most likely token has all the probability, and floats may overflow
+MOST_BIAS = 1e4  # larger values have the same effect: no logit is near it
 MOST_LAST_N = 2**20
-MOST_SAMPLERS = 32  # of a chain: each may look at the whole vocabulary
-MOST_BREAKERS, BREAKER_BYTES = 32, 40  # llama.cpp cuts longer ones
+MOST_SAMPLERS = 32  # in a chain, because each may process the whole vocabulary
+MOST_BREAKERS, BREAKER_BYTES = 32, 40  # llama.cpp truncates longer ones
 
 
 class BadValue(ValueError):
-    """A value that is refused; `field` names it."""
+    """An invalid value; `field` is the name of its field."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -49,10 +49,10 @@ class BadValue(ValueError):
 
 
 def checked(fields: Mapping[str, Any], *, n_vocab: int, context: int) -> dict[str, Any]:
-    """The fields with values that llama.cpp can take, in a model of `n_vocab` tokens; raises BadValue.
+    """Return the fields with values that llama.cpp can handle in a model of `n_vocab` tokens; raises BadValue.
 
-    `context`: more last tokens than a sequence can have mean no more than all of them. Unknown fields stay as they are,
-    and so do values of another type than the field's, which llama.cpp refuses by itself.
+    Windows of last tokens are limited to `context`, the longest possible sequence. Unknown fields stay unchanged, and
+    so do values of a wrong type, which llama.cpp refuses itself.
     """
     result = dict(fields)
     for name, (low, high) in _BOUNDS.items():
@@ -89,7 +89,7 @@ def _bias(token: int, value: float, n_vocab: int) -> float:
 
 
 def _breakers(breakers: list[str]) -> list[str]:
-    """Once each, cut as llama.cpp cuts them; each costs a look at every token of the vocabulary."""
+    """Truncate as llama.cpp does, without duplicates; raises BadValue if many, as each costs a pass over all tokens."""
     cut = dict.fromkeys(one.encode(errors="replace")[:BREAKER_BYTES].decode(errors="ignore") for one in breakers if one)
     if len(cut) > MOST_BREAKERS:
         message = f"dry_sequence_breakers has {len(cut)} texts: at most {MOST_BREAKERS} are supported"

@@ -1,4 +1,4 @@
-"""Server-sent events, as llama-server writes them."""
+"""Parser for server-sent events as llama-server writes them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 
 class SentEvent(NamedTuple):
-    """An event as it came, and its data, which is empty for a comment."""
+    """The raw bytes of an event, and its data, which is empty for a comment."""
 
     raw: bytes
     data: str
 
 
 async def sent_events(pieces: AsyncIterable[bytes]) -> AsyncIterator[SentEvent]:
-    """The events of a body, each once its blank line has come, and what the end cuts off.
+    """Yield the events of a body, each after its blank line, and at the end an unfinished one.
 
-    Lines end with \\n alone: JSON may have U+2028 and the like as they are.
+    Only \\n ends a line, because JSON may contain U+2028 and other line separators.
     """
     rest = b""
     async for piece in pieces:

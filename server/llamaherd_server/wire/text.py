@@ -1,4 +1,4 @@
-"""Bytes of tokens into text: never half a character, never the beginning of what may become a stop string."""
+"""Converts token bytes to text, without partial characters and without the start of a possible stop string."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import codecs
 
 
 class TextStream:
-    """One request's output. Feed it token bytes; it gives back the text that is safe to send."""
+    """The output of one request: takes token bytes and returns the text that is safe to send."""
 
     def __init__(self, stops: list[str]) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -15,7 +15,7 @@ class TextStream:
         self.stop: str | None = None
 
     def feed(self, piece: bytes) -> str:
-        """Text that may be sent now; `stop` is set, and nothing follows, once a stop string is complete."""
+        """Return the text that may be sent now. Sets `stop` once a stop string is complete; no text follows it."""
         text = self._held + self._decoder.decode(piece)
         if not self._stops:
             return text
@@ -29,18 +29,18 @@ class TextStream:
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """What was held back, when no more tokens come; half a character is dropped."""
+        """Return the text held back so far, after the last token; a partial character is dropped."""
         held, self._held = self._held, ""
         return held
 
 
 def overlap(text: str, marker: str) -> int:
-    """The length of the longest end of `text` that `marker` begins with."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `marker`."""
     return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if marker.startswith(text[-n:])), 0)
 
 
 def piece_text(piece: bytes) -> str | list[int]:
-    """A token's text; part of a character as its bytes."""
+    """Return a token's text, or its bytes as numbers if it is not valid UTF-8."""
     try:
         return piece.decode()
     except UnicodeDecodeError:
