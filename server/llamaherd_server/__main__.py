@@ -33,12 +33,12 @@ from llamaherd_server.http.protocol import Protocol
 from llamaherd_server.process import log
 
 DEFAULT_CONFIG = Path("/etc/llamaherd/server.toml")
-# Longer than nginx keeps an idle upstream connection (60 s), so that it never writes into one that is being closed.
+# Longer than the 60 s for which nginx keeps idle upstream connections, so that nginx never writes to a closing one.
 _KEEP_ALIVE_S = 75
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to the lifecycle: uvicorn would close the listening socket first, and die of the signal last."""
+    """Leaves signals to Lifecycle: uvicorn would close the listening socket first and re-raise the signal last."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain on the first signal, exit on the second."""
@@ -51,7 +51,7 @@ class _Server(uvicorn.Server):
 
 
 def main() -> None:
-    """Serve until SIGTERM. Exits with 0 after a drain, 78 for settings that need a person, 1 for the rest."""
+    """Serve until SIGTERM. Exit codes: 0 after a drain, 78 for invalid settings, 1 for other failures."""
     parser = argparse.ArgumentParser(prog="llamaherd-server", description="OpenAI-compatible server over llama.cpp")
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="server.toml (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="check the settings and the keys, then exit")
@@ -90,7 +90,7 @@ def main() -> None:
         server.should_exit = True
 
     state.lifecycle.over = stop
-    gc.freeze()  # a full collection during a large request would go through all modules too
+    gc.freeze()  # keeps full collections during large requests from traversing all modules
     uvloop.run(_serve(server, listener, state))
     sys.exit(state.lifecycle.exit_code)
 
@@ -108,7 +108,7 @@ def _keys_file(config: Path) -> Path:
 
 
 def _engine(among: int, settings: Settings, *, check: bool = False) -> Engine:
-    """The engine of a model that is one of so many in memory; `check`: llama-server's flags against its `--help`."""
+    """Create a model's engine; `among` models share the memory. `check` compares llama-server's flags with its help."""
     model, engine, limits = settings.model, settings.engine, settings.limits
     path = part_paths(model.path)[0]
     timeouts = {"heartbeat_timeout_s": limits.heartbeat_timeout_s, "load_timeout_s": limits.load_timeout_s}
@@ -156,13 +156,13 @@ def _prompts_of(folder: Path | None, model: str) -> Path | None:
 
 
 def _listen(settings: Settings) -> socket.socket:
-    """Take the port before anything slow is started."""
+    """Bind the port, before anything slow is started; exits with a message if that fails."""
     host, port = settings.http.host, settings.http.port
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if sys.platform == "linux":  # connections inherit it: one whose peer takes nothing for so long is closed
+        if sys.platform == "linux":  # inherited by connections: closes those whose client reads nothing for this long
             idle_ms = int(settings.limits.idle_client_timeout_s * 1000)
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, idle_ms)
         listener.bind(address)

@@ -1,4 +1,4 @@
-"""The FastAPI application: puts the parts together."""
+"""Assembles the FastAPI application."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from llamaherd_server.serving.quota import RATE_HEADERS, Quotas
 if TYPE_CHECKING:
     from llamaherd_server.http.traces import Traces
 
-# Requests whose inputs the engine may put into one batch.
+# Embedding requests passed to the engine at once, which may batch their inputs.
 _EMBEDDINGS_AT_ONCE = 8
-# Web pages of this machine may call the API, whatever port they are served at.
+# Web pages served by this machine may call the API, whatever their port.
 _THIS_MACHINE = r"https?://([a-z0-9.-]+\.)?(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 _POLL_S = 0.2
-# Where the functions that the sandbox runs are.
+# The modules whose functions run in the sandbox.
 SANDBOXED = ("llamaherd_server.chat.adapt", "llamaherd_server.toolcalls.tools")
-# For the documentation and its "Authorize" button only: it is the Gate that lets in or refuses.
+# Only for the API documentation and its "Authorize" button; Gate authenticates requests.
 _DOCUMENTED = [
     Security(HTTPBearer(auto_error=False, description="An API key, where the server has any.")),
     Security(APIKeyHeader(name="X-Api-Key", auto_error=False, description="The same, as llama-server's clients do.")),
@@ -54,9 +54,10 @@ _DOCUMENTED = [
 
 
 def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAPI:
-    """The app that serves an engine of `make` for each of the settings' models; its lifespan starts and stops them.
+    """Return the app that serves all models of the settings; `make` creates their engines, the lifespan starts them.
 
-    Raises KeysError when the keys cannot be read, SettingsError where traces cannot be had, and what `make` raises.
+    Raises KeysError if the keys cannot be read, SettingsError if the packages for traces are missing, and what `make`
+    raises.
     """
     limits, path = settings.limits, settings.auth.keys_file
     keys = KeyStore(path, budgets=limits.usage_dir is not None) if path else None
@@ -119,7 +120,7 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
 def _serving(
     settings: Settings, engine: Switch, quotas: Quotas, ledger: Ledger, metrics: Metrics, *, keys: KeyStore | None
 ) -> Serving:
-    """One model's queues before its engine."""
+    """Create one model's admission queues and Serving."""
     limits = settings.limits
     holds = keys.holds if keys else lambda _: True
     admission = Admission(
@@ -131,7 +132,7 @@ def _serving(
         holds=holds,
         preempts=lambda: engine.status().kind == "embedded",
     )
-    # Embeddings have a context of their own and need no slot: a queue of their own, as fair and as bounded.
+    # Embeddings are computed in another context and need no slot, so they have their own fair, bounded queue.
     embedding = Admission(
         max_queue=limits.max_queue, timeout_s=limits.queue_timeout_s, parallel=_EMBEDDINGS_AT_ONCE, holds=holds
     )
@@ -143,7 +144,7 @@ def _traces(settings: Settings, metrics: Metrics) -> Traces | None:
     if settings.telemetry.otlp_endpoint is None:
         return None
     try:
-        from llamaherd_server.http.traces import Traces  # noqa: PLC0415 (optional packages, which take memory)
+        from llamaherd_server.http.traces import Traces  # noqa: PLC0415 (needs optional packages, which use memory)
     except ModuleNotFoundError as error:
         message = f"telemetry.otlp_endpoint needs {error.name}: install llamaherd-server[telemetry], or leave it out"
         raise SettingsError(message) from None
@@ -151,15 +152,15 @@ def _traces(settings: Settings, metrics: Metrics) -> Traces | None:
 
 
 async def _check_template(state: AppState) -> None:
-    """Find out what the model's chat template can print, once the model is known and before the first chat."""
-    while (model := state.engine.status().model) is None:  # noqa: ASYNC110 (whatever loads it)
+    """Find out what the model's chat template can render, once the model is known and before the first chat."""
+    while (model := state.engine.status().model) is None:  # noqa: ASYNC110 (loads have several causes and no event)
         await asyncio.sleep(_POLL_S)
     await template.check(state.sandbox, model, state.model_name)
 
 
 @asynccontextmanager
 async def _lifespan(residence: Residence, app: FastAPI) -> AsyncIterator[None]:
-    """Serve from the first moment, so that probes are answered while the model loads."""
+    """Start everything in the background, so that probes are answered while models load; stop it at the end."""
     state: AppState = app.state.llamaherd
     await state.sandbox.start()
     ledger = state.serving.ledger

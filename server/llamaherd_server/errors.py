@@ -1,4 +1,4 @@
-"""What can go wrong with a request. Without FastAPI: the sandboxed children import this too."""
+"""Errors of HTTP requests. This module does not import FastAPI, because sandboxed children import it too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ENGINE_STATUS: Mapping[ErrorCode, int] = {
     "invalid_grammar": 400,
     "unsupported": 400,
     "does_not_fit": 400,
-    # Not a 503, which an edge hands to the next host: the request may be what ended the engine.
+    # Not a 503, for which an edge tries the next host: the request may have crashed the engine.
     "engine_crashed": 500,
     "engine_stopped": 503,
     "internal": 500,
@@ -34,15 +34,15 @@ _MESSAGES_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-# Names and messages may hold what a client sent; so much of it is repeated.
+# Maximum characters of names and messages in responses; both may contain text that a client sent.
 _SHOWN = 80
 _MOST_MESSAGE = 2000
-# An engine that died is back after a reload of the weights from the page cache.
+# A crashed engine is ready again after it has reloaded the weights from the page cache.
 _RETRY_AFTER_CRASH_S = 5
 
 
 class ApiError(HTTPException):
-    """An answer other than the one asked for. `retry_after` is in whole seconds."""
+    """An error response. `retry_after` is in whole seconds."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class ApiError(HTTPException):
 
     @classmethod
     def of_engine(cls, error: EngineError) -> ApiError:
-        """The HTTP face of what an engine raised."""
+        """Convert an engine's error to an HTTP error."""
         status = _ENGINE_STATUS[error.code]
         retry_after = _RETRY_AFTER_CRASH_S if status == 503 else None
         return cls(
@@ -71,37 +71,37 @@ class ApiError(HTTPException):
         )
 
     def body(self) -> dict[str, Any]:
-        """The JSON object, for a response or for an event of a stream that has begun."""
+        """Return the JSON object for a response, or for an event in a stream that has started."""
         kind = _TYPES.get(self.status_code) or ("server_error" if self.status_code >= 500 else "invalid_request_error")
         if self.code == "context_length_exceeded":
-            kind = "exceed_context_size_error"  # llama-server's, whose clients look for it
+            kind = "exceed_context_size_error"  # llama-server's type, which its clients check
         elif self.code == "insufficient_quota":
-            kind = self.code  # OpenAI's
+            kind = self.code  # OpenAI's type
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code, **self.details}}
 
     def messages_body(self) -> dict[str, Any]:
-        """The same in the shape of Anthropic's API: https://docs.anthropic.com/en/api/errors"""
+        """Return the JSON object in the format of Anthropic's API: https://docs.anthropic.com/en/api/errors"""
         kind = _MESSAGES_TYPES.get(self.status_code, "api_error")
         return {"type": "error", "error": {"type": kind, "message": self.detail}}
 
 
 def shown(name: str) -> str:
-    """A name that a client sent, quoted, for a message."""
+    """Quote and truncate a name that a client sent, for a message."""
     return repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…")
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """A hint to put after an unknown name: the right name it resembles most, or nothing."""
+    """Return a hint to append after an unknown name: the most similar known name, or an empty string."""
     close = difflib.get_close_matches(name[:_SHOWN], known, n=1)
     return f": did you mean {close[0]!r}?" if close else ""
 
 
 def unsupported(param: str, message: str) -> PydanticCustomError:
-    """For a validator: `param` is known but cannot be honoured."""
+    """Return a validator's error for a `param` that is known but not supported."""
     return PydanticCustomError("unsupported", "{message}", {"param": param, "message": message})
 
 
 def unknown_field(name: str, known: Collection[str]) -> PydanticCustomError:
-    """For a validator: the body has a field that this server does not know."""
+    """Return a validator's error for a field that this server does not know."""
     message = f"unknown field {shown(name)}{nearest(name, known)}"
     return PydanticCustomError("unknown_field", "{message}", {"param": name[:_SHOWN], "message": message})

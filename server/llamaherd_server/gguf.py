@@ -1,11 +1,11 @@
-"""Reading a GGUF header with strict bounds, and the memory that a model needs with given settings.
+"""Reads GGUF headers with strict limits, and computes the memory that a model needs with given settings.
 
-The only such arithmetic: the server takes it from here, and so do the playbooks, by a link in plugins/module_utils, on
-hosts with an older Python and no package.
+Both the server and the playbooks use this code. The playbooks link to it from plugins/module_utils and run it on hosts
+with an older Python and without the package.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The file is untrusted: every length is checked
-against what is left of it before anything is allocated, arrays (a vocabulary has 10^5 entries) are skipped, and all of
-it ends where no header of a real model is that long, so that neither time nor memory is the file's to choose.
+against the remaining file before anything is allocated, long arrays (a vocabulary has 10^5 entries) are skipped, and
+reading stops beyond the size of any real model's header, so a file cannot cause unlimited use of time or memory.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ Value = Union[str, int, float, bool, list[int]]  # noqa: UP007 (a host may run t
 
 TENSOR_COUNT = "GGUF.tensor_count"
 PADDING = 256
-# Every n-th layer sees all of the context, where the GGUF has no list of its own: as llama.cpp knows its architectures.
+# Every n-th layer attends to the whole context if the GGUF does not list them; values from llama.cpp's architectures.
 SLIDING_PERIOD = {
     **dict.fromkeys(("gemma2", "gpt-oss"), 2),
     **dict.fromkeys(("afmoe", "cohere2", "cohere2moe", "exaone4", "exaone-moe", "llama4", "olmo2", "smallthinker"), 4),
     **{"gemma3n": 5, "gemma3": 6, "plamo3": 8},
 }
-# Layers that attend, of those that have a recurrent state in between, where the GGUF does not say so.
+# Every n-th layer attends if the GGUF does not list them; the layers in between are recurrent.
 FULL_ATTENTION_INTERVAL = dict.fromkeys(("qwen3next", "qwen35", "qwen35moe"), 4)
-# Where no context length is given: its share of the memory that weights leave, cells for each slot, its least.
+# If no context length is given: its share of the memory left by weights, minimum cells per slot, minimum length.
 CONTEXT_SHARE, SHARED_CTX, LEAST_CTX = 0.7, 16384, 2048
-# Drafted tokens of a step, where one sequence may not have more.
+# Maximum drafted tokens of all sequences in a step, unless a single sequence may have more.
 DRAFTED_TOGETHER = 64
 # Bytes per element of a KV cache: block bytes / block length, from ggml's type traits.
 KV_BYTES = {
     **{"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32},
     **{"q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32},
 }
-# Of settings that the arithmetic can do without.
+# Defaults of the settings that callers may omit.
 DEFAULTS = {"kv_cells": 0, "kv_unified": True, "flash_attention": "auto", "kv_type_k": "f16", "kv_type_v": "f16"}
 
 
 class GgufError(ValueError):
-    """The file is not a GGUF that we can read; the message says where it goes wrong."""
+    """The file is not a readable GGUF; the message says why and where."""
 
 
 class _Reader:
@@ -89,15 +89,15 @@ class _Reader:
 
 
 def read_header(path: Path) -> dict[str, Value]:
-    """The metadata of the GGUF at `path`, as of `read_keys`. Raises GgufError, OSError."""
+    """Return the metadata of the GGUF at `path` as `read_keys` does. Raises GgufError, OSError."""
     with path.open("rb") as file:
         return read_keys(file, os.fstat(file.fileno()).st_size)
 
 
 def read_keys(file: BinaryIO, size: int) -> dict[str, Value]:
-    """The metadata of a GGUF of `size` bytes: scalars, strings, and arrays of at most MAX_LAYERS integers.
+    """Return the metadata of a GGUF of `size` bytes: scalars, strings, and arrays of at most MAX_LAYERS integers.
 
-    Longer arrays and arrays of strings appear by their length under `<key>.length`, and the number of tensors as
+    The length of every array, including those left out, is under `<key>.length`, the number of tensors under
     TENSOR_COUNT. Raises GgufError, OSError.
     """
     reader = _Reader(file, size)
@@ -114,18 +114,18 @@ def read_keys(file: BinaryIO, size: int) -> dict[str, Value]:
 
 
 def part_names(name: str) -> list[str]:
-    """The names of all parts of the split model that the file `name` is of, as llama.cpp derives them; else [name].
+    """Return the names of all parts of a split model, derived from one part's as in llama.cpp; otherwise [name].
 
-    What stands before the file's own name (folders, an address) stays.
+    Folders or a URL before the file's name are kept.
     """
     prefix, count = (found[1], int(found[2])) if (found := _PART.fullmatch(name)) else ("", 1)
     return [f"{prefix}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)] if count > 1 else [name]
 
 
 def part_paths(path: Path) -> list[Path]:
-    """All files of the model at `path`, which may be a link of any name to the first part.
+    """Return all files of the model at `path`, which may be a link of any name to the first part.
 
-    llama.cpp derives the others' names from the first's, so that it has to be given that one and not the link.
+    llama.cpp derives the names of the other parts from the first one, so it must be given that file and not the link.
     """
     for first in path, path.resolve():
         if len(names := part_names(first.name)) > 1:
@@ -134,7 +134,7 @@ def part_paths(path: Path) -> list[Path]:
 
 
 def check_parts(headers: Sequence[Mapping[str, Value]]) -> None:
-    """Raises GgufError unless these are the headers of all parts of one model, in order."""
+    """Raise GgufError unless these are the headers of all parts of one model, in order."""
     for number, header in enumerate(headers):
         own, count = header.get("split.no", 0), header.get("split.count", 0) or 1
         if (own, count) != (number, len(headers)):
@@ -180,10 +180,10 @@ def _read_value(reader: _Reader, key: str, kind: int, header: dict[str, Value]) 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the memory formula needs of a model; all counts, and lists have an entry for each layer.
+    """The properties of a model that the memory formula needs; all are counts, and lists have one entry per layer.
 
-    `key_lengths` and `value_lengths`: widths of a head; a value of 0 is a part of its key (MLA). `state`: how many
-    numbers each sequence has in a layer that is `recurrent`.
+    `key_lengths` and `value_lengths`: widths of a head; a value length of 0 means that V is part of K (MLA). `state`:
+    f32 numbers of state per sequence in each `recurrent` layer.
     """
 
     architecture: str
@@ -196,7 +196,7 @@ class Shape:
     key_lengths: list[int]
     value_lengths: list[int]
     window: int = 0
-    slides: list[bool] = field(default_factory=list)  # whether it sees no further than `window`
+    slides: list[bool] = field(default_factory=list)  # whether the layer attends only to the last `window` tokens
     recurrent: list[bool] = field(default_factory=list)
     state: int = 0
 
@@ -206,7 +206,7 @@ class Shape:
 
 
 class _Keys:
-    """Numbers of a header, by their names without the architecture; each raises GgufError where it is absurd."""
+    """Looks up values of a header by their names without the architecture; raises GgufError for absurd ones."""
 
     def __init__(self, header: dict[str, Value]) -> None:
         architecture = header.get("general.architecture")
@@ -219,7 +219,7 @@ class _Keys:
         return self._header.get(f"{self.architecture}.{name}")
 
     def count(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """The largest where there is one for each layer; raises GgufError where it is missing without a default."""
+        """Return a count, or its maximum over layers; raises GgufError if absurd, or missing without a default."""
         value = self.value(name)
         value = default if value is None else max(value) if isinstance(value, list) and value else value
         if not isinstance(value, int) or not least <= value < 1 << 31:
@@ -227,7 +227,7 @@ class _Keys:
         return value
 
     def layers(self, name: str, default: int, n_layers: int) -> list[int]:
-        """One for each layer."""
+        """Return the counts of all layers."""
         value = self.value(name)
         each = value if isinstance(value, list) else [self.count(name, default, 0)] * n_layers
         if len(each) != n_layers or min(each) < 0:
@@ -236,7 +236,7 @@ class _Keys:
 
 
 def shape(header: dict[str, Value]) -> Shape:
-    """Take the model's shape out of `header`; raises GgufError naming the key that is missing or absurd."""
+    """Return the model's shape from its header; raises GgufError that names a missing or absurd key."""
     keys = _Keys(header)
     count = keys.count
     n_layers, n_embd = count("block_count"), count("embedding_length")
@@ -245,9 +245,9 @@ def shape(header: dict[str, Value]) -> Shape:
     n_heads = count("attention.head_count", 0, 0)
     kv_heads = keys.layers("attention.head_count_kv", n_heads, n_layers)
     recurrent, state = _recurrent(keys, kv_heads), _state(keys, n_embd, n_heads)
-    if keys.architecture != "falcon-h1":  # whose layers do both
+    if keys.architecture != "falcon-h1":  # its layers are recurrent and attend
         kv_heads = [0 if recurs else heads for heads, recurs in zip(kv_heads, recurrent)]  # noqa: B905 (Python 3.9)
-    own = n_layers - count("attention.shared_kv_layers", 0, 0)  # the last layers use others' cells
+    own = n_layers - count("attention.shared_kv_layers", 0, 0)  # the last layers share the cells of others
     kv_heads[own:] = [0] * (n_layers - own)
     window = count("attention.sliding_window", 0, 0)
     slides = _slides(keys, n_layers) if window else [False] * n_layers
@@ -277,7 +277,7 @@ def shape(header: dict[str, Value]) -> Shape:
 
 
 def _slides(keys: _Keys, n_layers: int) -> list[bool]:
-    """By the GGUF's own list, or every n-th layer sees all; none slides where neither is known."""
+    """Return which layers have a sliding window: by the GGUF's list, or all but every n-th; none by default."""
     pattern = keys.value("attention.sliding_window_pattern")
     if isinstance(pattern, list) and len(pattern) == n_layers:
         return [bool(one) for one in pattern]
@@ -286,7 +286,7 @@ def _slides(keys: _Keys, n_layers: int) -> list[bool]:
 
 
 def _recurrent(keys: _Keys, kv_heads: list[int]) -> list[bool]:
-    """Which layers have a recurrent state, as llama.cpp knows its architectures."""
+    """Return which layers have a recurrent state, following llama.cpp's architectures."""
     if not any(keys.value(name) for name in ("ssm.conv_kernel", "shortconv.l_cache", "kda.head_dim", "wkv.head_size")):
         return [False] * len(kv_heads)
     listed = keys.value("attention.recurrent_layers")
@@ -297,13 +297,13 @@ def _recurrent(keys: _Keys, kv_heads: list[int]) -> list[bool]:
         return [(layer + 1) % interval != 0 for layer in range(len(kv_heads))]
     if keys.architecture == "falcon-h1":
         return [True] * len(kv_heads)
-    feeds = keys.value("feed_forward_length")  # a layer of its own with Nemotron-H
+    feeds = keys.value("feed_forward_length")  # in Nemotron-H, feed-forward layers are separate
     ff = feeds if isinstance(feeds, list) and keys.architecture.startswith("nemotron") else [0] * len(kv_heads)
     return [not heads and not n_ff for heads, n_ff in zip(kv_heads, ff)]  # noqa: B905 (Python 3.9)
 
 
 def _state(keys: _Keys, n_embd: int, n_heads: int) -> int:
-    """llama_hparams::n_embd_r and n_embd_s."""
+    """Return the sum of llama.cpp's llama_hparams::n_embd_r and n_embd_s."""
 
     def number(name: str) -> int:
         return keys.count(name, 0, 0)
@@ -320,7 +320,7 @@ def _state(keys: _Keys, n_embd: int, n_heads: int) -> int:
 
 
 def kv_bytes(model: Shape, settings: Mapping[str, Any]) -> float:
-    """Sum over layers of n_kv_heads x (d_k x bytes_k + d_v x bytes_v) x cells, and the recurrent states in f32."""
+    """Return the sum over layers of n_kv_heads x (d_k x bytes_k + d_v x bytes_v) x cells, plus recurrent f32 states."""
     key_bytes, value_bytes = KV_BYTES[settings["kv_type_k"]], KV_BYTES[settings["kv_type_v"]]
     cells, parallel = kv_cells(settings), int(settings["parallel"])
     streams = 1 if settings["kv_unified"] else parallel
@@ -333,7 +333,7 @@ def kv_bytes(model: Shape, settings: Mapping[str, Any]) -> float:
 
 
 def kv_cells(settings: Mapping[str, Any]) -> int:
-    """All cells of the KV cache, in tokens; llama.cpp pads a context to PADDING."""
+    """Return the number of cells in the KV cache, in tokens; llama.cpp pads contexts to PADDING."""
     if settings["kv_unified"]:
         return _padded(int(settings["kv_cells"]) or int(settings["parallel"]) * int(settings["ctx_per_slot"]))
     return int(settings["parallel"]) * _padded(int(settings["ctx_per_slot"]))
@@ -344,10 +344,10 @@ def _padded(tokens: int) -> int:
 
 
 def compute_bytes(model: Shape, settings: Mapping[str, Any]) -> int:
-    """llama.cpp's compute buffer for one ubatch, and its logits; within 5 % of llama.cpp 0c1e570, CPU.
+    """Return the size of llama.cpp's compute buffer for one ubatch and its logits; within 5 % of 0c1e570 on CPU.
 
-    Activations, the attention mask over one stream's context (f16 with flash attention, else f32), and without flash
-    attention the scores of every head.
+    It consists of activations, the attention mask over one stream's context (f16 with flash attention, otherwise f32),
+    and without flash attention the scores of every head.
     """
     parallel, ubatch = int(settings["parallel"]), int(settings["ubatch"])
     context = kv_cells(settings) // (1 if settings["kv_unified"] else parallel)
@@ -357,15 +357,15 @@ def compute_bytes(model: Shape, settings: Mapping[str, Any]) -> int:
 
 
 def drafted(settings: Mapping[str, Any]) -> int:
-    """The most tokens that all sequences together draft in a step: each has a row of logits."""
+    """Return the maximum number of drafted tokens in a step, each of which needs a row of logits."""
     drafts = settings.get("speculative", "off") != "off"
     return max(int(settings["speculative_depth"]), DRAFTED_TOGETHER) if drafts else 0
 
 
 def with_context(model: Shape, settings: Mapping[str, Any], memory_bytes: float) -> dict[str, Any]:
-    """The settings with a `ctx_per_slot` in place of 0: the trained one, or what fits into a share of `memory_bytes`.
+    """Replace a `ctx_per_slot` of 0 by the training context, or by what fits into CONTEXT_SHARE of `memory_bytes`.
 
-    Slots of a unified cache share cells for one whole context, and at least SHARED_CTX each, or what fits.
+    A unified cache gets cells for one whole context, and at least SHARED_CTX per slot, or as many as fit.
     """
     if int(settings["ctx_per_slot"]):
         return dict(settings)
@@ -388,7 +388,7 @@ def _least(model: Shape) -> int:
 
 
 def largest(name: str, step: int, model: Shape, settings: Mapping[str, Any], memory_bytes: float) -> int:
-    """The largest multiple of `step` up to the setting's present value with which a context fits; 0 if none does."""
+    """Return the largest multiple of `step`, up to the setting's current value, that fits; 0 if none does."""
     fits, end = 0, settings[name] // step + 1
     while end - fits > 1:
         middle = (fits + end) // 2

@@ -1,6 +1,6 @@
-"""`llamaherd-server keys add|list|revoke`: edits keys.toml, whole or not at all; a running server reads it again.
+"""`llamaherd-server keys add|list|revoke`: edits keys.toml atomically; a running server reloads it.
 
-What a person wrote into the file, comments and order, stays: a key is added at the end, and taken out as its text.
+Comments and order are preserved: a key's table is appended at the end of the file, and cut out of it on revocation.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from llamaherd_server.config.keys import Key, KeysError, read_keys
 
 # A key's table, with the comment lines right above it.
 _TABLE = re.compile(r"(?:^[ \t]*#[^\n]*\n)*^[ \t]*\[\[[ \t]*keys[ \t]*\]\]", re.MULTILINE)
-# What is left when the last key has been taken out.
+# Replaces the table of the last key when it is revoked.
 _NONE = "keys = []\n"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DEFAULTS = {field.name: field.default for field in fields(Key)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `keys`."""
+    """Add the arguments of `keys` to the parser."""
     parser.add_argument("--file", type=Path, help="keys.toml (default: auth.keys_file of the settings)")
     verbs = parser.add_subparsers(dest="verb", required=True)
     adding = verbs.add_parser("add", help="make a key, print it once, and keep its hash")
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, path: Path) -> None:
-    """Do what the command line says to the keys in `path`; raises KeysError, and changes nothing then."""
+    """Run the command on the keys file `path`; raises KeysError and leaves the file unchanged if that fails."""
     if arguments.verb == "list":
         sys.stdout.write(_table(read_keys(path).keys))
     elif arguments.verb == "revoke":
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, path: Path) -> None:
 
 
 def add(path: Path, values: dict[str, Any]) -> str:
-    """Add a key with these fields of auth.Key but its hash; returns the secret, which is nowhere else."""
+    """Add a key with these fields of config.keys.Key, without its hash; return the secret, which is not stored."""
     name = values["name"]
     if not _NAME.fullmatch(name):
         raise KeysError(f"key name {name!r}: use up to 64 letters, digits, dots, dashes and underscores")
@@ -81,7 +81,7 @@ def add(path: Path, values: dict[str, Any]) -> str:
 
 
 def revoke(path: Path, name: str) -> None:
-    """Take the key of this name out of the file."""
+    """Remove the key of this name from the file."""
     with _replaced(path) as text:
         whole = text.pop()
         starts = [match.start() for match in _TABLE.finditer(whole)]
@@ -95,7 +95,7 @@ def revoke(path: Path, name: str) -> None:
 
 @contextmanager
 def _replaced(path: Path) -> Iterator[list[str]]:
-    """The file's text, to be changed in place, and put back when the server would take it. One writer at a time."""
+    """Yield the file's text to change in place; replace the file if the result is valid. Locks out other writers."""
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -141,7 +141,7 @@ def _cell(value: Any) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, datetime.datetime):
         return value.isoformat()
-    return json.dumps(value, ensure_ascii=False)  # of text, numbers, truth and lists of them it is TOML as well
+    return json.dumps(value, ensure_ascii=False)  # also valid TOML for strings, numbers, booleans and lists of them
 
 
 def _time(text: str) -> datetime.datetime:
