@@ -24,7 +24,7 @@ from llamaherd_server.app import create_app
 from llamaherd_server.config.keys import KeysError
 from llamaherd_server.config.settings import Settings, SettingsError, load
 from llamaherd_server.engine.base import Engine
-from llamaherd_server.engine.context_length import decided
+from llamaherd_server.engine.context_length import with_context_length
 from llamaherd_server.engine.draft_model import check_vocabulary
 from llamaherd_server.engine.embedded import EmbeddedEngine
 from llamaherd_server.engine.native import NativeEngine
@@ -118,7 +118,7 @@ def _engine(among: int, settings: Settings, *, check: bool = False) -> Engine:
     if engine.kind == "embedded":
         return EmbeddedEngine(
             path,
-            decided(settings, among),
+            with_context_length(settings, among),
             placement=model.placement,
             draft=draft,
             chat_template=model.chat_template,
@@ -131,7 +131,7 @@ def _engine(among: int, settings: Settings, *, check: bool = False) -> Engine:
     native = NativeEngine(
         engine.program(),
         path,
-        decided(settings, among),
+        with_context_length(settings, among),
         placement=model.placement,
         name=model.name,
         mmproj=model.mmproj,

@@ -35,8 +35,8 @@ _MESSAGES_TYPES = {
     504: "timeout_error",
 }
 # Maximum characters of names and messages in responses; both may contain text that a client sent.
-_SHOWN = 80
-_MOST_MESSAGE = 2000
+_MAX_NAME = 80
+_MAX_MESSAGE = 2000
 # A crashed engine is ready again after it has reloaded the weights from the page cache.
 _RETRY_AFTER_CRASH_S = 5
 
@@ -56,7 +56,7 @@ class ApiError(HTTPException):
         details: Mapping[str, int] | None = None,
     ) -> None:
         retry = {} if retry_after is None else {"Retry-After": str(retry_after)}
-        super().__init__(status, message[:_MOST_MESSAGE], {**retry, **(headers or {})})
+        super().__init__(status, message[:_MAX_MESSAGE], {**retry, **(headers or {})})
         self.code = code
         self.param = param
         self.details = details or {}
@@ -87,12 +87,12 @@ class ApiError(HTTPException):
 
 def shown(name: str) -> str:
     """Quote and truncate a name that a client sent, for a message."""
-    return repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…")
+    return repr(name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}…")
 
 
 def nearest(name: str, known: Collection[str]) -> str:
     """Return a hint to append after an unknown name: the most similar known name, or an empty string."""
-    close = difflib.get_close_matches(name[:_SHOWN], known, n=1)
+    close = difflib.get_close_matches(name[:_MAX_NAME], known, n=1)
     return f": did you mean {close[0]!r}?" if close else ""
 
 
@@ -104,4 +104,4 @@ def unsupported(param: str, message: str) -> PydanticCustomError:
 def unknown_field(name: str, known: Collection[str]) -> PydanticCustomError:
     """Return a validator's error for a field that this server does not know."""
     message = f"unknown field {shown(name)}{nearest(name, known)}"
-    return PydanticCustomError("unknown_field", "{message}", {"param": name[:_SHOWN], "message": message})
+    return PydanticCustomError("unknown_field", "{message}", {"param": name[:_MAX_NAME], "message": message})

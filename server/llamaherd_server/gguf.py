@@ -38,9 +38,9 @@ SLIDING_PERIOD = {
 # Every n-th layer attends if the GGUF does not list them; the layers in between are recurrent.
 FULL_ATTENTION_INTERVAL = dict.fromkeys(("qwen3next", "qwen35", "qwen35moe"), 4)
 # If no context length is given: its share of the memory left by weights, minimum cells per slot, minimum length.
-CONTEXT_SHARE, SHARED_CTX, LEAST_CTX = 0.7, 16384, 2048
+CONTEXT_SHARE, MIN_SHARED_CTX, MIN_CTX = 0.7, 16384, 2048
 # Maximum drafted tokens of all sequences in a step, unless a single sequence may have more.
-DRAFTED_TOGETHER = 64
+MAX_DRAFTED = 64
 # Bytes per element of a KV cache: block bytes / block length, from ggml's type traits.
 KV_BYTES = {
     **{"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32},
@@ -60,14 +60,14 @@ class _Reader:
         self.size = size
 
     def take(self, length: int, what: str) -> bytes:
-        self._see_room(length, what)
+        self._check_length(length, what)
         return self.file.read(length)
 
     def skip(self, length: int, what: str) -> None:
-        self._see_room(length, what)
+        self._check_length(length, what)
         self.file.seek(length, os.SEEK_CUR)
 
-    def _see_room(self, length: int, what: str) -> None:
+    def _check_length(self, length: int, what: str) -> None:
         end = self.file.tell() + length
         if end > self.size:
             raise GgufError(f"{what} needs {length} bytes at {end - length}, the file has {self.size}: truncated?")
@@ -359,13 +359,13 @@ def compute_bytes(model: Shape, settings: Mapping[str, Any]) -> int:
 def drafted(settings: Mapping[str, Any]) -> int:
     """Return the maximum number of drafted tokens in a step, each of which needs a row of logits."""
     drafts = settings.get("speculative", "off") != "off"
-    return max(int(settings["speculative_depth"]), DRAFTED_TOGETHER) if drafts else 0
+    return max(int(settings["speculative_depth"]), MAX_DRAFTED) if drafts else 0
 
 
 def with_context(model: Shape, settings: Mapping[str, Any], memory_bytes: float) -> dict[str, Any]:
     """Replace a `ctx_per_slot` of 0 by the training context, or by what fits into CONTEXT_SHARE of `memory_bytes`.
 
-    A unified cache gets cells for one whole context, and at least SHARED_CTX per slot, or as many as fit.
+    A unified cache gets cells for one whole context, and at least MIN_SHARED_CTX per slot, or as many as fit.
     """
     if int(settings["ctx_per_slot"]):
         return dict(settings)
@@ -374,17 +374,17 @@ def with_context(model: Shape, settings: Mapping[str, Any], memory_bytes: float)
     if not settings["kv_unified"]:
         return {
             **whole,
-            "ctx_per_slot": max(largest("ctx_per_slot", PADDING, model, whole, memory_bytes), _least(model)),
+            "ctx_per_slot": max(largest("ctx_per_slot", PADDING, model, whole, memory_bytes), _min_ctx(model)),
         }
-    cells = int(settings["kv_cells"]) or parallel * min(trained, max(SHARED_CTX, -(-trained // parallel)))
+    cells = int(settings["kv_cells"]) or parallel * min(trained, max(MIN_SHARED_CTX, -(-trained // parallel)))
     fits = largest("kv_cells", PADDING, model, {**whole, "kv_cells": cells}, memory_bytes)
-    cells = max(fits, min(cells, _least(model)))
+    cells = max(fits, min(cells, _min_ctx(model)))
     ctx = min(trained, cells)
     return {**settings, "ctx_per_slot": ctx, "kv_cells": cells if cells < parallel * ctx else 0}
 
 
-def _least(model: Shape) -> int:
-    return min(model.n_ctx_train, LEAST_CTX)
+def _min_ctx(model: Shape) -> int:
+    return min(model.n_ctx_train, MIN_CTX)
 
 
 def largest(name: str, step: int, model: Shape, settings: Mapping[str, Any], memory_bytes: float) -> int:

@@ -199,7 +199,7 @@ def test_a_context_that_is_not_said_is_the_trained_one_or_what_fits(
     settings = {**SETTINGS, "ctx_per_slot": 0, "parallel": parallel, "kv_unified": unified}
     found = gguf.with_context(shape, settings, memory)
     assert (found["ctx_per_slot"], found["kv_cells"]) == (ctx, cells)
-    if ctx > gguf.LEAST_CTX:
+    if ctx > gguf.MIN_CTX:
         assert gguf.kv_bytes(shape, found) + gguf.compute_bytes(shape, found) <= gguf.CONTEXT_SHARE * memory
     assert gguf.with_context(shape, SETTINGS, memory) == SETTINGS
 

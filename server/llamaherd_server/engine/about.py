@@ -8,14 +8,14 @@ import msgspec
 import structlog
 
 from llamaherd_server.config.settings import Settings
-from llamaherd_server.engine.asking import asked
+from llamaherd_server.engine.helpers import run_helper
 from llamaherd_server.gguf import part_paths
 from llamaherd_server.wire.protocol import ModelInfo, WorkerConfig
 
 log = structlog.get_logger()
 
 
-async def about(settings: Settings) -> ModelInfo | None:
+async def read_model_info(settings: Settings) -> ModelInfo | None:
     """Return the model's metadata; None if the file cannot be read or llama-cpp-python is not installed."""
     model = settings.model
     if importlib.util.find_spec("llama_cpp") is None:
@@ -24,7 +24,7 @@ async def about(settings: Settings) -> ModelInfo | None:
     config = WorkerConfig(
         path=str(part_paths(model.path)[0]), settings=settings.engine.settings, chat_template=template
     )
-    code, output = await asked("about", config)
+    code, output = await run_helper("about", config)
     if code:
         log.error("nothing is known of a model until it is loaded", model=model.name, error=output.decode())
         return None

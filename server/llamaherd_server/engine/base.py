@@ -16,7 +16,7 @@ from llamaherd_server.wire.protocol import Delta, Embed, Embedded, Finished, Gen
 EngineState = Literal["loading", "ready", "restarting", "failed", "stopped", "unloaded"]
 Event = Started | Delta | Finished
 # How many engine processes may die on a request before its answer begins. After that, the request may be the cause.
-LIVES = 2
+MAX_ATTEMPTS = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import msgspec
 import structlog
 
 from llamaherd_server.config.settings import Settings
-from llamaherd_server.gguf import LEAST_CTX, GgufError, part_paths, read_header, shape, with_context
+from llamaherd_server.gguf import MIN_CTX, GgufError, part_paths, read_header, shape, with_context
 from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.worker.available import total_bytes
 
@@ -17,7 +17,7 @@ log = structlog.get_logger()
 MIB = 2**20
 
 
-def decided(settings: Settings, among: int) -> EngineSettings:
+def with_context_length(settings: Settings, among: int) -> EngineSettings:
     """Return the engine settings with `ctx_per_slot` filled in; `among` models share the host's memory."""
     given = settings.engine.settings
     if given.ctx_per_slot:
@@ -26,12 +26,12 @@ def decided(settings: Settings, among: int) -> EngineSettings:
     files = part_paths(model.path)
     memory = model.memory_mib * MIB if model.memory_mib else (total_bytes() or math.inf) / among
     try:
-        kind = shape(read_header(files[0]))
+        model_shape = shape(read_header(files[0]))
     except GgufError:  # llama.cpp may still be able to load it
-        return msgspec.structs.replace(given, ctx_per_slot=LEAST_CTX)
-    beside = [file for one in (model.mmproj, model.draft) if one for file in part_paths(one)]
-    spare = memory - sum(file.stat().st_size for file in (*files, *beside))
-    found = msgspec.convert(with_context(kind, msgspec.to_builtins(given), spare), EngineSettings)
-    figures = {"ctx_per_slot": found.ctx_per_slot, "kv_cells": found.kv_cells, "trained": kind.n_ctx_train}
+        return msgspec.structs.replace(given, ctx_per_slot=MIN_CTX)
+    others = [file for path in (model.mmproj, model.draft) if path for file in part_paths(path)]
+    available = memory - sum(file.stat().st_size for file in (*files, *others))
+    found = msgspec.convert(with_context(model_shape, msgspec.to_builtins(given), available), EngineSettings)
+    figures = {"ctx_per_slot": found.ctx_per_slot, "kv_cells": found.kv_cells, "trained": model_shape.n_ctx_train}
     log.info("context decided", model=model.name, **figures)
     return found

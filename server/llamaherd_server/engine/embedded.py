@@ -14,7 +14,7 @@ from typing import TypeAlias, TypeVar
 
 import msgspec
 
-from llamaherd_server.engine.base import LIVES, EngineStatus, Event
+from llamaherd_server.engine.base import MAX_ATTEMPTS, EngineStatus, Event
 from llamaherd_server.engine.process import WorkerProcess
 from llamaherd_server.engine.prompt_store import Prompts, open_prompts
 from llamaherd_server.engine.supervisor import Supervisor
@@ -61,13 +61,12 @@ class _Call:
     frame: bytes
     answers: asyncio.Queue[Answer | EngineError] = field(default_factory=asyncio.Queue)
     started: bool = False
-    lives: int = LIVES
+    attempts_left: int = MAX_ATTEMPTS
 
-    @property
-    def survives(self) -> bool:
+    def may_retry(self) -> bool:
         """Count a lost worker; return whether the request may go to the next one."""
-        self.lives -= 1
-        return isinstance(self.question, Generate) and not self.started and self.lives > 0
+        self.attempts_left -= 1
+        return isinstance(self.question, Generate) and not self.started and self.attempts_left > 0
 
 
 class EmbeddedEngine:
@@ -203,7 +202,7 @@ class EmbeddedEngine:
             self._deliver(message)
 
     def on_gone(self) -> None:
-        lost = [call for call in self._open.values() if not call.survives]
+        lost = [call for call in self._open.values() if not call.may_retry()]
         self._end(lost, EngineError("engine_crashed", "the engine ended while it worked on this request"))
         if refusal := self._supervisor.refusal:
             self._end(list(self._open.values()), EngineError("engine_stopped", refusal))

@@ -20,7 +20,7 @@ _PLACEMENT_FLAGS = {
 }
 NGRAM = 12  # length of the n-gram that llama-server looks up, its default
 MTP_DEPTH = 3  # llama-server's default: each MTP head builds on the guess of the previous one
-DRAFT_DEPTH, DRAFT_LEAST = 16, 0.75  # a draft ends before the first token with a lower probability in the draft model
+DRAFT_DEPTH, DRAFT_P_MIN = 16, 0.75  # a draft ends before the first token with a lower probability in the draft model
 
 
 def flags(config: NativeConfig, socket: str) -> list[str]:
@@ -66,9 +66,9 @@ def _speculative(settings: EngineSettings, draft: str | None) -> dict[str, objec
     if settings.speculative == "mtp":
         return {"--spec-type": "draft-mtp", "--spec-draft-n-max": min(depth, MTP_DEPTH)}
     if settings.speculative == "draft":
-        # a draft is meant to end by DRAFT_LEAST before it reaches the maximum
-        sure = {"--spec-draft-n-max": min(depth, DRAFT_DEPTH), "--spec-draft-p-min": DRAFT_LEAST}
-        return {"--spec-type": "draft-simple", "--spec-draft-model": draft, **sure}
+        # a draft is meant to end by DRAFT_P_MIN before it reaches the maximum
+        limits = {"--spec-draft-n-max": min(depth, DRAFT_DEPTH), "--spec-draft-p-min": DRAFT_P_MIN}
+        return {"--spec-type": "draft-simple", "--spec-draft-model": draft, **limits}
     return {
         "--spec-type": "ngram-simple",
         "--spec-ngram-simple-size-n": min(depth, NGRAM),  # llama-server never drafts fewer tokens than it looks up

@@ -18,7 +18,7 @@ import httpx
 import msgspec
 
 from llamaherd_server.config.settings import SettingsError
-from llamaherd_server.engine.base import LIVES, EngineStatus, Event, OwnApi
+from llamaherd_server.engine.base import MAX_ATTEMPTS, EngineStatus, Event, OwnApi
 from llamaherd_server.engine.flags import flags, unknown
 from llamaherd_server.engine.native_api import completion_body, error_of, events_of
 from llamaherd_server.engine.native_process import NativeProcess
@@ -122,7 +122,7 @@ class NativeEngine:
     async def stop(self) -> None:
         self._preparation.close()
         await self._supervisor.stop()
-        self._tell()
+        self._notify_change()
 
     def status(self) -> EngineStatus:
         supervisor = self._supervisor
@@ -226,7 +226,7 @@ class NativeEngine:
             try:
                 async with asyncio.timeout(RETUNE_DRAIN_S):
                     while self._running:
-                        await self._change()
+                        await self._wait_for_change()
             except TimeoutError:
                 pass
             try:
@@ -235,7 +235,7 @@ class NativeEngine:
                 await self._restart(old)
                 raise EngineError("does_not_fit", f"llama-server does not start with that: {error.message}") from None
             finally:
-                asyncio.get_running_loop().call_soon(self._tell)  # after the lock is released
+                asyncio.get_running_loop().call_soon(self._notify_change)  # after the lock is released
         return self._native.settings
 
     # --- llama-server's own API -----------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ class NativeEngine:
         finally:
             self._running -= 1
             await response.aclose()
-            self._tell()
+            self._notify_change()
 
     def _is_long(self, text: str) -> bool:
         return len(text) > SHORT_CHARS and self._preparation.possible
@@ -280,8 +280,8 @@ class NativeEngine:
             return response.json()
 
     async def _sent(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
-        """Return the unread 200 response, after LIVES attempts if processes die before it; raises EngineError."""
-        for _ in range(LIVES):
+        """Return the unread 200 response, after MAX_ATTEMPTS at most if processes die before it; raises EngineError."""
+        for _ in range(MAX_ATTEMPTS):
             process = await self._serving()
             request = process.http.build_request(method, path, json=body)
             try:
@@ -301,7 +301,7 @@ class NativeEngine:
         while self.status().state != "ready" or not self._process.alive:
             if refusal := self._supervisor.refusal:
                 raise EngineError("engine_stopped", refusal)
-            await self._change()
+            await self._wait_for_change()
         return self._process
 
     # --- callbacks of the supervisor -------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ class NativeEngine:
     def on_ready(self, ready: Ready) -> None:
         self._model = ready.model
         self._load_s = ready.load_s
-        self._tell()
+        self._notify_change()
 
     def on_message(self, message: FromWorker) -> None:
         if isinstance(message, Step):
@@ -317,7 +317,7 @@ class NativeEngine:
             self._listener(message.stats)
 
     def on_gone(self) -> None:
-        self._tell()
+        self._notify_change()
 
     def _new_supervisor(self) -> Supervisor:
         def new_process() -> NativeProcess:
@@ -334,9 +334,9 @@ class NativeEngine:
         await old.stop()
         await self._begin()
 
-    def _tell(self) -> None:
+    def _notify_change(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _change(self) -> None:
+    async def _wait_for_change(self) -> None:
         await self._changed.wait()

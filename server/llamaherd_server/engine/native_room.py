@@ -6,7 +6,7 @@ import importlib.util
 
 import structlog
 
-from llamaherd_server.engine.asking import REFUSED, asked
+from llamaherd_server.engine.helpers import REFUSED, run_helper
 from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.protocol import NativeConfig
 
@@ -21,7 +21,7 @@ async def check_room(config: NativeConfig, beside: NativeConfig | None = None) -
     """
     if config.rpc or importlib.util.find_spec("llama_cpp") is None:
         return
-    code, output = await asked("room", *(one for one in (config, beside) if one))
+    code, output = await run_helper("room", *(one for one in (config, beside) if one))
     if code == REFUSED:
         raise EngineError("does_not_fit", output.decode())
     if code:

@@ -53,7 +53,7 @@ class Preparation:
 
     async def _run(self, job: Job) -> Prepared:
         try:
-            async with self._turns.one():
+            async with self._turns.place():
                 child = await asyncio.to_thread(self._forkserver.open, job)
                 try:
                     return await asyncio.to_thread(child.prepared)

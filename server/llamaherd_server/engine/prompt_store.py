@@ -19,7 +19,7 @@ log = structlog.get_logger()
 
 MIB = 2**20
 DEFAULT_MIB = 8192  # llama-server's default
-SHARE = 0.25  # of the available memory: upper limit of the default
+DEFAULT_SHARE = 0.25  # of the available memory: upper limit of the default
 STORE_S = 10.0
 
 
@@ -57,7 +57,7 @@ def open_prompts(mib: int | None, share: float, folder: Path | None) -> Prompts:
     If the memory or the folder is unavailable, this logs one line and the server runs without it.
     """
     available = available_bytes()
-    size = int(share * min(DEFAULT_MIB * MIB, SHARE * available if available else math.inf))
+    size = int(share * min(DEFAULT_MIB * MIB, DEFAULT_SHARE * available if available else math.inf))
     if mib is not None:
         size = mib * MIB
         if available and size > available:

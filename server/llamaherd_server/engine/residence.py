@@ -24,24 +24,24 @@ log = structlog.get_logger()
 RETRY_S = 10.0
 _TICK_S = 1.0
 # The models that the current task keeps loaded.
-_holding: ContextVar[tuple[Guest, ...]] = ContextVar("holding", default=())
+_holding: ContextVar[tuple[OnDemandModel, ...]] = ContextVar("holding", default=())
 
 
 @dataclass(eq=False)
-class Guest:
+class OnDemandModel:
     """A model on demand. `load` may raise EngineError. `users` are running requests, `waiting` those before a load."""
 
     name: str
     idle_s: float
     load: Callable[[], Awaitable[None]]
     unload: Callable[[], Awaitable[None]]
-    here: bool = False
+    loaded: bool = False
     loads: int = 0
-    leaving: bool = False
+    draining: bool = False
     load_s: float = 0.0
-    since: float = 0.0  # when it was loaded
-    used: float = 0.0  # when its last request ended
-    coming: asyncio.Task[None] | None = None
+    loaded_at: float = 0.0
+    last_used_at: float = 0.0  # when its last request ended
+    load_task: asyncio.Task[None] | None = None
     refused: tuple[float, EngineError] | None = None  # after a failed load: until when to refuse, and the error
     users: set[object] = field(default_factory=set)
     waiting: set[object] = field(default_factory=set)
@@ -53,106 +53,107 @@ class Residence:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._guests: list[Guest] = []
+        self._models: list[OnDemandModel] = []
         self._turn = asyncio.Lock()  # held during a load or an unload
 
-    def add(self, guest: Guest) -> None:
-        self._guests.append(guest)
+    def add(self, model: OnDemandModel) -> None:
+        self._models.append(model)
 
     @asynccontextmanager
-    async def held(self, guest: Guest) -> AsyncIterator[None]:
+    async def held(self, model: OnDemandModel) -> AsyncIterator[None]:
         """Load the model if necessary and keep it loaded until the block ends; raises EngineError if the load fails.
 
         Nested blocks of one task do nothing: the outer block keeps the model loaded.
         """
         outer = _holding.get()
-        if guest in outer:
+        if model in outer:
             yield
             return
         user = object()
-        holding = _holding.set((*outer, guest))
+        holding = _holding.set((*outer, model))
         try:
-            if guest.here and not guest.leaving:
-                guest.users.add(user)
-                guest.unused.clear()
+            if model.loaded and not model.draining:
+                model.users.add(user)
+                model.unused.clear()
             else:
-                guest.waiting.add(user)
-                await self._come(guest, user)
+                model.waiting.add(user)
+                await self._wait_for_load(model, user)
             yield
         finally:
             _holding.reset(holding)
-            guest.waiting.discard(user)
-            guest.users.discard(user)
-            if not guest.users:
-                guest.used = time.monotonic()
-                guest.unused.set()
+            model.waiting.discard(user)
+            model.users.discard(user)
+            if not model.users:
+                model.last_used_at = time.monotonic()
+                model.unused.set()
 
     async def run(self) -> None:
         """Unload models that have been idle for their `idle_s`, until cancelled."""
         while True:
             await asyncio.sleep(_TICK_S)
-            for guest in filter(_idle, self._guests):
+            for model in filter(_idle, self._models):
                 async with self._turn:
-                    if _idle(guest):
-                        await self._leave(guest)
+                    if _idle(model):
+                        await self._unload(model)
 
-    async def close(self, guest: Guest) -> None:
+    async def close(self, model: OnDemandModel) -> None:
         """Cancel a load in progress; requests that wait for it get an EngineError."""
-        if guest.coming:
-            guest.coming.cancel()
-            await asyncio.wait((guest.coming,))
-        guest.here = False
+        if model.load_task:
+            model.load_task.cancel()
+            await asyncio.wait((model.load_task,))
+        model.loaded = False
 
-    async def _come(self, guest: Guest, user: object) -> None:
-        if guest.refused and time.monotonic() < guest.refused[0]:
-            raise guest.refused[1]
-        guest.coming = coming = guest.coming or asyncio.create_task(self._bring(guest))
-        await asyncio.wait((coming,))
-        if user not in guest.users:
-            raise guest.refused[1] if guest.refused else EngineError("engine_stopped", "the server is stopping")
+    async def _wait_for_load(self, model: OnDemandModel, user: object) -> None:
+        if model.refused and time.monotonic() < model.refused[0]:
+            raise model.refused[1]
+        model.load_task = task = model.load_task or asyncio.create_task(self._load_in_turn(model))
+        await asyncio.wait((task,))
+        if user not in model.users:
+            raise model.refused[1] if model.refused else EngineError("engine_stopped", "the server is stopping")
 
-    async def _bring(self, guest: Guest) -> None:
+    async def _load_in_turn(self, model: OnDemandModel) -> None:
         try:
             async with self._turn:
-                while sum(one.here for one in self._guests) >= self._most:
+                while sum(one.loaded for one in self._models) >= self._most:
                     await self._make_room()
-                await self._load(guest)
+                await self._load(model)
         finally:
-            guest.coming = None
+            model.load_task = None
 
-    async def _load(self, guest: Guest) -> None:
+    async def _load(self, model: OnDemandModel) -> None:
         began = time.monotonic()
-        guest.refused = None
+        model.refused = None
         try:
-            await guest.load()
+            await model.load()
         except (EngineError, OSError) as error:
-            refusal = EngineError("engine_stopped", f"model {guest.name!r} could not be loaded: {error}")
-            guest.refused = (time.monotonic() + RETRY_S, refusal)
-            log.error("model not loaded", model=guest.name, error=str(error))
+            refusal = EngineError("engine_stopped", f"model {model.name!r} could not be loaded: {error}")
+            model.refused = (time.monotonic() + RETRY_S, refusal)
+            log.error("model not loaded", model=model.name, error=str(error))
             return
-        guest.since = time.monotonic()
-        guest.load_s = guest.since - began
-        guest.here = True
-        guest.loads += 1
-        guest.users |= guest.waiting
-        guest.waiting.clear()
-        guest.unused.clear()
-        log.info("model loaded", model=guest.name, load_s=round(guest.load_s, 2))
+        model.loaded_at = time.monotonic()
+        model.load_s = model.loaded_at - began
+        model.loaded = True
+        model.loads += 1
+        model.users |= model.waiting
+        model.waiting.clear()
+        model.unused.clear()
+        log.info("model loaded", model=model.name, load_s=round(model.load_s, 2))
 
     async def _make_room(self) -> None:
-        here = [one for one in self._guests if one.here]
-        guest = min(here, key=lambda one: (bool(one.users), one.since if one.users else one.used))
-        if guest.users:
-            await asyncio.sleep(guest.since + guest.load_s - time.monotonic())
-            guest.leaving = True
-            await guest.unused.wait()
-        await self._leave(guest)
+        loaded = [one for one in self._models if one.loaded]
+        model = min(loaded, key=lambda one: (bool(one.users), one.loaded_at if one.users else one.last_used_at))
+        if model.users:
+            await asyncio.sleep(model.loaded_at + model.load_s - time.monotonic())
+            model.draining = True
+            await model.unused.wait()
+        await self._unload(model)
 
-    async def _leave(self, guest: Guest) -> None:
-        guest.here = guest.leaving = False
-        await guest.unload()
-        log.info("model unloaded", model=guest.name)
+    async def _unload(self, model: OnDemandModel) -> None:
+        model.loaded = model.draining = False
+        await model.unload()
+        log.info("model unloaded", model=model.name)
 
 
-def _idle(guest: Guest) -> bool:
-    return guest.here and not guest.users and time.monotonic() - max(guest.used, guest.since) >= guest.idle_s
+def _idle(model: OnDemandModel) -> bool:
+    idle_s = time.monotonic() - max(model.last_used_at, model.loaded_at)
+    return model.loaded and not model.users and idle_s >= model.idle_s

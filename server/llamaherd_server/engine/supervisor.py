@@ -16,12 +16,12 @@ from llamaherd_server.wire.protocol import Failed, FromWorker, Loading, Ready, T
 log = structlog.get_logger()
 
 FIRST_BACKOFF_S = 0.5
-LONGEST_BACKOFF_S = 60.0
+MAX_BACKOFF_S = 60.0
 # After this many failures in a row, requests are refused instead of waiting for the next worker.
-REFUSED_FROM_FAILURES = 3
-_LEAST_WAIT_S = 0.1
+REFUSE_AFTER_FAILURES = 3
+_MIN_WAIT_S = 0.1
 # A worker that has been ready for longer than this resets the count of failures in a row.
-SETTLED_S = 60.0
+STABLE_AFTER_S = 60.0
 
 
 class Listener(Protocol):
@@ -84,7 +84,7 @@ class Supervisor:
         self._task: asyncio.Task[None] | None = None
         self._failures = 0  # in a row
         self._beat = time.monotonic()  # time of the compute thread's last message
-        self._settled = asyncio.Event()  # set once the first worker is ready or has failed
+        self._first_outcome = asyncio.Event()  # set once the first worker is ready or has failed
 
     @property
     def pid(self) -> int | None:
@@ -94,7 +94,7 @@ class Supervisor:
     def refusal(self) -> str | None:
         """Why no worker is available now or soon; None if requests may wait for one."""
         gone = self.state in ("failed", "stopped")
-        if gone or (self.state == "restarting" and self._failures >= REFUSED_FROM_FAILURES):
+        if gone or (self.state == "restarting" and self._failures >= REFUSE_AFTER_FAILURES):
             return self.last_error or f"the engine is {self.state}"
         return None
 
@@ -105,9 +105,9 @@ class Supervisor:
     async def start(self) -> None:
         """Start, and return when the first worker is ready or has failed; `state` says which."""
         self._task = asyncio.create_task(self._run())
-        settled = asyncio.create_task(self._settled.wait())
-        await asyncio.wait((self._task, settled), return_when=asyncio.FIRST_COMPLETED)
-        settled.cancel()
+        outcome = asyncio.create_task(self._first_outcome.wait())
+        await asyncio.wait((self._task, outcome), return_when=asyncio.FIRST_COMPLETED)
+        outcome.cancel()
         if self._task.done():
             self._task.result()
 
@@ -128,13 +128,13 @@ class Supervisor:
         """Run one worker after another; stop if the first one does not start."""
         while self.state != "failed":
             try:
-                lived_s = await self._run_one()
+                ready_s = await self._run_one()
             except Exception as error:  # the process could not start, for lack of memory or file descriptors
-                self.last_error, lived_s = f"the engine's process could not be run: {error!r}", 0.0
+                self.last_error, ready_s = f"the engine's process could not be run: {error!r}", 0.0
                 if self._process:
                     self._process.kill()
-            self._failures = 1 if lived_s > SETTLED_S else self._failures + 1
-            if self._settled.is_set():
+            self._failures = 1 if ready_s > STABLE_AFTER_S else self._failures + 1
+            if self._first_outcome.is_set():
                 self.state = "restarting"
                 self.restarts += 1
             else:
@@ -142,12 +142,12 @@ class Supervisor:
             self._listener.on_gone()
             if self.state == "restarting":
                 log.warning("engine ended", error=self.last_error, failures=self._failures)
-                await asyncio.sleep(min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(self._failures - 1, 16)))
-        self._settled.set()
+                await asyncio.sleep(min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(self._failures - 1, 16)))
+        self._first_outcome.set()
 
-    def _patience_s(self, until: float | None) -> float:
+    def _receive_timeout_s(self, until: float | None) -> float:
         """Return how long to wait for the next message: up to `until`, or up to the heartbeat timeout if None."""
-        return max(_LEAST_WAIT_S, (until or self._beat + self._heartbeat_timeout_s) - time.monotonic())
+        return max(_MIN_WAIT_S, (until or self._beat + self._heartbeat_timeout_s) - time.monotonic())
 
     async def _run_one(self) -> float:
         """Run one worker until it ends; return for how many seconds it was ready."""
@@ -157,13 +157,13 @@ class Supervisor:
         self._process, self._beat = process, time.monotonic()
         refusal = silence = ready_at = None
         try:
-            while message := await process.receive(self._patience_s(load_until if ready_at is None else None)):
+            while message := await process.receive(self._receive_timeout_s(load_until if ready_at is None else None)):
                 if not isinstance(message, Tokens | Text | Failed):  # these come from other threads of the worker
                     self._beat = time.monotonic()
                 if isinstance(message, Ready):
                     ready_at = time.monotonic()
                     self.state = "ready"
-                    self._settled.set()
+                    self._first_outcome.set()
                     self._listener.on_ready(message)
                 elif isinstance(message, Failed) and message.id == 0:
                     refusal = message.message

@@ -11,10 +11,10 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from dataclasses import replace
 
 from llamaherd_server.config.settings import Settings, SettingsError
-from llamaherd_server.engine.about import about
+from llamaherd_server.engine.about import read_model_info
 from llamaherd_server.engine.base import Engine, EngineStatus, Event, OwnApi
 from llamaherd_server.engine.native import RETUNE_DRAIN_S
-from llamaherd_server.engine.residence import Guest, Residence
+from llamaherd_server.engine.residence import OnDemandModel, Residence
 from llamaherd_server.wire.engine_settings import EngineKind, EngineSettings
 from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.evaluation import Evaluate, Evaluated
@@ -30,9 +30,9 @@ class Switch:
         """`residence` is for models on demand. Raises what `make` raises."""
         self._settings = settings
         self._residence = residence
-        self._guest = Guest(settings.model.name, settings.model.idle_s, self._load, self._unload)
+        self._on_demand_model = OnDemandModel(settings.model.name, settings.model.idle_s, self._load, self._unload)
         if residence:
-            residence.add(self._guest)
+            residence.add(self._on_demand_model)
         self._make = make
         self.in_force = make(settings)
         self._listener: Callable[[Stats], None] = lambda _: None
@@ -56,7 +56,7 @@ class Switch:
     async def start(self) -> None:
         """Start the engine; for a model on demand, read its metadata only."""
         if self._residence:
-            self._model = await about(self._settings)
+            self._model = await read_model_info(self._settings)
         else:
             await self.in_force.start()
 
@@ -64,21 +64,21 @@ class Switch:
         self._stopped = True
         self._open.set()
         if self._residence:
-            await self._residence.close(self._guest)
+            await self._residence.close(self._on_demand_model)
         await self.in_force.stop()
 
     def status(self) -> EngineStatus:
         status = self.in_force.status()
         if self._residence and not self._stopped:
-            status = replace(status, loads=self._guest.loads, model=status.model or self._model)
-            if not self._guest.here:
-                refused = self._guest.refused
+            status = replace(status, loads=self._on_demand_model.loads, model=status.model or self._model)
+            if not self._on_demand_model.loaded:
+                refused = self._on_demand_model.refused
                 return replace(status, state="unloaded", last_error=refused[1].message if refused else None)
         return status if self._open.is_set() else replace(status, state="restarting", model=self._model)
 
     def held(self) -> AbstractAsyncContextManager[None]:
         """Keep the model loaded until the block ends; raises EngineError if a model on demand fails to load."""
-        return self._residence.held(self._guest) if self._residence else nullcontext()
+        return self._residence.held(self._on_demand_model) if self._residence else nullcontext()
 
     async def _load(self) -> None:
         """Start a new engine of the same kind and with the same settings as the previous one."""

@@ -24,7 +24,7 @@ class Patience:
         self._pid = pid
         self._began = 0.0
         self.again()
-        self.lost = False  # whether the priority was lowered, which cannot be undone
+        self.lowered = False  # whether the priority was lowered, which cannot be undone
 
     def again(self) -> None:
         """Start the clock for a new task."""
@@ -36,9 +36,9 @@ class Patience:
         return self._clock() - self._began
 
     def look(self) -> None:
-        if self.lost or self.used_s < SLOW_S:
+        if self.lowered or self.used_s < SLOW_S:
             return
-        self.lost = True
+        self.lowered = True
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, self._pid, os.getpriority(os.PRIO_PROCESS, 0) + SLOW_NICE)
 

@@ -17,23 +17,23 @@ class Turns:
 
     def __init__(self, most: int, left_for_others: int) -> None:
         self._most = most
-        self._most_of_one = max(1, most - left_for_others)
+        self._most_per_caller = max(1, most - left_for_others)
         self._busy: Counter[str] = Counter()
         self._freed = asyncio.Condition()
 
     @asynccontextmanager
-    async def one(self) -> AsyncIterator[None]:
+    async def place(self) -> AsyncIterator[None]:
         """Wait for a place for the current caller, and hold it until the block ends."""
-        who = caller.get()
+        name = caller.get()
         async with self._freed:
-            await self._freed.wait_for(lambda: self._free(who))
-            self._busy[who] += 1
+            await self._freed.wait_for(lambda: self._free(name))
+            self._busy[name] += 1
         try:
             yield
         finally:
             async with self._freed:
-                self._busy[who] -= 1
+                self._busy[name] -= 1
                 self._freed.notify_all()
 
-    def _free(self, who: str) -> bool:
-        return self._busy[who] < self._most_of_one and self._busy.total() < self._most
+    def _free(self, name: str) -> bool:
+        return self._busy[name] < self._most_per_caller and self._busy.total() < self._most

@@ -29,18 +29,18 @@ R = TypeVar("R")
 
 CPU_S = 2.0
 # Wall-clock limit of a call as a multiple of its CPU time, for busy hosts. Stopped processes are detected sooner.
-_PATIENCE = 15
+_WALL_PER_CPU = 15
 _SLOW_SHARE = 0.15  # of its CPU time: a call that used this much is slow itself, even on a busy host
 _OVERLOADED_S = 15.0  # a call that used less may take at least this long, because the host is slow
-_MOST = 8
+_MAX_PROCESSES = 8
 _LEFT_FOR_OTHERS = 2
-_KEPT = 2
+_MAX_IDLE = 2
 # How long a call waits for a busy process, unless all calls are slow: starting one costs more than most calls.
-_SOON_S = 1.0
-_TRIES = 3
-_LARGEST_ANSWER = 64 * 2**20
+_WAIT_FOR_IDLE_S = 1.0
+_MAX_ATTEMPTS = 3
+_MAX_ANSWER_BYTES = 64 * 2**20
 # Exit codes of a process that was killed from outside.
-_ENDED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+_KILLED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 
 
 class SandboxError(Exception):
@@ -61,7 +61,7 @@ class Sandbox:
     They import `modules` at their start, so that imports neither slow down the first call nor use up its CPU time.
     """
 
-    def __init__(self, most: int = _MOST, modules: Sequence[str] = ()) -> None:
+    def __init__(self, most: int = _MAX_PROCESSES, modules: Sequence[str] = ()) -> None:
         self._modules = modules
         self._idle: asyncio.LifoQueue[_Child] = asyncio.LifoQueue()
         self._children: set[_Child] = set()
@@ -78,18 +78,18 @@ class Sandbox:
         await asyncio.gather(*(child.kill() for child in self._children))
 
     async def in_child(
-        self, function: Callable[[A], R], argument: A, cpu_s: float = CPU_S, patience: float = _PATIENCE
+        self, function: Callable[[A], R], argument: A, cpu_s: float = CPU_S, patience: float = _WALL_PER_CPU
     ) -> R:
         """Return `function(argument)`, computed in a child process.
 
         `cpu_s` limits the CPU time in seconds, `cpu_s * patience` the wall time. `function` must be a module-level
         function of this package; argument and return value are sent as JSON of their annotated types. Re-raises its
         ApiError. Raises SandboxError for other exceptions and exceeded limits (Slow if a retry may succeed), and
-        ApiError (503) if its processes are killed from outside _TRIES times or the host is overloaded.
+        ApiError (503) if its processes are killed from outside _MAX_ATTEMPTS times or the host is overloaded.
         """
         call = Call(f"{function.__module__}:{function.__name__}", cpu_s, msgspec.Raw(msgspec.json.encode(argument)))
         body = msgspec.json.encode(call)
-        for _ in range(_TRIES):
+        for _ in range(_MAX_ATTEMPTS):
             async with self._child() as child:
                 try:
                     answer = await child.answer(body, cpu_s, cpu_s * patience)
@@ -108,20 +108,20 @@ class Sandbox:
     @asynccontextmanager
     async def _child(self) -> AsyncIterator[_Child]:
         """Wait for the caller's turn, and yield a child for one call."""
-        async with self._turns.one():
-            child = await self._soon_idle() or await self._new()
+        async with self._turns.place():
+            child = await self._wait_for_idle() or await self._new()
             try:
                 yield child
             finally:
-                if child.usable and not self._stopped and self._idle.qsize() < _KEPT:
+                if child.usable and not self._stopped and self._idle.qsize() < _MAX_IDLE:
                     self._idle.put_nowait(child)
                 else:
                     await child.kill()
                     self._children.discard(child)
 
-    async def _soon_idle(self) -> _Child | None:
+    async def _wait_for_idle(self) -> _Child | None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(_SOON_S):
+            async with asyncio.timeout(_WAIT_FOR_IDLE_S):
                 while any(child.quick for child in self._children):
                     with suppress(TimeoutError):
                         async with asyncio.timeout(SLOW_S):
@@ -162,7 +162,7 @@ class _Child:
     @property
     def quick(self) -> bool:
         """Whether its call, if any, has not proved slow yet."""
-        return not self._patience.lost
+        return not self._patience.lowered
 
     @classmethod
     async def start(cls, modules: Sequence[str]) -> Self:
@@ -203,7 +203,7 @@ class _Child:
             answer = asked.result()
         except (EOFError, ConnectionError):
             code = await self._process.wait()
-            if code in _ENDED_FROM_OUTSIDE:
+            if code in _KILLED_FROM_OUTSIDE:
                 raise _Lost from None
             exceeded = f"time: {cpu_s:g} s of CPU time" if code == -signal.SIGPROF else "time and memory"
             raise SandboxError(f"went over its limits of {exceeded}") from None
@@ -233,6 +233,6 @@ class _Child:
 
     async def _read(self) -> bytes:
         size = int.from_bytes(await self._reader.readexactly(4), "big")
-        if size > _LARGEST_ANSWER:
+        if size > _MAX_ANSWER_BYTES:
             raise EOFError
         return await self._reader.readexactly(size)

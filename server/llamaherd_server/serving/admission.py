@@ -5,8 +5,8 @@ first, and a request advances its key's clock by cost / priority. A key that flo
 Ageing: the longer a key has waited since it was last served, the earlier it is served, so low priorities never starve.
 
 While several keys are active, each leaves some slots to the others, so that a key with few requests does not wait for
-another's whole completion: see RESERVED and SHARED_S. Preemptible keys come after all others and reserve no slots: an
-engine that can preempt accepts the others' requests in addition to theirs and takes their slots.
+another's whole completion: see SLOTS_PER_RESERVED and ACTIVE_WITHIN_S. Preemptible keys come after all others and
+reserve no slots: an engine that can preempt accepts the others' requests in addition and takes their slots.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from llamaherd_server.errors import ApiError
 
 # A minute of waiting moves a key ahead by 600 tokens, about one chat turn.
 AGEING_TOKENS_PER_S = 10.0
-# If other keys sent requests within the last SHARED_S seconds, a key may use all slots but one in RESERVED, at least 1.
-RESERVED = 8
-SHARED_S = 300.0
+# A key leaves one of SLOTS_PER_RESERVED slots, at least one, to keys with a request in the last ACTIVE_WITHIN_S.
+SLOTS_PER_RESERVED = 8
+ACTIVE_WITHIN_S = 300.0
 # Weight of the latest request in the moving average of service times from which Retry-After is computed.
 _SMOOTHING = 0.1
 
@@ -57,7 +57,7 @@ class _Flow:
     running: int = 0
     finish: float = 0.0
     since: float = 0.0
-    asked: float = -math.inf
+    last_request_at: float = -math.inf
 
 
 class Admission:
@@ -109,24 +109,24 @@ class Admission:
             )
             raise ApiError(400, message, param="n", code="invalid_value")
         flow = self._flows.setdefault(key.name, _Flow())
-        asked = sum(costs)
-        while self.queued and self._share(self.queued + len(costs), self.queued_tokens + asked) > 1:
+        total = sum(costs)
+        while self.queued and self._share(self.queued + len(costs), self.queued_tokens + total) > 1:
             longest = max(self._flows.values(), key=lambda flow: self._share(len(flow.waiting), flow.cost))
-            mine = self._share(len(flow.waiting) + len(costs), flow.cost + asked)
-            if self._share(len(longest.waiting), longest.cost) <= mine:
+            own = self._share(len(flow.waiting) + len(costs), flow.cost + total)
+            if self._share(len(longest.waiting), longest.cost) <= own:
                 raise self._full()
-            self._push_out(longest)
+            self._evict_latest(longest)
         flow.preemptible = key.preemptible
-        flow.asked = now = self._clock()
+        flow.last_request_at = now = self._clock()
         if not flow.waiting:
             flow.since = now
             flow.finish = max(flow.finish, self._virtual)
         loop = asyncio.get_running_loop()
         tickets = [Ticket(key, cost, loop.create_future(), slots) for cost in costs]
         flow.waiting.extend(tickets)
-        flow.cost += asked
+        flow.cost += total
         self.queued += len(tickets)
-        self.queued_tokens += asked
+        self.queued_tokens += total
         self._dispatch()
         return tickets
 
@@ -174,13 +174,13 @@ class Admission:
             flows = [
                 flow
                 for flow in self._flows.values()
-                if flow.waiting and flow.running < self._most(flow, now) and self._room(flow) > 0
+                if flow.waiting and flow.running < self._max_running(flow, now) and self._obtainable_slots(flow) > 0
             ]
             if not flows:
                 return
             flow = min(flows, key=lambda one: (one.preemptible, one.finish - (now - one.since) * AGEING_TOKENS_PER_S))
-            slots = min(flow.waiting[0].slots, self._most(flow, now))
-            if flow.running + slots > self._most(flow, now) or slots > self._room(flow):
+            slots = min(flow.waiting[0].slots, self._max_running(flow, now))
+            if flow.running + slots > self._max_running(flow, now) or slots > self._obtainable_slots(flow):
                 return  # no other request may overtake it, or it could wait forever
             ticket = flow.waiting.popleft()
             self._unqueue(flow, ticket)
@@ -196,16 +196,16 @@ class Admission:
             if not ticket.admitted.done():  # the caller was cancelled and is about to leave
                 ticket.admitted.set_result(None)
 
-    def _most(self, flow: _Flow, now: float) -> int:
+    def _max_running(self, flow: _Flow, now: float) -> int:
         """Return how many slots the key may use: all of them, or those not reserved for other keys."""
         preempts = self._preempts()
         others = [one for one in self._flows.values() if one is not flow and not (preempts and one.preemptible)]
-        alone = all(now - other.asked > SHARED_S for other in others) or (preempts and flow.preemptible)
-        if alone or self._parallel == 1:
+        alone = all(now - other.last_request_at > ACTIVE_WITHIN_S for other in others)
+        if alone or (preempts and flow.preemptible) or self._parallel == 1:
             return self.limit
-        return self._parallel - max(1, self._parallel // RESERVED)
+        return self._parallel - max(1, self._parallel // SLOTS_PER_RESERVED)
 
-    def _room(self, flow: _Flow) -> int:
+    def _obtainable_slots(self, flow: _Flow) -> int:
         """Return how many slots the key's requests could get now, counting those that they may preempt."""
         yields = not flow.preemptible and self._preempts()
         return (
@@ -216,7 +216,7 @@ class Admission:
         """Return the fraction of the queue's limits that this load would use; above 1 it does not fit."""
         return max(requests / self._max_queue, tokens / self._max_queue_tokens)
 
-    def _push_out(self, flow: _Flow) -> None:
+    def _evict_latest(self, flow: _Flow) -> None:
         ticket = flow.waiting.pop()
         self._unqueue(flow, ticket)
         _refuse(ticket, self._full())

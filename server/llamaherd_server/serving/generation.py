@@ -188,11 +188,11 @@ class Run:
         except Exception as error:
             # A request that has produced tokens hardly caused the crash; a switch of engines raises a subclass.
             self._crashed |= type(error) is EngineError and error.code == "engine_crashed" and not begun
-            told = (
-                late_error(serving.limits, whole=whole.expired()) if isinstance(error, TimeoutError) else _told(error)
-            )
-            outcome = (told.code if isinstance(told, ApiError) else None) or "internal"
-            self._events.put_nowait((index, told))
+            reported = _for_client(error)
+            if isinstance(error, TimeoutError):
+                reported = late_error(serving.limits, whole=whole.expired())
+            outcome = (reported.code if isinstance(reported, ApiError) else None) or "internal"
+            self._events.put_nowait((index, reported))
         finally:
             meter.ended(outcome)
 
@@ -213,7 +213,7 @@ def _cost(request: Generate) -> float:
     return len(request.prompt) / scale + min(request.max_tokens or EXPECTED_OUTPUT, EXPECTED_OUTPUT)
 
 
-def _told(error: Exception) -> Exception:
+def _for_client(error: Exception) -> Exception:
     """Convert an EngineError to the ApiError for the client; other exceptions are bugs and stay unchanged."""
     return ApiError.of_engine(error) if isinstance(error, EngineError) else error
 

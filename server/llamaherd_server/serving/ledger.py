@@ -111,7 +111,7 @@ class Ledger:
         self._unwritten: dict[Row, Counts] = {}
         self._used: Counter[tuple[str, str]] = Counter()  # this month's tokens by day and key, written or not
         self._thread = ThreadPoolExecutor(1, "ledger")
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._database: sqlite3.Connection | None = None
         self._version = -1  # SQLite's data_version, which changes when another server writes
         self._day = ""  # when old rows were last deleted
@@ -150,17 +150,17 @@ class Ledger:
 
     async def flush(self) -> None:
         """Write the counts so far. If that fails, log it once and keep them for the next attempt."""
-        async with self._turn:
+        async with self._lock:
             await self._flush()
 
     async def read(
         self, *, key: str | None = None, model: str | None = None, first: str = "", last: str = "9"
     ) -> list[tuple[Row, Counts]]:
         """Return the sorted rows from day `first` to `last`, of one or all keys and models; raises ApiError."""
-        async with self._turn:
+        async with self._lock:
             await self._flush()
             try:
-                written = await self._beside(self._rows, first, last, key, model)
+                written = await self._on_thread(self._rows, first, last, key, model)
             except (OSError, sqlite3.Error):
                 message = "what was used cannot be read now; the server's log says why"
                 raise ApiError(503, message, code="usage_unreadable", retry_after=5) from None
@@ -171,7 +171,7 @@ class Ledger:
 
     async def close(self) -> None:
         await self.flush()
-        await self._beside(self._close)
+        await self._on_thread(self._close)
         self._thread.shutdown()
 
     def _today(self) -> str:
@@ -189,9 +189,9 @@ class Ledger:
         self._count(self._open)
         batch, self._unwritten = self._unwritten, {}
         try:
-            written = await self._beside(self._write, batch)
+            written = await self._on_thread(self._write, batch)
         except (OSError, sqlite3.Error) as error:
-            self._put_back(batch)
+            self._keep(batch)
             if not self._failed:
                 where = self.folder and self.folder / "usage.db"
                 log.error("usage is counted in memory until it can be written", file=str(where), error=str(error))
@@ -205,18 +205,18 @@ class Ledger:
             for row, counts in self._unwritten.items():
                 self._used[row.day, row.key] += counts.tokens
 
-    def _put_back(self, batch: Mapping[Row, Counts]) -> None:
+    def _keep(self, batch: Mapping[Row, Counts]) -> None:
         for row, counts in batch.items():
             self._unwritten[row] = _sum(self._unwritten.get(row), counts)
 
-    async def _beside(self, work: Callable[P, T], *args: P.args, **_: P.kwargs) -> T:
+    async def _on_thread(self, work: Callable[P, T], *args: P.args, **_: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
 
     # These run on the thread.
 
     def _write(self, batch: Mapping[Row, Counts]) -> dict[tuple[str, str], int] | None:
         """Write the batch; return this month's tokens by day and key if the day or another server's rows changed."""
-        database = self._database or self._opened()
+        database = self._database or self._connect()
         today = self._today()
         with database:
             if self._day != today:
@@ -232,10 +232,10 @@ class Ledger:
         return sums
 
     def _rows(self, first: str, last: str, key: str | None, model: str | None) -> dict[Row, Counts]:
-        found = (self._database or self._opened()).execute(_FIND, (first, last, key, model))
+        found = (self._database or self._connect()).execute(_FIND, (first, last, key, model))
         return {Row(*row[:3]): Counts(*row[3:]) for row in found}
 
-    def _opened(self) -> sqlite3.Connection:
+    def _connect(self) -> sqlite3.Connection:
         path = ":memory:"
         if self.folder:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)

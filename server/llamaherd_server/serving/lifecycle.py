@@ -42,7 +42,7 @@ class Lifecycle:
         self._limits = limits
         self._totals = totals
         self._keys = keys
-        self._told = (time.monotonic(), 0)  # time and token count of the last status report
+        self._last_report = (time.monotonic(), 0)  # time and token count of the last status report
         self.tokens_per_s = 0.0  # between the last two status reports
         self._notifier = Notifier()
         self.draining = False
@@ -160,8 +160,8 @@ class Lifecycle:
         queued = sum(serving.admission.queued for serving in self._servings)
         unready = [str(status.state) for status in statuses if status.state not in ("ready", "unloaded")]
         state = "draining" if self.draining else (unready or ["ready"])[0]
-        (before, tokens), self._told = self._told, (time.monotonic(), self._totals.streamed)
-        self.tokens_per_s = (self._totals.streamed - tokens) / max(1e-3, self._told[0] - before)
+        (before, tokens), self._last_report = self._last_report, (time.monotonic(), self._totals.streamed)
+        self.tokens_per_s = (self._totals.streamed - tokens) / max(1e-3, self._last_report[0] - before)
         return f"{state}: {busy} of {slots} slots busy, {queued} requests queued, {self.tokens_per_s:.0f} tokens/s"
 
     def _fail(self, message: str) -> None:

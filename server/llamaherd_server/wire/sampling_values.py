@@ -33,11 +33,11 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 }
 _ABOVE_0 = ("repeat_penalty", "dry_base", "mirostat_tau", "mirostat_eta")
 _LAST_N = ("repeat_last_n", "dry_penalty_last_n")
-LEAST_TEMPERATURE = 1e-3  # below it the most likely token has all the probability, and floats may overflow
-MOST_BIAS = 1e4  # larger values have the same effect: no logit is near it
-MOST_LAST_N = 2**20
-MOST_SAMPLERS = 32  # in a chain, because each may process the whole vocabulary
-MOST_BREAKERS, BREAKER_BYTES = 32, 40  # llama.cpp truncates longer ones
+MIN_TEMPERATURE = 1e-3  # below it the most likely token has all the probability, and floats may overflow
+MAX_BIAS = 1e4  # larger values have the same effect: no logit is near it
+MAX_LAST_N = 2**20
+MAX_SAMPLERS = 32  # in a chain, because each may process the whole vocabulary
+MAX_BREAKERS, BREAKER_BYTES = 32, 40  # llama.cpp truncates longer ones
 
 
 class BadValue(ValueError):
@@ -59,17 +59,17 @@ def checked(fields: Mapping[str, Any], *, n_vocab: int, context: int) -> dict[st
         if _is_number(value := fields.get(name)) and not low <= value <= high:
             wanted = "a number above 0" if name in _ABOVE_0 and value <= 0 else f"between {low:g} and {high:g}"
             raise BadValue(name, f"{name} {value} must be {wanted}")
-    if _is_number(value := fields.get("temperature")) and 0 < value < LEAST_TEMPERATURE:
+    if _is_number(value := fields.get("temperature")) and 0 < value < MIN_TEMPERATURE:
         result["temperature"] = 0.0
     for name in _LAST_N:
         if _is_number(value := fields.get(name)):
-            most = min(context, MOST_LAST_N)
+            most = min(context, MAX_LAST_N)
             result[name] = most if not 0 <= value <= most else int(value)
     if isinstance(bias := fields.get("logit_bias"), dict) and all(isinstance(token, int) for token in bias):
         result["logit_bias"] = {token: _bias(token, value, n_vocab) for token, value in bias.items()}
     samplers = fields.get("samplers")
-    if isinstance(samplers, list | str) and len(samplers) > MOST_SAMPLERS:
-        raise BadValue("samplers", f"samplers has {len(samplers)} entries: at most {MOST_SAMPLERS} are supported")
+    if isinstance(samplers, list | str) and len(samplers) > MAX_SAMPLERS:
+        raise BadValue("samplers", f"samplers has {len(samplers)} entries: at most {MAX_SAMPLERS} are supported")
     breakers = fields.get("dry_sequence_breakers")
     if isinstance(breakers, list) and fields.get("dry_multiplier") and all(isinstance(one, str) for one in breakers):
         result["dry_sequence_breakers"] = _breakers(breakers)
@@ -85,13 +85,13 @@ def _bias(token: int, value: float, n_vocab: int) -> float:
         raise BadValue("logit_bias", f"logit_bias: token {token} is not in the vocabulary of {n_vocab} tokens")
     if math.isnan(value):
         raise BadValue("logit_bias", f"logit_bias: the bias of token {token} is not a number")
-    return value if value == -math.inf else max(-MOST_BIAS, min(MOST_BIAS, value))
+    return value if value == -math.inf else max(-MAX_BIAS, min(MAX_BIAS, value))
 
 
 def _breakers(breakers: list[str]) -> list[str]:
     """Truncate as llama.cpp does, without duplicates; raises BadValue if many, as each costs a pass over all tokens."""
     cut = dict.fromkeys(one.encode(errors="replace")[:BREAKER_BYTES].decode(errors="ignore") for one in breakers if one)
-    if len(cut) > MOST_BREAKERS:
-        message = f"dry_sequence_breakers has {len(cut)} texts: at most {MOST_BREAKERS} are supported"
+    if len(cut) > MAX_BREAKERS:
+        message = f"dry_sequence_breakers has {len(cut)} texts: at most {MAX_BREAKERS} are supported"
         raise BadValue("dry_sequence_breakers", message)
     return list(cut)

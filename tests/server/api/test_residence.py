@@ -9,7 +9,7 @@ import pytest
 
 from llamaherd_server.api import answer
 from llamaherd_server.engine import residence, switch
-from llamaherd_server.engine.residence import Guest, Residence
+from llamaherd_server.engine.residence import OnDemandModel, Residence
 from llamaherd_server.wire.errors import EngineError
 
 from .conftest import Serve
@@ -27,9 +27,9 @@ class House:
 
     def __post_init__(self) -> None:
         self.residence = Residence(self.most)
-        self.guests: dict[str, Guest] = {}
+        self.guests: dict[str, OnDemandModel] = {}
 
-    def guest(self, name: str, idle_s: float = 600) -> Guest:
+    def guest(self, name: str, idle_s: float = 600) -> OnDemandModel:
         async def load() -> None:
             await asyncio.sleep(self.takes_s)
             if name in self.broken:
@@ -40,15 +40,15 @@ class House:
             await asyncio.sleep(0)
             self.told.append(f"-{name}")
 
-        guest = self.guests[name] = Guest(name, idle_s, load, unload)
+        guest = self.guests[name] = OnDemandModel(name, idle_s, load, unload)
         self.residence.add(guest)
         return guest
 
-    async def use(self, guest: Guest, for_s: float = 0.0) -> None:
+    async def use(self, guest: OnDemandModel, for_s: float = 0.0) -> None:
         async with self.residence.held(guest):
-            assert guest.here
+            assert guest.loaded
             await asyncio.sleep(for_s)
-            assert guest.here
+            assert guest.loaded
 
 
 async def test_the_least_recently_used_gives_way() -> None:
@@ -71,7 +71,7 @@ async def test_one_at_work_finishes_what_it_has_and_takes_nothing_new() -> None:
     a, b = house.guest("a"), house.guest("b")
     order: list[str] = []
 
-    async def use(name: str, guest: Guest, for_s: float) -> None:
+    async def use(name: str, guest: OnDemandModel, for_s: float) -> None:
         await house.use(guest, for_s)
         order.append(name)
 
@@ -90,7 +90,7 @@ async def test_models_asked_for_by_turns_are_at_work_for_as_long_as_they_load() 
     guests = [house.guest("a"), house.guest("b")]
     until = asyncio.get_running_loop().time() + 2
 
-    async def asks(guest: Guest) -> None:
+    async def asks(guest: OnDemandModel) -> None:
         while asyncio.get_running_loop().time() < until:
             await house.use(guest, 0.01)
 
@@ -106,7 +106,7 @@ async def test_a_request_that_holds_it_may_use_it_while_it_is_to_leave() -> None
     async def long() -> None:
         async with house.residence.held(a):
             await asyncio.sleep(0.1)
-            assert a.leaving
+            assert a.draining
             await house.use(a)
 
     await asyncio.wait_for(asyncio.gather(long(), house.use(b)), 5)
@@ -169,7 +169,7 @@ def _unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     async def unknown(_: object) -> None:
         return None
 
-    monkeypatch.setattr(switch, "about", unknown)
+    monkeypatch.setattr(switch, "read_model_info", unknown)
 
 
 @pytest.mark.usefixtures("_unknown")

@@ -71,14 +71,14 @@ async def test_the_process_of_a_slow_call_is_not_used_again(sandbox: Sandbox) ->
 def test_a_slow_process_gets_less_of_the_cpu() -> None:
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
         patience = Patience(process.pid)
-        assert not patience.lost
-        while not patience.lost:
+        assert not patience.lowered
+        while not patience.lowered:
             patience.look()
         assert os.getpriority(os.PRIO_PROCESS, process.pid) >= min(19, os.getpriority(os.PRIO_PROCESS, 0) + 1)
         process.kill()
         process.wait()
         patience.again()
-        assert not Patience(process.pid).lost  # of one that has ended
+        assert not Patience(process.pid).lowered  # of one that has ended
 
 
 async def test_a_call_that_burns_its_budget_delays_no_other(sandbox: Sandbox) -> None:

@@ -14,7 +14,7 @@ from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.state import AppState, state_of
 from llamaherd_server.config.engine_settings import merge
 from llamaherd_server.config.settings import SettingsError
-from llamaherd_server.engine.context_length import decided
+from llamaherd_server.engine.context_length import with_context_length
 from llamaherd_server.errors import ApiError
 from llamaherd_server.wire.engine_settings import EngineKind, EngineSettings
 
@@ -94,7 +94,7 @@ async def retune(body: dict[str, Any], request: Request) -> Response:
         kind = msgspec.convert(body.get("engine", state.engine.status().kind), EngineKind)
         wanted = merge(state.engine.status().settings, settings)
         changed = state.settings.with_engine(kind, wanted)
-        wanted = await asyncio.to_thread(decided, changed, state.at_once)  # it may read the GGUF's header
+        wanted = await asyncio.to_thread(with_context_length, changed, state.at_once)  # it may read the GGUF's header
     except msgspec.ValidationError:
         kinds = " or ".join(map(repr, get_args(EngineKind)))
         message = f"engine {body['engine']!r} is not known: set {kinds}"

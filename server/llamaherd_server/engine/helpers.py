@@ -13,11 +13,11 @@ REFUSED = 3
 _TIMEOUT_S = 60.0
 
 
-async def asked(module: str, *configs: msgspec.Struct) -> tuple[int, bytes]:
+async def run_helper(module: str, *configs: msgspec.Struct) -> tuple[int, bytes]:
     """Run `worker.<module>` and return its exit code and standard output, which is empty after a timeout."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", f"llamaherd_server.worker.{module}"),
-        *(msgspec.json.encode(one).decode() for one in configs),
+        *(msgspec.json.encode(config).decode() for config in configs),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
     )
