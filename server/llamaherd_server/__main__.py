@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="llamaherd-server", description="OpenAI-compatible server over llama.cpp")
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="server.toml (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="check the settings and the keys, then exit")
-    commands = parser.add_subparsers(dest="command", title="instead of serving")
+    commands = parser.add_subparsers(dest="command", title="commands")
     keyfile.add_arguments(commands.add_parser("keys", help="add, list or revoke API keys"))
     arguments = parser.parse_args()
     log.configure()
@@ -103,7 +103,7 @@ async def _serve(server: _Server, listener: socket.socket, state: AppState) -> N
 def _keys_file(config: Path) -> Path:
     path = load(config).auth.keys_file
     if path is None:
-        raise SettingsError(f"{config} names no auth.keys_file: set it, or give --file")
+        raise SettingsError(f"auth.keys_file is not set in {config}: set it, or use --file")
     return path
 
 

@@ -72,7 +72,7 @@ class _Reader:
         if end > self.size:
             raise GgufError(f"{what} needs {length} bytes at {end - length}, the file has {self.size}: truncated?")
         if end > MAX_HEADER:
-            raise GgufError(f"{what} ends at byte {end}, a header has at most the {MAX_HEADER} we accept")
+            raise GgufError(f"{what} ends at byte {end}, but headers are limited to {MAX_HEADER} bytes")
 
     def number(self, form: str, what: str) -> int | float | bool:
         value: int | float | bool = struct.unpack(form, self.take(struct.calcsize(form), what))[0]

@@ -97,7 +97,7 @@ def test_requests_a_minute_are_those_of_both_and_no_more(fleet: Fleet) -> None:
     replies = [fleet.ask("often") for _ in range(9)]
     assert [reply.status_code for reply in replies] == [200] * 6 + [429] * 3
     assert fleet.answered("often") == [3, 3]
-    assert replies[-1].json()["error"]["message"].startswith("key 'often' is limited to 6 requests a minute")
+    assert replies[-1].json()["error"]["message"].startswith("key 'often' is limited to 6 requests per minute")
     assert 0 < int(replies[-1].headers["Retry-After"]) <= 20
     assert replies[-1].headers["x-ratelimit-limit-requests"] == "6"
     assert not {"x-accel-redirect", "x-llamaherd-share"} & {name.lower() for name in replies[-1].headers}

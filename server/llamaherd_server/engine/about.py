@@ -26,6 +26,6 @@ async def read_model_info(settings: Settings) -> ModelInfo | None:
     )
     code, output = await run_helper("about", config)
     if code:
-        log.error("nothing is known of a model until it is loaded", model=model.name, error=output.decode())
+        log.error("cannot read a model's metadata before it is loaded", model=model.name, error=output.decode())
         return None
     return msgspec.json.decode(output, type=ModelInfo)

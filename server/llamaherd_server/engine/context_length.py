@@ -33,5 +33,5 @@ def with_context_length(settings: Settings, among: int) -> EngineSettings:
     available = memory - sum(file.stat().st_size for file in (*files, *others))
     found = msgspec.convert(with_context(model_shape, msgspec.to_builtins(given), available), EngineSettings)
     figures = {"ctx_per_slot": found.ctx_per_slot, "kv_cells": found.kv_cells, "trained": model_shape.n_ctx_train}
-    log.info("context decided", model=model.name, **figures)
+    log.info("context length chosen", model=model.name, **figures)
     return found

@@ -247,7 +247,7 @@ class EmbeddedEngine:
         try:
             call = self._open[question.id] = _Call(question, frame(question))
         except UnicodeEncodeError:
-            raise EngineError("invalid_value", "the text has half of a surrogate pair, not a character") from None
+            raise EngineError("invalid_value", "the text contains an unpaired surrogate code point") from None
         self._supervisor.send(call.frame)
         return call
 

@@ -103,7 +103,7 @@ class NativeEngine:
         except ValueError as error:
             raise SettingsError(f"engine.binary: {error}") from None
         if lacking:
-            remedy = "build another llama.cpp, or leave out what needs it"
+            remedy = "use a newer build of llama.cpp, or remove the settings that need it"
             raise SettingsError(f"{self._native.binary} has no {', '.join(lacking)}: {remedy}")
 
     @property
@@ -148,7 +148,7 @@ class NativeEngine:
             request, sampling=Sampling(**self._bounded(msgspec.structs.asdict(request.sampling)))
         )
         if request.reasoning and request.sampling.grammar:
-            message = "a bound on reasoning is not together with a grammar, a schema or a required tool on llama-server"
+            message = "llama-server supports no reasoning budget together with a grammar, a schema or a required tool"
             raise EngineError("unsupported", message)
         prompt: str | list[int] | dict[str, Any] = request.prompt
         if request.media is not None:
@@ -233,7 +233,7 @@ class NativeEngine:
                 await self._restart(new)
             except EngineError as error:
                 await self._restart(old)
-                raise EngineError("does_not_fit", f"llama-server does not start with that: {error.message}") from None
+                raise EngineError("does_not_fit", f"llama-server failed to start: {error.message}") from None
             finally:
                 asyncio.get_running_loop().call_soon(self._notify_change)  # after the lock is released
         return self._native.settings
@@ -294,7 +294,7 @@ class NativeEngine:
             await response.aread()
             await response.aclose()
             raise error_of(response.text)
-        raise EngineError("engine_crashed", "the engine ended before it began with this request")
+        raise EngineError("engine_crashed", "the engine ended before it started this request")
 
     async def _serving(self) -> NativeProcess:
         """Wait for a process that accepts requests and return it; raises EngineError if there will be none soon."""

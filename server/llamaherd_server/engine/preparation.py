@@ -33,7 +33,7 @@ class Preparation:
         self._turns = Turns(AT_ONCE, LEFT_FOR_OTHERS)
         self.possible = importlib.util.find_spec("llama_cpp") is not None
         if not self.possible:
-            log.warning("llama-cpp-python is not installed: grammars go to llama-server untried")
+            log.warning("llama-cpp-python is not installed: grammars are passed to llama-server unchecked")
 
     async def try_grammar(self, grammar: str) -> None:
         """Try the grammar in a child process; raises EngineError if it is refused."""

@@ -62,7 +62,7 @@ def open_prompts(mib: int | None, share: float, folder: Path | None) -> Prompts:
         size = mib * MIB
         if available and size > available:
             log.warning(
-                f"limits.prompt_cache_mib {mib} is more than the {available / MIB:.0f} MiB of memory that are left: "
+                f"limits.prompt_cache_mib {mib} exceeds the {available / MIB:.0f} MiB of available memory: "
                 "prompts are not kept beyond their slots; lower it"
             )
             return Prompts()
@@ -84,5 +84,5 @@ def _unusable(folder: Path) -> str | None:
     except OSError as error:
         return error.strerror
     if folder.stat().st_uid != os.geteuid():
-        return "it is another user's"
-    return None if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else "it cannot be written"
+        return "it is owned by another user"
+    return None if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else "it is not writable"

@@ -173,7 +173,7 @@ class Supervisor:
             silence = (
                 f"the engine was not ready after {self._load_timeout_s:g} s (limits.load_timeout_s) and was killed"
                 if ready_at is None
-                else f"the engine did not speak for {self._heartbeat_timeout_s:g} s and was killed"
+                else f"the engine sent no heartbeat for {self._heartbeat_timeout_s:g} s and was killed"
             )
             process.kill()
         end = await process.ended()

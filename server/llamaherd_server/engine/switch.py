@@ -182,13 +182,13 @@ class Switch:
             if kind in (None, before.kind):
                 return await self.in_force.retune(settings)
             if before.state != "ready":
-                raise EngineError("engine_stopped", f"the engine is {before.state}: switch it once it is ready")
+                raise EngineError("engine_stopped", f"the engine is {before.state}: retry once it is ready")
             try:
                 former = self._make(self._settings.with_engine(before.kind, before.settings))
                 other = self._make(self._settings.with_engine(kind, settings))
             except SettingsError as error:
                 raise EngineError(
-                    "invalid_value", f"this model cannot go to engine {kind!r}: {error}", "engine"
+                    "invalid_value", f"this model cannot run on engine {kind!r}: {error}", "engine"
                 ) from None
             self._model = before.model
             self._open.clear()
@@ -198,7 +198,7 @@ class Switch:
                 await self._put(other)
             except (EngineError, OSError) as error:
                 await self._put(former)
-                raise EngineError("does_not_fit", f"{kind} does not start with that: {error}") from None
+                raise EngineError("does_not_fit", f"{kind} failed to start: {error}") from None
             finally:
                 self._open.set()
             return self.in_force.status().settings

@@ -103,7 +103,7 @@ class Sandbox:
                 refused = msgspec.json.decode(content, type=Refused)
                 raise ApiError(refused.status, refused.message, code=refused.code, param=refused.param)
             raise SandboxError(content.decode())
-        raise ApiError(503, "the process for this request was ended from outside", code="sandbox_lost", retry_after=1)
+        raise ApiError(503, "the process for this request was killed from outside", code="sandbox_lost", retry_after=1)
 
     @asynccontextmanager
     async def _child(self) -> AsyncIterator[_Child]:
@@ -198,7 +198,7 @@ class _Child:
                 if waited_s > wait_s and used_s > _SLOW_SHARE * cpu_s:
                     raise Slow(f"takes more than {used_s:.2g} s of CPU time, on a busy host")
                 if waited_s > max(wait_s, _OVERLOADED_S):
-                    message = f"no {cpu_s:g} s of CPU time in {waited_s:.0f} s: the host is overloaded"
+                    message = f"less than {cpu_s:g} s of CPU time available in {waited_s:.0f} s: the host is overloaded"
                     raise ApiError(503, message, code="sandbox_lost", retry_after=1)
             answer = asked.result()
         except (EOFError, ConnectionError):
@@ -206,7 +206,7 @@ class _Child:
             if code in _KILLED_FROM_OUTSIDE:
                 raise _Lost from None
             exceeded = f"time: {cpu_s:g} s of CPU time" if code == -signal.SIGPROF else "time and memory"
-            raise SandboxError(f"went over its limits of {exceeded}") from None
+            raise SandboxError(f"exceeded its limits of {exceeded}") from None
         finally:
             asked.cancel()
         self.usable = self.quick

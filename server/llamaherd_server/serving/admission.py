@@ -104,9 +104,7 @@ class Admission:
         accepts a request of more tokens than its limit. Raises a 400 for too many generations.
         """
         if (generations := len(costs) * slots) > self._max_generations:
-            message = (
-                f"{generations} generations in one request (prompts x n): at most {self._max_generations} are served"
-            )
+            message = f"{generations} generations in one request (prompts x n): the maximum is {self._max_generations}"
             raise ApiError(400, message, param="n", code="invalid_value")
         flow = self._flows.setdefault(key.name, _Flow())
         total = sum(costs)
@@ -231,8 +229,8 @@ class Admission:
 
     def _full(self) -> ApiError:
         message = (
-            f"the queue is full: {self.queued} requests of {self.queued_tokens:.0f} tokens are waiting, at most "
-            f"{self._max_queue} of {self._max_queue_tokens:.0f} may"
+            f"the queue is full: {self.queued} requests with {self.queued_tokens:.0f} tokens are waiting; "
+            f"the limits are {self._max_queue} and {self._max_queue_tokens:.0f}"
         )
         return ApiError(429, message, code="queue_full", retry_after=self._retry_after_s())
 

@@ -17,7 +17,7 @@ def check_budget(ledger: Ledger, key: Key, tokens: float, mine: Part) -> None:
     if not key.budgeted:
         return
     if not ledger.readable:
-        message = f"what key {key.name!r} has used of its budget is not known; the server's log says why"
+        message = f"the usage of key {key.name!r} is unknown, so its budget cannot be checked; see the server's log"
         raise ApiError(503, message, code="budget_unknown", retry_after=5)
     day, month = ledger.used(key.name)
     today = ledger.clock().replace(hour=0, minute=0, second=0, microsecond=0)
@@ -29,8 +29,8 @@ def check_budget(ledger: Ledger, key: Key, tokens: float, mine: Part) -> None:
         if part is not None and used + max(1, tokens) > part:
             of = "" if part == budget else f", of which this host has {part:.0f}"
             message = (
-                f"key {key.name!r} has used or reserved {used:.0f} of its {budget} tokens a {period}{of}, and this "
-                f"request may use {max(1, tokens):.0f}: the budget begins anew at {anew:%Y-%m-%dT%H:%M:%SZ}"
+                f"key {key.name!r} has used or reserved {used:.0f} of its {budget} tokens per {period}{of}, and this "
+                f"request may use {max(1, tokens):.0f}: the budget resets at {anew:%Y-%m-%dT%H:%M:%SZ}"
             )
             wait_s = math.ceil((anew - ledger.clock()).total_seconds())
             # OpenAI's clients would otherwise retry, in vain

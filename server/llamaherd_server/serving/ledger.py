@@ -162,7 +162,7 @@ class Ledger:
             try:
                 written = await self._on_thread(self._rows, first, last, key, model)
             except (OSError, sqlite3.Error):
-                message = "what was used cannot be read now; the server's log says why"
+                message = "usage cannot be read now; see the server's log"
                 raise ApiError(503, message, code="usage_unreadable", retry_after=5) from None
             for row, counts in self._unwritten.items():
                 if first <= row.day <= last and key in (None, row.key) and model in (None, row.model):

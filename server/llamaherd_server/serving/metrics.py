@@ -50,7 +50,7 @@ class Metrics:
             "llamaherd_drafted_tokens", "Tokens drafted by speculative decoding", _BY, registry=registry
         )
         self.accepted_tokens = Counter(
-            "llamaherd_accepted_tokens", "Drafted tokens that sampling gave too", _BY, registry=registry
+            "llamaherd_accepted_tokens", "Drafted tokens that were accepted", _BY, registry=registry
         )
         self.generations = Counter(
             "llamaherd_generations", "Ended generations by outcome", (*_BY, "outcome"), registry=registry
@@ -135,7 +135,7 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
         found = CounterMetricFamily(
-            "llamaherd_prompt_cache_tokens", "Prompt tokens that were found computed", labels=("model", "tier")
+            "llamaherd_prompt_cache_tokens", "Prompt tokens found in the cache, by tier", labels=("model", "tier")
         )
         kv_used = kv_size = 0
         for model, status, admission in self.followed:
@@ -166,7 +166,7 @@ class _EngineCollector(Collector):
         yield _gauge("llamacpp:prompt_tokens_seconds", "Mean prompt tokens/s of a request", prompt_rate)
         yield _gauge("llamacpp:predicted_tokens_seconds", "Mean generated tokens/s of a request", decode_rate)
         yield _gauge(
-            "llamacpp:requests_processing", "Requests handed to the engine", sum(one.running for one in queues)
+            "llamacpp:requests_processing", "Requests passed to the engine", sum(one.running for one in queues)
         )
         yield _gauge("llamacpp:requests_deferred", "Requests waiting", sum(one.queued for one in queues))
         yield _counter("llamacpp:n_decode", "Steps with something to decode", totals.steps)
@@ -178,26 +178,26 @@ class _EngineCollector(Collector):
 def _of_engine(status: EngineStatus, admission: Admission) -> Iterator[tuple[Metric, float]]:
     """Yield one model's metrics, each as a family without samples and a value."""
     waits = status.state == "unloaded" and not status.last_error
-    yield _by_model("up", "1 when the model answers, or would be loaded to"), status.state == "ready" or waits
-    yield _by_model("loaded", "1 when the model is in memory"), status.state == "ready"
-    yield _counted("loads", "How often the model was loaded"), status.loads
-    yield _by_model("engine_heartbeat_age_seconds", "Since the worker last spoke"), status.heartbeat_age_s
+    yield _by_model("up", "1 if the model answers requests or loads on demand"), status.state == "ready" or waits
+    yield _by_model("loaded", "1 if the model is in memory"), status.state == "ready"
+    yield _counted("loads", "Number of loads of the model"), status.loads
+    yield _by_model("engine_heartbeat_age_seconds", "Time since the last step or heartbeat"), status.heartbeat_age_s
     yield _counted("engine_restarts", "Restarts of the engine's process"), status.restarts
     yield _by_model("slots", "Sequences that can run at once"), status.settings.parallel
     yield _by_model("queue_requests", "Requests in the admission queue"), admission.queued
-    yield _by_model("queue_tokens", "Expected tokens of those requests"), admission.queued_tokens
-    yield _by_model("running_requests", "Requests handed to the engine"), admission.running
+    yield _by_model("queue_tokens", "Expected tokens of the requests in the admission queue"), admission.queued_tokens
+    yield _by_model("running_requests", "Requests passed to the engine"), admission.running
     if (stats := status.stats) is None:
         return
     yield _by_model("slots_busy", "Slots with a request"), stats.slots_busy
-    yield _by_model("parked_requests", "Requests parked for want of KV cells"), stats.parked
+    yield _by_model("parked_requests", "Preempted requests that wait to resume"), stats.parked
     yield _by_model("kv_cells", "KV cache size in tokens"), stats.kv_size
     yield _by_model("kv_cells_used", "KV cache cells in use"), stats.kv_used
-    yield _counted("preemptions", "Requests parked so far"), stats.preemptions
-    yield _counted("slots_taken", "Slots that preemptible requests left to others"), stats.slots_taken
+    yield _counted("preemptions", "Preemptions for lack of KV cells"), stats.preemptions
+    yield _counted("slots_taken", "Preemptions of preemptible requests in favor of others"), stats.slots_taken
     yield _by_model("prompt_cache_bytes", "Memory of computed prompts that have left their slots"), stats.prompt_bytes
-    yield _by_model("prompt_cache_limit_bytes", "How much of it there may be"), stats.prompt_limit_bytes
-    yield _counted("prompt_cache_evictions", "Computed prompts that made way for others"), stats.prompt_evictions
+    yield _by_model("prompt_cache_limit_bytes", "Limit of prompt_cache_bytes"), stats.prompt_limit_bytes
+    yield _counted("prompt_cache_evictions", "Computed prompts evicted from the prompt cache"), stats.prompt_evictions
 
 
 def _cached_tokens(stats: Stats) -> dict[str, int]:

@@ -81,11 +81,11 @@ class Quotas:
     def request(self, key: Key) -> Iterator[None]:
         """Count a request while it runs; raises a 429 that names the exceeded limit."""
         if wait := self._crash_wait_s(key):
-            message = f"the engine ended at {CRASHES} requests of key {key.name!r}: try again in {math.ceil(wait)} s"
+            message = f"the engine crashed on {CRASHES} requests of key {key.name!r}: try again in {math.ceil(wait)} s"
             raise ApiError(429, message, code="engine_crashed", retry_after=math.ceil(wait))
         most = key.max_concurrent
         if most is not None and self._running[key.name] >= self.part(key).requests(most):
-            raise _limited(key, f"{key.max_concurrent} requests at a time", 1.0)
+            raise _limited(key, f"{key.max_concurrent} concurrent requests", 1.0)
         self._take(key, "requests", key.requests_per_minute, 1)
         self._running[key.name] += 1
         try:
@@ -119,7 +119,7 @@ class Quotas:
     def _take(self, key: Key, kind: str, per_minute: float | None, amount: float) -> None:
         if bucket := self._bucket(key, kind, per_minute):
             if wait_s := bucket.wait_s(max(1, amount), self._clock()):
-                raise _limited(key, f"{per_minute:g} {kind} a minute", wait_s)
+                raise _limited(key, f"{per_minute:g} {kind} per minute", wait_s)
             bucket.take(amount)
 
     def crashed(self, key: Key) -> None:
@@ -127,7 +127,7 @@ class Quotas:
         if key is ANONYMOUS:
             return
         self._crashes[key.name].append(self._clock())
-        log.warning("the engine ended at a request", key=key.name, refused_for_s=self._crash_wait_s(key))
+        log.warning("the engine crashed on a request", key=key.name, refused_for_s=self._crash_wait_s(key))
 
     def _crash_wait_s(self, key: Key) -> float:
         crashes = self._crashes.get(key.name)

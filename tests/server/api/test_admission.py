@@ -198,7 +198,7 @@ async def test_the_queue_is_bounded_in_tokens_too() -> None:
     admission = queue(max_queue_tokens=1000)
     held = admission.enter(key("a"), [5000.0, 5000.0])  # both run
     whole = admission.enter(key("a"), [5000.0])[0]  # more than the bound, into an empty queue
-    with pytest.raises(ApiError, match="1 requests of 5000 tokens are waiting, at most 1000 of 1000"):
+    with pytest.raises(ApiError, match="1 requests with 5000 tokens are waiting; the limits are 1000 and 1000"):
         admission.enter(key("a"), [1.0])
     admission.enter(key("b"), [600.0])  # pushes out what is more than its own
     with pytest.raises(ApiError, match="queue is full"):

@@ -100,13 +100,13 @@ async def test_budgets_begin_anew_with_the_day_and_the_month(tmp_path: Path) -> 
     used(ledger, 90)
     await ledger.flush()
     check_budget(ledger, daily, 10, WHOLE)
-    with pytest.raises(ApiError, match="used or reserved 90 of its 100 tokens a day") as refused:
+    with pytest.raises(ApiError, match="used or reserved 90 of its 100 tokens per day") as refused:
         check_budget(ledger, daily, 11, WHOLE)
     assert (refused.value.status_code, refused.value.code) == (429, "insufficient_quota")
     assert (refused.value.headers or {})["Retry-After"] == "30"
     clock.now += datetime.timedelta(1)
     check_budget(ledger, daily, 100, WHOLE)
-    with pytest.raises(ApiError, match=r"150 tokens a month.*anew at 2026-02-01T00:00:00Z"):
+    with pytest.raises(ApiError, match=r"150 tokens per month.*resets at 2026-02-01T00:00:00Z"):
         check_budget(ledger, monthly, 61, WHOLE)
     with ledger.account("k", "m", Usage(), 60), pytest.raises(ApiError, match="used or reserved 150"):
         check_budget(ledger, monthly, 1, WHOLE)
@@ -120,7 +120,7 @@ async def test_a_hosts_part_of_a_budget_is_that_of_its_servers(tmp_path: Path) -
     await ledger.flush()
     key, share = Key(name="k", sha256="", tokens_per_day=100), Part(servers=4, server=3, here=2)
     check_budget(ledger, key, 50, share)
-    with pytest.raises(ApiError, match="0 of its 100 tokens a day, of which this host has 50, and") as refused:
+    with pytest.raises(ApiError, match="0 of its 100 tokens per day, of which this host has 50, and") as refused:
         check_budget(ledger, key, 51, share)
     assert SHARE_HEADER in (refused.value.headers or {})
     await ledger.close()

@@ -104,10 +104,10 @@ def test_tokens_are_reserved_and_settled() -> None:
     quotas = Quotas(clock=clock)
     key = Key(name="k", sha256="", tokens_per_minute=60)
     quotas.reserve(key, 50)
-    with pytest.raises(ApiError, match="60 tokens a minute: try again in 1 s"):
+    with pytest.raises(ApiError, match="60 tokens per minute: try again in 1 s"):
         quotas.reserve(key, 11)
     quotas.settle(key, 50, 90)
-    with pytest.raises(ApiError, match="60 tokens a minute: try again in 31 s"):
+    with pytest.raises(ApiError, match="60 tokens per minute: try again in 31 s"):
         quotas.reserve(key, 0)
     clock.now = 31
     quotas.reserve(key, 1)
@@ -127,7 +127,7 @@ def test_a_request_larger_than_its_keys_minute_needs_a_full_account() -> None:
 def test_concurrent_requests_are_counted_out() -> None:
     quotas = Quotas(clock=Clock())
     key = Key(name="k", sha256="", max_concurrent=1)
-    with quotas.request(key), pytest.raises(ApiError, match="1 requests at a time"), quotas.request(key):
+    with quotas.request(key), pytest.raises(ApiError, match="1 concurrent requests"), quotas.request(key):
         pass
     with quotas.request(key):
         pass
@@ -203,7 +203,7 @@ async def test_every_route_counts_for_the_same_key(
         first = await served.http.post(path, json=body, headers=headers)
         second = await served.http.post(path, json=body, headers=headers)
     assert first.status_code != 429
-    assert (second.status_code, "2 requests a minute" in second.text) == (429, True)
+    assert (second.status_code, "2 requests per minute" in second.text) == (429, True)
 
 
 @pytest.mark.parametrize(("path", "body"), ROUTES)

@@ -53,7 +53,7 @@ def test_a_wedged_engine_is_restarted_and_what_was_queued_is_served(tmp_path: Pa
         assert answer.status_code == 200
         assert httpx.get(f"{server.url}/livez").status_code == 200
         assert worker(server) != first
-        assert (engine(server)["restarts"], "did not speak for 2 s" in engine(server)["last_error"]) == (1, True)
+        assert (engine(server)["restarts"], "sent no heartbeat for 2 s" in engine(server)["last_error"]) == (1, True)
 
 
 def test_a_worker_that_dies_while_nothing_can_be_logged_is_replaced(tmp_path: Path) -> None:

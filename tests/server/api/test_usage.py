@@ -153,7 +153,7 @@ async def test_a_budget_holds_at_every_route(serve: Serve, tmp_path: Path, path:
     assert 0 < int(second.headers["Retry-After"]) <= 24 * 60 * 60
     assert second.headers["X-Should-Retry"] == "false"
     error = second.json()["error"]
-    assert "45 of its 60 tokens a day" in error["message"]
+    assert "45 of its 60 tokens per day" in error["message"]
     if path != "/v1/messages":
         assert (error["type"], error["code"]) == ("insufficient_quota", "insufficient_quota")
 

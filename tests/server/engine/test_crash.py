@@ -59,7 +59,7 @@ async def test_a_wedged_worker_is_killed_and_replaced() -> None:
         question = asyncio.create_task(ask(engine, "The capital of France is", 2))
         assert (await question).text == " Paris."
         assert engine.status().pid != pid
-        assert "did not speak for 3 s" in (engine.status().last_error or "")
+        assert "sent no heartbeat for 3 s" in (engine.status().last_error or "")
 
 
 DYING_LANES = """

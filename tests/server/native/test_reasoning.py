@@ -71,4 +71,4 @@ def test_with_a_schema_too(http: httpx.Client) -> None:
     assert 0 < len(message["reasoning_content"].split()) <= 6
     refused = chat(http, "theirs", reasoning_budget_tokens=6, **wanted)
     assert refused.status_code == 400
-    assert "a bound on reasoning is not together with" in refused.json()["error"]["message"]
+    assert "no reasoning budget together with" in refused.json()["error"]["message"]
