@@ -122,7 +122,7 @@ def test_what_llama_server_would_compute_beside_its_streams_is_bounded(
 
 def test_a_schema_and_a_trigger_are_kept_to(server: Server, http: httpx.Client) -> None:
     schema = {"json_schema": {"enum": ["a herd", "a flock"]}, "n_predict": 16}
-    ambiguous = {"type": "string", "pattern": "^" + "(a|b|)" * 2000 + "$"}
+    ambiguous = {"type": "string", "pattern": "^" + "(a|b|)" * 100 + "$"}
     with beside_a_stream(server, http):
         assert ask(http, "/completion", **schema).json()["content"] in ('"a herd"', '"a flock"')
         assert ask(http, "/completion", json_schema=ambiguous).status_code == 200
