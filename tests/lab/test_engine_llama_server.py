@@ -10,7 +10,11 @@ import pytest
 from tests.lab.conftest import Herd
 from tests.verify.client import Client
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(3600)]
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.timeout(3600),
+    pytest.mark.parametrize("herd", ["trixie"], indirect=True),  # test_spine.py has the other Debian
+]
 
 NATIVE = {"llamaherd_engine": "llama-server"}
 

@@ -12,8 +12,9 @@ from tests.lab.test_engine_llama_server import client, programs, variables
 
 pytestmark = [
     pytest.mark.lab,
+    pytest.mark.fleet,
     pytest.mark.timeout(3600),
-    pytest.mark.parametrize("herd", ["trixie"], indirect=True),  # test_spine.py has the other Debian
+    pytest.mark.parametrize("herd", ["trixie"], indirect=True),
 ]
 
 READ = 'from urllib.request import urlopen; print(urlopen("http://127.0.0.1:{}/metrics").read().decode())'
