@@ -70,14 +70,14 @@ def turns(name: str, model: str | None) -> dict[str, Metric]:
     for number in range(ROUNDS):
         for product, start in PRODUCTS.items():
             with start(Flags(SLOTS, ctx_per_slot=2048, unified=True), model=model) as server:
-                figures = asyncio.run(_by_turns(server.port, number))
-            _note(rounds, product, figures)
-            _tell(f"{name} round {number + 1}/{ROUNDS} {product}", figures)
+                figures = asyncio.run(_take_turns(server.port, number))
+            _record(rounds, product, figures)
+            _print_figures(f"{name} round {number + 1}/{ROUNDS} {product}", figures)
     rounds["cached_share"]["bound"] = [SHARE_BOUND] * ROUNDS
     return {key: metric(products) for key, products in rounds.items()}
 
 
-async def _by_turns(port: int, seed: int) -> Figures:
+async def _take_turns(port: int, seed: int) -> Figures:
     """Run one client for each slot. Each client takes the chat whose turn is next."""
     chats = [Chat(f"{seed} {number}", PROMPT_WORDS) for number in range(CHATS)]
     await Chat("warm up", NEXT_WORDS).turn(port)
@@ -110,8 +110,8 @@ def restart(name: str, model: str | None) -> dict[str, Metric]:
     for number in range(ROUNDS):
         for product, measure in {"ours": _our_restarts, "llama_server": _llama_server_restart}.items():
             figures = measure(model, number)
-            _note(rounds, product, figures)
-            _tell(f"{name} round {number + 1}/{ROUNDS} {product}", figures)
+            _record(rounds, product, figures)
+            _print_figures(f"{name} round {number + 1}/{ROUNDS} {product}", figures)
     for phase in KEPT:
         for of, bound in ("warm", WARM_BOUND), ("cold", COLD_BOUND):
             rounds[f"{phase}_of_{of}"]["bound"] = [bound] * ROUNDS
@@ -170,10 +170,10 @@ def _cached_share(samples: list[Sample]) -> float:
     return sum(sample.cached_tokens for sample in samples) / sum(sample.prompt_tokens for sample in samples)
 
 
-def _note(rounds: dict[str, Rounds], product: str, figures: Figures) -> None:
+def _record(rounds: dict[str, Rounds], product: str, figures: Figures) -> None:
     for key, figure in figures.items():
         rounds.setdefault(key, {}).setdefault(product, []).append(figure)
 
 
-def _tell(what: str, figures: Figures) -> None:
+def _print_figures(what: str, figures: Figures) -> None:
     print(what, "  ".join(f"{key} {figure:.4g}" for key, figure in figures.items()), flush=True)

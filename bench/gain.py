@@ -15,7 +15,7 @@ from functools import partial
 from bench.client import complete
 from bench.lab_host import HOST, INVENTORY, MODEL, deployed, key, llama_server
 from bench.servers import WORK, Flags, Running
-from bench.serving import ROUNDS, Figures, distinct, measure, tell
+from bench.serving import ROUNDS, Figures, distinct, measure, print_figures
 from bench.table import Result, metric
 from demo.stages import ROOT, StageFailed, forget_tuning, playbook
 
@@ -48,7 +48,7 @@ def run() -> Result:
     for number in range(ROUNDS):
         for name, start in products.items():
             rounds[name].append(measure(start, scenario.flags, scenario, seed=number))
-            tell(f"round {number + 1}/{ROUNDS} {name:<14}", rounds[name][-1])
+            print_figures(f"round {number + 1}/{ROUNDS} {name:<14}", rounds[name][-1])
     figures = {
         key: metric({name: [one[key] for one in seen] for name, seen in rounds.items()}) for key in rounds["ours"][0]
     }

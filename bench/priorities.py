@@ -62,14 +62,14 @@ async def _chats(port: int, seed: int, phase: str) -> tuple[float, float]:
 
     Chats arrive at the same times in each phase, with different prompts.
     """
-    dice, texts = random.Random(seed), random.Random(f"{seed} {phase}")
+    rng, texts = random.Random(seed), random.Random(f"{seed} {phase}")
     began, at, tasks = time.perf_counter(), 0.0, []
 
     async def one(after: float, prompt: str) -> Sample:
         await asyncio.sleep(after)
         return await complete(port, prompt, CHAT_TOKENS, key="chats")
 
-    while (at := at + dice.expovariate(1 / CHAT_EVERY_S)) < SECONDS:
+    while (at := at + rng.expovariate(1 / CHAT_EVERY_S)) < SECONDS:
         tasks.append(one(at, words(texts, CHAT_WORDS)))
     samples = await asyncio.gather(*tasks)
     spans = sorted((sample.sent - began, sample.arrivals[-1] - began) for sample in samples)
@@ -86,9 +86,9 @@ async def _batch(port: int, seed: int, seconds: float) -> float:
 
     async def client(number: int) -> None:
         nonlocal came
-        dice = random.Random(f"{seed} {number}")
+        rng = random.Random(f"{seed} {number}")
         while time.perf_counter() < until:
-            sample = await complete(port, words(dice, BATCH_WORDS), BATCH_TOKENS, key="batch")
+            sample = await complete(port, words(rng, BATCH_WORDS), BATCH_TOKENS, key="batch")
             came += sum(arrival < until for arrival in sample.arrivals)
 
     await asyncio.gather(*(client(number) for number in range(3 * SLOTS)))

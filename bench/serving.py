@@ -116,7 +116,7 @@ def run_scenario(name: str, scenario: Scenario) -> dict[str, Metric]:
                 flags = Flags(scenario.flags.parallel, scenario.flags.ctx_per_slot, unified)
                 figures = measure(start, flags, scenario, seed=number)
                 rounds.setdefault(variant, []).append(figures)
-                tell(f"{name} round {number + 1}/{ROUNDS} {variant:<22}", figures)
+                print_figures(f"{name} round {number + 1}/{ROUNDS} {variant:<22}", figures)
     best = {product: better_layout(rounds, product) for product in PRODUCTS}
     return {
         key: metric(
@@ -126,7 +126,7 @@ def run_scenario(name: str, scenario: Scenario) -> dict[str, Metric]:
     }
 
 
-def tell(what: str, figures: Figures) -> None:
+def print_figures(what: str, figures: Figures) -> None:
     print(
         f"{what}{figures['output_tokens_per_s']:7.1f} tokens/s  TTFT p95 {figures['ttft_p95_ms']:7.0f} ms  "
         f"ITL p95 {figures['itl_p95_ms']:5.0f} ms  largest gap {figures['max_gap_ms']:6.0f} ms",

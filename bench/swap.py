@@ -86,8 +86,8 @@ async def _turns(port: int) -> float:
 
 
 async def _mixed(port: int, seed: int) -> float:
-    dice = random.Random(seed)
-    plan = [(dice.random() * WITHIN_S, dice.choice(NAMES)) for _ in range(STREAMS)]
+    rng = random.Random(seed)
+    plan = [(rng.random() * WITHIN_S, rng.choice(NAMES)) for _ in range(STREAMS)]
 
     async def one(after: float, model: str) -> bool:
         await asyncio.sleep(after)
