@@ -60,7 +60,7 @@ def test_as_many_users_are_served_as_need_that_many_hosts() -> None:
 
 
 def test_limits_that_no_fleet_can_keep_are_an_error() -> None:
-    with pytest.raises(ValueError, match="more hosts make no request faster"):
+    with pytest.raises(ValueError, match="more hosts do not speed up a request"):
         hosts_needed(PROFILE, 10, 10.0, fixed, [parse_limit("ttft_p95=50ms")])
-    with pytest.raises(ValueError, match="more hosts make no request faster"):
+    with pytest.raises(ValueError, match="more hosts do not speed up a request"):
         users_served(PROFILE, 10, 10.0, fixed, [parse_limit("ttft_p95=50ms")])

@@ -152,7 +152,7 @@ def test_suites_are_read_by_name_file_and_workload(tmp_path: Path) -> None:
     assert [one.messages for one in load_suite(str(own), words)] == [[{"role": "user", "content": "Who are you?"}]]
     own.write_text("{name: short, description: short, prompt: {median: 40}, output: {median: 8}}")
     assert len({str(one.messages) for one in load_suite(str(own), words)}) == 24
-    for bad, message in (("nowhere", "give one of default"), (str(tmp_path / "no.yml"), "cannot be read")):
+    for bad, message in (("nowhere", "available: default"), (str(tmp_path / "no.yml"), "cannot be read")):
         with pytest.raises(ValueError, match=message):
             [*load_suite(bad, words)]
     own.write_text("prompts: [{message: x}]")

@@ -205,7 +205,7 @@ def test_traces_give_times_and_lengths(tmp_path: Path, name: str, text: str) -> 
     ("name", "text", "message"),
     [
         ("t.jsonl", '{"timestamp": 1}', "line 1: .*input_length"),
-        ("t.csv", "a,b\n1,2\n", "no column 'Timestamp': read are"),
+        ("t.csv", "a,b\n1,2\n", "no column 'Timestamp': supported are"),
         ("t.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\nnow,1,1\n", "line 2: "),
         ("t.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n", "has no requests"),
     ],
