@@ -29,6 +29,7 @@ _EXISTS = 'for path in {creates}; do [ ! -e "$path" ] || exit 0; done; exit 1'
 # Commands run with an English locale, so these messages match on any host.
 _FULL = re.compile("No space left on device|Disk quota exceeded|Errno 28")
 _FULL_BELOW_KIB = 1024  # with less space left, even the log may not have been written
+# Until the command has been executed, its process has the command line of this shell: on a busy host for seconds.
 # The environment can contain a token, so it is not passed in arguments, which all users of a host can read.
 _START = (
     _RUNS
@@ -39,6 +40,8 @@ rm -f {log}.rc
 export LC_ALL=C.UTF-8
 {environment} nohup sh -c {job} {log} >{log} 2>&1 </dev/null &
 echo $! >{log}.pid
+tries=0
+until runs || [ -f {log}.rc ] || [ $tries -eq 100 ]; do sleep 0.1; tries=$((tries + 1)); done
 """
 )
 # The rename makes the exit code appear at once, so that a reader never sees half of it.
