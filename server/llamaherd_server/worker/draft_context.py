@@ -18,7 +18,7 @@ from llamaherd_server.worker.backend import DONE, NO_ROOM
 from llamaherd_server.worker.batch import Batch
 from llamaherd_server.worker.draft_model import DraftModel
 from llamaherd_server.worker.prefix import common
-from llamaherd_server.worker.speculation import SEEN, quartile
+from llamaherd_server.worker.speculation import MAX_SAMPLES, quartile
 
 if TYPE_CHECKING:
     from llamaherd_server.worker.sequence import Sequence
@@ -64,7 +64,7 @@ class DraftContext:
         self._shares_cells = settings.kv_unified
         self._n_vocab, self._eog = min(model.n_vocab, target.n_vocab), target.eog_tokens
         self._smaller_vocabulary = model.n_vocab < target.n_vocab
-        self._token_times: deque[float] = deque(maxlen=SEEN)  # seconds per token of recent catch-up batches
+        self._token_times: deque[float] = deque(maxlen=MAX_SAMPLES)  # seconds per token of recent catch-up batches
         self._decay = 1.0
 
     def close(self) -> None:

@@ -35,8 +35,8 @@ class GrammarSampler:
         self._forced: int | None = None
 
     @property
-    def few(self) -> int:
-        return self._chain.few
+    def top_logits(self) -> int:
+        return self._chain.top_logits
 
     @property
     def changed(self) -> Collection[int]:

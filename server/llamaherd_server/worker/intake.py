@@ -38,7 +38,7 @@ from llamaherd_server.worker.prompts import PromptCache
 from llamaherd_server.worker.reasoning import BudgetSampler
 from llamaherd_server.worker.sampling import NativeSampler, checked, has_breakers
 from llamaherd_server.worker.sequence import Sampler, Sequence
-from llamaherd_server.worker.texts import Stretch, Texts, reading
+from llamaherd_server.worker.texts import Stretch, Texts, split_prompt
 
 Work: TypeAlias = Sequence | EmbeddingJob | EvaluationJob | Cancel | Retune
 Owned: TypeAlias = Generate | Tokenize | Detokenize | Embed
@@ -220,7 +220,7 @@ def _read(
     prompt, add, parse = request.prompt, request.add_special, request.parse_special
     parts = None
     if texts and isinstance(prompt, str) and len(prompt) > SHORT_CHARS:
-        parts = reading(model, texts, prompt, request.cache_scope, add_special=add, parse_special=parse)
+        parts = split_prompt(model, texts, prompt, request.cache_scope, add_special=add, parse_special=parse)
     if parts:
         job = Job(parts.unknown, parse_special=parse, room=room, beside=parts.known, grammar=grammar)
     else:

@@ -8,7 +8,7 @@ from functools import partial
 from llamaherd_server.worker.backend import Backend
 from llamaherd_server.worker.kv import KvCache, Slot
 from llamaherd_server.worker.pieces import Found
-from llamaherd_server.worker.prompts import LEAST, PromptCache
+from llamaherd_server.worker.prompts import MIN_TOKENS, PromptCache
 from llamaherd_server.worker.sequence import Sequence
 
 # Most checkpoints per slot and bytes of all checkpoints; fewest tokens between borders, and between other checkpoints.
@@ -89,7 +89,7 @@ class Keeper:
         if self._prompts is None:
             return None
         found = self._prompts.find(sequence.request.cache_scope, sequence.tokens)
-        if found is None or found.length < length + LEAST:
+        if found is None or found.length < length + MIN_TOKENS:
             return None
         slower = token_s and found.size / self._bytes_per_s > (found.length - length) * token_s
         return None if slower else found

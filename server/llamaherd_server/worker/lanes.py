@@ -25,7 +25,7 @@ class Lanes:
     """Runs each owner's tasks in order. Owners with the fewest busy threads go first; none may occupy all of them."""
 
     def __init__(self, lanes: int = LANES) -> None:
-        self._most = max(1, lanes - 1)
+        self._max_per_owner = max(1, lanes - 1)
         self._lock = threading.Condition()
         self._waiting: OrderedDict[str, deque[Task]] = OrderedDict()
         self._running: dict[int, Task] = {}
@@ -49,7 +49,7 @@ class Lanes:
                 for waiting in tasks:
                     if waiting.id == request_id:
                         tasks.remove(waiting)
-                        self._forget_if_empty(owner)
+                        self._drop_if_empty(owner)
                         return True
         return False
 
@@ -69,15 +69,15 @@ class Lanes:
     def _next(self) -> Task | None:
         """The next task of the owner with the fewest busy threads; of several, the one that has waited longest."""
         counts = {owner: sum(one.owner == owner for one in self._running.values()) for owner in self._waiting}
-        free = [owner for owner, count in counts.items() if count < self._most]
+        free = [owner for owner, count in counts.items() if count < self._max_per_owner]
         if not free:
             return None
         owner = min(free, key=counts.__getitem__)
         task = self._waiting[owner].popleft()
         self._waiting.move_to_end(owner)
-        self._forget_if_empty(owner)
+        self._drop_if_empty(owner)
         return task
 
-    def _forget_if_empty(self, owner: str) -> None:
+    def _drop_if_empty(self, owner: str) -> None:
         if not self._waiting[owner]:
             del self._waiting[owner]

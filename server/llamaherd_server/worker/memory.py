@@ -37,8 +37,8 @@ def check_fits(model: Model, settings: EngineSettings, *, released: float = 0, n
     needed = context_bytes(model, settings) if needed is None else needed
     if needed <= available:
         return
-    beside = _draft_bytes(model, settings)
-    fits = largest("ctx_per_slot", PADDING, model.shape, asdict(settings), available - beside) if model.shape else 0
+    draft = _draft_bytes(model, settings)
+    fits = largest("ctx_per_slot", PADDING, model.shape, asdict(settings), available - draft) if model.shape else 0
     remedy = f"ctx_per_slot {fits} would fit" if fits > 0 else "lower parallel or ubatch"
     raise DoesNotFit(
         f"parallel {settings.parallel} x ctx_per_slot {settings.ctx_per_slot} needs {needed / MIB:.0f} MiB, "

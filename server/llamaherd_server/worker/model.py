@@ -136,10 +136,10 @@ class Model(Vocabulary):
 
     def _sampling(self) -> dict[str, int | float]:
         """The GGUF's own sampling defaults, without those that llama.cpp cannot take."""
-        usual, found = Sampling(), dict[str, int | float]()
+        defaults, found = Sampling(), dict[str, int | float]()
         for name, key in SAMPLING_KEYS.items():
             try:
-                number = type(getattr(usual, name))(float(self.meta(f"general.sampling.{key}")))
+                number = type(getattr(defaults, name))(float(self.meta(f"general.sampling.{key}")))
                 found |= checked({name: number}, n_vocab=self.n_vocab, context=self.n_ctx_train)
             except (ValueError, OverflowError):
                 continue

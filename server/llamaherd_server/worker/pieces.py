@@ -57,7 +57,7 @@ class Found:
         return any(piece.offset is None for piece in self.pieces)
 
 
-def longest(pieces: Iterable[Piece], tokens: list[int], most: int, *, cuts: bool, on_disk: bool) -> Found | None:
+def longest_hit(pieces: Iterable[Piece], tokens: list[int], most: int, *, cuts: bool, on_disk: bool) -> Found | None:
     """Find the longest prefix of `tokens`, of at most `most` tokens, that generation can continue from.
 
     `cuts`: it may end at any token of a piece. `on_disk`: it may include pieces that must be read from disk first.
@@ -66,10 +66,10 @@ def longest(pieces: Iterable[Piece], tokens: list[int], most: int, *, cuts: bool
     for piece in pieces:
         if piece.offset is None and not on_disk:
             continue
-        end = agreed(piece, tokens)
+        end = match_end(piece, tokens)
         own = _usable(piece, min(end, most), cuts=cuts)
         children = (one for one in piece.children if one.start <= end)
-        deeper = longest(children, tokens, most, cuts=cuts, on_disk=on_disk)
+        deeper = longest_hit(children, tokens, most, cuts=cuts, on_disk=on_disk)
         if deeper and deeper.length > (own.length if own else 0):
             own = Found(deeper.length, [piece, *deeper.pieces], deeper.checkpoint)
         if own and (best is None or own.length > best.length):
@@ -82,24 +82,24 @@ def _usable(piece: Piece, length: int, *, cuts: bool) -> Found | None:
         return None
     if cuts or length == piece.end:
         return Found(length, [piece])
-    for i, (there, _) in reversed([*enumerate(piece.header.checkpoints)]):
-        if there <= length:
-            return Found(there, [piece], i)
+    for i, (position, _) in reversed([*enumerate(piece.header.checkpoints)]):
+        if position <= length:
+            return Found(position, [piece], i)
     return None
 
 
-def matched(pieces: Iterable[Piece], tokens: list[int]) -> tuple[Piece | None, int]:
+def best_match(pieces: Iterable[Piece], tokens: list[int]) -> tuple[Piece | None, int]:
     """Return the piece that matches the longest prefix of `tokens`, and the prefix's length."""
     best: tuple[Piece | None, int] = (None, 0)
     for piece in pieces:
-        if (end := agreed(piece, tokens)) == piece.start:
+        if (end := match_end(piece, tokens)) == piece.start:
             continue
-        deeper = matched((one for one in piece.children if one.start <= end), tokens)
+        deeper = best_match((one for one in piece.children if one.start <= end), tokens)
         best = max(best, (piece, end), deeper, key=lambda pair: pair[1])
     return best
 
 
-def line(piece: Piece | None) -> Iterator[Piece]:
+def lineage(piece: Piece | None) -> Iterator[Piece]:
     """Yield the piece and its ancestors, up to the root."""
     while piece:
         yield piece
@@ -112,7 +112,7 @@ def tokens_of(piece: Piece, start: int, end: int) -> list[int]:
     return before + piece.header.tokens[max(start - piece.start, 0) : end - piece.start]
 
 
-def agreed(piece: Piece, tokens: list[int]) -> int:
+def match_end(piece: Piece, tokens: list[int]) -> int:
     """The position up to which the piece matches `tokens`; its `start` if not at all."""
     if tokens[piece.start : piece.start + 1] != piece.header.tokens[:1]:  # rules out nearly all siblings cheaply
         return piece.start

@@ -8,7 +8,7 @@ from llamaherd_server.worker.kv import KvCache, Slot
 from llamaherd_server.worker.sequence import Sequence
 
 # Free cells required beyond each sequence's tokens before another starts, so that none is preempted right away.
-AHEAD = 32
+LOOKAHEAD_CELLS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def find_place(kv: KvCache, sequence: Sequence, source: Slot | None, length: int
 
 def _claim(sequence: Sequence) -> int:
     """The cells that a sequence will soon hold."""
-    return min(len(sequence.tokens) + AHEAD, sequence.limit)
+    return min(len(sequence.tokens) + LOOKAHEAD_CELLS, sequence.limit)
 
 
 def _freed(target: Slot, source: Slot | None, length: int) -> int:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from llamaherd_server.worker.kv import KvCache, Slot
 
 # In tokens: a shorter prefix is recomputed rather than waited for.
-WORTH_WAITING = 32
+MIN_TOKENS_TO_WAIT_FOR = 32
 
 
 def common(a: list[int], b: list[int]) -> int:
@@ -42,6 +42,6 @@ def is_coming(slots: list[Slot], tokens: list[int], have: int) -> bool:
     return any(
         slot.sequence is not None
         and not slot.sequence.decoding
-        and min(common(slot.tokens, tokens), most) - have >= WORTH_WAITING
+        and min(common(slot.tokens, tokens), most) - have >= MIN_TOKENS_TO_WAIT_FOR
         for slot in slots
     )

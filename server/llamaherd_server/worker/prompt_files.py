@@ -20,7 +20,7 @@ from llamaherd_server.worker.texts import Stretch
 
 SUFFIX = ".prompt"
 _CHECKSUM_BYTES = 32
-_MOST_HEADER = 1 << 26
+_MAX_HEADER_BYTES = 1 << 26
 _CHUNK = 1 << 24
 
 
@@ -43,14 +43,14 @@ def header_of(blob: memoryview | bytes, size: int | None = None) -> Header | Non
     """Decode the header of a blob of `size` bytes; `blob` must hold at least that header. None if it is invalid."""
     size = len(blob) if size is None else size
     head = int.from_bytes(blob[:8], "big")
-    if head > min(_MOST_HEADER, len(blob) - 8):
+    if head > min(_MAX_HEADER_BYTES, len(blob) - 8):
         return None
     try:
         header = msgspec.msgpack.decode(blob[8 : 8 + head], type=Header)
     except msgspec.MsgspecError:
         return None
-    there = 8 + head + header.state + sum(size for _, size in header.checkpoints)
-    return header if there == size and min(header.state, header.start) >= 0 else None
+    expected = 8 + head + header.state + sum(size for _, size in header.checkpoints)
+    return header if expected == size and min(header.state, header.start) >= 0 else None
 
 
 def prompt_files(folder: Path, identity: str) -> Iterator[tuple[Path, Header, int]]:
@@ -59,7 +59,7 @@ def prompt_files(folder: Path, identity: str) -> Iterator[tuple[Path, Header, in
         if header and header.identity == identity:
             yield path, header, size
         else:
-            remove(path, "it is not whole" if header is None else "it is of another model, build or setting")
+            remove(path, "incomplete or damaged" if header is None else "of another model, build or setting")
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, Header | None, int]]:
@@ -68,10 +68,10 @@ def _files(folder: Path) -> Iterator[tuple[Path, Header | None, int]]:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size - _CHECKSUM_BYTES
                 start = file.read(_CHECKSUM_BYTES + 8)[_CHECKSUM_BYTES:]
-                head = min(int.from_bytes(start, "big"), _MOST_HEADER)
+                head = min(int.from_bytes(start, "big"), _MAX_HEADER_BYTES)
                 header = header_of(start + file.read(head), size) if path.suffix == SUFFIX else None
         except OSError as error:
-            _say(f"{path} is left alone: {error.strerror}")
+            _log(f"cannot read {path}: {error.strerror}")
             continue
         yield path, header, size
 
@@ -83,11 +83,11 @@ def read(path: Path, blob: memoryview) -> bool:
             checksum = file.read(_CHECKSUM_BYTES)
             count = file.readinto(blob)
     except OSError as error:
-        _say(f"{path} cannot be read: {error.strerror}")
+        _log(f"cannot read {path}: {error.strerror}")
         return False
     if count == len(blob) and _checksum(blob) == checksum:
         return True
-    remove(path, "it is not what was written")
+    remove(path, "checksum mismatch")
     return False
 
 
@@ -127,7 +127,7 @@ def store(arena: Arena, folder: Path, most_bytes: int, within_s: float) -> None:
 def remove(path: Path, why: str) -> None:
     with suppress(OSError):
         path.unlink(missing_ok=True)
-    _say(f"{path} is removed: {why}")
+    _log(f"removed {path}: {why}")
 
 
 def _write(path: Path, blob: memoryview) -> None:
@@ -146,5 +146,5 @@ def _checksum(blob: memoryview) -> bytes:
     return hashlib.sha256(blob).digest()  # most processors have instructions for it
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     sys.stderr.write(f"prompts: {line}\n")

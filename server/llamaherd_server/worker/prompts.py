@@ -22,11 +22,11 @@ import msgspec
 from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.worker.arena import Arena
 from llamaherd_server.worker.backend import Checkpoint
-from llamaherd_server.worker.pieces import Found, Piece, line, longest, matched, tokens_of
+from llamaherd_server.worker.pieces import Found, Piece, best_match, lineage, longest_hit, tokens_of
 from llamaherd_server.worker.prompt_files import Header, header_of, prompt_files, read
 from llamaherd_server.worker.texts import Stretch, Texts
 
-LEAST = 16  # tokens: shorter pieces and shorter shared prefixes are recomputed
+MIN_TOKENS = 16  # tokens: shorter pieces and shorter shared prefixes are recomputed
 
 _FORMAT = 1  # of blobs; others are not read
 
@@ -67,19 +67,19 @@ class PromptCache:
     def find(self, scope: str, tokens: list[int], *, on_disk: bool = False) -> Found | None:
         """Return the longest usable prefix of `tokens`, leaving at least one token to compute.
 
-        None if it is shorter than LEAST. `on_disk`: it may include pieces that must be read from disk first.
+        None if it is shorter than MIN_TOKENS. `on_disk`: it may include pieces that must be read from disk first.
         """
         with self._lock:
-            found = longest(self._of(scope, tokens), tokens, len(tokens) - 1, cuts=self.cuts, on_disk=on_disk)
-            return found if found and found.length >= LEAST else None
+            found = longest_hit(self._roots_of(scope, tokens), tokens, len(tokens) - 1, cuts=self.cuts, on_disk=on_disk)
+            return found if found and found.length >= MIN_TOKENS else None
 
     def lacks(self, scope: str, tokens: list[int], *, chained: bool) -> tuple[Piece | None, int] | None:
         """Return the parent and the start of a piece that would complete `tokens`; None if hardly any are missing."""
         with self._lock:
-            parent, there = matched(self._of(scope, tokens), tokens)
-            if len(tokens) - there < LEAST:
+            parent, matched = best_match(self._roots_of(scope, tokens), tokens)
+            if len(tokens) - matched < MIN_TOKENS:
                 return None
-            return (parent, there) if chained and there >= LEAST else (None, 0)
+            return (parent, matched) if chained and matched >= MIN_TOKENS else (None, 0)
 
     def put(
         self,
@@ -115,7 +115,7 @@ class PromptCache:
             header.state = size
             head = msgspec.msgpack.encode(header)
             total = 8 + len(head) + size + sum(len(state) for _, state in checkpoints)
-            offset = self._room(total, parent)
+            offset = self._allocate(total, parent)
             if offset is None:
                 return None
             room.append((offset, head, total))
@@ -141,7 +141,7 @@ class PromptCache:
             piece = Piece(header, parent, total, offset, used=header.used)
             self._add(piece)
             if parent is None:
-                self._drop_beginnings(piece)
+                self._drop_contained(piece)
             return True
 
     @contextlib.contextmanager
@@ -175,7 +175,7 @@ class PromptCache:
         """Read the latest pieces from disk, up to `most_bytes` and without evicting any; `fetch` reads others."""
         with self._lock:
             pieces = sorted(self._pieces.values(), key=lambda one: one.used, reverse=True)
-        for piece in [one for last in pieces for one in reversed([*line(last)])]:
+        for piece in [one for last in pieces for one in reversed([*lineage(last)])]:
             with self._lock:
                 if piece.offset is not None or piece.header.id not in self._pieces:
                     continue
@@ -199,9 +199,9 @@ class PromptCache:
 
     # --- the forest ----------------------------------------------------------------------------------------------
 
-    def _of(self, scope: str, tokens: list[int]) -> list[Piece]:
+    def _roots_of(self, scope: str, tokens: list[int]) -> list[Piece]:
         """Root pieces that may hold a prefix of `tokens`."""
-        return self._roots.get((self.identity, scope, tuple(tokens[:LEAST])), [])
+        return self._roots.get((self.identity, scope, tuple(tokens[:MIN_TOKENS])), [])
 
     def _add(self, piece: Piece) -> None:
         self._pieces[piece.header.id] = piece
@@ -211,7 +211,7 @@ class PromptCache:
             self._roots.setdefault(self._root_key(piece), []).append(piece)
 
     def _root_key(self, piece: Piece) -> tuple[str, str, tuple[int, ...]]:
-        return piece.header.identity, piece.header.scope, tuple(piece.header.tokens[:LEAST])
+        return piece.header.identity, piece.header.scope, tuple(piece.header.tokens[:MIN_TOKENS])
 
     def _drop(self, piece: Piece) -> None:
         for child in [*piece.children]:
@@ -227,7 +227,7 @@ class PromptCache:
         if piece.offset is not None:
             self.arena.free(piece.offset)
 
-    def _drop_beginnings(self, whole: Piece) -> None:
+    def _drop_contained(self, whole: Piece) -> None:
         """Drop root pieces without children that `whole` contains entirely."""
         tokens = whole.header.tokens
         for piece in [*self._roots[self._root_key(whole)]]:
@@ -235,9 +235,9 @@ class PromptCache:
             if free and piece.end < whole.end and tokens[: piece.end] == piece.header.tokens:
                 self._drop(piece)
 
-    def _room(self, size: int, keep: Piece | None) -> int | None:
+    def _allocate(self, size: int, keep: Piece | None) -> int | None:
         """Allocate `size` bytes, evicting the least worthy pieces but not `keep` and its ancestors; None: no room."""
-        kept = {*line(keep)}
+        kept = {*lineage(keep)}
         while (offset := self.arena.allocate(size)) is None:
             leaves = [
                 piece
@@ -309,7 +309,7 @@ class PromptCache:
                 if piece.offset is not None:
                     return True
                 known = piece.header.id in self._pieces
-                offset = self._room(piece.size, piece.parent) if known else None
+                offset = self._allocate(piece.size, piece.parent) if known else None
             if offset is None or piece.path is None:
                 return False
             verified = read(piece.path, self.arena.view(offset, piece.size))  # without the lock: steps need it

@@ -23,7 +23,7 @@ class BudgetSampler:
         self._closing = vocabulary.tokenize(budget.end, add_special=False, parse_special=True)
         self._left = budget.tokens
         self._thinks = budget.begun
-        self._said = 0  # closing tokens so far
+        self._emitted = 0  # closing tokens so far
         self._tail = b""
 
     @property
@@ -35,8 +35,8 @@ class BudgetSampler:
         return self._sampler.can_be_late
 
     @property
-    def few(self) -> int:
-        return self._sampler.few
+    def top_logits(self) -> int:
+        return self._sampler.top_logits
 
     @property
     def changed(self) -> Collection[int]:
@@ -44,19 +44,19 @@ class BudgetSampler:
 
     def sample(self, draw: Draw) -> int | None:
         if self._thinks and self._left <= 0:
-            self._sampler.force(self._closing[self._said])
-        return self._noted(self._sampler.sample(draw))
+            self._sampler.force(self._closing[self._emitted])
+        return self._track(self._sampler.sample(draw))
 
     def force(self, token: int) -> None:
         self._sampler.force(token)
 
     def late(self, wait_s: float) -> int | None:
-        return self._noted(self._sampler.late(wait_s))
+        return self._track(self._sampler.late(wait_s))
 
     def close(self) -> None:
         self._sampler.close()
 
-    def _noted(self, token: int | None) -> int | None:
+    def _track(self, token: int | None) -> int | None:
         """Track where reasoning begins and ends; if a grammar replaced a closing token, start the marker again."""
         if token is None:
             return None
@@ -64,10 +64,10 @@ class BudgetSampler:
             -max(len(self._begin), len(self._end)) :
         ]
         if self._thinks:
-            closes = self._left <= 0 and token == self._closing[self._said]
-            self._said = self._said + 1 if closes else 0
+            closes = self._left <= 0 and token == self._closing[self._emitted]
+            self._emitted = self._emitted + 1 if closes else 0
             self._left -= 1
-            self._thinks = self._said < len(self._closing) and not self._tail.endswith(self._end)
+            self._thinks = self._emitted < len(self._closing) and not self._tail.endswith(self._end)
         elif self._begin and self._tail.endswith(self._begin):
             self._thinks = True
         return token

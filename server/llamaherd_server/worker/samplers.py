@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 # Logits a step must be able to skip before numpy selects the highest ones, which takes 20 MiB and 0.1 ms. Those of a
 # chain that changes logits count four times: skipping them saves that much more.
-MANY_LOGITS, CHANGED = 160_000, 4
-LEAST_VOCABULARY = 2**13  # room for MOST_FEW columns of DEPTH logits (best.py)
-MOST_THREADS = 8
-TOGETHER_S, LEAST_SHARE = 0.001, 8  # work that threads pay off for; minimum rows of few logits per task
+MIN_SKIPPED_LOGITS, CHANGED_WEIGHT = 160_000, 4
+MIN_VOCABULARY = 2**13  # room for MAX_TOP_LOGITS columns of DEPTH logits (best.py)
+MAX_THREADS = 8
+MIN_PARALLEL_S, MIN_ROWS_PER_TASK = 0.001, 8  # work that threads pay off for; minimum rows of top logits per task
 _WEIGHT = 0.1  # of the latest measurement in a moving average
 FLOAT_BYTES, ENTRY_BYTES = 4, 12
 
@@ -87,18 +87,18 @@ class Samplers:
     """Samples for one context, on several threads: llama.cpp's chains are independent, ctypes releases the GIL."""
 
     def __init__(self, model: Model, context: Any, parallel: int, threads: int | None = None) -> None:
-        """`threads` includes the calling one; None: one per core, at most MOST_THREADS and `parallel`."""
+        """`threads` includes the calling one; None: one per core, at most MAX_THREADS and `parallel`."""
         self._context, self._n_vocab = context, model.n_vocab
         self._get_logits = model.lib._lib["llama_get_logits_ith"]
         self._get_logits.argtypes, self._get_logits.restype = (ctypes.c_void_p, ctypes.c_int32), ctypes.c_void_p
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = threads or min(cores, MOST_THREADS, parallel)
+        threads = threads or min(cores, MAX_THREADS, parallel)
         self._draws = [Draw(model, context) for _ in range(threads)]
         self._pool = ThreadPoolExecutor(threads, "sampler")
-        self._few_s = self._many_s = 0.0  # per row of either kind
+        self._top_s = self._full_s = 0.0  # per row of either kind
         self._best: type[Best] | None = None
-        if parallel * model.n_vocab >= MANY_LOGITS and model.n_vocab >= LEAST_VOCABULARY:
-            from llamaherd_server.worker.best import Best  # noqa: PLC0415 (see MANY_LOGITS)
+        if parallel * model.n_vocab >= MIN_SKIPPED_LOGITS and model.n_vocab >= MIN_VOCABULARY:
+            from llamaherd_server.worker.best import Best  # noqa: PLC0415 (see MIN_SKIPPED_LOGITS)
 
             self._best = Best
 
@@ -108,16 +108,16 @@ class Samplers:
             return []
         # The first look-up waits for the device and reorders rows; later ones only read, so threads may share them.
         self._get_logits(self._context, rows[0][1])
-        few = self._few(rows)
-        many = sorted({*range(len(rows))}.difference(few))
-        together = len(few) * self._few_s + len(many) * self._many_s > TOGETHER_S
-        if not few and not together:
-            return self._draw_many(rows, self._draws[0])
+        top = self._top_rows(rows)
+        full = sorted({*range(len(rows))}.difference(top))
+        parallelize = len(top) * self._top_s + len(full) * self._full_s > MIN_PARALLEL_S
+        if not top and not parallelize:
+            return self._draw_full(rows, self._draws[0])
         drawn: list[Drawn] = [None] * len(rows)
-        share = max(LEAST_SHARE, -(-len(few) // len(self._draws)))
+        share = max(MIN_ROWS_PER_TASK, -(-len(top) // len(self._draws)))
         tasks = deque[tuple[Callable[[list[Row], Draw], list[Drawn]], list[int]]]()
-        tasks += ((self._draw_few, few[start : start + share]) for start in range(0, len(few), share))
-        tasks += ((self._draw_many, [number]) for number in many)
+        tasks += ((self._draw_top, top[start : start + share]) for start in range(0, len(top), share))
+        tasks += ((self._draw_full, [number]) for number in full)
 
         def work(draw: Draw) -> None:
             with suppress(IndexError):  # no tasks left
@@ -126,7 +126,7 @@ class Samplers:
                     for number, token in zip(numbers, task([rows[one] for one in numbers], draw), strict=True):
                         drawn[number] = token
 
-        helping = self._draws[1 : len(tasks)] if together else []
+        helping = self._draws[1 : len(tasks)] if parallelize else []
         helpers = [self._pool.submit(work, draw) for draw in helping]
         work(self._draws[0])
         for helper in helpers:
@@ -139,30 +139,30 @@ class Samplers:
         for draw in self._draws:
             draw.close()
 
-    def _few(self, rows: list[Row]) -> list[int]:
-        """Indices of the rows that need only a few logits; none if selecting these does not pay off."""
-        few = [number for number, (sequence, _) in enumerate(rows) if self._best and sequence.sampler.few]
-        spared = sum(CHANGED if rows[number][0].sampler.changed else 1 for number in few) * self._n_vocab
-        return few if spared >= MANY_LOGITS else []
+    def _top_rows(self, rows: list[Row]) -> list[int]:
+        """Indices of the rows that need only their top logits; none if selecting these does not pay off."""
+        top = [number for number, (sequence, _) in enumerate(rows) if self._best and sequence.sampler.top_logits]
+        spared = sum(CHANGED_WEIGHT if rows[number][0].sampler.changed else 1 for number in top) * self._n_vocab
+        return top if spared >= MIN_SKIPPED_LOGITS else []
 
-    def _draw_few(self, rows: list[Row], draw: Draw) -> list[Drawn]:
+    def _draw_top(self, rows: list[Row], draw: Draw) -> list[Drawn]:
         """Sample from the highest logits, selected at once for rows that are adjacent in memory."""
-        assert self._best  # noqa: S101 (`_few` has checked)
+        assert self._best  # noqa: S101 (`_top_rows` has checked)
         began, size, drawn = time.perf_counter(), FLOAT_BYTES * self._n_vocab, list[Drawn]()
         places = [self._get_logits(self._context, row) for _, row in rows]
         for _, run in groupby(range(len(rows)), lambda number: places[number] - number * size):
             numbers = [*run]
             samplers = [rows[number][0].sampler for number in numbers]
-            best = self._best(places[numbers[0]], self._n_vocab, [(one.few, one.changed) for one in samplers])
+            best = self._best(places[numbers[0]], self._n_vocab, [(one.top_logits, one.changed) for one in samplers])
             drawn += (_drawn(rows[number], draw, best.entries(at)) for at, number in enumerate(numbers))
-        self._few_s += _WEIGHT * ((time.perf_counter() - began) / len(rows) - self._few_s)
+        self._top_s += _WEIGHT * ((time.perf_counter() - began) / len(rows) - self._top_s)
         return drawn
 
-    def _draw_many(self, rows: list[Row], draw: Draw) -> list[Drawn]:
+    def _draw_full(self, rows: list[Row], draw: Draw) -> list[Drawn]:
         """Sample from all logits."""
         began = time.perf_counter()
         drawn = [_drawn(row, draw, None) for row in rows]
-        self._many_s += _WEIGHT * ((time.perf_counter() - began) / len(rows) - self._many_s)
+        self._full_s += _WEIGHT * ((time.perf_counter() - began) / len(rows) - self._full_s)
         return drawn
 
 

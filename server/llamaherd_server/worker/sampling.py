@@ -28,8 +28,8 @@ SEED_BITS = 32
 MIROSTAT_M = 100  # tokens from which Mirostat estimates s, as in its paper
 MIN_KEEP = 0
 FORBIDDEN = -math.inf
-MOST_FEW = 256  # highest logits to select
-LEAST_CONTEXT = 2**15  # the context may be set larger than the GGUF states
+MAX_TOP_LOGITS = 256  # highest logits to select
+MIN_CONTEXT = 2**15  # the context may be set larger than the GGUF states
 
 
 class NativeSampler:
@@ -45,9 +45,9 @@ class NativeSampler:
         self._biased = [token for token, value in bias.items() if value != FORBIDDEN]
         window = max(sampling.repeat_last_n, sampling.dry_penalty_last_n) if _looks_back(sampling) else 0
         self._recent = deque(prompt, maxlen=window)
-        kept = 1 if _takes_the_best(sampling) else sampling.top_k
-        few = kept + len(bias) + window
-        self.few = 0 if sampling.mirostat or kept < 1 or few > MOST_FEW else few
+        kept = 1 if _is_greedy(sampling) else sampling.top_k
+        count = kept + len(bias) + window
+        self.top_logits = 0 if sampling.mirostat or kept < 1 or count > MAX_TOP_LOGITS else count
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         for stage in (*_bias_stages(model, bias), *_history_stages(model, sampling), *_choice(model, sampling)):
             lib.llama_sampler_chain_add(self._chain, stage)
@@ -98,7 +98,7 @@ class NativeSampler:
 
 def checked(model: Model, sampling: Sampling) -> Sampling:
     """Return `sampling` with values that llama.cpp can take. Raises RequestError for others."""
-    context = max(model.n_ctx_train, LEAST_CONTEXT)
+    context = max(model.n_ctx_train, MIN_CONTEXT)
     try:
         values = sampling_values.checked(msgspec.structs.asdict(sampling), n_vocab=model.n_vocab, context=context)
     except BadValue as error:
@@ -148,15 +148,15 @@ def _history_stages(model: Model, s: Sampling) -> list[Any]:
     return stages
 
 
-def _takes_the_best(s: Sampling) -> bool:
-    cuts_the_best = s.typical_p < 1 or s.xtc_probability > 0 or s.mirostat
-    return s.temperature <= 0 and not cuts_the_best
+def _is_greedy(s: Sampling) -> bool:
+    may_drop_best = s.typical_p < 1 or s.xtc_probability > 0 or s.mirostat
+    return s.temperature <= 0 and not may_drop_best
 
 
 def _choice(model: Model, s: Sampling) -> list[Any]:
     """Stages that narrow the candidates down and select one."""
     lib = model.lib
-    if _takes_the_best(s):
+    if _is_greedy(s):
         return [lib.llama_sampler_init_greedy()]
     seed = secrets.randbits(SEED_BITS) if s.seed is None else s.seed % 2**SEED_BITS
     temperature = lib.llama_sampler_init_temp(s.temperature)

@@ -28,10 +28,10 @@ from llamaherd_server.worker.speculation import Speculation, draw
 from llamaherd_server.worker.stopwatch import Stopwatch
 
 # Seconds that a step of prompts alone may take, estimated from earlier steps: the watchdog monitors completed steps.
-TOGETHER_S = 10.0
-# A step waits for late grammars this share of its decoding time, or LATE_S; if all sequences are late, LATE_ALONE_S.
-LATE_SHARE, LATE_S, LATE_ALONE_S = 0.1, 0.002, 0.02
-TELLING = 64  # tokens that a step must compute for its time per prompt token to be measured
+MAX_PREFILL_STEP_S = 10.0
+# How long a step waits for late grammars: a share of its decoding time, at least so many seconds, more if all are late.
+GRAMMAR_WAIT_SHARE, GRAMMAR_WAIT_S, IDLE_GRAMMAR_WAIT_S = 0.1, 0.002, 0.02
+MIN_PREFILL_TOKENS_FOR_ESTIMATE = 64  # tokens that a step must compute for its time per prompt token to be measured
 
 
 class Scheduler:
@@ -69,11 +69,11 @@ class Scheduler:
         return self.idle and self._keeper.unkept(self._kv) is None
 
     @property
-    def beginning(self) -> bool:
+    def only_prefilling(self) -> bool:
         """Whether all sequences are still at their prompts, and another one would get a slot."""
-        there = [*self.running, *self.waiting]
-        free = len(there) < self._backend.settings.parallel
-        return free and bool(there) and not any(one.decoding or not one.pending for one in there)
+        sequences = [*self.running, *self.waiting]
+        free = len(sequences) < self._backend.settings.parallel
+        return free and bool(sequences) and not any(one.decoding or not one.pending for one in sequences)
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=lambda one: one.turn)
@@ -84,10 +84,10 @@ class Scheduler:
             if sequence.request.id == request_id:
                 self._release(sequence)
 
-    def park_all(self, *, keep: bool) -> None:
+    def preempt_all(self, *, keep: bool) -> None:
         """Preempt all sequences until `attach`; `keep` saves their KV state, otherwise they are recomputed."""
         for sequence in self.running:
-            self._park(sequence, keep=keep)
+            self._preempt(sequence, keep=keep)
         if keep:
             self._keeper.keep_all(self._kv)
         else:
@@ -115,7 +115,7 @@ class Scheduler:
                 self._sample(shares, watch)
         self._take_late(watch)
         self._keeper.catch_up(self._kv)
-        if computed >= TELLING:
+        if computed >= MIN_PREFILL_TOKENS_FOR_ESTIMATE:
             self._token_s = watch.decode_s / computed
         events, self._events = self._events, []
         return Step(events, self._stats(computed, watch))
@@ -128,7 +128,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Start waiting sequences by turn; one whose prefix is just being computed waits and lets others pass."""
         for sequence in list(self.waiting):
-            if not self._kv.idle and not self._preempt(sequence):
+            if not self._kv.idle and not self._take_slot(sequence):
                 return
             source, length, stored = None, 0, None
             if sequence.request.cache_prompt and sequence.state is None:
@@ -155,7 +155,7 @@ class Scheduler:
             if place.source is not None:
                 length = self._kv.share(place.source, slot, length)
         if sequence.state is not None:
-            length = self._unpark(sequence, place)
+            length = self._resume(sequence, place)
         elif stored is not None:
             length = self._keeper.load(self._kv, slot, stored)
         slot.sequence, slot.tokens, slot.scope = sequence, sequence.tokens, sequence.request.cache_scope
@@ -184,7 +184,7 @@ class Scheduler:
             yield self._decoding
             return
         for share in prompts:
-            yield partial(_unless_parked, share)
+            yield partial(_unless_preempted, share)
 
     def _decoding(self) -> list[Share]:
         return [(sequence, 1 + len(sequence.draft)) for sequence in self.running if sequence.decoding]
@@ -201,7 +201,7 @@ class Scheduler:
         if not self._backend.stops:
             left = room
         elif self._token_s:
-            left = max(room, min(left, int(TOGETHER_S / self._token_s)))
+            left = max(room, min(left, int(MAX_PREFILL_STEP_S / self._token_s)))
         running = self.running
         together = not any(one.decoding for one in running)
         shares = []
@@ -232,7 +232,7 @@ class Scheduler:
         running = self.running
         if len(running) == 1:
             raise DecodeFailed(f"one sequence of {len(running[0].tokens)} tokens does not fit into the KV cache")
-        self._park(max(running, key=lambda one: one.turn))
+        self._preempt(max(running, key=lambda one: one.turn))
         self._preemptions += 1
 
     # --- decode --------------------------------------------------------------------------------------------------
@@ -285,8 +285,8 @@ class Scheduler:
         late = [sequence for sequence in self.running if not sequence.pending]
         if not late:
             return
-        beside = max(LATE_S, LATE_SHARE * watch.decode_s)
-        until = time.monotonic() + (beside if len(late) < len(self.running) else max(beside, LATE_ALONE_S))
+        beside = max(GRAMMAR_WAIT_S, GRAMMAR_WAIT_SHARE * watch.decode_s)
+        until = time.monotonic() + (beside if len(late) < len(self.running) else max(beside, IDLE_GRAMMAR_WAIT_S))
         for sequence in late:
             with watch.sampling():
                 token = self._backend.late(sequence, max(0.0, until - time.monotonic()))
@@ -340,7 +340,7 @@ class Scheduler:
         else:
             self._kv.slots[sequence.slot].vacate(self._step)
 
-    def _preempt(self, sequence: Sequence) -> bool:
+    def _take_slot(self, sequence: Sequence) -> bool:
         """Take the slot of the latest preemptible sequence, which resumes later; returns whether there was one."""
         running = [one for one in self.running if one.request.preemptible and one.pending]
         if sequence.request.preemptible or not running:
@@ -352,7 +352,7 @@ class Scheduler:
         self._slots_taken += 1
         return True
 
-    def _park(self, sequence: Sequence, *, keep: bool = True) -> None:
+    def _preempt(self, sequence: Sequence, *, keep: bool = True) -> None:
         """Take a sequence off its slot until it is resumed: from its saved state with `keep`, else recomputed."""
         slot = self._kv.slots[sequence.slot]
         sequence.state = self._backend.save(slot.number) if keep and sequence.computed else None
@@ -361,7 +361,7 @@ class Scheduler:
         sequence.slot, sequence.draft = NO_SLOT, []
         self.add(sequence)
 
-    def _unpark(self, sequence: Sequence, place: Place) -> int:
+    def _resume(self, sequence: Sequence, place: Place) -> int:
         """Restore a preempted sequence's KV state; returns how many tokens it covers."""
         state, sequence.state = sequence.state, None
         if state is None or not self._backend.restore(place.target.number, state):
@@ -391,7 +391,7 @@ class Scheduler:
         )
 
 
-def _unless_parked(share: Share) -> list[Share]:
+def _unless_preempted(share: Share) -> list[Share]:
     return [] if share[0].slot == NO_SLOT else [share]
 
 

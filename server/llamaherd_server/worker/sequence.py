@@ -35,7 +35,7 @@ class Sampler(Protocol):
         """Whether `sample` may return no token yet; such a sequence cannot be drafted for."""
 
     @property
-    def few(self) -> int:
+    def top_logits(self) -> int:
         """How many of the highest logits, besides those of `changed`, determine the next token; 0: all."""
 
     @property

@@ -26,7 +26,7 @@ from llamaherd_server.worker.scheduler import Scheduler
 from llamaherd_server.worker.sequence import Sequence
 
 HEARTBEAT_S = 1.0
-AHEAD_BYTES = 2**30  # of prompts that a new worker reads from disk before a request needs them
+PREFETCH_BYTES = 2**30  # of prompts that a new worker reads from disk before a request needs them
 
 
 class Service:
@@ -60,7 +60,7 @@ class Service:
             idle = self._scheduler.settled and all(one.idle for one in self._beside)
             for work in intake.take(HEARTBEAT_S if idle else 0):
                 self._handle(work)
-            self._interrupt.update_batch_window(self._scheduler.beginning)
+            self._interrupt.update_batch_window(self._scheduler.only_prefilling)
             self._channel.send(self._scheduler.step())
             for one in self._beside:
                 for answer in one.step(self._context.settings, alone=self._scheduler.idle):
@@ -107,7 +107,7 @@ class Service:
         self._check_retune(new)
         for one in self._beside:
             one.close()
-        self._scheduler.park_all(keep=_same_cells(old, new))
+        self._scheduler.preempt_all(keep=_same_cells(old, new))
         self._context.close()
         try:
             self._context = Context(self._model, new, self._interrupt)
@@ -146,7 +146,7 @@ def _prompt_cache(config: WorkerConfig, model: Model) -> PromptCache | None:
 
 def _fetch_latest(prompts: PromptCache) -> None:
     lower()
-    prompts.fetch_latest(AHEAD_BYTES)
+    prompts.fetch_latest(PREFETCH_BYTES)
 
 
 def _same_cells(one: EngineSettings, other: EngineSettings) -> bool:

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from llamaherd_server.worker.sequence import Drawn, Row, Sequence, Share
 
 # What drafts may cost per generated token if none is accepted, and how much of that all sequences together may pool. A
-# draft model's pool is larger; the part above MOST_POOLED pays for reading prompts, before which it cannot draft.
-ALLOWED, MOST_POOLED, MOST_POOLED_MODEL = 0.02, 8.0, 32.0
+# draft model's pool is larger; the part above MAX_POOL pays for reading prompts, before which it cannot draft.
+ALLOWANCE, MAX_POOL, MAX_MODEL_POOL = 0.02, 8.0, 32.0
 # Cap on a sequence's credited savings: it may lose all of them once its drafts are no longer accepted.
-MOST_SAVED = 16.0
+MAX_SAVED = 16.0
 # Accepted tokens and rejected drafts that a new sequence starts with; and the factors by which its counts decay with
 # each draft and with each token, so that drafting resumes after rejections.
-HITS, MISSES, FADES, FADES_IDLE = 4.0, 1.0, 0.5, 0.98
+PRIOR_HITS, PRIOR_MISSES, DRAFT_DECAY, TOKEN_DECAY = 4.0, 1.0, 0.5, 0.98
 # Step times to remember; how many with drafts it takes to judge these expensive; and after how many steps of one kind
 # (with or without drafts) the other kind's times are stale.
-SEEN, FEW, OLD = 16, 3, 50
-UNKNOWN_COST, LEAST_COST = 0.5, 0.01
+MAX_SAMPLES, MIN_SAMPLES, STALE_AFTER_STEPS = 16, 3, 50
+UNKNOWN_COST, MIN_COST = 0.5, 0.01
 
 
 class Drafter:
@@ -41,15 +41,15 @@ class Drafter:
 
     def depth(self, cost: float) -> int:
         """Return how many tokens to draft at most: their joint chance of acceptance must exceed the `cost` of one."""
-        self._hits, self._misses = FADES_IDLE * self._hits, FADES_IDLE * self._misses
-        chance = (HITS + self._hits) / (HITS + MISSES + self._hits + self._misses)
+        self._hits, self._misses = TOKEN_DECAY * self._hits, TOKEN_DECAY * self._misses
+        chance = (PRIOR_HITS + self._hits) / (PRIOR_HITS + PRIOR_MISSES + self._hits + self._misses)
         return int(math.log(cost) / math.log(chance)) if cost < 1 else 0
 
     def saw(self, drafted: int, accepted: int) -> None:
         self.drafted += drafted
         self.accepted += accepted
-        self._hits = FADES * self._hits + accepted
-        self._misses = FADES * self._misses + (accepted < drafted)
+        self._hits = DRAFT_DECAY * self._hits + accepted
+        self._misses = DRAFT_DECAY * self._misses + (accepted < drafted)
 
 
 class Source(Protocol):
@@ -86,41 +86,41 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._plain: dict[int, deque[float]] = {}  # seconds of steps without drafts, by number of sequences
-        self._drafted: deque[float] = deque(maxlen=SEEN)  # seconds per drafted token that a step takes longer
-        self._drafting: deque[float] = deque(maxlen=SEEN)  # seconds per drafted token to propose it
-        self._alike = 0  # consecutive steps with drafts; negative: without
+        self._drafted: deque[float] = deque(maxlen=MAX_SAMPLES)  # seconds per drafted token that a step takes longer
+        self._drafting: deque[float] = deque(maxlen=MAX_SAMPLES)  # seconds per drafted token to propose it
+        self._consecutive = 0  # consecutive steps with drafts; negative: without
 
     @property
     def stale(self) -> bool:
         """Whether a step without drafts should be measured again."""
-        return self._alike >= OLD
+        return self._consecutive >= STALE_AFTER_STEPS
 
     def saw(self, sequences: int, drafted: int, seconds: float, drafting_s: float = 0.0) -> None:
         if not drafted:
-            self._plain.setdefault(sequences, deque(maxlen=SEEN)).append(seconds)
-            self._alike = min(self._alike, 0) - 1
-            if self._alike <= -OLD and self._drafted:  # may be cheaper by now
+            self._plain.setdefault(sequences, deque(maxlen=MAX_SAMPLES)).append(seconds)
+            self._consecutive = min(self._consecutive, 0) - 1
+            if self._consecutive <= -STALE_AFTER_STEPS and self._drafted:  # may be cheaper by now
                 self._drafted.popleft()
                 self._drafting.popleft()
-                self._alike = 0
+                self._consecutive = 0
         elif plain_s := self._plain_s(sequences):
             self._drafted.append(max(seconds - plain_s, 0.0) / drafted)
             self._drafting.append(drafting_s / drafted)
-            self._alike = max(self._alike, 0) + 1
+            self._consecutive = max(self._consecutive, 0) + 1
 
     def cost(self, sequences: int) -> float:
         """Return the cost of a drafted token in a step of so many sequences."""
         token_s = self.token_s(sequences)
         drafting = quartile(self._drafting) / token_s if token_s and self._drafting else 0.0
         cost = self.step_cost(sequences) + drafting
-        return min(cost, UNKNOWN_COST) if len(self._drafted) < FEW else cost
+        return min(cost, UNKNOWN_COST) if len(self._drafted) < MIN_SAMPLES else cost
 
     def step_cost(self, sequences: int) -> float:
         """Return the part of `cost` by which the step takes longer."""
         token_s = self.token_s(sequences)
         if not token_s or not self._drafted:
             return UNKNOWN_COST
-        return max(LEAST_COST, quartile(self._drafted) / token_s)
+        return max(MIN_COST, quartile(self._drafted) / token_s)
 
     def token_s(self, sequences: int) -> float:
         """Seconds per token of so many sequences together, without drafts; 0: unknown."""
@@ -146,11 +146,11 @@ def draw(sample: Callable[[list[Row]], list[Drawn]], rows: list[Row]) -> list[li
         tokens = sample([(rows[number][0], rows[number][1] + len(drawn[number])) for number in going])
         for number, token in zip(going, tokens, strict=True):
             drawn[number].append(token)
-        going = [number for number in going if _comes_true(rows[number][0].draft, drawn[number])]
+        going = [number for number in going if _is_confirmed(rows[number][0].draft, drawn[number])]
     return drawn
 
 
-def _comes_true(draft: list[int], drawn: list[Drawn]) -> bool:
+def _is_confirmed(draft: list[int], drawn: list[Drawn]) -> bool:
     return len(drawn) <= len(draft) and drawn[-1] == draft[len(drawn) - 1]
 
 
@@ -159,7 +159,7 @@ class Speculation:
 
     def __init__(self) -> None:
         self.drafted = self.accepted = 0
-        self._pool = MOST_POOLED
+        self._pool = MAX_POOL
         self._step_cost = UNKNOWN_COST
         self._drafting_s = 0.0  # of the current drafts
 
@@ -171,8 +171,8 @@ class Speculation:
         self._adapts = backend.settings.speculative in ("auto", "draft")
         self._source: Source = backend.drafts or Lookups()
         # A draft model's savings go to the common pool, which pays for reading the next prompts.
-        self._most_saved, self._most_pooled = (0.0, MOST_POOLED_MODEL) if backend.drafts else (MOST_SAVED, MOST_POOLED)
-        self._pool = self._most_pooled
+        self._max_saved, self._max_pool = (0.0, MAX_MODEL_POOL) if backend.drafts else (MAX_SAVED, MAX_POOL)
+        self._pool = self._max_pool
         self._room = min(backend.most_drafted, (backend.settings.ubatch - backend.settings.parallel) // 2)
 
     def draft(self, running: list[Sequence], free: int) -> None:
@@ -182,7 +182,7 @@ class Speculation:
         self.drop(running)
         sequences = [sequence for sequence in running if sequence.decoding]
         cost, self._step_cost = self._times.cost(len(sequences)), self._times.step_cost(len(sequences))
-        self._pool = min(self._most_pooled, self._pool + ALLOWED * len(sequences))
+        self._pool = min(self._max_pool, self._pool + ALLOWANCE * len(sequences))
         if self._adapts and self._times.stale:
             return
         room = min(self._room, free - len(sequences))
@@ -190,11 +190,11 @@ class Speculation:
         if not wanted:
             return
         source, token_s = self._source, self._times.token_s(len(sequences))
-        source.propose(wanted, room, cost, max(self._pool - MOST_POOLED, 0.0) * token_s)
+        source.propose(wanted, room, cost, max(self._pool - MAX_POOL, 0.0) * token_s)
         self._drafting_s = source.drafting_s
         if token_s:  # limits the debt: other work on the host may have caused it
             lost = (source.catch_up_s + source.drafting_s) / token_s
-            self._pool = max(self._pool - lost, min(self._pool, -MOST_POOLED))
+            self._pool = max(self._pool - lost, min(self._pool, -MAX_POOL))
 
     def _most(self, sequence: Sequence, cost: float) -> int:
         if sequence.sampler.can_be_late:
@@ -233,8 +233,8 @@ class Speculation:
         self.drafted += drafted
         self.accepted += accepted
         saved = drafter.saved + accepted - drafted * self._step_cost
-        drafter.saved = min(max(saved, 0.0), self._most_saved)
-        self._pool = min(self._most_pooled, self._pool + saved - drafter.saved)
+        drafter.saved = min(max(saved, 0.0), self._max_saved)
+        self._pool = min(self._max_pool, self._pool + saved - drafter.saved)
 
 
 Wanted: TypeAlias = "tuple[Sequence, int]"

@@ -12,8 +12,8 @@ from typing import TypeAlias
 from llamaherd_server.worker.vocabulary import Vocabulary
 
 # Maximum characters of a prompt to look up, and minimum of its parts but the last one.
-MOST_CHARS, PART_CHARS = 2**18, 256
-MOST_TOKENS = 2**20  # in the cache, at 4 bytes each
+MAX_CHARS, PART_CHARS = 2**18, 256
+MAX_TOKENS = 2**20  # in the cache, at 4 bytes each
 
 Stretch: TypeAlias = tuple[bytes, int, int]
 """The digest of a text, and the start and end of its tokens in a prompt."""
@@ -38,12 +38,12 @@ class Texts:
             if digest not in self._known:
                 self._known[digest] = array("i", tokens)
                 self._tokens += len(tokens)
-            while self._tokens > MOST_TOKENS:
+            while self._tokens > MAX_TOKENS:
                 self._tokens -= len(self._known.popitem(last=False)[1])
 
 
 @dataclass(slots=True)
-class Reading:
+class SplitPrompt:
     """A prompt in parts that llama.cpp tokenises independently; those in `unknown` it has yet to tokenise."""
 
     parts: list[tuple[bytes, array[int] | str]]  # digest, and the tokens or, if unknown, the text
@@ -74,11 +74,11 @@ class Reading:
         return [*whole, *tail], stretches
 
 
-def reading(
+def split_prompt(
     vocabulary: Vocabulary, texts: Texts, text: str, scope: str, *, add_special: bool, parse_special: bool
-) -> Reading | None:
+) -> SplitPrompt | None:
     """Split a text and look its parts up; None: tokenise it whole. Scopes do not see each other's texts."""
-    if len(text) > MOST_CHARS:
+    if len(text) > MAX_CHARS:
         return None
     cut = vocabulary.parts(text, PART_CHARS, parse_special=parse_special)
     if len(cut) == 1:
@@ -86,4 +86,4 @@ def reading(
     salt = hashlib.blake2b(f"{parse_special} {scope}".encode(), digest_size=16).digest()
     digests = [hashlib.blake2b(part.encode(), digest_size=16, key=salt).digest() for part in cut]
     parts = [(digest, texts.get(digest) or part) for digest, part in zip(digests, cut, strict=True)]
-    return Reading(parts, vocabulary.ends if add_special else ([], []))
+    return SplitPrompt(parts, vocabulary.ends if add_special else ([], []))

@@ -11,9 +11,9 @@ from typing import Any
 
 # llama.cpp's time for a text grows with the square of its special tokens, so long texts are tokenised in pieces.
 PIECE_CHARS = 2**13
-PIECES = 2**13  # tokens whose bytes are cached
-_BEGINNING = 16  # characters per token, which few texts exceed
-_OPENING, _LAST_BORDERS = 64, 3
+CACHED_PIECES = 2**13  # tokens whose bytes are cached
+_MAX_CHARS_PER_TOKEN = 16  # which few texts exceed
+_OPENING, _LAST_BORDERS = 64, 3  # first tokens to search for a message's opener, last borders to return
 LLAMA_VOCAB_TYPE_SPM, LLAMA_VOCAB_TYPE_BPE = 1, 2
 
 
@@ -52,7 +52,7 @@ class Vocabulary:
             self.tokenize(" " * (PIECE_CHARS + 1), add_special=True, parse_special=parse)
             self.least_tokens("", 0, parse_special=parse)
 
-    @lru_cache(PIECES)  # noqa: B019 (a process has one vocabulary)
+    @lru_cache(CACHED_PIECES)  # noqa: B019 (a process has one vocabulary)
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Return the bytes of a token; empty for a control token unless `special`."""
         room = 64
@@ -103,10 +103,10 @@ class Vocabulary:
         if self.lib.llama_vocab_type(self.vocab) not in (LLAMA_VOCAB_TYPE_SPM, LLAMA_VOCAB_TYPE_BPE):
             return 0
         least = len(text.encode()) // self._longest
-        beginning = max(PIECE_CHARS, _BEGINNING * most)
-        if least <= most and len(text) > 2 * beginning:
+        prefix_chars = max(PIECE_CHARS, _MAX_CHARS_PER_TOKEN * most)
+        if least <= most and len(text) > 2 * prefix_chars:
             # The text that follows may merge with the last tokens, but never with half of them.
-            tokens = self.tokenize(text[:beginning], add_special=False, parse_special=parse_special)
+            tokens = self.tokenize(text[:prefix_chars], add_special=False, parse_special=parse_special)
             least = max(least, len(tokens) // 2)
         return least
 

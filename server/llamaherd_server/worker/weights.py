@@ -12,7 +12,7 @@ from llamaherd_server.worker.lib import Log
 
 MAGIC = b"GGUF"
 PROGRESS_STEP = 0.05
-MOST_LAYERS = 512  # LLAMA_MAX_LAYERS
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 CPU = "CPU"
 _LOAD_MODES = {
     **{"auto": "AUTO", "none": "NONE", "mmap": "MMAP", "mlock": "MLOCK"},
@@ -94,15 +94,15 @@ def _devices(llama: Any, names: list[str]) -> Any:
     llama.ggml_backend_dev_name.restype = ctypes.c_char_p
     found = [llama.ggml_backend_dev_by_name(name.encode()) for name in names]
     if None in found:
-        all_of_them = [ctypes.c_void_p(llama.ggml_backend_dev_get(i)) for i in range(llama.ggml_backend_dev_count())]
-        there = ", ".join(llama.ggml_backend_dev_name(device).decode() for device in all_of_them)
-        raise ModelError(f"devices: there is no {names[found.index(None)]!r} here; there are: {there}")
+        everything = [ctypes.c_void_p(llama.ggml_backend_dev_get(i)) for i in range(llama.ggml_backend_dev_count())]
+        available = ", ".join(llama.ggml_backend_dev_name(device).decode() for device in everything)
+        raise ModelError(f"devices: unknown device {names[found.index(None)]!r}; available: {available}")
     return (ctypes.c_void_p * (len(found) + 1))(*found, None)
 
 
 def _experts(layers: int) -> list[tuple[str, str]]:
     """Overrides that put the experts of the first `layers` layers into the CPU's memory."""
-    return [(_EXPERTS.format(layer), CPU) for layer in range(min(layers, MOST_LAYERS))]
+    return [(_EXPERTS.format(layer), CPU) for layer in range(min(layers, MAX_LAYERS))]
 
 
 def _overrides(llama: Any, overrides: list[tuple[str, str]]) -> Any:
@@ -128,7 +128,7 @@ def _shares(tensor_split: list[float], most: int) -> Any:
     if not tensor_split:
         return None
     if len(tensor_split) > most:
-        raise ModelError(f"tensor_split has {len(tensor_split)} shares: this llama.cpp has {most} devices at most")
+        raise ModelError(f"tensor_split has {len(tensor_split)} shares: this llama.cpp supports at most {most}")
     return (ctypes.c_float * most)(*tensor_split)
 
 

@@ -30,7 +30,7 @@ def next_token(tokens: list[int]) -> int:
 class FakeSampler:
     closed = looks = 0
     logits = None
-    few = 0
+    top_logits = 0
     changed = ()
     can_be_late = False
 

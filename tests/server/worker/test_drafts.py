@@ -14,10 +14,10 @@ from llamaherd_server.worker.drafts import MAX_ENTRIES, MAX_INDEXED_PER_CALL, SH
 from llamaherd_server.worker.scheduler import Scheduler
 from llamaherd_server.worker.sequence import Sequence
 from llamaherd_server.worker.speculation import (
-    ALLOWED,
-    FEW,
-    MOST_POOLED,
-    MOST_POOLED_MODEL,
+    ALLOWANCE,
+    MAX_MODEL_POOL,
+    MAX_POOL,
+    MIN_SAMPLES,
     Speculation,
     StepTimes,
     Wanted,
@@ -133,7 +133,7 @@ def simulated(
 @pytest.mark.parametrize("confirmed", [0.0, 0.2, 0.5])
 def test_drafts_that_do_not_come_true_cost_next_to_nothing(confirmed: float, cost: float, parallel: int) -> None:
     steps = 1000
-    assert simulated(confirmed, cost, steps, parallel) <= 1 + 1.5 * ALLOWED + MOST_POOLED / steps
+    assert simulated(confirmed, cost, steps, parallel) <= 1 + 1.5 * ALLOWANCE + MAX_POOL / steps
 
 
 @pytest.mark.parametrize("stay", [10, 200])
@@ -146,7 +146,7 @@ def test_a_draft_model_that_is_wrong_costs_next_to_nothing(
     """Nor does one that has to read prompts again and again."""
     steps = 1000
     took = simulated(confirmed, cost, steps, parallel, Reader(read=0.01, each=0.1), stay)
-    assert took <= 1 + 1.5 * ALLOWED + (MOST_POOLED_MODEL + MOST_POOLED) / (steps * parallel)
+    assert took <= 1 + 1.5 * ALLOWANCE + (MAX_MODEL_POOL + MAX_POOL) / (steps * parallel)
 
 
 def test_a_draft_model_that_is_right_pays_for_what_it_reads() -> None:
@@ -162,7 +162,7 @@ def test_drafts_that_come_true_save_nearly_all_that_they_can(cost: float, expect
 def test_what_was_too_dear_once_is_tried_again() -> None:
     times = StepTimes()
     times.saw(1, 0, 1.0)
-    for _ in range(FEW):
+    for _ in range(MIN_SAMPLES):
         assert times.cost(1) < 1  # other work may have made one step longer
         times.saw(1, 4, 40.0)
     assert times.cost(1) > 1

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.worker.kv import KvCache, Slot
-from llamaherd_server.worker.prefix import WORTH_WAITING, best_source, common, is_coming
+from llamaherd_server.worker.prefix import MIN_TOKENS_TO_WAIT_FOR, best_source, common, is_coming
 
 from .fake import FakeContext, sequence
 
@@ -51,7 +51,7 @@ def test_a_prompt_that_is_being_computed_is_worth_waiting_for_as_long_as_much_of
     slot = Slot(0, sequence=sequence(1, prompt, 5), tokens=prompt)
     follower = [*prompt[:80], 7, 7]
     assert is_coming([slot], follower, have=0)
-    assert is_coming([slot], follower, have=80 - WORTH_WAITING)
-    assert not is_coming([slot], follower, have=81 - WORTH_WAITING)
+    assert is_coming([slot], follower, have=80 - MIN_TOKENS_TO_WAIT_FOR)
+    assert not is_coming([slot], follower, have=81 - MIN_TOKENS_TO_WAIT_FOR)
     assert not is_coming([slot], [7, 7, 7], have=0)
     assert not is_coming([holding(0, prompt)], follower, have=0)

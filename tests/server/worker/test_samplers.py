@@ -93,8 +93,8 @@ def rows_of(sequences: list[Sequence]) -> list[tuple[Sequence, int]]:
 def test_each_kind_of_chain_draws_the_same_tokens_as_alone(
     which: str, few: bool, together: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(samplers, "MANY_LOGITS", 0 if few else 10**9)
-    monkeypatch.setattr(samplers, "TOGETHER_S", -1 if together else 10**9)
+    monkeypatch.setattr(samplers, "MIN_SKIPPED_LOGITS", 0 if few else 10**9)
+    monkeypatch.setattr(samplers, "MIN_PARALLEL_S", -1 if together else 10**9)
     model: Model = request.getfixturevalue(which)
     context, sequences = context_of(model), sequences_of(model, KINDS)
     alone = [NativeSampler(model, one.request.sampling, one.tokens) for one in sequences]
@@ -124,7 +124,7 @@ def test_candidates_are_all_there_again_whatever_the_chain_left_of_them(model: M
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=0)])
 def test_a_sampler_that_fails_fails_alone(model: Model, sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samplers, "TOGETHER_S", -1)
+    monkeypatch.setattr(samplers, "MIN_PARALLEL_S", -1)
     context, sequences = context_of(model), sequences_of(model, {str(number): sampling for number in range(6)})
 
     class Fails(NativeSampler):

@@ -16,7 +16,7 @@ from llamaherd_server.wire.errors import DecodeFailed
 from llamaherd_server.wire.protocol import Delta, Failed, Finished, Started
 from llamaherd_server.worker import arena
 from llamaherd_server.worker import scheduler as scheduler_module
-from llamaherd_server.worker.prefix import WORTH_WAITING
+from llamaherd_server.worker.prefix import MIN_TOKENS_TO_WAIT_FOR
 from llamaherd_server.worker.prompts import PromptCache
 from llamaherd_server.worker.scheduler import Scheduler
 from llamaherd_server.worker.sequence import Sequence
@@ -108,7 +108,7 @@ def test_every_request_ends_exactly_once_and_the_books_agree(
                 scheduler.cancel(number)
                 cancelled |= {number} - set(ended)
         if turn == retuned_at:
-            scheduler.park_all(keep=not forgetful)
+            scheduler.preempt_all(keep=not forgetful)
             backend = context()
             scheduler.attach(backend)
         step = scheduler.step()
@@ -177,7 +177,7 @@ def test_who_arrives_together_begins_together_and_a_longer_prompt_does_not_hold_
     scheduler = Scheduler(context)
     for number, length in enumerate((40, 12, 12, 12)):
         scheduler.add(sequence(number, [number] * length, 5))
-    assert scheduler.beginning is False  # no slot is left for another one
+    assert scheduler.only_prefilling is False  # no slot is left for another one
     step = scheduler.step()
     assert {event.id for event in step.events if isinstance(event, Delta)} == {1, 2, 3}
     computed = {share[0].request.id: share[1] for shares in context.batches for share in shares if share[1] > 1}
@@ -196,19 +196,19 @@ def test_a_step_of_many_prompts_is_bounded_by_the_time_that_it_would_take(monkey
         return sum(count for _, count in context.batches[before])
 
     assert tokens_of_first_step(0) == 240
-    monkeypatch.setattr(scheduler_module, "TOGETHER_S", 0.0)
+    monkeypatch.setattr(scheduler_module, "MAX_PREFILL_STEP_S", 0.0)
     assert tokens_of_first_step(8) == 32
 
 
 def test_it_is_beginning_until_somebody_waits_for_a_second_token() -> None:
     scheduler = Scheduler(FakeContext(EngineSettings(parallel=2, batch=64, ubatch=16), 400))
-    assert not scheduler.beginning
+    assert not scheduler.only_prefilling
     scheduler.add(sequence(1, [1] * 40, 5))
     for _ in range(2):
-        assert scheduler.beginning
+        assert scheduler.only_prefilling
         scheduler.step()
     scheduler.step()
-    assert not scheduler.beginning
+    assert not scheduler.only_prefilling
 
 
 def test_with_split_kv_prompts_and_single_tokens_go_in_batches_of_their_own() -> None:
@@ -246,9 +246,9 @@ def test_followers_wait_for_the_prefix_that_a_leader_is_computing(unified: bool)
         scheduler.add(sequence(number, [*system, number], 2))
     started = [event for event in run(scheduler) if isinstance(event, Started)]
     assert started[0].cached_tokens == 0
-    assert all(event.cached_tokens > len(system) - WORTH_WAITING for event in started[1:])
+    assert all(event.cached_tokens > len(system) - MIN_TOKENS_TO_WAIT_FOR for event in started[1:])
     computed = sum(count for shares in context.batches for _, count in shares)
-    assert computed < len(system) + 4 * WORTH_WAITING + 8
+    assert computed < len(system) + 4 * MIN_TOKENS_TO_WAIT_FOR + 8
 
 
 def test_a_cancelled_leader_leaves_its_place_to_a_follower() -> None:

@@ -105,7 +105,7 @@ def test_it_is_kept_with_the_computed_prompt(model: Model, jobs: list[list[str]]
 
 
 def test_the_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "MOST_TOKENS", 100)
+    monkeypatch.setattr(texts, "MAX_TOKENS", 100)
     memory = Texts()
     for number in range(10):
         memory.put(bytes([number]), [*range(30)])

@@ -72,7 +72,7 @@ class Herd:
         self.lose_worker()
 
     def reconfigure(self, settings: EngineSettings) -> None:
-        self.scheduler.park_all(keep=True)
+        self.scheduler.preempt_all(keep=True)
         self.context.close()
         self.settings = settings
         self.context = Context(self.model, settings, self.interrupt)
