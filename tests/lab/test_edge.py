@@ -208,7 +208,7 @@ def test_a_configuration_that_cannot_be_loaded_is_taken_back_and_not_forgotten(f
     finally:
         fleet.sh("e1", f"rm {DROP_IN}; systemctl daemon-reload")
     assert run.rc != 0
-    assert "runs its former one" in run.output
+    assert "runs the former one" in run.output
     assert fleet.sh("e1", state) == before
     assert fleet.succeed(*EDGE, *another).changed["e1"] == 2, "nginx.conf, and loading it"
     fleet.sh("e1", "rm /etc/nginx/llamaherd/loaded.conf; cp /etc/nginx/mime.types /etc/nginx/llamaherd/loaded.conf")
