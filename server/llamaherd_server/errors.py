@@ -37,8 +37,8 @@ _MESSAGES_TYPES = {
 # Maximum characters of names and messages in responses; both may contain text that a client sent.
 _MAX_NAME = 80
 _MAX_MESSAGE = 2000
-# A crashed engine is ready again after it has reloaded the weights from the page cache.
-_RETRY_AFTER_CRASH_S = 5
+# An engine that restarts is ready again after it has reloaded the weights from the page cache.
+_RETRY_AFTER_RESTART_S = 5
 
 
 class ApiError(HTTPException):
@@ -65,7 +65,7 @@ class ApiError(HTTPException):
     def of_engine(cls, error: EngineError) -> ApiError:
         """Convert an engine's error to an HTTP error."""
         status = _ENGINE_STATUS[error.code]
-        retry_after = _RETRY_AFTER_CRASH_S if status == 503 else None
+        retry_after = _RETRY_AFTER_RESTART_S if status == 503 else None
         return cls(
             status, error.message, code=error.code, param=error.param, retry_after=retry_after, details=error.details
         )

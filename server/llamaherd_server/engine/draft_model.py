@@ -26,5 +26,5 @@ def check_vocabulary(model: Path, draft: Path) -> None:
         differing.append(f"it has {counts[1]} tokens, not {counts[0]}")
     if differing:
         raise SettingsError(
-            f"draft {draft} has another vocabulary than the model ({'; '.join(differing)}): use another draft model"
+            f"draft {draft} has a different vocabulary ({'; '.join(differing)}): choose another draft model"
         )

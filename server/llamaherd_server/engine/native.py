@@ -257,6 +257,8 @@ class NativeEngine:
         except httpx.TransportError:
             if self._supervisor.state == "stopped":
                 raise EngineError("engine_stopped", "the server is stopping") from None
+            if self._retuning.locked():
+                raise _Restarted from None
             raise EngineError("engine_crashed", "the engine ended while it worked on this request") from None
         finally:
             self._running -= 1
@@ -340,3 +342,10 @@ class NativeEngine:
 
     async def _wait_for_change(self) -> None:
         await self._changed.wait()
+
+
+class _Restarted(EngineError):
+    """Raised for a request that a change of settings cut off: unlike a crash, its key did not cause it."""
+
+    def __init__(self) -> None:
+        super().__init__("engine_crashed", "the engine was restarted with other settings")

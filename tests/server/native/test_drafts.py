@@ -69,5 +69,5 @@ def test_a_draft_model_of_another_vocabulary_is_one_clear_line(tmp_path: Path, k
         capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     assert ended.returncode != 0
-    assert f"draft {other} has another vocabulary than the model (it has" in ended.stderr
+    assert f"draft {other} has a different vocabulary (it has" in ended.stderr
     assert "Traceback" not in ended.stderr
