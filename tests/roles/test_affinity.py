@@ -52,7 +52,7 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     with nginx.answering(answer) as port:
         config = nginx.render(folder, {**ports, "llamaherd_server_port": port, **more})
         # The hosts' own lines are of no interest here.
-        inner = config.read_text().rpartition("# Edges only")
+        inner = config.read_text().rpartition("# Only for edges")
         config.write_text(inner[0] + inner[1] + re.sub(r"access_log [^;]+;", "access_log off;", inner[2]))
         with nginx.running(config):
             tls = ssl.create_default_context(cafile=config.parent / "llamaherd/ca.crt")

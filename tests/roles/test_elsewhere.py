@@ -84,7 +84,7 @@ def _inner_alone(config: Path, folder: Path, ours: dict[str, int], others: dict[
     shutil.copytree(config.parent / "llamaherd", folder / "nginx/llamaherd")
     text = config.read_text()
     head, rest = text.split("    # An empty key is not counted", 1)
-    inner = rest[rest.index("    # Edges only") :]
+    inner = rest[rest.index("    # Only for edges") :]
     for name, port in ours.items():
         inner = inner.replace(str(port), str(others[name]))
     (folder / "nginx/mime.types").write_text("types {}\n")

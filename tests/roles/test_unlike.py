@@ -85,7 +85,7 @@ def _as_other(config: Path, folder: Path, ports: dict[int, int]) -> Path:
     """The configuration of a host that differs in its ports alone; that it is an edge too, nobody asks."""
     shutil.copytree(config.parent / "llamaherd", folder / "nginx/llamaherd")
     upstreams, text = re.split(r"(?=\n    upstream inference )", config.read_text(), maxsplit=1)
-    edges, behind = re.split(r"(?=\n    # Edges only)", text)
+    edges, behind = re.split(r"(?=\n    # Only for edges)", text)
     for ours, others in ports.items():
         edges, behind = edges.replace(f"0.0.0.0:{ours}", f"0.0.0.0:{others}"), behind.replace(f"{ours}", f"{others}")
     (folder / "nginx/mime.types").write_text("types {}\n")
