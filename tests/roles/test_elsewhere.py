@@ -83,7 +83,7 @@ def _inner_alone(config: Path, folder: Path, ours: dict[str, int], others: dict[
     """The configuration of the other host: what edges reach, with its own ports, and nothing for clients."""
     shutil.copytree(config.parent / "llamaherd", folder / "nginx/llamaherd")
     text = config.read_text()
-    head, rest = text.split("    # An empty key is not counted", 1)
+    head, rest = text.split("    # nginx does not count an empty key", 1)
     inner = rest[rest.index("    # Only for edges") :]
     for name, port in ours.items():
         inner = inner.replace(str(port), str(others[name]))

@@ -175,7 +175,7 @@ async def test_what_runs_has_its_part_of_the_budget_reserved(serve: Serve, tmp_p
 
 
 async def test_budgets_need_a_place_to_be_kept(serve: Serve) -> None:
-    with pytest.raises(KeysError, match=r"key 'user': tokens_per_day.*set limits\.usage_dir"):
+    with pytest.raises(KeysError, match=r"key 'user': tokens_per_day.*need limits\.usage_dir"):
         async with serve(Double(), keys=keys(tokens_per_day="60")):
             pass
     async with serve(Double(), keys=keys()) as served:
