@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from statistics import fmean
 
 import optuna
@@ -45,7 +46,8 @@ Optimiser = Callable[[SimulatedServer, Settings, float, int], Settings]
 
 
 def run() -> Result:
-    with ProcessPoolExecutor() as pool:
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of the processes that are started from here
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
 
         def outcomes(one: Callable[[int], Outcome | None]) -> list[Outcome]:
             return [found for found in pool.map(one, SEEDS, chunksize=2) if found]

@@ -130,8 +130,11 @@ def test_points_are_named_and_settings_that_differ_have_lines_of_their_own(page:
     charts = dict(draw(verdict, [step for step in steps if step.phase != "load"]))
     numbers = [f">{n}</text>" for n in range(1, 1 + len([row for row in verdict.table if row.ttft_p95_ms]))]
     assert all(number in charts["Throughput against time to first token"] for number in numbers)
-    layouts = [f"batch 2048, ubatch 512, kv_unified {word}" for word in ("on", "off")]
-    assert all(layout in charts["Latency by load"] for layout in layouts)
+    lines = {
+        f"batch {s['batch']}, ubatch {s['ubatch']}, kv_unified {'on' if s['kv_unified'] else 'off'}"
+        for s in (verdict.current, verdict.chosen)
+    }
+    assert len(lines) == 2 and all(line in charts["Latency by load"] for line in lines)
     html = page.read_text()
     assert "1. parallel" in html and "On Intel Xeon, 8 cores, 64 GiB; llama.cpp 1." in html
 

@@ -17,6 +17,7 @@ MIN_GAIN = math.log(1.02)  # smaller gains are not worth a change
 _TIE = math.log(1.003)  # gains this close are equal; a wider tie would give away speed on top of the noise
 _CONFIDENCE = 0.98  # confidence in the gain of the confirming windows alone
 _RISK_COST = 1.0  # log score that a risk of 1 of missing a limit costs: risky settings must be that much faster
+_SURE_MISS = 0.99  # risk above which current settings miss a limit by more than bad luck
 _ERROR = 0.025  # probability of a change without a gain, shared by all finalists
 
 
@@ -56,10 +57,10 @@ def choose(
     """Choose among the confirmed finalists and the current settings, for a host with this score `noise` and `drift`.
 
     A finalist must keep every limit beyond the noise and beat the current settings beyond it, and its confirming
-    windows must show a gain by themselves, since they did not help to select it. If the current settings miss a limit,
-    keeping all limits is enough. Ties go to the larger context per slot, then to fewer non-default settings.
+    windows must show a gain by themselves, since they did not help to select it. If the current settings surely miss a
+    limit, keeping all limits is enough. Ties go to the larger context per slot, then to fewer non-default settings.
     """
-    rescue = current.judgement is Judgement.MISSES
+    rescue = current.judgement is Judgement.MISSES and current.risk > _SURE_MISS
     passing = [f for f in finalists if f.judgement is Judgement.PASSES]
     margin = NormalDist().inv_cdf(1 - _ERROR / max(len(finalists), 1))
     clear = [

@@ -100,6 +100,10 @@ class Measurement(Struct, kw_only=True):
         """Whether the window shows that the settings do not work."""
         return bool(self.fault) and not self.invalid
 
+    def latencies_ms(self, limit: Limit) -> list[float]:
+        """The single latencies that `limit` bounds, if known."""
+        return {"ttft": self.ttft_ms, "tpot": self.tpot_ms}.get(limit.metric, [])
+
 
 class Record(Struct):
     """All windows of one setting, by phase. `ruled_out` says why it needs none; `predicted` is the score expected
@@ -173,14 +177,35 @@ def judge_errors(windows: Sequence[Measurement]) -> Judgement:
     return limits.judge_errors(errors, errors + sum(m.requests for m in windows))
 
 
-def judge_over(windows: Iterable[Measurement], limit: Limit) -> Judgement:
-    """Judge whether the requests of all windows together keep a limit. UNRESOLVED if more exceed it than allowed but
-    chance explains it; PASSES if there are no requests."""
-    over, of = (sum(counts) for counts in zip((0, 0), *(m.over.get(limit.name, (0, 0)) for m in windows), strict=True))
+class Drift(Struct, frozen=True):
+    """The logarithm of the host's speed-up over the budget; `middle` is the share of it that figures refer to."""
+
+    speed: float = 0.0
+    middle: float = 0.5
+
+    def slower(self, window: Measurement) -> float:
+        """The factor by which drift lengthens the window's latencies."""
+        return math.exp(-self.speed * (window.at - self.middle))
+
+
+STEADY = Drift()
+
+
+def judge_over(windows: Iterable[Measurement], limit: Limit, drift: Drift = STEADY) -> Judgement:
+    """Judge whether the requests of all windows together, corrected for drift, keep a limit. UNRESOLVED if more exceed
+    it than allowed but chance explains it; PASSES if there are no requests."""
+    over, of = (sum(counts) for counts in zip((0, 0), *(_over(m, limit, drift) for m in windows), strict=True))
     if over <= (1 - limit.p) * of:
         return Judgement.PASSES
     misses = judge_share(over, of, 1 - limit.p) is Judgement.MISSES
     return Judgement.MISSES if misses else Judgement.UNRESOLVED
+
+
+def _over(window: Measurement, limit: Limit, drift: Drift) -> tuple[int, int]:
+    """Return how many requests exceed a limit without drift, unfinished ones included, and how many there are."""
+    over, of = window.over.get(limit.name, (0, 0))
+    values, bound_ms = window.latencies_ms(limit), limit.ms * drift.slower(window)
+    return over + sum(value > bound_ms for value in values) - sum(value > limit.ms for value in values), of
 
 
 class Noise(Struct, frozen=True):

@@ -9,7 +9,7 @@ from statistics import NormalDist, fmean
 from llamaherd_loadtest.limits import Limit, QualityLimit
 from llamaherd_loadtest.quality.divergence import Quality
 from llamaherd_loadtest.quantiles import ERROR, Judgement, judge_share
-from llamaherd_loadtest.tune.evidence import Record, judge_errors, judge_over, limit_noise
+from llamaherd_loadtest.tune.evidence import STEADY, Drift, Record, judge_errors, judge_over, limit_noise
 
 _MIN_ANSWERS = 8  # the spread of fewer is too uncertain
 _MARGIN = NormalDist().inv_cdf(1 - ERROR)  # standard deviations
@@ -17,7 +17,7 @@ _MARGIN = NormalDist().inv_cdf(1 - ERROR)  # standard deviations
 Excess = tuple[Limit, float, float]  # mean and standard deviation of the logarithm of a figure over its limit
 
 
-def judge(record: Record, excesses: Iterable[Excess]) -> tuple[Judgement, str]:
+def judge(record: Record, excesses: Iterable[Excess], drift: Drift = STEADY) -> tuple[Judgement, str]:
     """Return the worst judgement and its limit (or "error_rate", "failure"); UNRESOLVED if the noise is too large.
 
     Each limit is also judged by the requests of all windows together.
@@ -29,7 +29,7 @@ def judge(record: Record, excesses: Iterable[Excess]) -> tuple[Judgement, str]:
     if record.fault or record.failed_once:
         worst = (Judgement.UNRESOLVED, "failure")
     for limit, mean, sd in excesses:
-        pooled = judge_over(record.windows, limit)
+        pooled = judge_over(record.windows, limit, drift)
         if mean - _MARGIN * sd > 0 or pooled is Judgement.MISSES:
             return Judgement.MISSES, limit.name
         if mean + _MARGIN * sd > 0 or pooled is Judgement.UNRESOLVED:

@@ -6,8 +6,9 @@ P (e + s / ubatch). In a closed loop, n - 1 other prompts interrupt a request wh
     cycle = O (a + b n) + n P (e + s / ubatch)    tokens/s = n O / cycle
     TPOT = a + b n + h (n - 1) P (...) / O        TTFT = P (...) (1 + q (n - 1)) + a + b n
 
-Threads speed up a and b, or the prompt, by a power of their number; a unified KV cache multiplies b. All nine have wide
-priors: only the shape is known beforehand. See estimates for what the shape leaves out.
+Threads speed up a and b, or the prompt, by a power of their number, whose exponent falls as cores or memory bandwidth
+run out; a unified KV cache multiplies b. All eleven have wide priors: only the shape is known beforehand. See model for
+what the shape leaves out.
 """
 
 from __future__ import annotations
@@ -18,11 +19,9 @@ from typing import Any
 
 import numpy as np
 from msgspec import Struct
-from numpy.typing import NDArray
 
+from llamaherd_loadtest.tune.posterior import Array
 from llamaherd_loadtest.tune.settings import Settings
-
-Array = NDArray[np.float64]
 
 
 class Shape(Struct, frozen=True):
@@ -37,7 +36,7 @@ SHAPE = Shape()
 # Logarithms: the median guess and its standard deviation.
 _PRIOR = {
     "a": (math.log(0.02), 3.0),  # seconds
-    "b/a": (math.log(0.1), 1.2),
+    "b/a": (math.log(0.1), 1.8),  # 0.01 on GPUs, 1.6 on CPUs
     "e/b": (math.log(0.2), 1.2),
     "s/256e": (math.log(0.15), 1.0),
     "q": (math.log(0.3), 1.0),
@@ -45,39 +44,47 @@ _PRIOR = {
     "unified": (0.0, 0.15),
     "threads": (0.3, 0.3),  # the exponent
     "threads_batch": (0.6, 0.4),
+    "bend": (0.1, 0.2),  # by how much the exponent falls for each e-fold of threads
+    "bend_batch": (0.1, 0.2),
 }
+_KNOBS = [("parallel", 1.0), ("ubatch", 512.0), ("threads", 1.0), ("threads_batch", 1.0)]
 MEAN = np.array([mean for mean, _ in _PRIOR.values()])
 SD = np.array([sd for _, sd in _PRIOR.values()])
 
 
 class Physics:
-    """The settings of a space as arrays."""
+    """The settings of a space as arrays. The model ignores many knobs, so only a few rows differ."""
 
     def __init__(self, settings: Sequence[Settings], shape: Shape) -> None:
-        slots = np.array([float(s["parallel"]) for s in settings])
+        numbers = [_numbers(settings, *knob) for knob in _KNOBS]
+        unified = np.array([float(s.get("kv_unified") is True) for s in settings])
+        found, place = np.unique(np.array([*numbers, unified]), axis=1, return_inverse=True)
+        self.place = place.ravel()
+        slots, self._ubatch, threads, threads_batch, self._unified = found
         self.shape = shape
         self._n = np.minimum(slots, shape.concurrency) if shape.concurrency else slots
         self._queue = shape.concurrency / slots - 1 if shape.concurrency else 0 * slots
-        self._ubatch = _numbers(settings, "ubatch", 512.0)
-        self._unified = np.array([float(s.get("kv_unified") is True) for s in settings])
-        threads = (_numbers(settings, name, 1.0) for name in ("threads", "threads_batch"))
-        self._threads, self._threads_batch = (np.log(t / t[0]) for t in threads)
+        self._threads, self._threads_batch = np.log(threads / numbers[2][0]), np.log(threads_batch / numbers[3][0])
 
     def predict(self, theta: Array, metrics: Sequence[str], rows: Any = slice(None)) -> Array:
         """Logarithms of each metric (tokens, ttft, tpot, e2e; seconds, tokens/s) as metric x guess x row; `theta` has a
         guess per row."""
         a, b, e, s = np.exp(np.cumsum(theta[:, :4], axis=1)).T[:, :, None]
         queued, stalled = np.exp(theta[:, 4:6]).T[:, :, None]
-        unified, threads, threads_batch = theta[:, 6:].T[:, :, None]
-        n, prompt, output = self._n[rows], self.shape.prompt, self.shape.output
-        step = np.exp(-threads * self._threads[rows]) * (a + b * n * np.exp(unified * self._unified[rows]))
-        read = np.exp(-threads_batch * self._threads_batch[rows]) * prompt * (e + 256 * s / self._ubatch[rows])
+        unified, power, power_batch, bend, bend_batch = theta[:, 6:].T[:, :, None]
+        different, place = np.unique(self.place[rows], return_inverse=True)
+        n, ubatch, threads, threads_batch, one = (
+            part[different] for part in (self._n, self._ubatch, self._threads, self._threads_batch, self._unified)
+        )
+        prompt, output = self.shape.prompt, self.shape.output
+        step = np.exp((bend * threads - power) * threads) * (a + b * n * np.exp(unified * one))
+        read = np.exp((bend_batch * threads_batch - power_batch) * threads_batch) * prompt * (e + 256 * s / ubatch)
         cycle = output * step + n * read
         found = {"tokens": n * output / cycle, "tpot": step + stalled * (n - 1) * read / output}
-        found["ttft"] = read * (1 + queued * (n - 1)) + step + np.maximum(self._queue[rows], 0) * cycle
+        found["ttft"] = read * (1 + queued * (n - 1)) + step + np.maximum(self._queue[different], 0) * cycle
         found["e2e"] = found["ttft"] + output * found["tpot"]
         logs: Array = np.log(np.array([found[metric] for metric in metrics]))
-        return logs
+        return logs[:, :, place]
 
 
 def _numbers(settings: Sequence[Settings], name: str, otherwise: float) -> Array:

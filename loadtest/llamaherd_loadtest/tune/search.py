@@ -17,12 +17,14 @@ from llamaherd_loadtest.limits import Limit
 from llamaherd_loadtest.quantiles import Judgement
 from llamaherd_loadtest.tune.capacity import Capacity, find_capacity, settle
 from llamaherd_loadtest.tune.decide import MIN_GAIN, Candidate, Choice, choose
-from llamaherd_loadtest.tune.estimates import CLEAR, Estimates, Model
-from llamaherd_loadtest.tune.evidence import SLOTS, Load, Measurement, Noise, Record
+from llamaherd_loadtest.tune.estimates import Estimates
+from llamaherd_loadtest.tune.evidence import SLOTS, Drift, Load, Measurement, Noise, Record
 from llamaherd_loadtest.tune.judge import judge, judge_alone
+from llamaherd_loadtest.tune.model import Model
 from llamaherd_loadtest.tune.objective import TOKENS, Objective
 from llamaherd_loadtest.tune.pace import Calibrated, Pace, Plan
 from llamaherd_loadtest.tune.physics import SHAPE, Shape
+from llamaherd_loadtest.tune.posterior import Array
 from llamaherd_loadtest.tune.settings import Settings, label
 from llamaherd_loadtest.tune.space import needs_as_much
 
@@ -32,6 +34,8 @@ _MIN_CONFIRM = 4  # windows (A B B A), if the budget leaves time for screening
 _SCREEN_PART = 0.5  # of a confirming window: many short windows cover a large space better than few long ones
 _FITTED_FREEDOM, _MIN_FREEDOM = 8, 6  # degrees of freedom: used up by the estimates; from the prior
 _CLEAR_GAIN = 3  # times its margin: such a gain needs no more windows of the current settings
+_DOUBTS = (1.7, 1.0, 0.5)  # deviations that finalists keep from a limit: one that surely keeps it, then bolder ones
+_MAX_ESTIMATED = 1024  # random rows estimated at a step: with thousands, a step would take seconds
 _QUIET = 0.03  # noise of a window's score up to which a host is quiet
 _MAX_SLOTS = 1024
 _ARRIVALS_SHARE = 0.25  # of the time for the capacity
@@ -91,10 +95,11 @@ class Search:
         if calibrated:
             self._pace.observe(calibrated.concurrency, calibrated.request_s)
         self._plan = Plan(budget_s, self._pace, pair(candidates, load), min_rounds(load))
+        self._promising: Array = np.arange(0)
         self._tried: dict[int, None] = {}  # in the order of their first windows
-        self._excluded: set[int] = set()  # not to be measured any more
         self._max_slots = max(int(s["parallel"]) for s in candidates)
-        self._one_of_each = {in_flight(s, load): row for row, s in enumerate(candidates)}
+        self._flight = np.array([in_flight(s, load) for s in candidates])
+        self._eligible = np.ones(len(candidates), bool)  # rows that may still be measured
         self._planned_s = self._took_s = 0.0  # of valid windows
 
     def run(self) -> Choice:
@@ -105,8 +110,8 @@ class Search:
         confirm_s = max(self._budget_s * _CONFIRM_SHARE, min(_MIN_CONFIRM * cost_s, self._budget_s * 0.6))
         self._screen(self._budget_s - confirm_s)
         if self._settled(self.records[0]) and self.judge(0)[0] is Judgement.PASSES:
-            return Choice(record=self.records[0], change=False, reason="no other settings are likely to be 2% better")
-        self._confirm(finalists=max(1, min(3, int(confirm_s / cost_s) // 2)))
+            return Choice(record=self.records[0], change=False, reason="no others are likely to be better by 2%")
+        self._confirm(finalists=max(1, min(len(_DOUBTS), int(confirm_s / cost_s) // 2)))
         return self._choose()
 
     def window_s(self, settings: Settings) -> float:
@@ -114,53 +119,57 @@ class Search:
         return self._plan.window_s(in_flight(settings, self.load))
 
     def estimates(self) -> Estimates:
-        """Return estimates of the measured settings and of the most promising others from the windows so far."""
+        """Return estimates of the measured settings, of those that looked promising before, and of random others."""
         if self._estimates is None:
-            self._estimates = self._model.estimates(self._excluded)
+            others = self._rng().permutation(len(self.records))[:_MAX_ESTIMATED]
+            self._estimates = self._model.estimates(np.unique([0, *self._tried, *self._promising, *others]))
+            self._promising = self._estimates.promising()
         return self._estimates
 
     def judge(self, row: int) -> tuple[Judgement, str]:
         """Return whether a measured setting keeps the limits, and the limit that decides."""
-        return judge(self.records[row], self.estimates().excess(row))
+        estimates = self.estimates()
+        return judge(self.records[row], estimates.excess(row), Drift(estimates.drift, estimates.middle))
 
     def _screen(self, until_s: float) -> None:
         """Measure the settings that are always included, then, window by window, what may turn out best."""
         first, ahead = [*range(self._always)], list[int]()
-        while not self._failed() and (rows := self._screenable(until_s)):
-            row = rows[0] if len(rows) == 1 else next((r for r in (*ahead, *first) if r in rows), None)
+        while not self._failed() and (may := self._screenable(until_s)).any():
+            cheapest = int(np.argmin(np.where(may, self._costs_s(_SCREEN_PART), np.inf)))
+            row = cheapest if may.sum() == 1 else next((r for r in (*ahead, *first) if may[r]), None)
             if row is None:
-                row = self.estimates().next({*range(len(self.records))} - {*rows}, self._rng())
-            row = rows[0] if row is None else row
+                row = self.estimates().next(may, self._rng())
+            row = cheapest if row is None else row
             first = [r for r in first if r != row]
             self._measure("screen", row)
             ahead = self._grow()
             if not (ahead or first) and self._settled():
                 return
 
-    def _screenable(self, until_s: float) -> list[int]:
-        """Return the rows there is time for, cheapest first: the current settings until measured, then rows that can be
-        confirmed too. If the budget is short, the first other setting may use part of the time for confirming, or all
-        of it."""
-        parts = (_SCREEN_PART, 1.0)
-        costs, whole_s = ({n: self._cost_s(row, part) for n, row in self._one_of_each.items()} for part in parts)
-        out = self._excluded | {row for row in self._tried if row and self._failing(row)}
-        rows = [row for row in range(len(self.records)) if row not in out]
-        cost_s = {row: costs[in_flight(self.records[row].settings, self.load)] for row in rows}
-        rows.sort(key=cost_s.__getitem__)
+    def _screenable(self, until_s: float) -> Array:
+        """Return the rows there is time for: the current settings until measured, then rows that can be confirmed too.
+
+        If the budget is short, the first other setting may use part of the time for confirming, or all of it.
+        """
+        screened_s, whole_s = self._costs_s(_SCREEN_PART), self._costs_s()
+        current = np.arange(len(self.records)) == 0
+        may = self._eligible & ~self._failing() | current
         measured = [row for row in self._tried if self.records[row].figures]
-        if 0 not in measured:
-            return [0] if self.spent_s + cost_s[0] <= self._budget_s else []
-        if len(measured) > 1:
-            left_s = self._budget_s - until_s - self._cost_s(0)
-            return [
-                row
-                for row in rows
-                if self.spent_s + cost_s[row] <= until_s
-                and whole_s[in_flight(self.records[row].settings, self.load)] <= left_s
-            ]
         left_s = self._budget_s - self.spent_s
-        others = [row for row in rows if row and cost_s[row] <= left_s]
-        return [row for row in others if cost_s[row] + self._round_s([0, row]) <= left_s] or others[:1]
+        found: Array
+        if 0 not in measured:
+            found = current & (screened_s <= left_s)
+        elif len(measured) > 1:
+            to_confirm_s = self._budget_s - until_s - whole_s[0]
+            found = may & (self.spent_s + screened_s <= until_s) & (whole_s <= to_confirm_s)
+        else:
+            found = may & ~current & (screened_s <= left_s)
+            beside: Array = found & (whole_s[0] + 2 * screened_s <= left_s)
+            if beside.any():
+                return beside
+            if found.any():
+                found = np.arange(len(found)) == int(np.argmin(np.where(found, screened_s, np.inf)))
+        return found
 
     def _confirm(self, finalists: int) -> None:
         """Interleave as A B … B A with fresh prompts, so that a drift of the host affects all alike.
@@ -183,15 +192,19 @@ class Search:
         the best so far) to be worth a change. A noisy host uses its whole budget."""
         if self._failed() or not self.records[0].figures or (estimates := self.estimates()).noise > _QUIET:
             return False
-        rows = estimates.best(1, self._excluded) if chosen is None else [self.records.index(chosen)]
-        return bool(rows) and estimates.regret(rows[0], self._excluded, self._rng()) < MIN_GAIN
+        rows = estimates.best(1, self._eligible) if chosen is None else [self.records.index(chosen)]
+        return (
+            bool(rows)
+            and self.records[rows[0]].figures
+            and estimates.regret(rows[0], self._eligible, self._rng()) < MIN_GAIN
+        )
 
     def _grow(self) -> list[int]:
         """Add settings with twice the slots if the highest number did best, as long as they may be launched.
 
         Returns the row that differs from the best only in its slots, to be measured next.
         """
-        best = self.estimates().best(1, self._excluded) if self.records[0].figures else []
+        best = self.estimates().best(1, self._eligible) if self.records[0].figures else []
         if not best or not self.records[best[0]].figures or self._max_slots >= _MAX_SLOTS:
             return []
         settings, most = self.records[best[0]].settings, self._max_slots
@@ -199,8 +212,9 @@ class Search:
             return []
         edge = [{**r.settings, "parallel": 2 * most} for r in self.records if r.settings["parallel"] == most]
         if grown := [*filter(self._larger, edge)]:
-            self._one_of_each[in_flight(grown[0], self.load)] = len(self.records)
             self.records += map(Record, grown)
+            self._flight = np.append(self._flight, [in_flight(s, self.load) for s in grown])
+            self._eligible = np.append(self._eligible, np.ones(len(grown), bool))
             self._max_slots, self._estimates = 2 * most, None
             self._model.space([r.settings for r in self.records])
         return [row for row, r in enumerate(self.records) if r.settings == {**settings, "parallel": 2 * most}]
@@ -210,13 +224,12 @@ class Search:
         if not self.records[0].figures:
             return []
         left_s = self._budget_s - self.spent_s
-        round_s = {n: self._round_s([*current, row]) for n, row in self._one_of_each.items()}
-        unfit = {
-            row
-            for row, r in enumerate(self.records)
-            if round_s[in_flight(r.settings, self.load)] > left_s or (row in self._tried and self._failing(row))
-        }
-        found = self.estimates().best(count, {0} | unfit | self._excluded, CLEAR)
+        may = self._eligible & ~self._failing() & (self._round_s(current) + self._costs_s() <= left_s)
+        may[0] = False
+        found = list[int]()
+        for doubt in _DOUBTS[:count]:
+            found += self.estimates().best(1, may, doubt)
+            may[found] = False
         while found and self._round_s([*current, *found]) > left_s:
             found.pop()
         return found
@@ -234,10 +247,11 @@ class Search:
         if 0 not in confirmed:
             return Choice(record=current, change=False, reason="there was no time to confirm other settings")
         estimates = self.estimates()
-        candidates = [
-            Candidate(self.records[row], self.judge(row)[0], *estimates.gain(row), estimates.risk(row))
-            for row in confirmed
-        ]
+        candidates = []
+        for row in confirmed:
+            judgement, limit = self.judge(row)
+            risk = 1.0 if judgement is Judgement.MISSES and limit == "error_rate" else estimates.risk(row)
+            candidates.append(Candidate(self.records[row], judgement, *estimates.gain(row), risk))
         own = next(c for c in candidates if c.record is current)
         windows = sum(len(self.records[row].all_windows) for row in self._tried)
         noise = Noise(estimates.noise, max(_MIN_FREEDOM, windows - _FITTED_FREEDOM))
@@ -296,11 +310,11 @@ class Search:
         if not measurement.fault:
             self._model.add(row, measurement, measurement.at)
         if record.fault or (row and record.unmeasurable):  # the current settings are tried until the time is up
-            self._excluded.add(row)
+            self._eligible[row] = False
         if measurement.does_not_fit:
             for place, other in enumerate(self.records):
                 if not other.all_windows and needs_as_much(other.settings, record.settings):
-                    self._excluded.add(place)
+                    self._eligible[place] = False
                     other.ruled_out = (
                         f"not launched: needs no less memory than {label(record.settings)}, which does not fit"
                     )
@@ -323,13 +337,22 @@ class Search:
         """Seconds for one window of each of `rows`."""
         return sum(map(self._cost_s, rows))
 
+    def _costs_s(self, part: float = 1.0) -> Array:
+        """Seconds for one more window of each row."""
+        loads, of = np.unique(self._flight, return_inverse=True)
+        costs: Array = self._slower() * np.array([self._plan.cost_s(int(n), part) for n in loads])[of]
+        return costs
+
     def _cost_s(self, row: int, part: float = 1.0) -> float:
         return self._takes_s(self.records[row].settings, self.load, part)
 
     def _takes_s(self, settings: Settings, load: Load, part: float = 1.0) -> float:
         """Seconds for one more window: the plan, scaled up by the overrun of earlier windows."""
-        slower = max(1.0, self._took_s / self._planned_s) if self._planned_s else 1.0
-        return slower * self._plan.cost_s(in_flight(settings, load), part)
+        return self._slower() * self._plan.cost_s(in_flight(settings, load), part)
+
+    def _slower(self) -> float:
+        """By which factor valid windows took longer than planned; at least 1."""
+        return max(1.0, self._took_s / self._planned_s) if self._planned_s else 1.0
 
     def _over(self, until_s: float, settings: Settings, load: Load) -> bool:
         return self.spent_s + self._takes_s(settings, load) > until_s
@@ -338,9 +361,11 @@ class Search:
         """Whether the current settings do not work, so that others cannot be compared with them."""
         return bool(self.records[0].fault)
 
-    def _failing(self, row: int) -> bool:
-        """Whether no window of any settings was valid since this row failed: the cause may persist."""
-        return self.records[row].failed_after == self._valid
+    def _failing(self) -> Array:
+        """Rows since whose last failure no window of any settings was valid: the cause may persist."""
+        failing = np.zeros(len(self.records), bool)
+        failing[[row for row in self._tried if self.records[row].failed_after == self._valid]] = True
+        return failing
 
 
 def in_flight(settings: Settings, load: Load) -> int:
