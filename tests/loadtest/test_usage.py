@@ -91,6 +91,7 @@ def test_a_servers_log_tells_what_its_prompts_share_and_no_text(tmp_path: Path) 
             messages = [{"role": "system", "content": system}, {"role": "user", "content": f"Secret {question}?"}]
             body: dict[str, Any] = {"messages": messages, "max_tokens": 2}
             httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
+        assert server.terminate() == 0  # the last line follows the answer
     log = server.log.read_text()
     assert "Secret" not in log and "camelid" not in log
     (tmp_path / "log.jsonl").write_text(log)
