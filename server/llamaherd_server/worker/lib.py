@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 WARN, ERROR, CONTINUED = 3, 4, 5  # ggml_log_level
@@ -23,9 +22,7 @@ def load() -> Any:
         spec = importlib.util.find_spec("llama_cpp")
         if spec is None:
             raise ImportError("llama-cpp-python is not installed")
-        package = ModuleType("llama_cpp")
-        package.__path__ = list(spec.submodule_search_locations or [])
-        sys.modules["llama_cpp"] = package
+        sys.modules["llama_cpp"] = importlib.util.module_from_spec(spec)
     lib = importlib.import_module("llama_cpp.llama_cpp")
     _load_backends(lib._lib)
     return lib
