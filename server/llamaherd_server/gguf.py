@@ -41,6 +41,12 @@ FULL_ATTENTION_INTERVAL = dict.fromkeys(("qwen3next", "qwen35", "qwen35moe"), 4)
 CONTEXT_SHARE, MIN_SHARED_CTX, MIN_CTX = 0.7, 16384, 2048
 # Maximum drafted tokens of all sequences in a step, unless a single sequence may have more.
 MAX_DRAFTED = 64
+# Maximum drafted tokens of a sequence with a recurrent state, which is kept once more for each of them; and the
+# architectures whose state llama.cpp can roll back (llm_arch_supports_rs_rollback in 0.3.36).
+MAX_ROLLBACK = 4
+ROLLS_BACK = {"bailingmoe3", "deepseek4", "glm5-next", "kimi-k3", "lfm2", "lfm2moe"} | {
+    *("nemotron_h", "nemotron_h_moe", "qwen35", "qwen35moe", "qwen4exp"),
+}
 # Bytes per element of a KV cache: block bytes / block length, from ggml's type traits.
 KV_BYTES = {
     **{"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32},
@@ -325,7 +331,8 @@ def kv_bytes(model: Shape, settings: Mapping[str, Any]) -> float:
     cells, parallel = kv_cells(settings), int(settings["parallel"])
     streams = 1 if settings["kv_unified"] else parallel
     sliding = min(cells, streams * _padded(model.window * parallel // streams + int(settings["ubatch"])))
-    total = 4.0 * model.state * sum(model.recurrent) * parallel
+    states = 1 + _rollback(model, settings)
+    total = 4.0 * model.state * sum(model.recurrent) * parallel * states
     for layer, heads in enumerate(model.kv_heads):
         per_head = model.key_lengths[layer] * key_bytes + model.value_lengths[layer] * value_bytes
         total += per_head * heads * (sliding if model.slides[layer] else cells)
@@ -360,6 +367,12 @@ def drafted(settings: Mapping[str, Any]) -> int:
     """Return the maximum number of drafted tokens in a step, each of which needs a row of logits."""
     drafts = settings.get("speculative", "off") != "off"
     return max(int(settings["speculative_depth"]), MAX_DRAFTED) if drafts else 0
+
+
+def _rollback(model: Shape, settings: Mapping[str, Any]) -> int:
+    """Return how many earlier recurrent states of a sequence are kept."""
+    kept = model.architecture in ROLLS_BACK and drafted(settings)
+    return min(int(settings["speculative_depth"]), MAX_ROLLBACK) if kept else 0
 
 
 def with_context(model: Shape, settings: Mapping[str, Any], memory_bytes: float) -> dict[str, Any]:

@@ -137,6 +137,16 @@ def test_layers_that_keep_less_of_the_context_count_so(gguf_info: ModuleType, ki
     assert computed == pytest.approx(sizes["KV"] + sizes.get("RS", 0), rel=0.1)
 
 
+def test_drafts_keep_further_recurrent_states(gguf: ModuleType) -> None:
+    shape = gguf.shape(gguf.read_header(RandomModel("hybrid", layers=6, width=128).path()))
+    off, two, many = (
+        gguf.kv_bytes(shape, SETTINGS | {"speculative": kind, "speculative_depth": depth})
+        for kind, depth in (("off", 2), ("ngram", 2), ("ngram", 32))
+    )
+    states = 4 * 4 * 2 * 128 * SETTINGS["parallel"]  # f32, four layers that convolve, two tokens back
+    assert (two - off, many - off) == (2 * states, gguf.MAX_ROLLBACK * states)
+
+
 def test_layers_by_architecture(gguf: ModuleType) -> None:
     """By llama.cpp's hyperparameters: MLA, recurrent layers by interval, and layers that use others' cells."""
     base = {"block_count": 8, "embedding_length": 256, "context_length": 512, "attention.head_count": 4}

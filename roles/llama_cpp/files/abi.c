@@ -137,6 +137,7 @@ static int32_t(*const check_llama_model_n_embd_out)(const struct llama_model * m
 static uint64_t(*const check_llama_model_n_params)(const struct llama_model * model) = llama_model_n_params;
 static int32_t(*const check_llama_model_n_swa)(const struct llama_model * model) = llama_model_n_swa;
 static uint64_t(*const check_llama_model_size)(const struct llama_model * model) = llama_model_size;
+static uint32_t(*const check_llama_n_rs_seq)(const struct llama_context * ctx) = llama_n_rs_seq;
 static void(*const check_llama_numa_init)(enum ggml_numa_strategy numa) = llama_numa_init;
 static const char *(*const check_llama_print_system_info)(void) = llama_print_system_info;
 static void(*const check_llama_sampler_accept)( struct llama_sampler * smpl, llama_token token) = llama_sampler_accept;

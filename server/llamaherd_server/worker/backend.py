@@ -30,7 +30,7 @@ class Backend(Protocol):
 
     `cuts`: a slot can be truncated to any length; otherwise only to lengths that `keeps` accepts and to checkpoints.
     `chains`: part of a slot can be saved, and loaded after other parts. `stops`: a step can be aborted.
-    `most_drafted`: the maximum number of drafted tokens in a batch.
+    `draft_depth`, `most_drafted`: the maximum number of drafted tokens of a sequence and in a batch.
     """
 
     settings: EngineSettings
@@ -39,6 +39,7 @@ class Backend(Protocol):
     cuts: bool
     chains: bool
     stops: bool
+    draft_depth: int
     most_drafted: int
 
     @property
@@ -71,6 +72,9 @@ class Backend(Protocol):
 
     def forget(self, slot: int, start: int = 0) -> None:
         """Drop a slot's cells from position `start` on."""
+
+    def reject(self, slot: int, length: int) -> None:
+        """Drop the end of a draft, from `length` on, that the last batch added. Raises DecodeFailed."""
 
     def share(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of slot `source` to the empty slot `target`."""

@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 from msgspec.structs import asdict
 
-from llamaherd_server.gguf import drafted
+from llamaherd_server.gguf import MAX_ROLLBACK, drafted
 from llamaherd_server.wire.engine_settings import EngineSettings
+from llamaherd_server.wire.errors import DecodeFailed
 from llamaherd_server.wire.protocol import TokenLogprob
 from llamaherd_server.worker.backend import Part
 from llamaherd_server.worker.batch import Batch
@@ -47,9 +48,14 @@ class Context:
         self.chains = settings.kv_unified and not model.window and slots < MAX_SEQUENCES
         self._spare = slots
         sequences = slots + self.chains
-        self.most_drafted = 0 if model.recurrent else drafted(asdict(settings))
+        self.most_drafted = drafted(asdict(settings))
+        depth = settings.speculative_depth if self.most_drafted else 0
+        rollback = min(depth, MAX_ROLLBACK) if model.recurrent else 0
         outputs = sequences + self.most_drafted
-        self._handle = new_context(model, settings, n_seq_max=sequences, n_outputs_max=outputs)
+        self._handle = new_context(model, settings, n_seq_max=sequences, n_outputs_max=outputs, n_rs_seq=rollback)
+        # of a recurrent state 0, unless llama.cpp can roll back its architecture
+        self.draft_depth = int(lib.llama_n_rs_seq(self._handle)) if model.recurrent else depth
+        self._rolled_back: set[int] = set()  # slots whose rollback takes effect in their next step
         self.stops = not model.recurrent
         if self.stops:  # aborting a step would corrupt a recurrent state
             interrupt.watch(self._handle)
@@ -59,10 +65,12 @@ class Context:
         slides = self._memory and self._state_size(0, WHOLE) > self._state_size(0, PARTIAL)
         self._window = model.window if slides else 0
         self.cuts = not (model.recurrent or self._window)
+        if self._window and not settings.kv_unified:  # a draft in several ubatches would overwrite cells of the window
+            self.draft_depth = 0
         self._samplers = Samplers(model, self._handle, slots)
         self.least_shared = 1 if settings.kv_unified else MIN_COPIED_TOKENS
         self.drafts: DraftContext | None = None
-        if settings.speculative == "draft" and model.draft and self.cuts:
+        if settings.speculative == "draft" and model.draft and self.draft_depth:
             try:  # `swa_full` keeps all cells, so that rejected drafts can be cut off
                 own = new_context(model.draft, settings, n_seq_max=slots, n_outputs_max=slots, swa_full=True)
             except DoesNotFit:
@@ -90,6 +98,7 @@ class Context:
 
     def decode(self, shares: list[Share]) -> int:
         self._batch.fill(shares)
+        self._rolled_back.difference_update(sequence.slot for sequence, _ in shares)
         longest, count = max(shares, key=lambda share: share[1])
         preemptible = sum(count for one, count in shares if one.request.preemptible and count > 1)
         self._interrupt.preemptible = 2 * preemptible > self._batch.native.n_tokens
@@ -120,7 +129,14 @@ class Context:
     def forget(self, slot: int, start: int = 0) -> None:
         self._lib.llama_memory_seq_rm(self._memory, slot, start, -1)
 
+    def reject(self, slot: int, length: int) -> None:
+        if not self._truncate(slot, length):
+            raise DecodeFailed(f"llama.cpp cannot drop a rejected draft after position {length}")
+        if self._model.recurrent:
+            self._rolled_back.add(slot)
+
     def share(self, source: int, target: int, length: int) -> None:
+        self._settle(source)
         if self.settings.kv_unified:
             self._lib.llama_memory_seq_cp(self._memory, source, target, 0, length)
         elif self._window:  # seq_cp takes effect in the next step, and would overwrite a checkpoint loaded before
@@ -139,6 +155,7 @@ class Context:
     def save_part(self, slot: int, start: int, buffer: Callable[[int], Any]) -> int:
         if not start:
             return self._write(slot, WHOLE, buffer)
+        self._settle(slot)
         self._lib.llama_memory_seq_cp(self._memory, slot, self._spare, start, -1)
         try:
             return self._write(self._spare, WHOLE, buffer)
@@ -171,6 +188,12 @@ class Context:
             return self.held(slot) == length
         oldest = int(self._lib.llama_memory_seq_pos_min(self._memory, slot))
         return oldest <= max(0, length - self._window)
+
+    def _settle(self, slot: int) -> None:
+        """Make a recurrent state that was rolled back the slot's own: llama.cpp copies the one before, until a step."""
+        if slot in self._rolled_back:
+            self._rolled_back.remove(slot)
+            self._load_state(slot, self.checkpoint(slot), PARTIAL)
 
     def _truncate(self, slot: int, length: int) -> bool:
         return bool(self._lib.llama_memory_seq_rm(self._memory, slot, length, -1))

@@ -102,6 +102,11 @@ class KvCache:
         self._release(slot, length)
         return length if kept or self._rewind(slot, length) else 0
 
+    def reject(self, slot: Slot, length: int) -> None:
+        """Drop the end of a draft, from `length` on, that the last batch added."""
+        self._backend.reject(slot.number, length)
+        self._release(slot, length)
+
     def load(self, slot: Slot, parts: list[Part], back: bytes | None, checkpoints: list[Checkpoint]) -> bool:
         """Load saved parts into the empty slot. Returns False and leaves it empty if the backend rejects them."""
         if not self._backend.load_parts(slot.number, parts, back):

@@ -304,7 +304,7 @@ class Scheduler:
                 self._emit(sequence, None if row is None else row + at, token)
         sequence.computed = max(sequence.computed, len(sequence.tokens) - 1)
         if slot.length > sequence.computed:  # the rejected part of the draft
-            self._kv.cut(slot, sequence.computed)
+            self._kv.reject(slot, sequence.computed)
 
     def _emit(self, sequence: Sequence, row: int | None, token: int) -> None:
         sequence.append(token)

@@ -165,14 +165,14 @@ class Speculation:
 
     def attach(self, backend: Backend) -> None:
         """Continue on another context."""
-        self._settings = backend.settings
         self._times = StepTimes()
-        self._on = backend.settings.speculative != "off" and backend.cuts
+        self._on = backend.draft_depth > 0
         self._adapts = backend.settings.speculative in ("auto", "draft")
         self._source: Source = backend.drafts or Lookups()
         # A draft model's savings go to the common pool, which pays for reading the next prompts.
         self._max_saved, self._max_pool = (0.0, MAX_MODEL_POOL) if backend.drafts else (MAX_SAVED, MAX_POOL)
         self._pool = self._max_pool
+        self._depth = backend.draft_depth
         self._room = min(backend.most_drafted, (backend.settings.ubatch - backend.settings.parallel) // 2)
 
     def draft(self, running: list[Sequence], free: int) -> None:
@@ -200,7 +200,7 @@ class Speculation:
         if sequence.sampler.can_be_late:
             return 0
         drafter = sequence.drafter = sequence.drafter or Drafter()
-        most = min(self._settings.speculative_depth, sequence.limit - len(sequence.tokens) - 1)
+        most = min(self._depth, sequence.limit - len(sequence.tokens) - 1)
         if not self._adapts:
             return most
         affordable = int((drafter.saved + self._pool) / max(cost, self._step_cost))

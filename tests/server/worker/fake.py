@@ -88,6 +88,7 @@ class FakeContext:
     ) -> None:
         self.settings = settings
         self.most_drafted = drafted(asdict(settings))
+        self.draft_depth = settings.speculative_depth if self.most_drafted else 0
         self.drafts: Source | None = FakeDrafts() if settings.speculative == "draft" else None
         self.size = cells if settings.kv_unified else cells * settings.parallel
         self.least_shared = 1 if settings.kv_unified else 4
@@ -129,7 +130,7 @@ class FakeContext:
             end = sequence.computed + min(count, left)
             known = [*sequence.tokens, *sequence.draft]
             assert sequence.computed + count <= len(known)
-            assert not sequence.draft or (self.cuts and sequence.computed + count == len(known))
+            assert not sequence.draft or sequence.computed + count == len(known)
             cells += [Cell(token) for token in known[sequence.computed : end]]
             left -= min(count, left)
             assert self.settings.kv_unified or len(cells) <= self._per_slot
@@ -180,6 +181,11 @@ class FakeContext:
         assert self.cuts or start == 0 or start >= len(self.slots[slot])
         self._overshot.discard(slot)
         del self.slots[slot][start:]
+
+    def reject(self, slot: int, length: int) -> None:
+        (added,) = [count for one, count in self.batches[-1] if one.slot == slot]
+        assert 0 < len(self.slots[slot]) - length < added
+        del self.slots[slot][length:]
 
     def share(self, source: int, target: int, length: int) -> None:
         assert self.slots[target] == []

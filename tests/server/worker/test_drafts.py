@@ -185,9 +185,9 @@ def test_a_text_that_repeats_itself_takes_fewer_steps() -> None:
     assert max(steps["ngram"], steps["auto"]) < 20
 
 
-def test_a_model_that_cannot_be_cut_back_drafts_nothing() -> None:
+def test_a_model_that_cannot_drop_rejected_tokens_drafts_nothing() -> None:
     context = FakeContext(EngineSettings(speculative="ngram"), 1000)
-    context.cuts = False
+    context.cuts, context.draft_depth = False, 0
     scheduler = Scheduler(context)
     scheduler.add(sequence(1, [1, 2, 2, 2, 2], 40))
     while not scheduler.idle:

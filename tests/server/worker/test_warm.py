@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from llamaherd_server.wire.engine_settings import EngineSettings
-from llamaherd_server.wire.protocol import Finished, Generate, Sampling, Started, WorkerConfig
+from llamaherd_server.wire.protocol import Finished, Generate, Sampling, Started, Step, WorkerConfig
 from llamaherd_server.worker import arena
 from llamaherd_server.worker.context import Context
 from llamaherd_server.worker.intake import fit, sequence_of
@@ -24,6 +26,7 @@ from llamaherd_server.worker.prompt_files import store
 from llamaherd_server.worker.prompts import PromptCache
 from llamaherd_server.worker.scheduler import Scheduler
 from llamaherd_server.worker.sequence import Sequence
+from llamaherd_server.worker.speculation import Wanted
 from tests.random_models import Kind, RandomModel
 
 CHATS, SLOTS, ROOM, NEW = 6, 2, 1536, 6
@@ -39,6 +42,31 @@ def random_model(request: pytest.FixtureRequest) -> Model:
     return Model(lib, Log(lib), WorkerConfig(path=str(path), settings=EngineSettings()), lambda _: None)
 
 
+class Guesses:
+    """Drafts that are right up to a random place, by a context of their own that keeps nothing."""
+
+    catch_up_s = drafting_s = 0.0
+
+    def __init__(self, model: Model, settings: EngineSettings) -> None:
+        self._model, self._random = model, random.Random(2)
+        own = Interrupt(model.lib, model.log)  # not stopped with the steps
+        self._context = Context(model, replace(settings, parallel=1, speculative="off"), own)
+
+    def propose(self, wanted: list[Wanted], room: int, worth: float, budget_s: float) -> None:
+        for sequence, most in wanted:
+            right = self._random.randrange(most + 1)
+            sequence.draft = self._greedy(sequence.tokens, right) + [OPENER] * (most - right)
+
+    def _greedy(self, tokens: list[int], count: int) -> list[int]:
+        answer: list[int] = []
+        for logits in cold_logits(self._context, self._model, tokens, answer, count):
+            answer.append(int(np.argmax(logits)))  # noqa: PERF401 (cold_logits reads it meanwhile)
+        return answer
+
+    def close(self) -> None:
+        self._context.close()
+
+
 @dataclass
 class Herd:
     """A scheduler that can lose its worker's part, or all but the files."""
@@ -46,14 +74,19 @@ class Herd:
     model: Model
     settings: EngineSettings
     folder: Path
-    cached = 0
+    cached = drafted = accepted = 0
 
     def __post_init__(self) -> None:
         self.size = 64 << 20
         self.fd = arena.create(self.size)
         self.interrupt = Interrupt(self.model.lib, self.model.log)
-        self.context = Context(self.model, self.settings, self.interrupt)
+        self.open()
         self.start()
+
+    def open(self) -> None:
+        self.context = Context(self.model, self.settings, self.interrupt)
+        if self.context.draft_depth:
+            self.context.drafts = Guesses(self.model, self.settings)  # type: ignore[assignment]
 
     def start(self) -> None:
         """As a worker does, over what is there."""
@@ -62,7 +95,7 @@ class Herd:
 
     def lose_worker(self) -> None:
         self.context.close()
-        self.context = Context(self.model, self.settings, self.interrupt)
+        self.open()
         self.start()
 
     def restart(self) -> None:
@@ -75,8 +108,14 @@ class Herd:
         self.scheduler.preempt_all(keep=True)
         self.context.close()
         self.settings = settings
-        self.context = Context(self.model, settings, self.interrupt)
+        self.open()
         self.scheduler.attach(self.context)
+
+    def step(self) -> Step:
+        step = self.scheduler.step()
+        self.drafted = max(self.drafted, step.stats.drafted_tokens)
+        self.accepted = max(self.accepted, step.stats.accepted_tokens)
+        return step
 
     def add(self, prompt: list[int]) -> Sequence:
         request = Generate(id=len(prompt), prompt=prompt, max_tokens=NEW, sampling=Sampling(temperature=0))
@@ -88,7 +127,7 @@ class Herd:
 
     def finish(self) -> None:
         while not self.scheduler.settled:
-            for event in self.scheduler.step().events:
+            for event in self.step().events:
                 if isinstance(event, Started):
                     self.cached += event.cached_tokens
                 assert isinstance(event, Finished) or not hasattr(event, "code")
@@ -109,6 +148,7 @@ def messages(generator: random.Random, count: int, longest: int) -> list[int]:
     ("more", "tolerance"),
     [
         pytest.param({"flash_attention": "off"}, 0.02, id="f16"),
+        pytest.param({"flash_attention": "off", "speculative": "draft", "speculative_depth": 4}, 0.02, id="drafts"),
         pytest.param({"flash_attention": "on", "kv_type_k": "q8_0", "kv_type_v": "q8_0"}, 0.5, id="q8_0"),
     ],
 )
@@ -133,12 +173,12 @@ def test_answers_are_the_same_warm_and_cold(
             if generator.random() < 0.4:  # beside another one, that goes away or stops the step
                 other = herd.add([*chats[number - 1], *messages(generator, 1, 40)])
                 if generator.random() < 0.5:
-                    herd.scheduler.step()
+                    herd.step()
                     herd.scheduler.cancel(other.id)
                 stops.append(threading.Timer(generator.random() / 50, herd.interrupt.set))
                 stops[-1].start()
             if generator.random() < 0.2:
-                herd.scheduler.step()
+                herd.step()
                 herd.reconfigure(settings)
             herd.finish()
             for sequence, which in running:
@@ -149,11 +189,13 @@ def test_answers_are_the_same_warm_and_cold(
         stop.join()
     herd.interrupt.clear()  # one may have come after the last step
     assert herd.cached > sum(len(prompt) for prompt, _ in answers) / 2
+    if herd.context.draft_depth:
+        assert 0 < herd.accepted < herd.drafted
     herd.context.close()
     os.close(herd.fd)
     cold = Context(random_model, settings, herd.interrupt)
     for prompt, answer in answers:
-        for token, logits in zip(answer, cold_logits(cold, random_model, prompt, answer), strict=True):
+        for token, logits in zip(answer, cold_logits(cold, random_model, prompt, answer, len(answer)), strict=True):
             assert max(logits) - logits[token] <= tolerance
     cold.close()
 
@@ -176,14 +218,16 @@ class Alone:
         return self
 
 
-def cold_logits(context: Context, model: Model, prompt: list[int], answer: list[int]) -> Iterator[list[float]]:
-    """Those from which each token of `answer` is taken, where nothing is warm."""
+def cold_logits(
+    context: Context, model: Model, prompt: list[int], answer: list[int], count: int
+) -> Iterator[list[float]]:
+    """Those from which each of the first `count` tokens of `answer` is taken, where nothing is warm."""
     context.forget(0)
     alone = Alone([*prompt])
-    for token in answer:
+    for number in range(count):
         while alone.pending:
-            count = min(alone.pending, context.settings.batch)
-            assert context.decode([(alone, count)]) == 0  # type: ignore[list-item]
-            alone.computed += count
+            share = min(alone.pending, context.settings.batch)
+            assert context.decode([(alone, share)]) == 0  # type: ignore[list-item]
+            alone.computed += share
         yield model.lib.llama_get_logits_ith(context._handle, -1)[: model.n_vocab]
-        alone.tokens.append(token)
+        alone.tokens.append(answer[number])
