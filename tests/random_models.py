@@ -58,8 +58,8 @@ class RandomModel:
 
 
 class _Writer(gguf.GGUFWriter):
-    def __init__(self, model: RandomModel, source: Path, target: Path) -> None:
-        super().__init__(target, ARCHITECTURES[model.kind])
+    def __init__(self, model: RandomModel, source: Path, target: Path, architecture: str | None = None) -> None:
+        super().__init__(target, architecture or ARCHITECTURES[model.kind])
         self._model = model
         self._random = np.random.default_rng(1)
         self._tokens = self._copy_tokenizer(gguf.GGUFReader(source))

@@ -114,7 +114,6 @@ def engine_mistakes(served: Sequence[Mapping[str, Any]]) -> list[str]:
     for model in served:
         drafts = model.get("settings", {}).get("speculative")
         needing = [key for key in ("mmproj", "extra_args") if model.get(key)]
-        needing += ["speculative mtp"] if drafts == "mtp" else []
         if model["engine"] == "embedded":
             remedy = "needs the engine llama-server; change embedded where it is set, which may be tuned.yml"
             found += [f"model {model['name']}: {key} {remedy}" for key in needing]

@@ -354,13 +354,16 @@ def compute_bytes(model: Shape, settings: Mapping[str, Any]) -> int:
     """Return the size of llama.cpp's compute buffer for one ubatch and its logits; within 5 % of 0c1e570 on CPU.
 
     It consists of activations, the attention mask over one stream's context (f16 with flash attention, otherwise f32),
-    and without flash attention the scores of every head.
+    and without flash attention the scores of every head. An MTP head has a buffer of its own.
     """
     parallel, ubatch = int(settings["parallel"]), int(settings["ubatch"])
     context = kv_cells(settings) // (1 if settings["kv_unified"] else parallel)
     flash = settings["flash_attention"] != "off"
     per_token = 4 * (3 * model.n_ff + 4 * model.n_embd) + context * (2 if flash else 4 * (model.n_heads + 1))
-    return ubatch * per_token + 4 * (parallel + drafted(settings)) * model.n_vocab
+    computed = ubatch * per_token + 4 * (parallel + drafted(settings)) * model.n_vocab
+    if settings.get("speculative") == "mtp":  # the head's context, and the states that it reads
+        computed += ubatch * per_token + 4 * parallel * model.n_vocab + 8 * int(settings["batch"]) * model.n_embd
+    return computed
 
 
 def drafted(settings: Mapping[str, Any]) -> int:

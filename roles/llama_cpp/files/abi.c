@@ -89,6 +89,7 @@ _Static_assert(GGML_TYPE_Q4_1 == 3, "GGML_TYPE_Q4_1");
 _Static_assert(GGML_TYPE_Q5_0 == 6, "GGML_TYPE_Q5_0");
 _Static_assert(GGML_TYPE_Q5_1 == 7, "GGML_TYPE_Q5_1");
 _Static_assert(GGML_TYPE_Q8_0 == 8, "GGML_TYPE_Q8_0");
+_Static_assert(LLAMA_CONTEXT_TYPE_MTP == 1, "LLAMA_CONTEXT_TYPE_MTP");
 _Static_assert(LLAMA_FLASH_ATTN_TYPE_AUTO == -1, "LLAMA_FLASH_ATTN_TYPE_AUTO");
 _Static_assert(LLAMA_FLASH_ATTN_TYPE_DISABLED == 0, "LLAMA_FLASH_ATTN_TYPE_DISABLED");
 _Static_assert(LLAMA_FLASH_ATTN_TYPE_ENABLED == 1, "LLAMA_FLASH_ATTN_TYPE_ENABLED");
@@ -134,6 +135,7 @@ static uint32_t(*const check_llama_model_n_cls_out)(const struct llama_model * m
 static int32_t(*const check_llama_model_n_ctx_train)(const struct llama_model * model) = llama_model_n_ctx_train;
 static int32_t(*const check_llama_model_n_embd)(const struct llama_model * model) = llama_model_n_embd;
 static int32_t(*const check_llama_model_n_embd_out)(const struct llama_model * model) = llama_model_n_embd_out;
+static int32_t(*const check_llama_model_n_layer_nextn)(const struct llama_model * model) = llama_model_n_layer_nextn;
 static uint64_t(*const check_llama_model_n_params)(const struct llama_model * model) = llama_model_n_params;
 static int32_t(*const check_llama_model_n_swa)(const struct llama_model * model) = llama_model_n_swa;
 static uint64_t(*const check_llama_model_size)(const struct llama_model * model) = llama_model_size;

@@ -179,9 +179,8 @@ class ServedModel(ModelSettings):
     @model_validator(mode="after")
     def _has_its_engine(self) -> Self:
         drafts = self.engine.settings.speculative
-        needing = {"mmproj": self.mmproj, 'speculative = "mtp"': drafts == "mtp"}
-        if self.engine.kind != "llama-server" and (found := next((name for name, has in needing.items() if has), None)):
-            raise ValueError(f'{found} needs kind = "llama-server" in the engine table')
+        if self.engine.kind != "llama-server" and self.mmproj:
+            raise ValueError('mmproj needs kind = "llama-server" in the engine table')
         if drafts == "draft" and not self.draft:
             raise ValueError('speculative = "draft" needs draft: the GGUF of a smaller model of the same vocabulary')
         return self

@@ -8,7 +8,7 @@ from msgspec import Meta, Struct, field
 
 EngineKind = Literal["embedded", "llama-server"]
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
-Speculative = Literal["off", "ngram", "auto", "draft", "mtp"]  # the last for llama-server alone
+Speculative = Literal["off", "ngram", "auto", "draft", "mtp"]
 
 
 def _within(low: int, high: int, description: str) -> Meta:
@@ -46,7 +46,7 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     threads_batch: Annotated[int, _within(0, 512, "Number of threads for prompts. 0 chooses one for the host.")] = 0
     speculative: Annotated[
         Speculative,
-        Meta(description="By repeats, a draft model or MTP heads."),
+        Meta(description="By repeats, a draft model or an MTP head."),
     ] = "off"
     speculative_depth: Annotated[int, _within(1, 256, "Most tokens drafted for a sequence in a step.")] = 32
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec.structs import asdict
@@ -14,7 +14,7 @@ from llamaherd_server.gguf import MAX_ROLLBACK, drafted
 from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.wire.errors import DecodeFailed
 from llamaherd_server.wire.protocol import TokenLogprob
-from llamaherd_server.worker.backend import Part
+from llamaherd_server.worker.backend import DONE, Part
 from llamaherd_server.worker.batch import Batch
 from llamaherd_server.worker.draft_context import DraftContext
 from llamaherd_server.worker.draft_model import DraftModel
@@ -24,6 +24,9 @@ from llamaherd_server.worker.model import Model
 from llamaherd_server.worker.samplers import Samplers, outcome
 from llamaherd_server.worker.sequence import Drawn, Row, Sequence, Share
 from llamaherd_server.worker.weights import ModelError
+
+if TYPE_CHECKING:
+    from llamaherd_server.worker.mtp_context import MtpContext
 
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}  # ggml_type
 FLASH = {"auto": -1, "off": 0, "on": 1}
@@ -69,14 +72,28 @@ class Context:
             self.draft_depth = 0
         self._samplers = Samplers(model, self._handle, slots)
         self.least_shared = 1 if settings.kv_unified else MIN_COPIED_TOKENS
-        self.drafts: DraftContext | None = None
+        self.drafts: DraftContext | MtpContext | None = None
+        self._mtp: MtpContext | None = None
+        try:
+            self._open_drafts()
+        except DoesNotFit:
+            self.close()
+            raise
+
+    def _open_drafts(self) -> None:
+        settings, model, slots = self.settings, self._model, self.settings.parallel
         if settings.speculative == "draft" and model.draft and self.draft_depth:
-            try:  # `swa_full` keeps all cells, so that rejected drafts can be cut off
-                own = new_context(model.draft, settings, n_seq_max=slots, n_outputs_max=slots, swa_full=True)
-            except DoesNotFit:
-                self.close()
-                raise
+            # `swa_full` keeps all cells, so that rejected drafts can be cut off
+            own = new_context(model.draft, settings, n_seq_max=slots, n_outputs_max=slots, swa_full=True)
             self.drafts = DraftContext(model.draft, own, settings, model)
+        if settings.speculative == "mtp" and self.draft_depth:
+            if not model.mtp:
+                raise DoesNotFit("speculative mtp needs the model's MTP heads, which only a start with mtp loads")
+            from llamaherd_server.worker.mtp_context import MtpContext  # noqa: PLC0415 (numpy, 25 MiB)
+
+            kind = self._lib.LLAMA_CONTEXT_TYPE_MTP
+            own = new_context(model, settings, n_seq_max=slots, n_outputs_max=slots, swa_full=True, ctx_type=kind)
+            self.drafts = self._mtp = MtpContext(model, own, self._handle, settings, self.draft_depth)
 
     def close(self) -> None:
         if self.drafts:
@@ -103,7 +120,10 @@ class Context:
         preemptible = sum(count for one, count in shares if one.request.preemptible and count > 1)
         self._interrupt.preemptible = 2 * preemptible > self._batch.native.n_tokens
         self._interrupt.mostly_for = longest.request.id if 2 * count > self._batch.native.n_tokens else None
-        return int(self._lib.llama_decode(self._handle, self._batch.native))
+        result = int(self._lib.llama_decode(self._handle, self._batch.native))
+        if self._mtp and result == DONE:
+            self._mtp.follow(shares)
+        return result
 
     def held(self, slot: int) -> int:
         return int(self._lib.llama_memory_seq_pos_max(self._memory, slot)) + 1
@@ -127,7 +147,7 @@ class Context:
         return token in self._model.eog_tokens
 
     def forget(self, slot: int, start: int = 0) -> None:
-        self._lib.llama_memory_seq_rm(self._memory, slot, start, -1)
+        self._truncate(slot, start)
 
     def reject(self, slot: int, length: int) -> None:
         if not self._truncate(slot, length):
@@ -139,6 +159,8 @@ class Context:
         self._settle(source)
         if self.settings.kv_unified:
             self._lib.llama_memory_seq_cp(self._memory, source, target, 0, length)
+            if self._mtp:
+                self._mtp.share(source, target, length)
         elif self._window:  # seq_cp takes effect in the next step, and would overwrite a checkpoint loaded before
             self.restore(target, self.save(source))
             self.forget(target, length)
@@ -196,6 +218,8 @@ class Context:
             self._load_state(slot, self.checkpoint(slot), PARTIAL)
 
     def _truncate(self, slot: int, length: int) -> bool:
+        if self._mtp:
+            self._mtp.cut(slot, length)
         return bool(self._lib.llama_memory_seq_rm(self._memory, slot, length, -1))
 
     def _discard(self, slot: int) -> bool:

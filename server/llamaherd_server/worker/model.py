@@ -53,8 +53,12 @@ class Model(Vocabulary):
         self.forkserver = Forkserver(path)
         self.log = log
         placement, overrides = self.fit
-        handle = load_weights(lib, log, path, placement, progress, weights=weights, overrides=overrides)
+        self.mtp = config.settings.speculative == "mtp"  # whether its head for further tokens is loaded
+        more = {"weights": weights, "mtp": self.mtp}
+        handle = load_weights(lib, log, path, placement, progress, overrides=overrides, **more)
         super().__init__(lib, handle)
+        if self.mtp and (heads := int(lib.llama_model_n_layer_nextn(handle))) != 1:
+            raise ModelError(f"speculative mtp: {path} has {heads} MTP heads, not one: choose another kind of drafts")
         if self.draft:
             self.draft.check_vocabulary(self)
         # Neither can be cut back: a recurrent state, nor a sliding window (in tokens) whose old cells are overwritten.

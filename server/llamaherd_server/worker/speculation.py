@@ -167,7 +167,7 @@ class Speculation:
         """Continue on another context."""
         self._times = StepTimes()
         self._on = backend.draft_depth > 0
-        self._adapts = backend.settings.speculative in ("auto", "draft")
+        self._adapts = backend.settings.speculative in ("auto", "draft", "mtp")
         self._source: Source = backend.drafts or Lookups()
         # A draft model's savings go to the common pool, which pays for reading the next prompts.
         self._max_saved, self._max_pool = (0.0, MAX_MODEL_POOL) if backend.drafts else (MAX_SAVED, MAX_POOL)

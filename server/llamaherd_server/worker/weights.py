@@ -41,12 +41,13 @@ def load_weights(
     progress: Callable[[float], None],
     *,
     weights: bool = True,
+    mtp: bool = False,
     overrides: Iterable[tuple[str, str]] = (),
 ) -> Any:
-    """Return a llama_model of the GGUF at `path`; without `weights` it computes nothing. Raises ModelError.
+    """Return a llama_model of the GGUF at `path`, with its MTP heads if `mtp`. Raises ModelError.
 
-    `progress` gets the fraction loaded so far, 0 to 1. `placement.gpu_layers` must be a number. `overrides`: pairs of a
-    pattern and the name of the buffer type for tensors that match it.
+    Without `weights` it computes nothing. `progress` gets the fraction loaded so far, 0 to 1. `placement.gpu_layers`
+    must be a number. `overrides`: pairs of a pattern and the name of the buffer type for tensors that match it.
     """
     if placement.numa != "off":
         lib.llama_numa_init(_NUMA[placement.numa])
@@ -59,6 +60,7 @@ def load_weights(
     devices = _devices(lib._lib, placement.devices)
     placed = _overrides(lib._lib, [*_experts(placement.cpu_moe_layers), *overrides])
     shares = _shares(placement.tensor_split, lib.LLAMA_MAX_DEVICES)
+    params.load_mtp = mtp
     if devices is not None:
         params.devices = ctypes.addressof(devices)
     if placed is not None:

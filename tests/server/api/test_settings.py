@@ -84,7 +84,6 @@ def test_an_unknown_section_in_the_environment_is_named(
     ("text", "message"),
     [
         ('mmproj = "{}/m.gguf"\n[engine]\nkind = "llama-server"', 'mmproj needs kind = "llama-server"'),
-        ('[engine]\nkind = "llama-server"\nspeculative = "mtp"', 'speculative = "mtp" needs kind = "llama-server"'),
         ('[engine]\nkind = "llama-server"\nrpc = ["w1:50052"]', "binary, extra_args and rpc are for"),
         ('[engine]\nkind = "llama-server"\nbinary = "{}/m.gguf"', "binary, extra_args and rpc are for"),
     ],

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.mtp_model import mtp_model
 from tests.random_models import RandomModel
 
 from ..conftest import required, running, write_config
@@ -47,6 +48,21 @@ def test_a_draft_model_changes_no_answer_and_its_drafts_are_counted(tmp_path: Pa
 
 
 @KINDS
+def test_the_models_own_head_changes_no_answer(tmp_path: Path, kind: str) -> None:
+    model = {"path": str(mtp_model("token"))}
+    with (
+        running(tmp_path, engine=on(kind, speculative="mtp"), model=model) as server,
+        httpx.Client(base_url=server.url, timeout=60) as http,
+    ):
+        drafted = http.post("/completion", json=ASK).json()
+        assert drafted["timings"]["draft_n_accepted"] > 8
+        assert engine(http, speculative="off").json()["settings"]["speculative"] == "off"
+        alone = http.post("/completion", json=ASK).json()
+        assert alone["timings"].get("draft_n", 0) == 0
+        assert alone["content"] == drafted["content"]
+
+
+@KINDS
 def test_what_cannot_draft_says_so_and_goes_on(tmp_path: Path, kind: str) -> None:
     with (
         running(tmp_path, engine=on(kind)) as server,
@@ -55,7 +71,7 @@ def test_what_cannot_draft_says_so_and_goes_on(tmp_path: Path, kind: str) -> Non
         refused = engine(http, speculative="draft")
         assert (refused.status_code, "needs draft: the GGUF" in refused.text) == (400, True), refused.text
         if kind == "embedded":
-            assert 'speculative = \\"mtp\\" needs kind' in engine(http, speculative="mtp").text
+            assert "only a start with mtp loads" in engine(http, speculative="mtp").text
         assert http.get("/admin/engine").json()["settings"]["speculative"] == "off"
         assert http.post("/v1/completions", json=ASK).status_code == 200
 

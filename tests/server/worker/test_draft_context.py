@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.wire.protocol import Finished, Generate, Sampling, Stats, WorkerConfig
 from llamaherd_server.worker.context import Context
+from llamaherd_server.worker.draft_context import DraftContext
 from llamaherd_server.worker.intake import fit, sequence_of
 from llamaherd_server.worker.interrupt import Interrupt
 from llamaherd_server.worker.lib import Log, load
@@ -137,7 +138,7 @@ def test_its_cells_follow_sequences_that_come_and_go(itself: Model, parallel: in
             step = scheduler.step()
             interrupt.clear()
             ended |= {event.id: there[event.id] for event in step.events if isinstance(event, Finished)}
-            assert context.drafts
+            assert isinstance(context.drafts, DraftContext)
             for followed in context.drafts._slots:
                 memory = context.drafts._memory
                 assert itself.lib.llama_memory_seq_pos_max(memory, followed.slot) + 1 == followed.computed

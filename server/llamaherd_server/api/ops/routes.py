@@ -33,7 +33,7 @@ _SETTINGS = {
     "threads": "Threads of a step that only decodes; 0: as this host has cores.",
     "threads_batch": "Threads of a step with a prompt; 0: as `threads`.",
     "speculative": "`ngram`: drafts from what a text repeats; `auto`: as far as that pays; `draft`: by the draft "
-    "model; `mtp`: by the model's own heads (llama-server).",
+    "model; `mtp`: by the model's own head.",
     "speculative_depth": "Most tokens drafted for a sequence in a step.",
 }
 
