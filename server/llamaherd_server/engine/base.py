@@ -95,5 +95,8 @@ class Engine(Protocol):
         Raises EngineError, with code `unsupported` if the engine cannot compute them.
         """
 
-    async def retune(self, settings: EngineSettings) -> EngineSettings:
-        """Apply other settings and return them; raises EngineError and keeps the old ones if that fails."""
+    async def retune(self, settings: EngineSettings) -> EngineSettings | None:
+        """Apply other settings and return them; None if only a new process can have them.
+
+        Raises EngineError and keeps the old ones if that fails, or if they do not fit into memory.
+        """

@@ -45,8 +45,6 @@ from llamaherd_server.wire.protocol import (
 from llamaherd_server.wire.sampling_values import BadValue, checked
 from llamaherd_server.worker.forkserver import SHORT_CHARS
 
-# How long a reconfiguration waits for running generations before it ends them.
-RETUNE_DRAIN_S = 30.0
 _EXIT_S = 1.0
 
 
@@ -92,8 +90,6 @@ class NativeEngine:
         self._process = NativeProcess()
         self._supervisor = self._new_supervisor()
         self._changed = asyncio.Event()
-        self._running = 0
-        self._retuning = asyncio.Lock()
         self._preparation = Preparation(model_path)
 
     def check_flags(self) -> None:
@@ -112,9 +108,6 @@ class NativeEngine:
 
     async def start(self) -> None:
         await check_room(self._native)
-        await self._begin()
-
-    async def _begin(self) -> None:
         await self._supervisor.start()
         if self._supervisor.state == "failed":
             raise EngineError("internal", self._supervisor.last_error or "llama-server did not start")
@@ -126,10 +119,9 @@ class NativeEngine:
 
     def status(self) -> EngineStatus:
         supervisor = self._supervisor
-        stopped = supervisor.state == "stopped"
         return EngineStatus(
             kind="llama-server",
-            state="restarting" if self._retuning.locked() and not stopped else supervisor.state,
+            state=supervisor.state,
             model=self._model,
             settings=self._native.settings,
             stats=self._stats,
@@ -213,30 +205,10 @@ class NativeEngine:
         message = "llama-server returns no log probabilities of given texts: use engine embedded"
         raise EngineError("unsupported", message, "engine")
 
-    async def retune(self, settings: EngineSettings) -> EngineSettings:
-        """Restart the binary with other flags; if it does not start, restart it with the old ones.
-
-        New requests wait. Running ones get RETUNE_DRAIN_S to finish, then they fail with `engine_crashed`. Settings
-        that do not fit into memory are refused before the old process is stopped.
-        """
-        old = self._native
-        new = msgspec.structs.replace(old, settings=settings)
-        await check_room(new, beside=old)
-        async with self._retuning:
-            try:
-                async with asyncio.timeout(RETUNE_DRAIN_S):
-                    while self._running:
-                        await self._wait_for_change()
-            except TimeoutError:
-                pass
-            try:
-                await self._restart(new)
-            except EngineError as error:
-                await self._restart(old)
-                raise EngineError("does_not_fit", f"llama-server failed to start: {error.message}") from None
-            finally:
-                asyncio.get_running_loop().call_soon(self._notify_change)  # after the lock is released
-        return self._native.settings
+    async def retune(self, settings: EngineSettings) -> EngineSettings | None:
+        """Check that another llama-server with these settings would fit; its flags cannot be changed while it runs."""
+        await check_room(msgspec.structs.replace(self._native, settings=settings), beside=self._native)
+        return None
 
     # --- llama-server's own API -----------------------------------------------------------------------------------
 
@@ -251,19 +223,14 @@ class NativeEngine:
         if isinstance(grammar := body.get("grammar"), str) and grammar:
             await self._preparation.try_grammar(grammar)
         response = await self._sent("POST", path, self._bounded(body))
-        self._running += 1
         try:
             yield response
         except httpx.TransportError:
             if self._supervisor.state == "stopped":
                 raise EngineError("engine_stopped", "the server is stopping") from None
-            if self._retuning.locked():
-                raise _Restarted from None
             raise EngineError("engine_crashed", "the engine ended while it worked on this request") from None
         finally:
-            self._running -= 1
             await response.aclose()
-            self._notify_change()
 
     def _is_long(self, text: str) -> bool:
         return len(text) > SHORT_CHARS and self._preparation.possible
@@ -329,23 +296,9 @@ class NativeEngine:
         config = partial(msgspec.json.encode, self._native)
         return Supervisor(config, self, self._heartbeat_timeout_s, new_process, self._load_timeout_s)
 
-    async def _restart(self, config: NativeConfig) -> None:
-        self._native = config
-        old, self._supervisor = self._supervisor, self._new_supervisor()
-        self._supervisor.restarts = old.restarts
-        await old.stop()
-        await self._begin()
-
     def _notify_change(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def _wait_for_change(self) -> None:
         await self._changed.wait()
-
-
-class _Restarted(EngineError):
-    """Raised for a request that a change of settings cut off: unlike a crash, its key did not cause it."""
-
-    def __init__(self) -> None:
-        super().__init__("engine_crashed", "the engine was restarted with other settings")

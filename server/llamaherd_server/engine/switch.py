@@ -1,6 +1,7 @@
-"""A model's current engine.
+"""A model's current engine, and the one place that drains and replaces an engine.
 
-It can be replaced by an engine of the other kind while requests wait. For a model on demand, it is loaded and unloaded.
+It is replaced while requests wait, by one of the other kind or with settings that need another process. For a model on
+demand, it is loaded and unloaded.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from dataclasses import replace
 from llamaherd_server.config.settings import Settings, SettingsError
 from llamaherd_server.engine.about import read_model_info
 from llamaherd_server.engine.base import Engine, EngineStatus, Event, OwnApi
-from llamaherd_server.engine.native import RETUNE_DRAIN_S
 from llamaherd_server.engine.residence import OnDemandModel, Residence
 from llamaherd_server.wire.engine_settings import EngineKind, EngineSettings
 from llamaherd_server.wire.errors import EngineError
 from llamaherd_server.wire.evaluation import Evaluate, Evaluated
 from llamaherd_server.wire.protocol import Embed, Embedded, Generate, ModelInfo, Stats
 
+# How long a reconfiguration waits for running requests before it ends them.
+RETUNE_DRAIN_S = 30.0
+
 
 class Switch:
-    """Implements engine.base.Engine by the current engine, `in_force`, which `make` creates from the settings."""
+    """Implements engine.base.Engine by the current engine, `current`, which `make` creates from the settings."""
 
     def __init__(
         self, settings: Settings, make: Callable[[Settings], Engine], residence: Residence | None = None
@@ -34,7 +37,7 @@ class Switch:
         if residence:
             residence.add(self._on_demand_model)
         self._make = make
-        self.in_force = make(settings)
+        self.current = make(settings)
         self._listener: Callable[[Stats], None] = lambda _: None
         self._model: ModelInfo | None = None
         self._running = 0
@@ -47,7 +50,7 @@ class Switch:
 
     @property
     def own_api(self) -> OwnApi | None:
-        return self.in_force.own_api
+        return self.current.own_api
 
     @property
     def on_demand(self) -> bool:
@@ -58,17 +61,17 @@ class Switch:
         if self._residence:
             self._model = await read_model_info(self._settings)
         else:
-            await self.in_force.start()
+            await self.current.start()
 
     async def stop(self) -> None:
         self._stopped = True
         self._open.set()
         if self._residence:
             await self._residence.close(self._on_demand_model)
-        await self.in_force.stop()
+        await self.current.stop()
 
     def status(self) -> EngineStatus:
-        status = self.in_force.status()
+        status = self.current.status()
         if self._residence and not self._stopped:
             status = replace(status, loads=self._on_demand_model.loads, model=status.model or self._model)
             if not self._on_demand_model.loaded:
@@ -82,25 +85,25 @@ class Switch:
 
     async def _load(self) -> None:
         """Start a new engine of the same kind and with the same settings as the previous one."""
-        before = self.in_force.status()
+        before = self.current.status()
         try:
-            self.in_force = self._make(self._settings.with_engine(before.kind, before.settings))
+            self.current = self._make(self._settings.with_engine(before.kind, before.settings))
         except SettingsError as error:
             raise EngineError("invalid_value", str(error)) from None
-        self.in_force.observe(self._listener)
+        self.current.observe(self._listener)
         try:
-            await self.in_force.start()
+            await self.current.start()
         except (EngineError, OSError):
-            await self.in_force.stop()
+            await self.current.stop()
             raise
 
     async def _unload(self) -> None:
-        self._model = self.in_force.status().model or self._model
-        await self.in_force.stop()
+        self._model = self.current.status().model or self._model
+        await self.current.stop()
 
     def observe(self, listener: Callable[[Stats], None]) -> None:
         self._listener = listener
-        self.in_force.observe(listener)
+        self.current.observe(listener)
 
     async def generate(self, request: Generate) -> AsyncGenerator[Event, None]:
         begun = False
@@ -147,13 +150,13 @@ class Switch:
         """
         async with self.held():
             await self._open.wait()
-            engine = self.in_force
+            engine = self.current
             self._running += 1
             self._idle.clear()
             try:
                 yield engine
             except EngineError as error:
-                switched = engine is not self.in_force or not self._open.is_set()
+                switched = engine is not self.current or not self._open.is_set()
                 if switched and error.code in ("engine_stopped", "engine_crashed"):
                     raise _SwitchedAway from None
                 raise
@@ -174,13 +177,14 @@ class Switch:
     async def retune(self, settings: EngineSettings, kind: EngineKind | None = None) -> EngineSettings:
         """Apply other settings, on an engine of `kind`; raises EngineError and keeps the old ones if that fails.
 
-        If the kind changes, new requests wait. Running ones get RETUNE_DRAIN_S to finish, then they fail with
+        If the engine is replaced, new requests wait. Running ones get RETUNE_DRAIN_S to finish, then they fail with
         `engine_crashed`.
         """
         async with self.held(), self._changing:
-            before = self.in_force.status()
-            if kind in (None, before.kind):
-                return await self.in_force.retune(settings)
+            before = self.current.status()
+            kind = kind or before.kind
+            if kind == before.kind and (applied := await self.current.retune(settings)):
+                return applied
             if before.state != "ready":
                 raise EngineError("engine_stopped", f"the engine is {before.state}: retry once it is ready")
             try:
@@ -201,14 +205,14 @@ class Switch:
                 raise EngineError("does_not_fit", f"{kind} failed to start: {error}") from None
             finally:
                 self._open.set()
-            return self.in_force.status().settings
+            return self.current.status().settings
 
     async def _put(self, engine: Engine) -> None:
         """Stop the current engine and start this one in its place; raises what its start raises."""
-        await self.in_force.stop()
+        await self.current.stop()
         if self._stopped:
             raise EngineError("engine_stopped", "the server is stopping")
-        self.in_force = engine
+        self.current = engine
         engine.observe(self._listener)
         await engine.start()
 

@@ -133,7 +133,7 @@ class Double:
         ]
         return Evaluated(1, evaluations, {token: bytes([token]) for tokens in made for token in tokens})
 
-    async def retune(self, settings: EngineSettings) -> EngineSettings:
+    async def retune(self, settings: EngineSettings) -> EngineSettings | None:
         if settings.parallel > 64:
             raise EngineError("does_not_fit", f"parallel {settings.parallel} does not fit into memory", "parallel")
         self.settings = settings

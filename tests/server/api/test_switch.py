@@ -46,7 +46,7 @@ async def answer(engine: Switch, prompt: str) -> list[Event]:
 
 async def both_run(engine: Switch) -> list[asyncio.Task[list[Event]]]:
     asked = [asyncio.create_task(answer(engine, prompt)) for prompt in ("begun", "queued")]
-    while engine.in_force.running < 2:  # type: ignore[attr-defined]
+    while engine.current.running < 2:  # type: ignore[attr-defined]
         await asyncio.sleep(0.001)
     return asked
 

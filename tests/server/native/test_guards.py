@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import httpx
 import msgspec
 import pytest
 
-from llamaherd_server.engine import native as native_engine
-from llamaherd_server.wire.engine_settings import EngineSettings
+from llamaherd_server.__main__ import _engine
+from llamaherd_server.config.settings import load
+from llamaherd_server.engine import switch
 from llamaherd_server.wire.errors import EngineError
 
-from ..conftest import Server, required, running, spawn, write_config
+from ..conftest import Server, running, spawn, write_config
 from .conftest import native
 
 ASK = {"messages": [{"role": "user", "content": "Say hi."}], "max_tokens": 4, "temperature": 0}
@@ -94,22 +96,26 @@ def test_what_is_passed_on_has_its_deadlines(tmp_path: Path, limits: dict[str, f
         assert (late.status_code, late.json()["error"]["code"]) == (504, code)
 
 
-async def test_a_request_that_a_change_of_settings_cuts_off_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_that_a_change_of_settings_cuts_off_is_no_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its key would be refused after a few: see Quotas.crashed."""
-    monkeypatch.setattr(native_engine, "RETUNE_DRAIN_S", 0.0)
-    settings = EngineSettings(parallel=1, ctx_per_slot=1024, batch=256, ubatch=64)
-    binary, model = Path(native()["binary"]), Path(required("LLAMAHERD_TEST_MODEL"))
-    engine = native_engine.NativeEngine(binary, model, settings, name="smollm2")
+    monkeypatch.setattr(switch, "RETUNE_DRAIN_S", 0.0)
+    settings = load(write_config(tmp_path, engine=native(parallel=1, ctx_per_slot=1024)))
+    engine = switch.Switch(settings, partial(_engine, 1))
     await engine.start()
     try:
         body = {"prompt": "Once upon a time", "n_predict": 900, "ignore_eos": True, "stream": True}
         async with asyncio.TaskGroup() as group:
-            with pytest.raises(EngineError, match="restarted with other settings") as ended:
-                async with engine.asked("/completion", body) as answer:
-                    group.create_task(engine.retune(msgspec.structs.replace(settings, ubatch=128)))
-                    async for _ in answer.aiter_raw():
-                        pass
+            with pytest.raises(EngineError, match="the engine ended while") as ended:
+                async with engine.using() as current:
+                    assert current.own_api
+                    async with current.own_api.asked("/completion", body) as answer:
+                        other = msgspec.structs.replace(engine.status().settings, ubatch=64)
+                        group.create_task(engine.retune(other))
+                        async for _ in answer.aiter_raw():
+                            pass
         assert (type(ended.value) is EngineError, ended.value.code) == (False, "engine_crashed")
-        assert engine.status().state == "ready"
+        assert (engine.status().state, engine.status().settings.ubatch) == ("ready", 64)
     finally:
         await engine.stop()

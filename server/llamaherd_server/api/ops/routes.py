@@ -101,8 +101,8 @@ async def retune(body: dict[str, Any], request: Request) -> Response:
         raise ApiError(400, message, param="engine", code="invalid_value") from None
     except (ValueError, SettingsError) as error:
         raise ApiError(400, str(error), code="invalid_value") from None
-    in_force = await state.engine.retune(wanted, kind)
-    state.serving.admission.set_parallel(in_force.parallel)
+    applied = await state.engine.retune(wanted, kind)
+    state.serving.admission.set_parallel(applied.parallel)
     return json_response(_describe(state))
 
 
