@@ -46,7 +46,7 @@ def server(folder: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def http(server: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=120) as client:
+    with httpx.Client(base_url=server.url, timeout=400) as client:
         yield client
 
 
@@ -135,7 +135,7 @@ def test_settings_are_changed_of_one_that_is_not_in_memory_and_stay(http: httpx.
 
 async def test_nothing_is_lost_under_a_mixed_load(server: Server) -> None:
     dice = random.Random(7)
-    async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=400) as http:
 
         async def one() -> str:
             await asyncio.sleep(dice.random() * 4)
