@@ -20,6 +20,7 @@ from llamaherd_server.errors import ApiError
 from llamaherd_server.http.json_body import decode
 from llamaherd_server.process.priority import START_NICE, Patience, lower
 from llamaherd_server.process.turns import caller
+from llamaherd_server.sandbox import pool
 from llamaherd_server.sandbox.pool import Sandbox, SandboxError, Slow
 from llamaherd_server.toolcalls.tools import grammar_of_reply
 
@@ -55,7 +56,10 @@ async def test_a_signal_from_outside_costs_nobody_a_request(sandbox: Sandbox, nu
     assert await sandbox.in_child(render, FINE, 0.5) == "é"
 
 
-async def test_calls_that_come_together_take_turns_rather_than_start_processes(sandbox: Sandbox) -> None:
+async def test_calls_that_come_together_take_turns_rather_than_start_processes(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_WAIT_FOR_IDLE_S", 600)
     before = children()
     assert await asyncio.gather(*(sandbox.in_child(render, FINE) for _ in range(5))) == ["é"] * 5
     assert children() == before
