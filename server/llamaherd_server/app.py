@@ -15,7 +15,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from llamaherd_server.api.anthropic import messages
 from llamaherd_server.api.llamacpp import passed_on as llama_server
 from llamaherd_server.api.llamacpp import rerank, tokenize
-from llamaherd_server.api.openai import chat, completions, embeddings, models, responses, usage
+from llamaherd_server.api.openai import chat, completions, embeddings, models, responses, transcriptions, usage
 from llamaherd_server.api.ops import evaluation, status_page
 from llamaherd_server.api.ops import routes as ops
 from llamaherd_server.api.state import AppState
@@ -92,6 +92,7 @@ def create_app(settings: Settings, make: Callable[[Settings], Engine]) -> FastAP
         completions.router,
         messages.router,
         responses.router,
+        transcriptions.router,
         embeddings.router,
         rerank.router,
         models.router,

@@ -61,7 +61,7 @@ class Shape(Protocol):
         """Return the event that ends a failed stream."""
 
     def whole(self, choices: list[Choice], usage: Usage) -> Any:
-        """Return the complete answer as one object."""
+        """Return the complete answer as one object, or as a response."""
 
 
 def run_of(request: Request, requests: list[Generate], n: int = 1) -> Run:
@@ -79,7 +79,8 @@ async def answer(request: Request, run: Run, shape: Shape, *, stream: bool) -> R
             await first_event(request.receive, run.first())
             return EventStream(_chunks(run, shape), stack.pop_all())
         choices = await unless_gone(request.receive, _collected(run))
-        return json_response(shape.whole(choices, run.usage))
+        whole = shape.whole(choices, run.usage)
+        return whole if isinstance(whole, Response) else json_response(whole)
 
 
 async def first_event(receive: Receive, first: Awaitable[None]) -> None:
