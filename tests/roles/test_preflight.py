@@ -19,6 +19,8 @@ def without(programs: tuple[str, ...], folder: Path) -> str:
     """A PATH that has all programs of ours but these."""
     folder.mkdir()
     for directory in reversed(os.get_exec_path()):
+        if not os.access(directory, os.R_OK | os.X_OK):  # such as root's, which su leaves in the PATH
+            continue
         for program in Path(directory).glob("*"):
             (folder / program.name).unlink(missing_ok=True)
             (folder / program.name).symlink_to(program)
