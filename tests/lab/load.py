@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
+
+import httpx
 
 from llamaherd_loadtest.samples import CUT_OFF, OK, Sample, read_samples
 from tests.lab.conftest import ROOT, Herd
@@ -56,6 +60,20 @@ def target(herd: Herd, edge: str = "e1", ca: Path | None = None) -> list[str]:
         f"--ca={ca or secrets / 'ca.crt'}",
         f"--key-file={secrets / 'keys/default'}",
     ]
+
+
+def bearable(herd: Herd, most: float, *, edge: str, model: str, share: float = 0.25) -> float:
+    """Requests a second that take this share of a host's time, at most `most`: hosts may be ten times slower."""
+    secrets, times = herd.inventory / ".secrets", []
+    body = {"model": model, "prompt": "Once upon a time", "max_tokens": 32}
+    trusted = ssl.create_default_context(cafile=secrets / "ca.crt")
+    with httpx.Client(base_url=f"https://{herd.address(edge)}", verify=trusted, timeout=300) as client:
+        headers = {"Authorization": f"Bearer {(secrets / 'keys/default').read_text().strip()}"}
+        for _ in range(3):
+            began = time.monotonic()
+            client.post("/v1/completions", json=body, headers=headers).raise_for_status()
+            times.append(time.monotonic() - began)
+    return min(most, share / median(times))
 
 
 @contextmanager
