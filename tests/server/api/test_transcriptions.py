@@ -81,6 +81,15 @@ async def test_other_forms_are_refused(
     assert not double.seen
 
 
+@pytest.mark.usefixtures("hears")
+async def test_only_the_recording_may_be_a_file(serve: Serve) -> None:
+    files = {"model": ("model.txt", b"double"), "file": ("a.wav", SOUND)}
+    async with serve(double := Double()) as served:
+        reply = await served.http.post(ROUTE, files=files)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "model")
+    assert not double.seen
+
+
 async def test_a_model_that_hears_nothing_says_so(serve: Serve) -> None:
     async with serve(Double()) as served:
         reply = await served.http.post(ROUTE, files={"file": ("a.wav", SOUND)})
@@ -113,6 +122,7 @@ def test_a_form_is_split_where_its_boundary_is() -> None:
         (FILE + b"--b--", "multipart/mixed; boundary=b"),
         (FILE + b"--b--", "application/json"),
         (FILE + b"--b--", "multipart/form-data; boundary=" + "b" * 10_000),
+        (FILE + b"--b--", "multipart/form-data; x=" + "y" * 10_000 + "; boundary=b"),
         (b"--b\r\n\r\nx\r\n--b--", FORM),
         (b"--b\r\nContent-Disposition: attachment; name=x\r\n\r\nx\r\n--b--", FORM),
         (part("x", b"", "; y=" + "z" * 10_000) + b"--b--", FORM),

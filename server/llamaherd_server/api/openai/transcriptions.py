@@ -33,7 +33,10 @@ _INSTRUCTION, _LFM2, _LFM2_INSTRUCTION = "Transcribe audio to text", "<|tool_lis
 class _FormRoute(ModelRoute):
     async def read(self, request: Request) -> None:
         work = partial(decode_form, await request.body(), request.headers.get("content-type", "none"))
-        request.state.json = await run_off_loop(request, work)
+        request.state.json = form = await run_off_loop(request, work)
+        for name, value in form.items():
+            if name != "file" and isinstance(value, bytes):  # pydantic would read it as text, choose_model does not
+                raise ApiError(400, f"{name[:64]}: is a file, not text", param=name[:64], code="invalid_value")
 
 
 router = APIRouter(route_class=_FormRoute)
