@@ -1,6 +1,6 @@
 """Decodes multipart/form-data (RFC 7578) from a body in memory: split at the boundary, headers by the standard library.
 
-Libraries for it read a stream in Python, byte by byte where a body is hostile. A body here is bounded and complete.
+Starlette's parser is for streams: it writes larger files to disk. A body here is bounded and complete in memory.
 """
 
 from __future__ import annotations
