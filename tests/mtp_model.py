@@ -6,15 +6,13 @@ every further one, or at the model's state before it, from which it can only gue
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from tests.random_models import CACHE, HEAD, SPOKEN, SPOKEN_COUNT, RandomModel, _Writer
+from tests.random_models import HEAD, SPOKEN, SPOKEN_COUNT, RandomModel, _Writer, cached
 
 Looks = Literal["token", "state"]
 WIDTH, FF, EXPERTS = 256, 32, 2
@@ -22,16 +20,11 @@ WIDTH, FF, EXPERTS = 256, 32, 2
 
 def mtp_model(looks: Looks) -> Path:
     """The path of its GGUF, written on the first call."""
-    source = Path(os.environ["LLAMAHERD_TEST_MODEL"])
-    content = f"{looks} {source.name} {source.stat().st_size} {Path(__file__).read_text()}"
-    target = CACHE / f"mtp-{hashlib.sha256(content.encode()).hexdigest()[:12]}.gguf"
-    if not target.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            written = Path(folder) / target.name
-            _MtpWriter(looks, source, written).write()
-            written.replace(target)
-    return target
+    return cached("mtp", f"{looks} {Path(__file__).read_text()}", partial(_write, looks))
+
+
+def _write(looks: Looks, source: Path, target: Path) -> None:
+    _MtpWriter(looks, source, target).write()
 
 
 class _MtpWriter(_Writer):

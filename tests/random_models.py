@@ -13,7 +13,9 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -45,16 +47,25 @@ class RandomModel:
 
     def path(self) -> Path:
         """Its GGUF, written on the first call; LLAMAHERD_TEST_MODEL names the GGUF whose tokenizer it gets."""
-        source = Path(os.environ["LLAMAHERD_TEST_MODEL"])
-        content = f"{self} {source.name} {source.stat().st_size} {Path(__file__).read_text()}"
-        target = CACHE / f"{self.kind}-{hashlib.sha256(content.encode()).hexdigest()[:12]}.gguf"
-        if not target.exists():
-            CACHE.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-                written = Path(folder) / target.name
-                _Writer(self, source, written).write()
-                written.replace(target)
-        return target
+        return cached(self.kind, f"{self} {Path(__file__).read_text()}", partial(_write, self))
+
+
+def cached(kind: str, content: str, write: Callable[[Path, Path], None]) -> Path:
+    """The GGUF that `write(source, target)` makes with the source's tokenizer; `content`: what else decides of it."""
+    source = Path(os.environ["LLAMAHERD_TEST_MODEL"])
+    described = f"{content} {source.name} {source.stat().st_size}"
+    target = CACHE / f"{kind}-{hashlib.sha256(described.encode()).hexdigest()[:12]}.gguf"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            written = Path(folder) / target.name
+            write(source, written)
+            written.replace(target)
+    return target
+
+
+def _write(model: RandomModel, source: Path, target: Path) -> None:
+    _Writer(model, source, target).write()
 
 
 class _Writer(gguf.GGUFWriter):

@@ -331,7 +331,7 @@ def kv_bytes(model: Shape, settings: Mapping[str, Any]) -> float:
     cells, parallel = kv_cells(settings), int(settings["parallel"])
     streams = 1 if settings["kv_unified"] else parallel
     sliding = min(cells, streams * _padded(model.window * parallel // streams + int(settings["ubatch"])))
-    states = 1 + _rollback(model, settings)
+    states = 1 + (rollback(settings) if model.architecture in ROLLS_BACK else 0)
     total = 4.0 * model.state * sum(model.recurrent) * parallel * states
     for layer, heads in enumerate(model.kv_heads):
         per_head = model.key_lengths[layer] * key_bytes + model.value_lengths[layer] * value_bytes
@@ -372,10 +372,9 @@ def drafted(settings: Mapping[str, Any]) -> int:
     return max(int(settings["speculative_depth"]), MAX_DRAFTED) if drafts else 0
 
 
-def _rollback(model: Shape, settings: Mapping[str, Any]) -> int:
-    """Return how many earlier recurrent states of a sequence are kept."""
-    kept = model.architecture in ROLLS_BACK and drafted(settings)
-    return min(int(settings["speculative_depth"]), MAX_ROLLBACK) if kept else 0
+def rollback(settings: Mapping[str, Any]) -> int:
+    """Return how many earlier states of a recurrent sequence are kept, if its architecture ROLLS_BACK."""
+    return min(int(settings["speculative_depth"]), MAX_ROLLBACK) if drafted(settings) else 0
 
 
 def with_context(model: Shape, settings: Mapping[str, Any], memory_bytes: float) -> dict[str, Any]:

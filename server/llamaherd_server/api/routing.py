@@ -38,15 +38,11 @@ class ModelRoute(APIRoute):
         _check_content_type(request)
 
 
-_JSON = (b"content-type", b"application/json")  # what FastAPI reads by `json`, though a form was sent
-
-
 class _Validated(Request):
     """A request whose JSON is already the endpoint's model instance, which FastAPI does not validate again."""
 
     def __init__(self, request: Request, body: bytes, value: Any) -> None:
-        headers = [(name, content) for name, content in request.scope["headers"] if name != b"content-type"]
-        super().__init__({**request.scope, "headers": [*headers, _JSON]}, request.receive)
+        super().__init__(request.scope, request.receive)
         self._bytes = body
         self._value = value
 

@@ -100,7 +100,12 @@ class Envelope:
 
     def error(self, error: ApiError) -> bytes:
         """Return the event that ends a failed stream."""
-        return b"data: " + encode(error.body()) + b"\n\n"
+        return error_event(error)
+
+
+def error_event(error: ApiError) -> bytes:
+    """Return the event that ends a failed stream."""
+    return b"data: " + encode(error.body()) + b"\n\n"
 
 
 def event(kind: str, **fields: Any) -> bytes:

@@ -36,10 +36,13 @@ class Batch:
         slots = (pointer * capacity)(*(ctypes.cast(first + size * row, pointer) for row in range(capacity)))
         self.native = lib.llama_batch(0, self._token, None, self._position, one_each, slots, self._output)
 
-    def fill(self, shares: Iterable[tuple[Tokens, int]], *, output_from: int | None = None) -> None:
+    def fill(
+        self, shares: Iterable[tuple[Tokens, int]], *, output_from: int | None = None, outputs: bool = True
+    ) -> None:
         """Add the given number of tokens of each sequence: its pending ones, then those of its draft.
 
-        Output rows are its last pending token, all of its draft, and every position from `output_from` on, if given.
+        Output rows are its last pending token, all of its draft, and every position from `output_from` on, if given;
+        none without `outputs`.
         """
         row = 0
         for sequence, count in shares:
@@ -51,11 +54,14 @@ class Batch:
             without_output = min(sequence.pending - 1, count)
             if output_from is not None:
                 without_output = min(without_output, max(output_from - start, 0))
-            self._output[row:end] = [0] * without_output + [1] * (count - without_output)
+            self._output[row:end] = [0] * without_output + [outputs] * (count - without_output)
             row = end
         self.native.n_tokens = row
 
-    def fill_one(self, token: int) -> None:
-        """Fill the batch with a single token, at position 0 of slot 0."""
-        self._token[0], self._position[0], self._slot[0], self._output[0] = token, 0, 0, 1
-        self.native.n_tokens = 1
+    def fill_rows(self, rows: Iterable[tuple[int, int, int]]) -> None:
+        """Fill the batch with single tokens, each with its position and slot, all with an output row."""
+        count = 0
+        for count, (token, position, slot) in enumerate(rows, 1):
+            row = count - 1
+            self._token[row], self._position[row], self._slot[row], self._output[row] = token, position, slot, 1
+        self.native.n_tokens = count

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import asdict
 
-from llamaherd_server.gguf import MAX_ROLLBACK, drafted
+from llamaherd_server.gguf import drafted, rollback
 from llamaherd_server.wire.engine_settings import EngineSettings
 from llamaherd_server.wire.errors import DecodeFailed
 from llamaherd_server.wire.protocol import TokenLogprob
@@ -53,9 +53,9 @@ class Context:
         sequences = slots + self.chains
         self.most_drafted = drafted(asdict(settings))
         depth = settings.speculative_depth if self.most_drafted else 0
-        rollback = min(depth, MAX_ROLLBACK) if model.recurrent else 0
+        kept = rollback(asdict(settings)) if model.recurrent else 0
         outputs = sequences + self.most_drafted
-        self._handle = new_context(model, settings, n_seq_max=sequences, n_outputs_max=outputs, n_rs_seq=rollback)
+        self._handle = new_context(model, settings, n_seq_max=sequences, n_outputs_max=outputs, n_rs_seq=kept)
         # of a recurrent state 0, unless llama.cpp can roll back its architecture
         self.draft_depth = int(lib.llama_n_rs_seq(self._handle)) if model.recurrent else depth
         self._rolled_back: set[int] = set()  # slots whose rollback takes effect in their next step
@@ -108,7 +108,7 @@ class Context:
 
     def warm_up(self) -> None:
         """Compute one token to prove that the model works; raises ModelError if it does not."""
-        self._batch.fill_one(0)
+        self._batch.fill_rows([(0, 0, 0)])
         if self._lib.llama_decode(self._handle, self._batch.native) != 0:
             raise ModelError("the model loads but cannot compute a token")
         self.forget(0)

@@ -138,12 +138,10 @@ class DraftContext:
 
     def _take(self, mirror: _Mirror, row: int, worth: float) -> bool:
         """Draft the most likely token if the draft's chance stays above `worth`; return whether to continue."""
-        import numpy as np  # noqa: PLC0415 (25 MiB, needed only with a draft model)
+        from llamaherd_server.worker import logits  # noqa: PLC0415 (numpy, 25 MiB, needed only with a draft model)
 
-        pointer = self._lib.llama_get_logits_ith(self._handle, row)
-        logits = np.ctypeslib.as_array(pointer, shape=(self._model.n_vocab,))[: self._n_vocab]
-        token = int(logits.argmax())
-        mirror.chance /= float(np.exp(logits - logits[token]).sum())
+        token, probability = logits.likeliest(logits.row_of(self._model, self._handle, row)[: self._n_vocab])
+        mirror.chance *= probability
         if mirror.chance < worth:
             return False
         mirror.tokens.append(token)

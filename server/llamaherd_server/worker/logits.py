@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaherd_server.wire.protocol import Logprob, TokenLogprob
+from llamaherd_server.worker.draft_model import DraftModel
 from llamaherd_server.worker.model import Model
 
 
-def row_of(model: Model, context: Any, row: int) -> NDArray[np.float32]:
+def row_of(model: Model | DraftModel, context: Any, row: int) -> NDArray[np.float32]:
     """The logits of batch row `row`, shape (n_vocab,): a view of llama.cpp's own memory."""
     return np.ctypeslib.as_array(model.lib.llama_get_logits_ith(context, row), shape=(model.n_vocab,))
 
@@ -28,6 +29,12 @@ def most_likely(logprobs: NDArray[np.float32], count: int) -> NDArray[np.int32]:
     """Return the `count` tokens with the highest log probabilities, the most likely first."""
     best = np.argpartition(logprobs, -count)[-count:]
     return best[np.argsort(logprobs[best])[::-1]].astype(np.int32)
+
+
+def likeliest(logits: NDArray[np.float32]) -> tuple[int, float]:
+    """The most likely token, and its probability."""
+    token = int(logits.argmax())
+    return token, 1 / float(np.exp(logits - logits[token]).sum())
 
 
 def token_logprob(model: Model, logits: NDArray[np.float32], token: int, top: int) -> TokenLogprob:

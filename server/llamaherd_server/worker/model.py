@@ -54,8 +54,7 @@ class Model(Vocabulary):
         self.log = log
         placement, overrides = self.fit
         self.mtp = config.settings.speculative == "mtp"  # whether its head for further tokens is loaded
-        more = {"weights": weights, "mtp": self.mtp}
-        handle = load_weights(lib, log, path, placement, progress, overrides=overrides, **more)
+        handle = load_weights(lib, log, path, placement, progress, weights=weights, mtp=self.mtp, overrides=overrides)
         super().__init__(lib, handle)
         if self.mtp and (heads := int(lib.llama_model_n_layer_nextn(handle))) != 1:
             raise ModelError(f"speculative mtp: {path} has {heads} MTP heads, not one: choose another kind of drafts")

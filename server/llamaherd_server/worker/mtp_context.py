@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llamaherd_server.wire.engine_settings import EngineSettings
+from llamaherd_server.worker import logits
 from llamaherd_server.worker.backend import DONE, NO_ROOM
+from llamaherd_server.worker.batch import Batch
 from llamaherd_server.worker.weights import ModelError
 
 if TYPE_CHECKING:
@@ -74,12 +76,9 @@ class MtpContext:
         self._width = int(self._lib.llama_model_n_embd_out(model.handle))
         self._switch(target, True, False)  # of all tokens, not only those with logits
         self._switch(handle, True, True)
-        self._token = np.zeros(settings.batch, np.int32)
-        self._position = np.zeros(settings.batch, np.int32)
-        self._slot = np.zeros(settings.batch, np.int32)
-        self._output = np.zeros(settings.batch, np.int8)
-        self._input = np.zeros((settings.batch, self._width), np.float32)
-        self._batch = self._native(settings.batch)
+        self._batch = Batch(self._lib, settings.batch)
+        self._input = np.zeros((settings.batch, self._width), np.float32)  # a state beside each token
+        self._batch.native.embd = self._input.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 
     def close(self) -> None:
         self._lib.llama_free(self._handle)
@@ -103,23 +102,21 @@ class MtpContext:
         """Give the head what the model has just computed. If its cells do not suffice, drafts get worse."""
         total = sum(count for _, count in shares)
         states = np.ctypeslib.as_array(self._states(self._target), shape=(total, self._width))
+        self._batch.fill(shares, outputs=False)
         row = 0
         for sequence, count in shares:
             start, end = sequence.computed, row + count
             track = self._at(sequence.slot, start)
             before = track.state(start - 1)
-            known = sequence.tokens[start : start + count]
-            self._token[row:end] = [*known, *sequence.draft[: count - len(known)]]
-            self._position[row:end] = range(start, start + count)
-            self._slot[row:end], self._output[row:end] = sequence.slot, 0
             self._input[row] = 0 if before is None else before
             self._input[row + 1 : end] = states[row : end - 1]
             track.end = track.followed = start + count
             track.states = states[max(row, end - self._kept) : end].copy()
             row = end
-        if not self._decode(total):
-            for sequence, _ in shares:
-                self.cut(sequence.slot)
+        slots = {sequence.slot for sequence, _ in shares}
+        if not self._decode(slots):
+            for slot in slots:
+                self.cut(slot)
 
     def propose(self, wanted: list[Wanted], room: int, worth: float, budget_s: float) -> None:  # noqa: ARG002 (none)
         began = time.perf_counter()
@@ -140,20 +137,18 @@ class MtpContext:
 
     def _pass(self, active: list[_Guess], worth: float) -> list[_Guess]:
         """Guess one more token for each; return those that continue."""
+        self._batch.fill_rows((guess.token, guess.position, guess.track.slot) for guess in active)
         for row, guess in enumerate(active):
-            self._token[row], self._position[row] = guess.token, guess.position
-            self._slot[row], self._output[row], self._input[row] = guess.track.slot, 1, guess.state
+            self._input[row] = guess.state
             guess.track.end = guess.position + 1
-        if not self._decode(len(active)):
+        if not self._decode({guess.track.slot for guess in active}):
             return []
         return [guess for row, guess in enumerate(active) if self._take(guess, row, worth)]
 
     def _take(self, guess: _Guess, row: int, worth: float) -> bool:
         """Take the most likely token if the draft's chance stays above `worth`; return whether to continue."""
-        pointer = self._lib.llama_get_logits_ith(self._handle, row)
-        logits = np.ctypeslib.as_array(pointer, shape=(self._model.n_vocab,))
-        token = int(logits.argmax())
-        guess.chance /= float(np.exp(logits - logits[token]).sum())
+        token, probability = logits.likeliest(logits.row_of(self._model, self._handle, row))
+        guess.chance *= probability
         if guess.chance < worth:
             return False
         guess.draft = [*guess.draft, token]
@@ -170,27 +165,15 @@ class MtpContext:
         self.cut(slot, length)
         return track
 
-    def _decode(self, rows: int) -> bool:
-        """Compute the first rows of the batch, if need be in place of what other slots have; returns whether it did."""
-        self._batch.n_tokens = rows
-        result = int(self._lib.llama_decode(self._handle, self._batch))
+    def _decode(self, slots: set[int]) -> bool:
+        """Compute the batch of these slots, if need be in place of what others have; returns whether it did."""
+        result = int(self._lib.llama_decode(self._handle, self._batch.native))
         if result == NO_ROOM:
-            used = set(self._slot[:rows].tolist())
             for track in self._tracks:
-                if track.slot not in used:
+                if track.slot not in slots:
                     self.cut(track.slot)
-            result = int(self._lib.llama_decode(self._handle, self._batch))
+            result = int(self._lib.llama_decode(self._handle, self._batch.native))
         return result == DONE
-
-    def _native(self, capacity: int) -> Any:
-        one_each = (ctypes.c_int32 * capacity)(*[1] * capacity)
-        first, size = self._slot.ctypes.data, self._slot.itemsize
-        pointer = ctypes.POINTER(ctypes.c_int32)
-        slots = (pointer * capacity)(*(ctypes.cast(first + size * row, pointer) for row in range(capacity)))
-        token, position = (each.ctypes.data_as(pointer) for each in (self._token, self._position))
-        rows = self._input.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        output = self._output.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-        return self._lib.llama_batch(0, token, rows, position, one_each, slots, output)
 
 
 def _functions(llama: ctypes.CDLL) -> tuple[Any, Any, Any]:

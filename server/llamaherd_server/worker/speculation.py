@@ -166,7 +166,6 @@ class Speculation:
     def attach(self, backend: Backend) -> None:
         """Continue on another context."""
         self._times = StepTimes()
-        self._on = backend.draft_depth > 0
         self._adapts = backend.settings.speculative in ("auto", "draft", "mtp")
         self._source: Source = backend.drafts or Lookups()
         # A draft model's savings go to the common pool, which pays for reading the next prompts.
@@ -177,7 +176,7 @@ class Speculation:
 
     def draft(self, running: list[Sequence], free: int) -> None:
         """Set the draft of each decoding sequence; `free`: free KV cells."""
-        if not self._on:
+        if not self._depth:
             return
         self.drop(running)
         sequences = [sequence for sequence in running if sequence.decoding]
@@ -216,7 +215,7 @@ class Speculation:
 
     def timed(self, shares: list[Share], seconds: float) -> None:
         """Record the time of a computed batch."""
-        if not self._on:
+        if not self._depth:
             return
         drafted = sum(len(sequence.draft) for sequence, _ in shares)
         if sum(count for _, count in shares) == len(shares) + drafted:  # no prompts

@@ -15,8 +15,8 @@ from llamaherd_server.api.fields import Ignored, Limit, OpenAiFields, SamplingFi
 from llamaherd_server.api.media import Collected, MediaPart
 from llamaherd_server.api.routing import ModelRoute
 from llamaherd_server.api.sampling import most_tokens, resolve_sampling
-from llamaherd_server.api.state import AppState, state_of
-from llamaherd_server.api.wire import encode, event
+from llamaherd_server.api.state import state_of
+from llamaherd_server.api.wire import error_event, event
 from llamaherd_server.engine.base import Event
 from llamaherd_server.errors import ApiError
 from llamaherd_server.http.form import decode_form
@@ -30,6 +30,9 @@ from llamaherd_server.wire.protocol import Delta, Finished
 _INSTRUCTION, _LFM2, _LFM2_INSTRUCTION = "Transcribe audio to text", "<|tool_list_start|>", "Perform ASR."
 
 
+_JSON = (b"content-type", b"application/json")  # for FastAPI, which reads by `json` what is not a form any more
+
+
 class _FormRoute(ModelRoute):
     async def read(self, request: Request) -> None:
         work = partial(decode_form, await request.body(), request.headers.get("content-type", "none"))
@@ -37,6 +40,8 @@ class _FormRoute(ModelRoute):
         for name, value in form.items():
             if name != "file" and isinstance(value, bytes):  # pydantic would read it as text, choose_model does not
                 raise ApiError(400, f"{name[:64]}: is a file, not text", param=name[:64], code="invalid_value")
+        others = [(name, content) for name, content in request.scope["headers"] if name != b"content-type"]
+        request.scope["headers"] = [*others, _JSON]
 
 
 router = APIRouter(route_class=_FormRoute)
@@ -78,14 +83,11 @@ async def transcriptions(body: TranscriptionRequest, request: Request) -> Respon
     await resolve_sampling(state, body)
     if body.temperature is None:  # OpenAI's default
         body.temperature = 0
-    chat = await prepare(state, await run_off_loop(request, partial(body.conversation, _template_of(state))))
+    template = state.model_info().chat_template or ""
+    chat = await prepare(state, await run_off_loop(request, partial(body.conversation, template)))
     generation = chat.generate(body.sampling(), max_tokens=most_tokens(state, body.max_tokens))
     shape = _Transcript(chat.reader, plain=body.response_format == "text")
     return await answer(request, run_of(request, [generation]), shape, stream=body.stream)
-
-
-def _template_of(state: AppState) -> str:
-    return state.model_info().chat_template or ""
 
 
 class _Transcript:
@@ -109,7 +111,7 @@ class _Transcript:
         return event("transcript.text.done", text=self._text, usage=_usage(usage))
 
     def error(self, error: ApiError) -> bytes:
-        return b"data: " + encode(error.body()) + b"\n\n"
+        return error_event(error)
 
     def whole(self, choices: list[Choice], usage: Usage) -> Any:
         text = self._reader.whole(choices[0].text).content
